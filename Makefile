@@ -1,0 +1,55 @@
+# The front door. Every target does its own set-up; with nothing missing that costs less than a second.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+# libnbd's Python binding exists only as a Debian package for Debian's own interpreter.
+PYTHON := /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 -qq
+PACKAGES := python3-venv python3-libnbd libnbd-bin qemu-system-x86 qemu-utils nbdkit nbd-client nbd-server \
+	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3
+
+.PHONY: setup packages demo test unit lint types bench fuzz chaos docs clean
+
+setup: packages $(VENV)/.installed
+
+# Debian's guest kernel is fetched with `apt-get download`, which needs package lists even when nothing is missing.
+packages:
+	@missing=$$(for p in $(PACKAGES); do \
+	    [ "$$(dpkg-query -W -f '$${Status}' $$p 2>/dev/null)" = "install ok installed" ] || echo $$p; done); \
+	if [ -n "$$missing" ] || ! ls /var/lib/apt/lists/*Packages* >/dev/null 2>&1; then \
+	    $(APT) update; \
+	    [ -z "$$missing" ] || $(APT) install -y --no-install-recommends $$missing >/dev/null; \
+	fi
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@$(MAKE) --no-print-directory packages
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup
+	@$(BIN)/nbd-migrate demo
+
+test: setup
+	$(BIN)/pytest
+
+unit: setup
+	$(BIN)/pytest tests/unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck recipes/*.sh .ci/run
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,48 @@
+"""What the three commands share: one-line errors, exit codes and the argument parser that obeys them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from nbdserve.errors import OperatorError, UsageError
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake in one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with argparse's own words and a pointer to ``--help``."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def run(program: str, body: Callable[[], int]) -> int:
+    """Run a command's body and return its exit code, turning expected failures into one line on stderr."""
+    try:
+        return body()
+    except OperatorError as error:
+        complain(program, str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); point stdout elsewhere so that exit stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        complain(program, f"{where}{error.strerror or error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def complain(program: str, message: str) -> None:
+    """Print one line on standard error."""
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)

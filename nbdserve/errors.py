@@ -1,0 +1,40 @@
+"""The exceptions of the whole project. Each message is one line: what, where, and what to do.
+
+    OperatorError            shown to the operator without a traceback; exit code 1
+    ├── UsageError           the command line or a configuration file is wrong; exit code 2
+    ├── ProtocolError        a peer broke the NBD protocol; its connection cannot go on
+    ├── ConnectError         a server, socket or monitor could not be reached
+    ├── ImageError           a disk image is malformed, unsafe or of an unknown kind
+    └── MigrationError       a step of the migration failed
+
+In the data path failures are ``OSError`` with an errno instead, so that a guest's request fails with the
+number that the disk failed with.
+"""
+
+
+class OperatorError(Exception):
+    """Something the operator must know. The message is one line and needs no traceback."""
+
+    exit_code = 1
+
+
+class UsageError(OperatorError):
+    """The command line, a URI or a configuration file is wrong."""
+
+    exit_code = 2
+
+
+class ProtocolError(OperatorError):
+    """A peer broke the NBD protocol in a way after which its byte stream means nothing."""
+
+
+class ConnectError(OperatorError):
+    """A server, a socket or a monitor could not be reached or answered with a refusal."""
+
+
+class ImageError(OperatorError):
+    """A disk image is malformed, unsafe to open, or of a kind that is not known here."""
+
+
+class MigrationError(OperatorError):
+    """A step of the migration failed; the message says what state the guest is in."""

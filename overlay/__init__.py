@@ -1,0 +1,1 @@
+"""The destination's overlay: image formats, copy-on-read and streaming."""

@@ -1,0 +1,1 @@
+"""The six steps of a migration that moves the disk after the machine."""

@@ -1,0 +1,71 @@
+"""The layers of docs/architecture.md, read off the import statements themselves."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = {"nbdserve": set[str](), "overlay": {"nbdserve"}, "recipes": {"nbdserve", "overlay"}}
+IMPURE = {
+    "asyncio",
+    "fcntl",
+    "io",
+    "os",
+    "pathlib",
+    "select",
+    "selectors",
+    "signal",
+    "socket",
+    "ssl",
+    "subprocess",
+    "threading",
+}
+
+
+def imported_modules(source: Path) -> Iterator[str]:
+    """Yield the dotted name of every module that a file imports, wherever in the file it does."""
+    for node in ast.walk(ast.parse(source.read_text(), str(source))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: import by the full name"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(package: str) -> list[Path]:
+    """All Python files of a package."""
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_import_points_to_a_higher_layer(package: str) -> None:
+    forbidden = set(LAYERS) - LAYERS[package] - {package} | {"tests"}
+    assert modules(package)
+    for source in modules(package):
+        upward = {name for name in imported_modules(source) if name.split(".")[0] in forbidden}
+        assert not upward, f"{source.relative_to(ROOT)} imports {upward}"
+
+
+def test_the_protocol_package_does_no_input_or_output() -> None:
+    for source in modules("nbdserve/protocol"):
+        names = {name.split(".")[0] for name in imported_modules(source)}
+        assert not names & IMPURE, f"{source.relative_to(ROOT)} imports {names & IMPURE}"
+        inner = {name for name in imported_modules(source) if name.startswith("nbdserve.")}
+        allowed = ("nbdserve.protocol", "nbdserve.errors")
+        assert all(name.startswith(allowed) for name in inner), f"{source.relative_to(ROOT)}: {inner}"
+
+
+def test_only_the_client_module_imports_libnbd() -> None:
+    users = {
+        str(source.relative_to(ROOT))
+        for package in LAYERS
+        for source in modules(package)
+        if "nbd" in {name.split(".")[0] for name in imported_modules(source)}
+    }
+    assert users <= {"nbdserve/client.py"}
