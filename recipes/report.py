@@ -1,0 +1,88 @@
+"""What a migration tells: the six steps, their results, and the progress of the stream.
+
+A Report is told; it decides what to print and where. The base class prints nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Step(Enum):
+    """The six steps; ``number`` is what the operator sees, ``title`` says what is done."""
+
+    EXPORT = (1, "export the source's disk")
+    OVERLAY = (2, "create the overlay")
+    LAUNCH = (3, "launch the destination")
+    MIGRATE = (4, "migrate")
+    STREAM = (5, "stream the disk")
+    SHUTDOWN = (6, "shut the server down, fence the source")
+
+    def __init__(self, number: int, title: str) -> None:
+        self.number = number
+        self.title = title
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step that is done: how long it took, in seconds, and one line about what it did."""
+
+    step: Step
+    seconds: float
+    summary: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the stream is: bytes done, bytes in all, bytes per second, seconds since the cut-over."""
+
+    done: int
+    total: int
+    rate: float
+    window: float
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the end at this rate, or None while nothing moves."""
+        return (self.total - self.done) / self.rate if self.rate > 0 else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A migration that is complete.
+
+    downtime_ms    how long the guest stood still, as the source's QEMU reports it, in milliseconds
+    migrate_ms     from the migrate command to the end of the RAM, in milliseconds, as QEMU reports it
+    ram_bytes      bytes sent over the migration connection
+    disk_bytes     size of the disk, all of which the stream has made local
+    window         seconds from the cut-over until nothing on A was needed any more
+    recoveries     how often the stream was interrupted and taken up again
+    """
+
+    steps: tuple[StepResult, ...]
+    downtime_ms: int
+    migrate_ms: int
+    ram_bytes: int
+    disk_bytes: int
+    window: float
+    recoveries: int
+
+
+class Report:
+    """Is told what happens; this one keeps silent. Every method may be overridden."""
+
+    def step_started(self, step: Step) -> None:
+        """A step begins."""
+
+    def step_done(self, result: StepResult) -> None:
+        """A step is complete."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line happened within a step."""
+
+    def progress(self, progress: Progress) -> None:
+        """The stream has moved on; called about twice a second."""
+
+    def finished(self, outcome: Outcome) -> None:
+        """The migration is complete."""
