@@ -1,0 +1,91 @@
+"""Our image locks and QEMU's keep each other out exactly as two QEMUs would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
+from nbdserve.errors import ImageError
+from tests.support.processes import dying_with_parent
+
+NOTHING = Permission.NONE
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qed"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qed", path, "1M"], timeout=20, check=True)
+    return path
+
+
+@contextmanager
+def qemu_io(image: Path, *options: str) -> Iterator[None]:
+    """Keep the image open in a real qemu-io; its answer to a first command shows that it has its locks."""
+    argv = [*dying_with_parent(signal.SIGKILL), "qemu-io", "-f", "qed", *options, str(image)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(b"length\n")
+            process.stdin.flush()
+            assert b"1 MiB" in process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+
+
+def qemu_io_opens(image: Path, *options: str) -> bool:
+    argv = ["qemu-io", "-f", "qed", *options, "-c", "length", str(image)]
+    return subprocess.run(argv, capture_output=True, timeout=20, check=False).returncode == 0
+
+
+@contextmanager
+def held(image: Path, used: Permission, unshared: Permission) -> Iterator[None]:
+    fd = os.open(image, os.O_RDWR)
+    try:
+        ImageLocks(fd, str(image)).hold(used, unshared)
+        yield
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("used", "unshared", "reads", "writes"),
+    [
+        (WRITER, EXCLUSIVE, False, False),
+        (READER, EXCLUSIVE, True, False),
+        (NOTHING, EXCLUSIVE, True, False),
+        (READER, NOTHING, True, True),
+    ],
+)
+def test_qemu_respects_our_locks(
+    image: Path, used: Permission, unshared: Permission, reads: bool, writes: bool
+) -> None:
+    with held(image, used, unshared):
+        assert qemu_io_opens(image, "-r") is reads
+        assert qemu_io_opens(image) is writes
+    assert qemu_io_opens(image)
+
+
+def test_we_respect_the_locks_of_a_qemu_that_writes(image: Path) -> None:
+    with qemu_io(image), held(image, READER, NOTHING):
+        for used in (WRITER, READER, NOTHING):
+            with pytest.raises(ImageError, match="in use"), held(image, used, EXCLUSIVE):
+                pytest.fail("locked an image that a QEMU writes to")
+
+
+def test_we_respect_the_locks_of_a_qemu_that_reads(image: Path) -> None:
+    with (
+        qemu_io(image, "-r"),
+        held(image, READER, EXCLUSIVE),
+        pytest.raises(ImageError, match="in use"),
+        held(image, WRITER, EXCLUSIVE),
+    ):
+        pytest.fail("locked an image for writing that a QEMU reads")
