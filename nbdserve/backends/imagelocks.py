@@ -10,9 +10,9 @@ A process first takes its locks and then looks whether anyone else holds the opp
 that come at once at least one is refused. Nothing is ever written to these bytes. The kernel drops the locks
 when the last descriptor of the open file is closed, also when the process is killed.
 
-From QEMU's block/file-posix.c (bits of BlockPermission). Measured on 7.2: with a format that has metadata (qed,
-qcow2) a writer uses READ, WRITE and RESIZE, a reader READ, and both unshare WRITE and RESIZE; with raw, qemu-io
-unshares nothing, qemu-nbd RESIZE, a guest's disk WRITE too. ``--force-share`` uses READ and unshares nothing.
+From QEMU's block/file-posix.c (bits of BlockPermission). Measured on 7.2: with a format that has metadata
+(qed, qcow2) a writer uses READ, WRITE and RESIZE, a reader READ, and both unshare WRITE and RESIZE; with raw,
+qemu-io unshares nothing, qemu-nbd RESIZE. ``--force-share`` uses READ and unshares nothing.
 """
 
 from __future__ import annotations
