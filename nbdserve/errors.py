@@ -3,6 +3,7 @@
     OperatorError            shown to the operator without a traceback; exit code 1
     ├── UsageError           the command line or a configuration file is wrong; exit code 2
     ├── ProtocolError        a peer broke the NBD protocol; its connection cannot go on
+    ├── ConnectionLostError  a client went away in the middle of something
     ├── ConnectError         a server, socket or monitor could not be reached
     ├── ImageError           a disk image is malformed, unsafe or of an unknown kind
     └── MigrationError       a step of the migration failed
@@ -26,6 +27,10 @@ class UsageError(OperatorError):
 
 class ProtocolError(OperatorError):
     """A peer broke the NBD protocol in a way after which its byte stream means nothing."""
+
+
+class ConnectionLostError(OperatorError):
+    """A client went away, or fell silent, in the middle of something."""
 
 
 class ConnectError(OperatorError):

@@ -1,0 +1,78 @@
+"""The Backend interface: what an export is made of, whether a file, another server or an overlay.
+
+All offsets and lengths are in bytes and lie inside the backend: the connection has checked them. Every method
+may be called from several threads at once. Failures are ``OSError`` with an errno.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nbdserve.protocol.extents import Extent
+from nbdserve.protocol.offers import BlockSizes
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do besides reading and writing."""
+
+    read_only: bool = False
+    flush: bool = True
+    fua: bool = True
+    trim: bool = True
+    zero: bool = True
+    fast_zero: bool = False
+    cache: bool = False
+    rotational: bool = False
+    multi_conn: bool = False
+    """A flush on one connection covers what was acknowledged on all of them."""
+
+
+class Backend(ABC):
+    """A disk."""
+
+    size: int
+    capabilities: Capabilities
+    block_sizes: BlockSizes
+
+    @abstractmethod
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer from ``offset``; OSError when any byte of it cannot be read."""
+
+    @abstractmethod
+    def write(self, offset: int, data: Buffer, fua: bool) -> None:
+        """Write all of ``data``; with ``fua`` return only when it is durable."""
+
+    @abstractmethod
+    def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
+        """Make the range read as zeroes; ``may_trim`` allows holes.
+
+        ``fast`` raises OSError(ENOTSUP) before touching anything if it would be no faster than writing.
+        """
+
+    @abstractmethod
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Give the range back; what it reads as afterwards is undefined."""
+
+    @abstractmethod
+    def cache(self, offset: int, length: int) -> None:
+        """Bring the range closer, if that means anything here."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Make everything acknowledged before this call durable."""
+
+    @abstractmethod
+    def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
+        """Yield the runs from ``offset`` on with their status in a meta context.
+
+        They cover at least the first byte and may end before, but not after, the end of the disk.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything. The backend is not used afterwards."""

@@ -1,0 +1,169 @@
+"""Raw files and block devices, served straight from the page cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdserve.backends.base import Backend, Buffer, Capabilities
+from nbdserve.backends.fallocate import Mode, fallocate
+from nbdserve.errors import ImageError, UsageError
+from nbdserve.protocol.constants import ExtentFlags
+from nbdserve.protocol.extents import Extent
+from nbdserve.protocol.offers import BlockSizes
+
+HOLE = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
+DATA = int(ExtentFlags.DATA)
+_ZEROES = bytes(1 << 20)
+# EINVAL: a block device refuses ranges that its sectors do not divide.
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a file that is served: from ``offset`` on, ``size`` bytes or up to the end."""
+
+    offset: int = 0
+    size: int | None = None
+
+
+class FileBackend(Backend):
+    """A raw image in a file or on a block device.
+
+    ``discard=False`` turns trims into nothing, as ``qemu-nbd --discard=ignore`` does.
+    Raises ImageError when the file is of no kind that can be served, OSError when it cannot be opened.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool, part: Slice = Slice(), discard: bool = True) -> None:
+        self.path = path
+        self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        try:
+            self._base = part.offset
+            self.size = _size_of(self._fd, path, part)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._discard = discard
+        self.block_sizes = BlockSizes()
+        self.capabilities = Capabilities(read_only=read_only, cache=True, fast_zero=True, multi_conn=True)
+
+    def fileno(self) -> int:
+        """The descriptor, for image locks."""
+        return self._fd
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer; a file that has shrunk is EIO, never zeroes."""
+        count = os.preadv(self._fd, (buffer,), self._base + offset)
+        while count < len(buffer):
+            more = os.preadv(self._fd, (buffer[count:],), self._base + offset + count)
+            if not more:
+                raise OSError(errno.EIO, f"{self.path} ends before offset {self._base + offset + count}")
+            count += more
+
+    def write(self, offset: int, data: Buffer, fua: bool) -> None:
+        """Write all of ``data``."""
+        position = self._base + offset
+        flags = os.RWF_DSYNC if fua else 0
+        count = os.pwritev(self._fd, (data,), position, flags)
+        while count < len(data):
+            count += os.pwritev(self._fd, (memoryview(data)[count:],), position + count, flags)
+
+    def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
+        """Zero by fallocate where the file system can, by writing where it cannot."""
+        if length and not self._zero_by_fallocate(offset, length, may_trim):
+            if fast:
+                raise OSError(errno.ENOTSUP, "no fast way to zero here")
+            self._zero_by_writing(offset, length)
+        if fua:
+            self.flush()
+
+    def _zero_by_fallocate(self, offset: int, length: int, may_trim: bool) -> bool:
+        modes = [Mode.ZERO_RANGE | Mode.KEEP_SIZE]
+        if may_trim and self._discard:
+            modes.insert(0, Mode.PUNCH_HOLE | Mode.KEEP_SIZE)
+        for mode in modes:
+            try:
+                fallocate(self._fd, mode, self._base + offset, length)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            else:
+                return True
+        return False
+
+    def _zero_by_writing(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            piece = memoryview(_ZEROES)[: min(len(_ZEROES), end - offset)]
+            self.write(offset, piece, fua=False)
+            offset += len(piece)
+
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Punch a hole; a file system that cannot keeps the data, which a trim allows."""
+        if length and self._discard:
+            try:
+                fallocate(self._fd, Mode.PUNCH_HOLE | Mode.KEEP_SIZE, self._base + offset, length)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+        if fua:
+            self.flush()
+
+    def cache(self, offset: int, length: int) -> None:
+        """Ask the kernel to read ahead."""
+        os.posix_fadvise(self._fd, self._base + offset, length, os.POSIX_FADV_WILLNEED)
+
+    def flush(self) -> None:
+        """Flush data, and the metadata that is needed to read it back."""
+        os.fdatasync(self._fd)
+
+    def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
+        """Tell data from holes by SEEK_DATA and SEEK_HOLE; without them all is data."""
+        position, end = self._base + offset, self._base + offset + length
+        while position < end:
+            data = self._seek(position, os.SEEK_DATA, default=position)
+            if data is None or data >= end:
+                yield Extent(end - position, HOLE)
+                return
+            if data > position:
+                yield Extent(data - position, HOLE)
+            hole = self._seek(data, os.SEEK_HOLE, default=end)
+            position = end if hole is None else min(hole, end)
+            yield Extent(position - data, DATA)
+
+    def _seek(self, position: int, whence: int, default: int) -> int | None:
+        """Where the next data or hole starts; None past the last, ``default`` where the file cannot tell."""
+        try:
+            return os.lseek(self._fd, position, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            if error.errno in _UNSUPPORTED:
+                return default
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def _size_of(descriptor: int, path: Path, part: Slice) -> int:
+    """How many bytes of the opened file are served."""
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise ImageError(f"{path}: not a regular file or block device, name one of those")
+    whole = os.lseek(descriptor, 0, os.SEEK_END)
+    if part.offset > whole:
+        raise UsageError(
+            f"{path}: offset {part.offset} is past the end at {whole} bytes, choose a smaller one"
+        )
+    rest = whole - part.offset
+    if part.size is not None and part.size > rest:
+        raise UsageError(
+            f"{path}: {part.size} bytes from {part.offset} on end past {whole}, choose a smaller size"
+        )
+    return rest if part.size is None else part.size

@@ -1,0 +1,48 @@
+"""What an image looks like from its first bytes, where no format was given.
+
+A raw image whose guest wrote the header of another format into it must never be opened as that format: the
+header could name any file of the host as its backing. So a likeness is refused, not followed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nbdserve.errors import ImageError
+
+_SIGNATURES = (
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"Bochs Virtual HD Image", "bochs"),
+    (0x40, b"\x7f\x10\xda\xbe", "vdi"),
+)
+"""Offset in bytes, magic bytes, and QEMU's name of the format."""
+
+_PROBED = 512
+
+
+def looks_like(first: bytes) -> str | None:
+    """Name the format whose magic bytes an image starts with, None for raw."""
+    for offset, magic, name in _SIGNATURES:
+        if first[offset : offset + len(magic)] == magic:
+            return name
+    return None
+
+
+def require_raw(path: Path, start: int = 0) -> None:
+    """Raise ImageError if the image, which starts at this offset in bytes, looks like a format of its own."""
+    with path.open("rb", buffering=0) as image:
+        image.seek(start)
+        found = looks_like(image.read(_PROBED) or b"")
+    if found is not None:
+        raise ImageError(
+            f"{path}: looks like a {found} image; to serve its bytes as they are, say so with -f raw"
+        )

@@ -1,0 +1,74 @@
+"""Going to the background with python-daemon, and the pid file that says that the server is ready."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import daemon
+
+from nbdserve.errors import OperatorError
+
+
+class Background:
+    """The daemon's side of ``--fork``. ``ready`` lets the command that the operator typed return."""
+
+    def __init__(self, announce: int) -> None:
+        self._announce = announce
+
+    def ready(self) -> None:
+        """Make the waiting command exit with 0, and let go of its standard error."""
+        os.write(self._announce, b"!")
+        os.close(self._announce)
+        # Whoever reads the command's output must see its end.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stderr.fileno())
+        os.close(null)
+
+
+def detach(keep: list[int]) -> Background:
+    """Return in a daemon process; the calling process waits until the daemon is ready, and exits.
+
+    ``keep`` are the descriptors that stay open, besides standard error, which the daemon gives up when it is
+    ready. Call it before any thread is started.
+    """
+    answer, announce = os.pipe()
+    if os.fork():
+        os.close(announce)
+        started = os.read(answer, 1) == b"!"
+        # No clean-up here: what this process opened belongs to the daemon now.
+        os._exit(0 if started else 1)
+    os.close(answer)
+    daemon.DaemonContext(
+        files_preserve=[announce, *keep],
+        stderr=sys.stderr,
+        umask=0o022,
+        working_directory=os.getcwd(),
+        detach_process=True,
+        signal_map={},
+    ).open()
+    return Background(announce)
+
+
+@contextlib.contextmanager
+def pid_file(path: Path | None) -> Iterator[None]:
+    """Hold a file with this process's id; it appears whole, and goes at the end if it is still ours."""
+    if path is None:
+        yield
+        return
+    text = f"{os.getpid()}\n"
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(text)
+        fresh.rename(path)
+    except OSError as error:
+        raise OperatorError(f"{path}: cannot write the pid file: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if path.read_text() == text:
+                path.unlink()

@@ -1,0 +1,54 @@
+"""What a server offers to a client, and what both agree on: the values that option haggling works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nbdserve.protocol.constants import TransmissionFlags
+
+BASE_ALLOCATION = "base:allocation"
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Block size constraints of an export, in bytes (proto.md, "Block size constraints").
+
+    ``minimum`` and ``preferred`` are powers of two; ``maximum`` is the longest payload of one request.
+    """
+
+    minimum: int = 1
+    preferred: int = 4096
+    maximum: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One export as the client is told of it."""
+
+    name: str
+    size: int
+    flags: TransmissionFlags
+    description: str = ""
+    block_sizes: BlockSizes = field(default_factory=BlockSizes)
+    contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+
+
+class Catalog(Protocol):
+    """Where option haggling finds the exports."""
+
+    def names(self) -> list[str]:
+        """The names to list, in order."""
+
+    def offer(self, name: str) -> Offer | None:
+        """The export of this name (the empty name means the default export), or None."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What both sides agreed on when they enter the transmission phase."""
+
+    offer: Offer
+    structured: bool = False
+    contexts: tuple[tuple[int, str], ...] = ()
+    """The meta contexts that block status reports: pairs of id and name."""
