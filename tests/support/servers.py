@@ -69,6 +69,7 @@ class Server:
 
     process: Process
     address: Address
+    pid: int
 
     @property
     def log(self) -> Path:
@@ -100,7 +101,7 @@ def _served(
     command = [argv[0], pid_option, pid_file, *argv[1:]]
     with Process(command, fresh_path(directory, program, ".log"), env=environment) as process:
         process.wait_for_pid_file(pid_file)
-        yield Server(process, address)
+        yield Server(process, address, int(pid_file.read_text()))
 
 
 @contextmanager
@@ -163,7 +164,7 @@ def nbd_server(
     with Process(["sh", "-c", guard, "sh", config, pid_file], log, death_signal=signal.SIGTERM) as process:
         try:
             process.wait_for_pid_file(pid_file)
-            yield Server(process, address)
+            yield Server(process, address, int(pid_file.read_text()))
         finally:
             process.terminate()
 

@@ -1,0 +1,82 @@
+"""``python -m tests.bench``: measure, print the tables, and write them where ``--output`` says."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from tests.bench.contenders import CONTENDERS, OURS
+from tests.bench.machine import LoadOfOthers, describe_machine
+from tests.bench.measure import Result, measure
+from tests.bench.rows import ROWS
+from tests.bench.table import document, section
+from tests.support.disks import MIB
+
+MEMORY = Path("/dev/shm")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: one short round on a small image")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each server is measured per row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long each measurement lasts")
+    parser.add_argument("--size", type=int, default=512, help="the image's size in MiB")
+    parser.add_argument("--directory", type=Path, help="where the image lies (default: in memory)")
+    parser.add_argument("--row", default="", help="only rows whose name contains this")
+    parser.add_argument("--server", default="", help="only compare with servers whose name contains this")
+    parser.add_argument("--output", type=Path, help="write the page to this file as well")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.rounds, chosen.seconds, chosen.size = 1, 0.1, 16
+    return chosen
+
+
+def image_directory(size: int, wanted: Path | None) -> Path | None:
+    """Where to put the image: as asked for, else in memory if it fits, else where temporary files go."""
+    if wanted is not None or not MEMORY.is_dir() or shutil.disk_usage(MEMORY).free < 2 * size:
+        return wanted
+    return MEMORY
+
+
+def main() -> None:
+    """Run the benchmark."""
+    chosen = arguments()
+    rows = [row for row in ROWS if chosen.row in row.name]
+    contenders = [OURS, *(other for other in CONTENDERS if other is not OURS and chosen.server in other.name)]
+    size = chosen.size * MIB
+    with tempfile.TemporaryDirectory(dir=image_directory(size, chosen.directory)) as scratch:
+        image = Path(scratch) / "disk.img"
+        write_image(image, chosen.size)
+        machine = describe_machine(image)
+        load, results = LoadOfOthers(), list[list[Result]]()
+        for row in rows:
+            results.append(measure(row, contenders, image, Path(scratch), chosen.rounds, chosen.seconds))
+            print(section(results[-1]), flush=True)
+        page = document(results, contenders, machine, conditions(chosen, results, load))
+    if chosen.output:
+        chosen.output.write_text(page)
+
+
+def write_image(path: Path, mebibytes: int) -> None:
+    """Write random data, which then lies in the page cache."""
+    with path.open("wb") as image:
+        for _ in range(mebibytes):
+            image.write(os.urandom(MIB))
+
+
+def conditions(chosen: argparse.Namespace, results: list[list[Result]], load: LoadOfOthers) -> str:
+    """How often and how long was measured, and how busy the machine was with something else."""
+    samples = [sample for row in results for result in row for sample in result.samples]
+    others = load.share(sum(sample.server_seconds + sample.fio_seconds for sample in samples))
+    return (
+        f"measured: {chosen.rounds} rounds of {chosen.seconds:g} s each; other programs, and starting fio, "
+        f"took {others:.0%} of the processors"
+    )
+
+
+if __name__ == "__main__":
+    main()

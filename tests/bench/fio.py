@@ -1,0 +1,53 @@
+"""One run of fio's nbd engine, and what it reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from tests.bench.rows import Row
+from tests.support.processes import check
+
+
+@dataclass(frozen=True)
+class FioRun:
+    """What one run achieved."""
+
+    operations: int
+    bytes: int
+    seconds: float
+    processor: float
+    """The processor time of fio's busiest connection, as a share of one processor."""
+    processor_seconds: float
+    """The processor time of all its connections together."""
+
+
+def run_fio(uri: str, row: Row, seconds: float) -> FioRun:
+    """Run the row's job against an export for so many seconds."""
+    output = check(
+        "fio",
+        "--name=bench",
+        "--ioengine=nbd",
+        f"--uri={uri}",
+        f"--rw={row.access}",
+        f"--bs={row.block}",
+        f"--iodepth={row.depth}",
+        f"--numjobs={row.connections}",
+        "--norandommap",
+        "--time_based",
+        f"--runtime={round(seconds * 1000)}ms",
+        "--output-format=json",
+        seconds=seconds + 60,
+    )
+    # libnbd's warnings may stand before the report.
+    jobs = json.loads(output[output.index("{") :])["jobs"]
+    parts = [job["write" if row.writes else "read"] for job in jobs]
+    busy = [(job["usr_cpu"] + job["sys_cpu"]) / 100 for job in jobs]
+    durations = [job["job_runtime"] / 1000 for job in jobs]
+    return FioRun(
+        operations=sum(part["total_ios"] for part in parts),
+        bytes=sum(part["io_bytes"] for part in parts),
+        seconds=max(durations),
+        processor=max(busy),
+        processor_seconds=sum(share * length for share, length in zip(busy, durations, strict=True)),
+    )

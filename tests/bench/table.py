@@ -1,0 +1,92 @@
+"""Results as markdown: one text for the terminal and for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tests.bench.contenders import Contender
+from tests.bench.measure import Result
+from tests.bench.rows import Row, Unit
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `.venv/bin/python -m tests.bench --output docs/benchmarks.md`; `make bench` prints the same.
+In one run on one machine every server is given the same fio jobs, in interleaved rounds: each server once
+per round, in turn. A figure is the median of the rounds, with the lowest and highest behind it; × is the
+ratio of the medians, nbdserve's to that server's.
+"""
+
+NOTES = """\
+A † marks figures where fio itself had no processor time left: the server may be faster than that.
+Processors are how many of them the server and fio's busiest connection kept busy (medians); the server's
+processor time per operation or per MiB says more than the rate where fio is the limit.
+"""
+
+
+def document(
+    results: Sequence[Sequence[Result]],
+    contenders: Sequence[Contender],
+    machine: Mapping[str, str],
+    conditions: str,
+) -> str:
+    """The whole page: where it ran, who took part, one table per row of the benchmark, and the verdicts."""
+    return "\n".join(
+        [
+            INTRODUCTION,
+            *(f"- {what}: {value}" for what, value in machine.items()),
+            f"- {conditions}",
+            "",
+            _table(
+                ["server", "version", "options"],
+                [[contender.name, contender.version(), contender.remark] for contender in contenders],
+            ),
+            *(section(row_results) for row_results in results),
+            NOTES,
+        ]
+    )
+
+
+def section(results: Sequence[Result]) -> str:
+    """One row of the benchmark: a line for every contender, and whether the targets are met."""
+    row, ours = results[0].row, results[0]
+    cost = "µs/op" if row.unit is Unit.OPERATIONS else "ms/MiB"
+    header = ["server", row.unit.value, "lowest..highest", "×", f"server {cost}", "processors: server", "fio"]
+    lines = [
+        [
+            result.contender.name,
+            f"{result.rate:.{_digits(row)}f}{' †' if result.is_limited_by_fio else ''}",
+            f"{result.lowest:.{_digits(row)}f}..{result.highest:.{_digits(row)}f}",
+            "" if result is ours else f"{ours.rate / result.rate:.2f}",
+            f"{result.median(lambda sample: sample.server_cost):.2f}",
+            f"{result.median(lambda sample: sample.server_processors):.2f}",
+            f"{result.median(lambda sample: sample.fio_processor):.2f}",
+        ]
+        for result in results
+    ]
+    return "\n".join([f"\n## {row.name}\n", _table(header, lines), "", *targets(results)])
+
+
+def targets(results: Sequence[Result]) -> list[str]:
+    """A sentence for each target of the row that was measured."""
+    row, ours = results[0].row, results[0]
+    return [
+        f"Target ≥ {target:g} × {result.contender.name}: "
+        f"{'met' if ours.rate / result.rate >= target else 'MISSED'} ({ours.rate / result.rate:.2f}).\n"
+        for result in results[1:]
+        if (target := row.targets.get(result.contender.name)) is not None
+    ]
+
+
+def _digits(row: Row) -> int:
+    return 1 if row.unit is Unit.OPERATIONS else 0
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose columns also line up in a terminal."""
+    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
+
+    def text(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([text(header), text(["-" * width for width in widths]), *map(text, lines)])
