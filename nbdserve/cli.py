@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nbdserve import command, daemonize, options
 from nbdserve.backends.file import FileBackend, Slice
+from nbdserve.backends.imagelocks import READER, ImageLocks, Permission
 from nbdserve.backends.probe import require_raw
 from nbdserve.exports import Export, Exports
 from nbdserve.listeners import Listener, listen_tcp, listen_unix
@@ -64,7 +65,12 @@ def _open(stack: contextlib.ExitStack, wanted: options.ExportOptions, given: opt
     part = Slice(wanted.offset)
     backend = FileBackend(wanted.path, read_only=wanted.read_only, part=part, discard=given.discard)
     stack.callback(backend.close)
-    # LOCKS
+    # What qemu-nbd holds on a raw image; nobody may cut off what is being served.
+    used = READER if wanted.read_only else READER | Permission.WRITE
+    locks = ImageLocks(backend.fileno(), str(wanted.path))
+    locks.hold(used, Permission.RESIZE)
+    if given.fence:
+        locks.fence()
     return backend
 
 

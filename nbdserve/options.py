@@ -46,6 +46,7 @@ class Options:
 def parse(arguments: Sequence[str]) -> Options:
     """Read the command line; UsageError with one line where it is wrong."""
     given = _parser().parse_args(arguments)
+    exports = _exports(given)
     policy = Policy(
         shared=given.shared,
         max_connections=given.max_connections,
@@ -53,8 +54,10 @@ def parse(arguments: Sequence[str]) -> Options:
         structured_replies=not given.simple_replies,
         limits=Limits(handshake=given.handshake_timeout),
     )
+    if given.fence and not all(export.read_only for export in exports):
+        raise UsageError("--fence keeps writers away from images that are served read-only: add -r")
     return Options(
-        exports=_exports(given),
+        exports=exports,
         listen=_addresses(given),
         policy=policy,
         discard=given.discard in ("unmap", "on"),
