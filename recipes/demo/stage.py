@@ -1,0 +1,158 @@
+"""What the demo acts with: the guest, its disk, two machines on this host, and the plan that joins them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdserve.errors import OperatorError
+from recipes.demo import initramfs, kernel
+from recipes.demo.disk import Original
+from recipes.demo.guest import NODE, Guest
+from recipes.demo.records import cells_on
+from recipes.plan import Destination, Export, Finish, Limits, Log, Plan, Source
+
+SPARE = 256 << 20  # bytes of disk space beside the image and its copy
+INSPECT_LIMIT = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The places of everything.
+
+    directory  for the images, the consoles and the logs
+    sockets    another directory, with a path short enough for Unix sockets
+    original   what is on the disk before the guest runs
+    kernel     the guest's
+    """
+
+    directory: Path
+    sockets: Path
+    original: Original
+    kernel: Path
+
+    @property
+    def cells(self) -> int:
+        """Places for the guest's records."""
+        return cells_on(self.original.size)
+
+    @property
+    def image(self) -> Path:
+        """The disk on A."""
+        return self.directory / "a.raw"
+
+    @property
+    def moved(self) -> Path:
+        """Where A's disk is moved in the end."""
+        return self.directory / "a.raw.moved"
+
+    @property
+    def overlay(self) -> Path:
+        """The disk on B."""
+        return self.directory / "b.qed"
+
+    @property
+    def guest_on_a(self) -> Guest:
+        """The guest in the first machine."""
+        return self._guest("a")
+
+    @property
+    def guest_on_b(self) -> Guest:
+        """The guest in the second machine."""
+        return self._guest("b")
+
+    def _guest(self, host: str) -> Guest:
+        console, control = self.directory / f"{host}.console", self.sockets / f"{host}.control"
+        return Guest(self.kernel, self.directory / "initramfs", console, control)
+
+    def monitor(self, host: str) -> Path:
+        """The QMP socket of host ``a`` or ``b``."""
+        return self.sockets / f"{host}.qmp"
+
+    @property
+    def export_socket(self) -> Path:
+        """Where A's disk is served."""
+        return self.sockets / "nbd"
+
+    @property
+    def source_qemu(self) -> tuple[str, ...]:
+        """The command line of the machine that runs before anything is migrated."""
+        return (
+            *self.guest_on_a.qemu,
+            *("-blockdev", f"driver=raw,node-name={NODE},file.driver=file,file.filename={self.image}"),
+            *("-qmp", f"unix:{self.monitor('a')},server=on,wait=off"),
+        )
+
+    def plan(self, limits: Limits) -> Plan:
+        """The migration of A's guest to B."""
+        return Plan(
+            Source(qmp=str(self.monitor("a")), image=str(self.image), node=NODE),
+            Export(uri=f"nbd+unix:///disk?socket={self.export_socket}"),
+            Destination(
+                qemu=self.guest_on_b.qemu,
+                image=str(self.overlay),
+                qmp=str(self.monitor("b")),
+                migration=f"unix:{self.sockets / 'migration'}",
+                node=NODE,
+            ),
+            limits=limits,
+            finish=Finish(move_aside=str(self.moved)),
+            log=Log(directory=str(self.directory)),
+        )
+
+    def leftovers(self) -> Iterator[str]:
+        """What must be gone after the last step but is not, a phrase each."""
+        if self.image.exists():
+            yield f"the source's image is still at {self.image}"
+        if _is_listened_on(self.export_socket):
+            yield f"the source's server still listens on {self.export_socket}"
+        if _is_listened_on(self.monitor("a")):
+            yield "the source's QEMU still runs"
+        backing = _backing(self.overlay)
+        if backing:
+            yield f"the overlay still has a backing file: {backing}"
+
+
+def prepare(directory: Path, sockets: Path, size: int, cache: Path | None = None) -> Stage:
+    """Fetch the kernel, build the initramfs and make a disk of ``size`` bytes.
+
+    Raises UsageError for a size that does not suit the guest, OperatorError if there is too little space or
+    the kernel cannot be fetched.
+    """
+    cells_on(size)
+    free = shutil.disk_usage(directory).free
+    if free < 2 * size + SPARE:
+        raise OperatorError(
+            f"{directory}: {free >> 20} MiB are free, the demo needs {(2 * size + SPARE) >> 20}; "
+            "set TMPDIR, or choose --keep or --size"
+        )
+    fetched = kernel.fetch(cache)
+    stage = Stage(directory, sockets, Original(size), fetched.image)
+    initramfs.build(stage.guest_on_a.initramfs, fetched)
+    stage.original.write(stage.image)
+    return stage
+
+
+def _is_listened_on(path: Path) -> bool:
+    """Whether something accepts connections on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(INSPECT_LIMIT)
+        try:
+            client.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
+
+
+def _backing(image: Path) -> str:
+    """The image's backing file as qemu-img sees it, or nothing; does not disturb a QEMU that has it open."""
+    argv = ["qemu-img", "info", "--force-share", "--output=json", "-f", "qed", str(image)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=INSPECT_LIMIT)
+    if done.returncode != 0:
+        raise OperatorError(f"{image}: qemu-img cannot read it: {done.stderr.strip()}")
+    return str(json.loads(done.stdout).get("backing-filename", ""))
