@@ -76,6 +76,7 @@ class _Handle(Protocol):
     def is_read_only(self) -> bool: ...
     def can_multi_conn(self) -> bool: ...
     def can_meta_context(self, metacontext: str) -> bool: ...
+    def get_structured_replies_negotiated(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,8 @@ class Export:
     """Several connections see one another's writes (NBD_FLAG_CAN_MULTI_CONN)."""
     has_extents: bool
     """The server answers block status for ``base:allocation``."""
+    structured_replies: bool
+    """The server offers structured replies, and this client took the offer."""
     minimum_block: int
     preferred_block: int
     maximum_block: int
@@ -311,6 +314,7 @@ def _describe(handle: _Handle) -> Export:
         read_only=handle.is_read_only(),
         multi_conn=handle.can_multi_conn(),
         has_extents=handle.can_meta_context(_BASE_ALLOCATION),
+        structured_replies=handle.get_structured_replies_negotiated(),
         minimum_block=handle.get_block_size(nbd.SIZE_MINIMUM),
         preferred_block=handle.get_block_size(nbd.SIZE_PREFERRED),
         maximum_block=handle.get_block_size(nbd.SIZE_MAXIMUM),
