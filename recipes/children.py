@@ -1,53 +1,240 @@
 """The processes that a migration starts, and whose life they share.
 
-Each child has a keeper (recipes/keeper.py) that ends it when this process ends, even by SIGKILL, until it is
-released: then it lives on by itself.
+Each child has a keeper (recipes/keeper.py), which ends it when this process ends, even by SIGKILL, until the
+child is released: then it lives on by itself.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import signal
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Self
+
+from nbdserve.errors import MigrationError
+from recipes.host import Host
+
+KEEPER_START = 15.0
+"""Seconds until a keeper must have said that its process runs, or why it does not."""
+
+KILL = 5.0
+"""Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
 
 class Child:
     """A process that was started through a keeper.
 
-    name  what messages call it
-    pid   its process id, on the host where it runs
+    name      what messages call it
+    host      where it runs
+    pid       its process id there
+    lifeline  our end of the keeper's standard input, and its standard output: whoever holds both shares in
+              the process's life (file descriptors)
     """
 
-    name: str
-    pid: int
+    def __init__(self, name: str, host: Host, pid: int, lifeline: tuple[int, int], keeper_pid: int) -> None:
+        self.name = name
+        self.host = host
+        self.pid = pid
+        self.lifeline = lifeline
+        self.keeper_pid = keeper_pid
+        self.released = False
+        self.status: int | None = None
+        self._tail = ""
+        self._ready = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._pidfd = -1 if host.remote else os.pidfd_open(pid)
 
-    async def wait(self) -> int:
-        """Wait until the process has ended; return its exit status, negative for a signal."""
-        raise NotImplementedError
+    @property
+    def running(self) -> bool:
+        """Whether the process is still there, as far as is known."""
+        return not self._gone.is_set()
+
+    async def ready(self, limit: float) -> None:
+        """Wait until the process has made its file ``ready``.
+
+        Raises MigrationError when it ends first, or is not ready after ``limit`` seconds.
+        """
+        waits = [asyncio.create_task(event.wait()) for event in (self._ready, self._gone)]
+        try:
+            await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waits:
+                each.cancel()
+        if not self.running:
+            raise MigrationError(f"{self.name} {await self.wait()}")
+        if not self._ready.is_set():
+            raise MigrationError(f"{self.name} was not ready within {limit:g} s")
+
+    async def wait(self) -> str:
+        """Wait until the process has ended; return how, in words, with the last line that it wrote."""
+        await self._gone.wait()
+        if self.status is None:
+            return "ended, as its keeper was killed"
+        how = f"was ended by signal {-self.status}" if self.status < 0 else f"ended with code {self.status}"
+        lines = self._tail.strip().splitlines()
+        return f"{how}: {lines[-1].strip()}" if lines else how
+
+    def release(self) -> None:
+        """Let the process live on by itself when we end."""
+        self.released = True
+        self._say("release")
 
     async def stop(self, seconds: float) -> None:
-        """End the process: SIGTERM, and SIGKILL when ``seconds`` have passed."""
-        raise NotImplementedError
+        """End the process: SIGTERM, and SIGKILL when ``seconds`` have passed. Returns when it has ended.
+
+        Raises MigrationError when it is there even then.
+        """
+        if not self._say(f"stop {seconds:g}"):
+            await self._signal(signal.SIGTERM)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._gone.wait(), seconds)
+        if self.running:
+            await self._signal(signal.SIGKILL)
+        try:
+            await asyncio.wait_for(self._gone.wait(), KILL)
+        except TimeoutError as error:
+            raise MigrationError(
+                f"{self.name} (process {self.pid}) cannot be ended, not even killed"
+            ) from error
+
+    async def follow(self, messages: asyncio.StreamReader) -> None:
+        """Read what the keeper says until the process has ended; its own death must leave no orphan."""
+        while line := await messages.readline():
+            message = json.loads(line)
+            if "ready" in message:
+                self._ready.set()
+            if "exited" in message:
+                self.status, self._tail = message["exited"], message["tail"]
+                self._gone.set()
+        if self.running and not self.released:
+            await self._signal(signal.SIGKILL)
+        if self.running and self._pidfd >= 0:
+            await readable(self._pidfd)
+        if self._pidfd >= 0 or not self.released:
+            self._gone.set()
+
+    def close(self) -> None:
+        """Let go of the lifeline: what was not released is ended by its keeper."""
+        for fd in (self.lifeline[0], self._pidfd):
+            if fd >= 0:
+                os.close(fd)
+
+    async def _signal(self, number: signal.Signals) -> None:
+        """Signal the process directly, when its keeper is not there to do it."""
+        if self._pidfd < 0:
+            with suppress(MigrationError):
+                await self.host.run("kill", f"-{number.value}", str(self.pid), limit=KEEPER_START)
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def _say(self, word: str) -> bool:
+        """Give the keeper a word; False when there is no keeper any more."""
+        try:
+            os.write(self.lifeline[0], f"{word}\n".encode())
+        except BrokenPipeError:
+            return False
+        return True
 
 
 class Children:
     """Every process that was started, in order.
 
-    async with Children() as children:      # whatever is started ends with this block, or with this process
-        ...
+    async with Children() as children:      # what is started here ends with this block, or with this process
+        child = await children.start("QEMU on B", host, Path("qemu.log"), ["qemu-system-x86_64", ...])
     """
 
-    async def __aenter__(self) -> Children:
+    def __init__(self) -> None:
+        self._children: list[Child] = []
+        self._followers: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop every child that was not released, the youngest first."""
+        """Stop every child that was not released, the youngest first, and let go of the others."""
+        for child in reversed(self._children):
+            if child.running and not child.released:
+                with suppress(MigrationError):
+                    await child.stop(KILL)
+        for follower in self._followers:
+            follower.cancel()
+        await asyncio.gather(*self._followers, return_exceptions=True)
+        for child in self._children:
+            child.close()
 
-    async def start(self, name: str, argv: Sequence[str], *, log: Path, shell: Sequence[str] = ()) -> Child:
-        """Start a process; raises MigrationError when it cannot be started."""
-        raise NotImplementedError
+    async def start(
+        self, name: str, host: Host, log: Path, argv: Sequence[str], *, ready: Path | None = None
+    ) -> Child:
+        """Start a process on a host, its output appended to ``log`` there.
+
+        ``ready`` is the file that it makes when it is ready, see Child.ready(). Raises MigrationError when it
+        cannot be started.
+        """
+        words_out, words_in = os.pipe()
+        messages_out, messages_in = os.pipe()
+        with tempfile.TemporaryFile() as errors:
+            try:
+                keeper = await asyncio.create_subprocess_exec(
+                    *host.keeper(log, ready, argv),
+                    stdin=words_out,
+                    stdout=messages_in,
+                    stderr=errors,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                os.close(words_in)
+                os.close(messages_out)
+                raise MigrationError(f"{name} on {host.name}: {error.filename}: {error.strerror}") from error
+            finally:
+                os.close(words_out)
+                os.close(messages_in)
+            messages = await stream(messages_out)
+            try:
+                first = await asyncio.wait_for(messages.readline(), KEEPER_START)
+                said: dict[str, Any] = json.loads(first) if first else {"failed": last_line(errors.fileno())}
+                if "failed" in said:
+                    why = said["failed"] or f"{keeper.pid} ended without a word"
+                    raise MigrationError(f"{name} on {host.name} cannot be started: {why}")
+            except BaseException as error:
+                os.close(words_in)
+                if isinstance(error, TimeoutError):
+                    raise MigrationError(f"{name} on {host.name}: no sign of life in time") from error
+                raise
+        child = Child(name, host, said["started"], (words_in, messages_out), keeper.pid)
+        self._children.append(child)
+        self._followers.append(asyncio.create_task(child.follow(messages)))
+        return child
+
+
+async def stream(fd: int) -> asyncio.StreamReader:
+    """A reader for the end of a pipe, which it owns."""
+    reader = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(fd, "rb", 0))
+    return reader
+
+
+async def readable(fd: int) -> None:
+    """Wait until a file descriptor becomes readable; a pidfd does when its process has ended."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(fd, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def last_line(fd: int) -> str:
+    """The last line of an open file."""
+    lines = os.pread(fd, 1 << 16, 0).decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""

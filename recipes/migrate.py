@@ -14,7 +14,7 @@ async def migrate(plan: Plan, report: Report, *, children: Children | None = Non
     themselves after it, as they carry the guest. With ``children`` (the caller's, as in the demo) they end
     with that block in any case.
 
-    Raises UsageError or ConnectError when a check fails before anything was started, and MigrationError, whose
+    Raises UsageError or ConnectError when a check fails before anything was started, MigrationError, whose
     one line says where the guest is and what to do, when a step fails.
     """
     raise NotImplementedError
