@@ -1,0 +1,146 @@
+"""A keeper: the parent of one process, which ends with whoever holds the keeper's standard input.
+
+    python -m recipes.keeper LOG READY COMMAND...         nbd-migrate keep LOG READY COMMAND...
+
+The process writes to the file LOG, and makes the file READY when it is ready (READY may be empty). The
+keeper reads words from its standard input, one a line:
+
+    stop SECONDS    end the process: SIGTERM, and SIGKILL when it is still there after SECONDS
+    release         from now on, end of file on standard input leaves the process alone
+
+and writes JSON objects to its standard output, one a line: ``{"started": PID}`` or ``{"failed": MESSAGE}``,
+``{"ready": true}``, and at the end ``{"exited": STATUS, "tail": TEXT}`` (a negative status is a signal) with
+the end of the log.
+
+End of file without ``release`` ends the process, so a holder that is killed leaves no orphan; over ssh too,
+as a lost connection is an end of file. The kernel's parent-death signal would do the same for the keeper's
+own death, but it cannot be taken back, and a released process carries a guest. So it is the holder's duty to
+end the process when its keeper dies before the release (recipes/children.py does).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+GRACE = 5.0
+"""Seconds from SIGTERM to SIGKILL when the holder is gone."""
+
+TAIL = 2000
+"""Bytes of the log that are reported when the process ends."""
+
+LOOK = 0.02
+"""Seconds between two looks whether the process is ready."""
+
+
+class Keeper:
+    """One process and the standard input that keeps it alive."""
+
+    def __init__(self, log: Path, ready: Path | None, command: list[str]) -> None:
+        self._log = log
+        self._ready = ready
+        self._released = False
+        self._deadline: float | None = None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if ready:
+            ready.unlink(missing_ok=True)
+        with log.open("ab", buffering=0) as output:
+            self._log_start = output.tell()
+            # A session of its own: a Ctrl-C in the holder's terminal must not reach a guest.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def run(self) -> None:
+        """Serve until the process has ended, or until it is released and the holder has gone."""
+        tell({"started": self._process.pid})
+        pidfd = os.pidfd_open(self._process.pid)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(0, select.POLLIN)
+        pending = b""
+        while True:
+            ready = [fd for fd, _ in poll.poll(self._milliseconds_left())]
+            self._look()
+            if pidfd in ready:
+                tell({"exited": self._process.wait(), "tail": self._tail()})
+                return
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self._signal(signal.SIGKILL)
+                self._deadline = None
+            if 0 in ready:
+                data = os.read(0, 4096)
+                *words, pending = (pending + data).split(b"\n")
+                for word in words:
+                    self._obey(word.decode(errors="replace"))
+                if not data:
+                    poll.unregister(0)
+                    if self._released:
+                        return
+                    self._stop(GRACE)
+
+    def _obey(self, word: str) -> None:
+        verb, _, argument = word.partition(" ")
+        if verb == "release":
+            self._released = True
+        elif verb == "stop":
+            self._stop(float(argument))
+
+    def _stop(self, seconds: float) -> None:
+        self._signal(signal.SIGTERM)
+        self._deadline = time.monotonic() + seconds
+
+    def _signal(self, number: signal.Signals) -> None:
+        # The whole session, so that a server's own children end with it. It exists: nobody else can reap it.
+        os.killpg(self._process.pid, number)
+
+    def _look(self) -> None:
+        if self._ready and self._ready.exists():
+            self._ready = None
+            tell({"ready": True})
+
+    def _milliseconds_left(self) -> float | None:
+        waits = [LOOK] if self._ready else []
+        if self._deadline is not None:
+            waits.append(max(0.0, self._deadline - time.monotonic()))
+        return min(waits) * 1000 if waits else None
+
+    def _tail(self) -> str:
+        with self._log.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - TAIL))
+            return log.read().decode(errors="replace")
+
+
+def tell(message: dict[str, object]) -> None:
+    """Write one message for the holder, who may be gone."""
+    try:
+        os.write(1, json.dumps(message).encode() + b"\n")
+    except BrokenPipeError:
+        pass
+
+
+def main(arguments: list[str]) -> int:
+    """Run the keeper; return 0, or 1 when the command could not be started."""
+    log, ready, *command = arguments
+    # Only standard input ends a keeper, not the terminal or the end of an ssh session. These are handlers, as
+    # a process would inherit SIG_IGN.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    try:
+        keeper = Keeper(Path(log), Path(ready) if ready else None, command)
+    except OSError as error:
+        tell({"failed": f"{error.filename or command[0]}: {error.strerror}"})
+        return 1
+    keeper.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""One QEMU as its monitor shows it. Every wait has a time limit and ends when that QEMU does.
+
+What qemu.qmp leaves to its user is done here: a listener is registered before the command whose event it
+waits for, a wait for an event is raced against the loss of the connection (listeners go silent then), and
+each command has a limit of its own, as a monitor can be blocked for the rest of a reconnect-delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from qemu.qmp import (
+    EventListener,
+    ExecInterruptedError,
+    ExecuteError,
+    QMPClient,
+    QMPError,
+    Runstate,
+    StateError,
+)
+
+from nbdserve.errors import ConnectError, MigrationError
+
+T = TypeVar("T")
+
+
+class VmGoneError(MigrationError):
+    """A QEMU has ended, or its monitor hung up."""
+
+
+class VmSilentError(MigrationError):
+    """A QEMU did not answer, or what was waited for did not happen, within the limit."""
+
+
+class CommandError(MigrationError):
+    """A QEMU refused a command; ``reason`` is what it said."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Vm:
+    """A connection to a QEMU's monitor, made by connect()."""
+
+    def __init__(self, name: str, client: QMPClient, limit: float) -> None:
+        self.name = name
+        self._client = client
+        self._limit = limit
+        self._lost = asyncio.create_task(lost(client))
+
+    async def execute(self, command: str, *, limit: float | None = None, **arguments: object) -> Any:
+        """Execute a QMP command and return its value; ``_`` in a keyword stands for ``-``.
+
+        Waits ``limit`` seconds, or else the limit given to connect(). Raises CommandError when QEMU refuses,
+        VmGoneError when it ends, VmSilentError when it does not answer.
+        """
+        given: Mapping[str, object] = {key.replace("_", "-"): value for key, value in arguments.items()}
+        seconds = self._limit if limit is None else limit
+        try:
+            return await asyncio.wait_for(self._client.execute(command, given), seconds)
+        except ExecuteError as error:
+            reason = error.error.error.desc
+            raise CommandError(f"{self.name} refused {command}: {reason}", reason) from error
+        except (ExecInterruptedError, StateError) as error:
+            raise VmGoneError(f"{self.name} has ended") from error
+        except TimeoutError as error:
+            raise VmSilentError(f"{self.name} did not answer {command} within {seconds:g} s") from error
+
+    @contextmanager
+    def events(self, *names: str) -> Iterator[EventListener]:
+        """Listen for events of these names. Do so before the command that causes them."""
+        with self._client.listener(names) as listener:
+            yield listener
+
+    async def next_event(self, listener: EventListener, limit: float, what: str) -> dict[str, Any]:
+        """Wait for the next event: its name as ``event``, and its data.
+
+        Raises VmGoneError, or VmSilentError with ``what`` did not happen.
+        """
+        event = await self.unless_gone(listener.get(), limit, what)
+        return {"event": event["event"], **dict(event.get("data") or {})}  # type: ignore[call-overload]
+
+    async def unless_gone(self, work: Awaitable[T], limit: float, what: str) -> T:
+        """Wait for something for at most ``limit`` seconds, and only as long as this QEMU is there."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._lost}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if self._lost.done():
+                raise VmGoneError(f"{self.name} has ended")
+            raise VmSilentError(f"{self.name}: {what} did not happen within {limit:g} s")
+        finally:
+            task.cancel()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the monitor is still there."""
+        return not self._lost.done()
+
+    async def gone(self) -> None:
+        """Wait until the monitor has hung up, which it does when its QEMU ends."""
+        await asyncio.shield(self._lost)
+
+    async def disconnect(self) -> None:
+        """Leave the monitor to others. Never fails."""
+        self._lost.cancel()
+        # What went wrong on a connection that is being left was told when it happened.
+        with suppress(QMPError, EOFError, OSError, asyncio.CancelledError):
+            await asyncio.wait_for(self._client.disconnect(), self._limit)
+
+
+async def connect(name: str, address: str, *, limit: float, command_limit: float) -> Vm:
+    """Connect to the monitor at ``address``: a socket's path, or HOST:PORT.
+
+    Raises ConnectError, one line, when nobody answers there within ``limit`` seconds. ``command_limit`` is
+    the limit of each command, in seconds.
+    """
+    client = QMPClient(name)
+    target = address if address.startswith("/") else host_and_port(address)
+    try:
+        await asyncio.wait_for(client.connect(target), limit)
+    except TimeoutError as error:
+        raise ConnectError(
+            f"{name}: its monitor at {address} accepts but does not answer within {limit:g} s; "
+            "is another client connected to it?"
+        ) from error
+    except QMPError as error:
+        cause = getattr(error, "exc", error)
+        why = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        raise ConnectError(f"{name}: no monitor at {address}: {why}") from error
+    return Vm(name, client, command_limit)
+
+
+async def lost(client: QMPClient) -> None:
+    """Wait until a client is no longer connected."""
+    while client.runstate == Runstate.RUNNING:
+        await client.runstate_changed()
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Take ``HOST:PORT`` apart; an IPv6 host may stand in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
