@@ -108,11 +108,15 @@ def _served(
 def nbdserve(
     *arguments: Argument, directory: Path, at: Address | None = None, env: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """Our server; on a Unix socket in the directory unless another address is given."""
+    """Our server; on a Unix socket in the directory unless another address is given.
+
+    Whatever its clients did to it, it must not have written a traceback.
+    """
     address = at or UnixAddress(fresh_path(directory, "nbdserve", ".sock"))
     argv = [NBDSERVE, *_listen(address), *arguments]
     with _served(argv, address, directory, "--pid-file", env or {}) as server:
         yield server
+        assert "Traceback" not in server.process.output(), server.process.output()
 
 
 @contextmanager
