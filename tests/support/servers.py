@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,10 @@ class UnixAddress:
     def connect(self, seconds: float = 10.0) -> socket.socket:
         """A connected socket with a time limit on each of its operations."""
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(seconds)
+        # Without Python's own time limit connect() waits while the listen queue is full.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), 0))
         connection.connect(str(self.path))
+        connection.settimeout(seconds)
         return connection
 
 
