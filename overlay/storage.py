@@ -1,0 +1,159 @@
+"""What lies under an image: a file with random access, or a simulated disk in its place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Protocol
+
+from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
+from nbdserve.errors import ImageError
+
+
+class Storage(Protocol):
+    """A growing sequence of bytes. Offsets and lengths are in bytes; every failure is an OSError.
+
+    What was written is sure to survive a power cut only after the next ``sync`` has returned. If a sync fails
+    nobody knows what the disk holds, so from then on every change and every sync fails.
+    """
+
+    def size(self) -> int:
+        """The length of the file."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes, fewer only where the file ends."""
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of the data; beyond the end the file grows."""
+
+    def truncate(self, size: int) -> None:
+        """Cut the file off, or let it grow by bytes that read as zeros and occupy nothing."""
+
+    def sync(self) -> None:
+        """Return when everything written before is durable (fdatasync)."""
+
+    def close(self) -> None:
+        """Free the file; without ``sync`` nothing becomes durable by that."""
+
+
+class FileStorage:
+    """A regular file, with QEMU's image locks held on it for as long as it is open."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        """Take over an open descriptor; most callers want :func:`open_file`."""
+        self.path = path
+        self._fd = fd
+        self._sync_failed = False
+
+    def size(self) -> int:
+        """The length of the file in bytes."""
+        return os.fstat(self._fd).st_size
+
+    def allocated(self) -> int:
+        """The bytes that the file occupies in its file system."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes, fewer only where the file ends."""
+        data = os.pread(self._fd, length, offset)
+        if not data or len(data) == length:
+            return data
+        parts = [data]
+        while data:  # a signal, or the 2 GiB that Linux moves at once, may have cut the call short
+            offset, length = offset + len(data), length - len(data)
+            data = os.pread(self._fd, length, offset)
+            parts.append(data)
+        return b"".join(parts)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of the data; OSError, with part of it written, if the disk is full or fails."""
+        self._refuse_after_failed_sync()
+        written = os.pwrite(self._fd, data, offset)
+        while written < len(data):
+            written += os.pwrite(self._fd, memoryview(data)[written:], offset + written)
+
+    def truncate(self, size: int) -> None:
+        """Set the length of the file."""
+        self._refuse_after_failed_sync()
+        os.ftruncate(self._fd, size)
+
+    def sync(self) -> None:
+        """Return when the file's content, and its length, are durable."""
+        self._refuse_after_failed_sync()
+        try:
+            os.fdatasync(self._fd)
+        except OSError:
+            self._sync_failed = True
+            raise
+
+    def close(self) -> None:
+        """Close the descriptor, which also gives the image locks back."""
+        os.close(self._fd)
+
+    def _refuse_after_failed_sync(self) -> None:
+        """Linux reports a failed write-back once, and then forgets the data: a second sync would lie."""
+        if self._sync_failed:
+            raise OSError(errno.EIO, "writing back to the disk has failed before", str(self.path))
+
+
+def open_file(path: Path, *, writable: bool = False, force_share: bool = False) -> FileStorage:
+    """Open an existing image file under QEMU's image locks.
+
+    ``force_share`` reads an image that a QEMU may be writing to; what is read then need not be consistent.
+    Raises ImageError if the file is missing, not a regular file or in use.
+    """
+    fd = _open(path, os.O_RDWR if writable else os.O_RDONLY)
+    return _locked(fd, path, WRITER if writable else READER, Permission.NONE if force_share else EXCLUSIVE)
+
+
+def create_file(path: Path, *, replace: bool = False) -> FileStorage:
+    """Make a new, empty image file, or empty an existing one that nobody uses (``replace``).
+
+    Raises ImageError if the file exists and is not to be replaced, is in use, or cannot be made.
+    """
+    fd = _open(path, os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL))
+    try:
+        storage = _locked(fd, path, WRITER, EXCLUSIVE)
+    except BaseException:
+        if not replace:
+            path.unlink()
+        raise
+    storage.truncate(0)
+    return storage
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names of the files in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        # Non-blocking, so that a FIFO is refused below instead of waited for here.
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+    except OSError as error:
+        advice = {
+            errno.ENOENT: "no such file or directory; check the path",
+            errno.EEXIST: "the file exists; choose another name, or --force to overwrite it",
+            errno.EISDIR: "a directory, not an image",
+        }
+        reason = advice.get(error.errno or 0, f"cannot be opened: {error.strerror}")
+        raise ImageError(f"{path}: {reason}") from error
+
+
+def _locked(fd: int, path: Path, used: Permission, unshared: Permission) -> FileStorage:
+    """Take the locks, or close the descriptor and say why not."""
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ImageError(f"{path}: not a regular file; an overlay image needs one, as it grows")
+        ImageLocks(fd, str(path)).hold(used, unshared)
+    except BaseException:
+        os.close(fd)
+        raise
+    return FileStorage(fd, path)
