@@ -13,6 +13,7 @@ from nbdserve.exports import Exports
 from nbdserve.protocol.haggling import Haggling, State
 from nbdserve.protocol.offers import Agreement
 from nbdserve.transmission import Transmission
+from nbdserve.workers import Workers
 
 _LOG = logging.getLogger("nbdserve")
 _TIMEVAL = struct.Struct("ll")
@@ -37,12 +38,20 @@ class Connection:
     """A client that has been accepted. ``run`` serves it in the calling thread."""
 
     def __init__(
-        self, sock: socket.socket, peer: str, exports: Exports, limits: Limits, *, structured_replies: bool
+        self,
+        sock: socket.socket,
+        peer: str,
+        exports: Exports,
+        workers: Workers,
+        limits: Limits,
+        *,
+        structured_replies: bool,
     ) -> None:
         self.peer = peer
         self.agreement: Agreement | None = None
         self._sock = sock
         self._exports = exports
+        self._workers = workers
         self._limits = limits
         self._structured_replies = structured_replies
         self._transmission: Transmission | None = None
@@ -83,7 +92,7 @@ class Connection:
         _LOG.debug("%s: serving export %r", self.peer, agreement.offer.name)
         self._prepare_transmission()
         backend = self._exports.backend(agreement.offer)
-        self._transmission = Transmission(self._sock, agreement, backend, haggling.leftover)
+        self._transmission = Transmission(self._sock, agreement, backend, haggling.leftover, self._workers)
         self._transmission.run()
         self._say_goodbye()
         _LOG.debug("%s: disconnected", self.peer)

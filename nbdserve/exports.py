@@ -27,6 +27,7 @@ class Export:
             flags=_transmission_flags(self.backend),
             description=self.description,
             block_sizes=self.backend.block_sizes,
+            contexts=self.backend.contexts,
         )
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 from nbdserve.errors import ConnectionLostError
-from nbdserve.protocol.constants import NbdError
-from nbdserve.protocol.messages import error_reply, simple_reply
-from nbdserve.protocol.offers import Agreement
 
 CAPACITY = 512 << 10
 """The size of the buffer in bytes. Larger ones fall out of the processor's cache and are slower."""
@@ -16,50 +14,54 @@ CAPACITY = 512 << 10
 class Outbox:
     """A buffer of replies. The transmission loop builds the replies to reads in ``view`` itself.
 
-    ``used`` bytes of ``view`` are filled; whoever fills more calls ``reserve`` first. Raises
-    ConnectionLostError when the client is gone, or takes nothing for the socket's send time-out.
+    ``used`` bytes of ``view`` are filled; whoever fills more calls ``reserve`` first. Everything but ``send``
+    belongs to one thread. Raises ConnectionLostError when the client is gone, or takes nothing for the
+    socket's send time-out.
     """
 
-    def __init__(self, sock: socket.socket, agreement: Agreement) -> None:
+    def __init__(
+        self, sock: socket.socket, capacity: int = CAPACITY, lock: threading.Lock | None = None
+    ) -> None:
         self._sock = sock
-        self._agreement = agreement
-        self.buffer = bytearray(CAPACITY)
+        self._lock = lock or threading.Lock()
+        self.capacity = capacity
+        self.buffer = bytearray(capacity)
         self.view = memoryview(self.buffer)
         self.used = 0
 
+    def beside(self, capacity: int) -> Outbox:
+        """Another buffer for the same client, whose replies do not mix with this one's."""
+        return Outbox(self._sock, capacity, self._lock)
+
     def reserve(self, length: int) -> int:
         """Make room for ``length`` bytes, at most the capacity, and return where they start."""
-        if self.used + length > CAPACITY:
+        if self.used + length > self.capacity:
             self.flush()
         return self.used
 
-    def add(self, data: bytes | memoryview) -> None:
+    def add(self, data: bytes | bytearray) -> None:
         """Append bytes of any length."""
         length = len(data)
-        if length > CAPACITY:
+        if length > self.capacity:
             self.flush()
-            self._send(data)
+            self.send(data)
             return
         start = self.reserve(length)
         self.buffer[start : start + length] = data
         self.used = start + length
 
-    def done(self, cookie: int) -> None:
-        """Append the reply to a request that succeeded and returns no data."""
-        self.add(simple_reply(cookie))
-
-    def error(self, cookie: int, error: NbdError, message: str) -> None:
-        """Append the reply to a request that failed."""
-        self.add(error_reply(self._agreement, cookie, error, message))
-
     def flush(self) -> None:
         """Send everything."""
         if self.used:
-            self._send(self.view[: self.used])
+            self.send(self.view[: self.used])
             self.used = 0
 
-    def _send(self, data: bytes | memoryview) -> None:
-        try:
-            self._sock.sendall(data)
-        except OSError as error:
-            raise ConnectionLostError(f"the client takes no replies: {error.strerror or error}") from error
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send whole replies past the buffer. May be called from any thread."""
+        with self._lock:
+            try:
+                self._sock.sendall(data)
+            except OSError as error:
+                raise ConnectionLostError(
+                    f"the client takes no replies: {error.strerror or error}"
+                ) from error

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from nbdserve.connection import Connection, Limits
 from nbdserve.exports import Exports
 from nbdserve.listeners import Listener
+from nbdserve.workers import Workers
 
 _LOG = logging.getLogger("nbdserve")
+WORKERS = 64
+"""The most threads for requests that have to wait, of all clients together."""
 _DRAIN = 10.0
 """Seconds that requests in flight are given when the server stops."""
 _PAUSE = 0.2
@@ -42,6 +45,7 @@ class Server:
         self._exports = exports
         self._listeners = listeners
         self._policy = policy
+        self._workers = Workers(WORKERS)
         self._connections: dict[Connection, threading.Thread] = {}
         self._lock = threading.Lock()
         self._stopping = False
@@ -103,6 +107,7 @@ class Server:
             sock,
             peer,
             self._exports,
+            self._workers,
             self._policy.limits,
             structured_replies=self._policy.structured_replies,
         )
@@ -143,6 +148,7 @@ class Server:
                 _LOG.warning("%s: still busy after %g s, cut off", connection.peer, _DRAIN)
                 connection.cut()
                 thread.join(1.0)
+        self._workers.close()
         if not any(thread.is_alive() for thread in remaining.values()):
             os.close(self._wake_read)
             os.close(self._wake_write)

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable
 
 from nbdserve.backends.base import Backend
+from nbdserve.commands import PIECE, Commands
 from nbdserve.errors import ConnectionLostError, ProtocolError
-from nbdserve.outbox import CAPACITY, Outbox
-from nbdserve.protocol.constants import (
-    REQUEST_MAGIC,
-    SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
-    Command,
-    CommandFlags,
-    ReplyFlags,
-    ReplyType,
-)
-from nbdserve.protocol.extents import descriptors
-from nbdserve.protocol.messages import (
-    DATA_CHUNK,
-    REQUEST,
-    SIMPLE_REPLY,
-    block_status,
-    chunk,
-    refusal,
-    wire_error,
-)
-from nbdserve.protocol.offers import Agreement
+from nbdserve.inbox import Inbox
+from nbdserve.outbox import Outbox
+from nbdserve.protocol.constants import Command, CommandFlags, NbdError
+from nbdserve.protocol.framing import Request, framing_of
+from nbdserve.protocol.offers import Agreement, Mode
+from nbdserve.protocol.requests import choose_contexts, refusal
+from nbdserve.workers import InFlight, Workers
 
-INBOX = 512 << 10
-"""The size of the receive buffer in bytes; the payload of a longer write passes through it in pieces."""
+_LOG = logging.getLogger("nbdserve")
 
-PIECE = 256 << 10
-"""Bytes of a long read that are read and sent at a time: small enough to stay in the processor's cache."""
+MAX_IN_FLIGHT = 64
+"""Requests of one client that may be with the workers at a time."""
 
-_DATA = int(ReplyType.OFFSET_DATA)
-_DONE = int(ReplyFlags.DONE)
-
-MAX_EXTENTS = 8192
-"""The most extents that one block status reply tells of: 64 KiB of descriptors."""
+_SMALL_REPLY = 4096
+"""Room in bytes for the reply to a request that a worker serves, besides the data of a read."""
 
 
 class Transmission:
@@ -49,88 +33,44 @@ class Transmission:
     ``early`` is what the client sent together with its last option.
     """
 
-    def __init__(self, sock: socket.socket, agreement: Agreement, backend: Backend, early: bytes) -> None:
-        self._sock = sock
+    def __init__(
+        self, sock: socket.socket, agreement: Agreement, backend: Backend, early: bytes, workers: Workers
+    ) -> None:
         self._agreement = agreement
         self._backend = backend
-        self._outbox = Outbox(sock, agreement)
-        self._inbox = bytearray(max(INBOX, len(early)))
-        self._view = memoryview(self._inbox)
-        self._inbox[: len(early)] = early
-        self._start = 0
-        self._end = len(early)
+        self._framing = framing_of(agreement)
+        self._commands = Commands(agreement, self._framing, backend)
+        self._inbox = Inbox(sock, early)
+        self._outbox = Outbox(sock)
+        self._workers = workers
+        self._in_flight = InFlight(MAX_IN_FLIGHT)
         self._finish_by: float | None = None
-        self._handlers: dict[int, Callable[[int, int, int, int], None]] = {
-            Command.READ: self._read,
-            Command.FLUSH: self._flush,
-            Command.TRIM: self._trim,
-            Command.CACHE: self._cache,
-            Command.WRITE_ZEROES: self._write_zeroes,
-            Command.BLOCK_STATUS: self._block_status,
-        }
 
     def finish_by(self, deadline: float) -> None:
         """Take no more after ``time.monotonic()`` has reached the deadline. May be called from any thread."""
         self._finish_by = deadline
 
     def run(self) -> None:
-        """Serve until DISC or the end of the stream.
+        """Serve until DISC or the end of the stream, and until every request is answered.
 
         ProtocolError when the client sends what cannot be understood; ConnectionLostError when it goes away
         in the middle of a request or of a reply.
         """
-        while self._answer_received():
+        try:
+            while self._answer_received():
+                self._outbox.flush()
+                if self._finish_by is not None and time.monotonic() >= self._finish_by:
+                    break
+                if not self._inbox.receive():
+                    break
             self._outbox.flush()
-            if not self._receive():
-                return
-        self._outbox.flush()
-
-    def _receive(self) -> bool:
-        """Wait for more, for ever if the client owes nothing; False at the end of the stream."""
-        self._compact()
-        if self._finish_by is not None and time.monotonic() >= self._finish_by:
-            return False
-        while True:
-            try:
-                count = self._sock.recv_into(self._view[self._end :])
-            except BlockingIOError as error:
-                if self._end:
-                    raise ConnectionLostError("the client sent half a request and fell silent") from error
-                continue
-            except OSError as error:
-                raise ConnectionLostError(f"the client is gone: {error.strerror or error}") from error
-            if not count and self._end:
-                raise ConnectionLostError("the client went away in the middle of a request")
-            self._end += count
-            return count > 0
-
-    def _compact(self) -> None:
-        """Move what is left to the front of the inbox."""
-        left = self._end - self._start
-        if self._start:
-            self._inbox[:left] = self._inbox[self._start : self._end]
-            self._start, self._end = 0, left
-
-    def _payload(self, length: int) -> memoryview:
-        """Receive and consume the next ``length`` bytes, at most PIECE; valid until the next call."""
-        if self._start + length > INBOX:
-            self._compact()
-        if self._end - self._start < length:
-            # What was answered already shall not wait for a payload that takes its time.
+        except ProtocolError:
+            # What came before the nonsense was in order, and is answered.
             self._outbox.flush()
-        while self._end - self._start < length:
-            try:
-                stop = self._start + length
-                count = self._sock.recv_into(self._view[self._end : stop], 0, socket.MSG_WAITALL)
-            except OSError as error:
-                raise ConnectionLostError(
-                    f"the client left a write half sent: {error.strerror or error}"
-                ) from error
-            if not count:
-                raise ConnectionLostError("the client went away in the middle of a write")
-            self._end += count
-        self._start += length
-        return self._view[self._start - length : self._start]
+            raise
+        finally:
+            # An old write must not land after this client has come back with a newer one.
+            self._in_flight.wait_until_none()
 
     def _answer_received(self) -> bool:
         """Answer every request that has been received whole; False when the client said goodbye.
@@ -139,152 +79,138 @@ class Transmission:
         the backend straight to its place behind the reply's header. Everything is a local name, as attribute
         look-ups cost about a tenth of a small read.
         """
-        inbox, unpack, header = self._inbox, REQUEST.unpack_from, REQUEST.size
-        outbox, out, view = self._outbox, self._outbox.buffer, self._outbox.view
+        inbox, outbox, framing = self._inbox, self._outbox, self._framing
+        unpack, header, expected = framing.request.unpack_from, framing.request.size, framing.request_magic
+        put_data_head, head = framing.put_data_head, framing.data_head
+        received, out, view, capacity = inbox.buffer, outbox.buffer, outbox.view, outbox.capacity
         read_into = self._backend.read_into
+        # READ is 0 and so is "no flags": "not command | flags" finds a plain read with one test.
+        short = PIECE if self._backend.local_reads else -1
         size = self._agreement.offer.size
-        structured = self._agreement.structured
-        head = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
-        pack_data, pack_simple = DATA_CHUNK.pack_into, SIMPLE_REPLY.pack_into
-        position, end = self._start, self._end
+        position, end = inbox.start, inbox.end
         while end - position >= header:
-            magic, flags, command, cookie, offset, length = unpack(inbox, position)
-            if magic != REQUEST_MAGIC:
-                raise ProtocolError(f"a request starts with {magic:#010x} instead of the request magic")
+            magic, flags, command, cookie, offset, length = unpack(received, position)
+            if magic != expected:
+                raise ProtocolError(f"a request starts with {magic:#010x} instead of {expected:#010x}")
             position += header
-            # READ is 0 and so is "no flags": one comparison finds the plain read that fits the buffer.
-            if not command | flags and 0 < length <= PIECE and offset + length <= size:
+            if not command | flags and 0 < length <= short and offset + length <= size:
                 start = outbox.used
                 stop = start + head + length
-                if stop > CAPACITY:
+                if stop > capacity:
                     outbox.flush()
                     start, stop = 0, head + length
                 try:
                     read_into(offset, view[start + head : stop])
                 except OSError as error:
-                    outbox.error(cookie, wire_error(error.errno), error.strerror or str(error))
+                    request = Request(flags, command, cookie, offset, length)
+                    outbox.add(self._commands.failure(request, error))
                     continue
-                if structured:
-                    pack_data(out, start, STRUCTURED_REPLY_MAGIC, _DONE, _DATA, cookie, length + 8, offset)
-                else:
-                    pack_simple(out, start, SIMPLE_REPLY_MAGIC, 0, cookie)
+                put_data_head(out, start, cookie, offset, offset, length)
                 outbox.used = stop
                 continue
-            self._start = position
+            inbox.start = position
             if command == Command.DISC:
                 return False
-            self._dispatch(flags, command, cookie, offset, length)
+            self._dispatch(Request(flags, command, cookie, offset, length))
             # A write may have received more.
-            position, end = self._start, self._end
-        self._start = position
+            position, end = inbox.start, inbox.end
+        inbox.start = position
         return True
 
-    def _dispatch(self, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
-        """Serve one request of any kind; its reply, or its error, is in the outbox afterwards."""
-        refused = refusal(self._agreement, command, flags, offset, length)
-        try:
-            if command == Command.WRITE:
-                self._write(flags, cookie, offset, length, refused is None)
-            if refused is not None:
-                self._outbox.error(cookie, *refused)
-            elif command != Command.WRITE:
-                self._handlers[command](flags, cookie, offset, length)
-        except OSError as error:
-            self._outbox.error(cookie, wire_error(error.errno), error.strerror or str(error))
-
-    def _write(self, flags: int, cookie: int, offset: int, length: int, store: bool) -> None:
-        """Consume the payload whatever happens, so that the next request is found; store it if ``store``.
-
-        A long write is stored in pieces as they arrive. It is acknowledged when all of it is stored.
-        """
-        whole = length <= PIECE
-        fua = bool(flags & CommandFlags.FUA)
-        failure: OSError | None = None
-        position = offset
-        while length:
-            piece = self._payload(min(length, PIECE))
-            length -= len(piece)
-            if store and failure is None:
-                try:
-                    self._backend.write(position, piece, fua and whole)
-                except OSError as error:
-                    failure = error
-            position += len(piece)
-        if failure is not None:
-            raise failure
-        if store:
-            if fua and not whole:
-                self._backend.flush()
-            self._outbox.done(cookie)
-
-    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        """Serve a read that the hot loop left: long, empty or with flags."""
-        if not self._agreement.structured:
-            self._read_whole(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie), offset, length)
-        elif not length:
-            self._outbox.add(chunk(cookie, ReplyType.NONE))
-        elif flags & CommandFlags.DF:
-            header = DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, _DONE, _DATA, cookie, length + 8, offset)
-            self._read_whole(header, offset, length)
+    def _dispatch(self, request: Request) -> None:
+        """Serve a request of any kind, here or with the workers."""
+        if request.command == Command.WRITE:
+            self._write(request)
+        elif request.flags & CommandFlags.PAYLOAD_LEN and self._agreement.mode is Mode.EXTENDED:
+            self._with_payload(request)
+        elif refused := refusal(self._agreement, request):
+            self._outbox.add(self._framing.error(request, *refused))
+        elif self._backend.is_local(Command(request.command), request.offset, request.length):
+            self._commands.serve(request, self._outbox)
         else:
-            self._read_in_pieces(cookie, offset, length)
+            self._hand_over(request, lambda replies: self._commands.serve(request, replies))
 
-    def _read_whole(self, header: bytes, offset: int, length: int) -> None:
-        """Read everything before the first byte of the reply goes out: after that no error can be told."""
-        reply = bytearray(len(header) + length)
-        reply[: len(header)] = header
-        view = memoryview(reply)
-        self._backend.read_into(offset, view[len(header) :])
-        self._outbox.add(view)
+    def _write(self, request: Request) -> None:
+        """Consume the payload whatever happens, so that the next request is found, and store it."""
+        if self._agreement.mode is Mode.EXTENDED:
+            # Every write has a payload here; a client that forgets to say so is understood all the same.
+            request = request._replace(flags=request.flags & ~CommandFlags.PAYLOAD_LEN)
+        refused = refusal(self._agreement, request)
+        if refused is not None:
+            self._skip(request.length)
+            self._outbox.add(self._framing.error(request, *refused))
+        elif not self._backend.is_local(Command.WRITE, request.offset, request.length):
+            payload = self._collect(request.length)
+            self._hand_over(request, lambda replies: self._commands.store(request, payload, replies))
+        elif request.length <= PIECE:
+            self._commands.store(request, self._payload(request.length), self._outbox)
+        else:
+            self._store_in_pieces(request)
 
-    def _read_in_pieces(self, cookie: int, offset: int, length: int) -> None:
-        """Answer in several chunks; an error becomes the last of them."""
-        outbox = self._outbox
-        end = offset + length
-        while offset < end:
-            piece = min(PIECE, end - offset)
-            start = outbox.reserve(DATA_CHUNK.size + piece)
-            stop = start + DATA_CHUNK.size + piece
-            self._backend.read_into(offset, outbox.view[start + DATA_CHUNK.size : stop])
-            done = _DONE if offset + piece == end else 0
-            DATA_CHUNK.pack_into(
-                outbox.buffer, start, STRUCTURED_REPLY_MAGIC, done, _DATA, cookie, piece + 8, offset
-            )
-            outbox.used = stop
-            outbox.flush()
-            offset += piece
+    def _store_in_pieces(self, request: Request) -> None:
+        """Store a long write as it arrives. It is acknowledged when all of it is stored."""
+        position, end = request.offset, request.offset + request.length
+        try:
+            while position < end:
+                piece = self._payload(min(PIECE, end - position))
+                position += len(piece)
+                self._backend.write(position - len(piece), piece, fua=False)
+            if request.flags & CommandFlags.FUA:
+                self._backend.flush()
+        except OSError as error:
+            self._skip(end - position)
+            self._outbox.add(self._commands.failure(request, error))
+        else:
+            self._outbox.add(self._framing.success(request))
 
-    def _flush(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        # A flush can take long; what was answered already shall not wait for it.
+    def _with_payload(self, request: Request) -> None:
+        """Serve a request other than WRITE that carries a payload: a block status of some contexts only."""
+        if request.length > self._agreement.offer.block_sizes.maximum:
+            raise ProtocolError(f"request type {request.command} with a payload of {request.length} bytes")
+        chosen = choose_contexts(self._agreement, request, bytes(self._collect(request.length)))
+        if chosen is None:
+            self._outbox.add(self._framing.error(request, NbdError.EINVAL, "this payload does not fit"))
+            return
+        plain, contexts = chosen
+        if refused := refusal(self._agreement, plain):
+            self._outbox.add(self._framing.error(request, *refused))
+        else:
+            self._hand_over(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
+
+    def _payload(self, length: int) -> memoryview:
+        """Receive and consume up to PIECE bytes; valid until the next call."""
+        if not self._inbox.holds(length):
+            # What was answered already shall not wait for a payload that takes its time.
+            self._outbox.flush()
+        return self._inbox.take(length)
+
+    def _collect(self, length: int) -> bytearray:
+        """Receive and consume a whole payload."""
+        payload = bytearray(length)
+        for position in range(0, length, PIECE):
+            stop = min(position + PIECE, length)
+            payload[position:stop] = self._payload(stop - position)
+        return payload
+
+    def _skip(self, length: int) -> None:
+        """Receive and forget a payload."""
+        while length:
+            length -= len(self._payload(min(length, PIECE)))
+
+    def _hand_over(self, request: Request, serve: Callable[[Outbox], None]) -> None:
+        """Let a worker serve the request; its reply goes out when it is ready."""
         self._outbox.flush()
-        self._backend.flush()
-        self._outbox.done(cookie)
+        self._in_flight.begin()
+        data = request.length if request.command == Command.READ else 0
+        self._workers.submit(lambda: self._serve_elsewhere(serve, min(data, PIECE)))
 
-    def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        self._backend.trim(offset, length, bool(flags & CommandFlags.FUA))
-        self._outbox.done(cookie)
-
-    def _cache(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        self._backend.cache(offset, length)
-        self._outbox.done(cookie)
-
-    def _write_zeroes(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        self._backend.zero(
-            offset,
-            length,
-            fua=bool(flags & CommandFlags.FUA),
-            may_trim=not flags & CommandFlags.NO_HOLE,
-            fast=bool(flags & CommandFlags.FAST_ZERO),
-        )
-        self._outbox.done(cookie)
-
-    def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        limit = 1 if flags & CommandFlags.REQ_ONE else MAX_EXTENTS
-        # All are looked up before the first is sent, so that an error stands alone.
-        statuses = [
-            (identifier, descriptors(self._backend.extents(offset, length, context), limit=limit))
-            for identifier, context in self._agreement.contexts
-        ]
-        last = statuses[-1][0]
-        for identifier, extents in statuses:
-            self._outbox.add(block_status(cookie, identifier, extents, done=identifier == last))
+    def _serve_elsewhere(self, serve: Callable[[Outbox], None], data: int) -> None:
+        try:
+            replies = self._outbox.beside(_SMALL_REPLY + data)
+            serve(replies)
+            replies.flush()
+        except ConnectionLostError as error:
+            # The connection's own thread notices too, and ends the connection.
+            _LOG.debug("%s", error)
+        finally:
+            self._in_flight.end()

@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nbdserve.protocol.constants import Command
 from nbdserve.protocol.extents import Extent
-from nbdserve.protocol.offers import BlockSizes
+from nbdserve.protocol.offers import BASE_ALLOCATION, BlockSizes
 
 Buffer = bytes | bytearray | memoryview
 
@@ -38,6 +39,12 @@ class Backend(ABC):
     size: int
     capabilities: Capabilities
     block_sizes: BlockSizes
+    cheap_extents = False
+    """Whether looking up extents costs less than reading."""
+    contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    """The meta contexts that ``extents`` can tell of."""
+    local_reads = True
+    """Whether every read is answered without waiting for a network."""
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -72,6 +79,10 @@ class Backend(ABC):
 
         They cover at least the first byte and may end before, but not after, the end of the disk.
         """
+
+    def is_local(self, command: Command, offset: int, length: int) -> bool:
+        """Whether a request can be served at once, without waiting for a network or a slow device."""
+        return True
 
     @abstractmethod
     def close(self) -> None:

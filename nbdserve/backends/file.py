@@ -12,7 +12,7 @@ from pathlib import Path
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.fallocate import Mode, fallocate
 from nbdserve.errors import ImageError, UsageError
-from nbdserve.protocol.constants import ExtentFlags
+from nbdserve.protocol.constants import Command, ExtentFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BlockSizes
 
@@ -37,6 +37,8 @@ class FileBackend(Backend):
     ``discard=False`` turns trims into nothing, as ``qemu-nbd --discard=ignore`` does.
     Raises ImageError when the file is of no kind that can be served, OSError when it cannot be opened.
     """
+
+    cheap_extents = True
 
     def __init__(self, path: Path, *, read_only: bool, part: Slice = Slice(), discard: bool = True) -> None:
         self.path = path
@@ -145,6 +147,10 @@ class FileBackend(Backend):
             if error.errno in _UNSUPPORTED:
                 return default
             raise
+
+    def is_local(self, command: Command, offset: int, length: int) -> bool:
+        """All but a flush, which waits for the disk while reads from the page cache could go on."""
+        return command != Command.FLUSH
 
     def close(self) -> None:
         """Close the file."""

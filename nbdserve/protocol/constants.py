@@ -10,6 +10,8 @@ OPTION_REPLY_MAGIC = 0x0003E889045565A9
 REQUEST_MAGIC = 0x25609513
 SIMPLE_REPLY_MAGIC = 0x67446698
 STRUCTURED_REPLY_MAGIC = 0x668E33EF
+EXTENDED_REQUEST_MAGIC = 0x21E41C71
+EXTENDED_REPLY_MAGIC = 0x6E8A278C
 
 DEFAULT_PORT = 10809
 MAX_STRING = 4096
@@ -48,6 +50,7 @@ class TransmissionFlags(IntFlag):
     SEND_RESIZE = 1 << 9
     SEND_CACHE = 1 << 10
     SEND_FAST_ZERO = 1 << 11
+    BLOCK_STATUS_PAYLOAD = 1 << 12
 
 
 class Option(IntEnum):
@@ -116,6 +119,7 @@ class CommandFlags(IntFlag):
     DF = 1 << 2
     REQ_ONE = 1 << 3
     FAST_ZERO = 1 << 4
+    PAYLOAD_LEN = 1 << 5
 
 
 class ReplyFlags(IntFlag):
@@ -131,6 +135,7 @@ class ReplyType(IntEnum):
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
     ERROR = (1 << 15) + 1
     ERROR_OFFSET = (1 << 15) + 2
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-MAX_DESCRIPTOR_LENGTH = (1 << 32) - 4096
-"""The longest run that one 32-bit block status descriptor tells of, kept aligned for the client's sake."""
-
 
 class Extent(NamedTuple):
     """A run of ``length`` bytes with the status ``flags`` of its meta context."""
@@ -32,15 +29,15 @@ def coalesce(extents: Iterable[Extent]) -> Iterator[Extent]:
         yield pending
 
 
-def descriptors(extents: Iterable[Extent], *, limit: int) -> list[Extent]:
-    """The first ``limit`` runs, joined, none longer than a 32-bit descriptor can say."""
+def descriptors(extents: Iterable[Extent], *, limit: int, longest: int) -> list[Extent]:
+    """The first ``limit`` runs, joined, none of more than ``longest`` bytes."""
     result: list[Extent] = []
     for extent in coalesce(extents):
         left = extent.length
         while left:
             if len(result) == limit:
                 return result
-            part = min(left, MAX_DESCRIPTOR_LENGTH)
+            part = min(left, longest)
             result.append(Extent(part, extent.flags))
             left -= part
     return result

@@ -28,7 +28,7 @@ from nbdserve.protocol.constants import (
     OptionReply,
     TransmissionFlags,
 )
-from nbdserve.protocol.offers import Agreement, Catalog, Offer
+from nbdserve.protocol.offers import Agreement, Catalog, Mode, Offer
 from nbdserve.protocol.reader import Reader, decode_string
 
 GREETING = struct.Struct(">QQH")
@@ -73,7 +73,7 @@ class Haggling:
         self.agreement: Agreement | None = None
         self._catalog = catalog
         self._offer_structured = structured_replies
-        self._structured = False
+        self._mode = Mode.SIMPLE
         self._no_zeroes = False
         self._options = 0
         self._inbox = bytearray()
@@ -184,6 +184,8 @@ class Haggling:
 
     def _export_name(self, option: int, payload: bytes) -> None:
         name = decode_string(payload)
+        if self._mode is Mode.EXTENDED:
+            raise ProtocolError("EXPORT_NAME cannot follow EXTENDED_HEADERS")
         offer = self._catalog.offer(name)
         if offer is None:
             raise ProtocolError(f"there is no export {name!r}")
@@ -236,16 +238,29 @@ class Haggling:
         if not self._offer_structured:
             self._reply(option, OptionReply.ERR_UNSUP, b"this server was told to send simple replies only")
             return
-        if self._structured:
+        if self._mode is Mode.EXTENDED:
+            self._reply(option, OptionReply.ERR_EXT_HEADER_REQD, b"extended headers are agreed already")
+            return
+        if self._mode is Mode.STRUCTURED:
             raise ProtocolError("structured replies are agreed already")
-        self._structured = True
+        self._mode = Mode.STRUCTURED
+        self._reply(option, OptionReply.ACK)
+
+    def _extended_headers(self, option: int, payload: bytes) -> None:
+        Reader(payload).end()
+        if not self._offer_structured:
+            self._reply(option, OptionReply.ERR_UNSUP, b"this server was told to send simple replies only")
+            return
+        if self._mode is Mode.EXTENDED:
+            raise ProtocolError("extended headers are agreed already")
+        self._mode = Mode.EXTENDED
         self._reply(option, OptionReply.ACK)
 
     def _meta_context(self, option: int, payload: bytes) -> None:
         selecting = option == Option.SET_META_CONTEXT
         if selecting:
             self._contexts_for, self._contexts = None, ()
-        if not self._structured:
+        if self._mode is Mode.SIMPLE:
             raise ProtocolError("agree on structured replies first")
         reader = Reader(payload)
         name = reader.string()
@@ -265,13 +280,18 @@ class Haggling:
         self._reply(option, OptionReply.ACK)
 
     def _flags(self, offer: Offer) -> TransmissionFlags:
-        """The export's flags; DF makes sense only with structured replies."""
-        return offer.flags | TransmissionFlags.SEND_DF if self._structured else offer.flags
+        """The export's flags, and those that depend on how replies are framed."""
+        flags = offer.flags
+        if self._mode is not Mode.SIMPLE:
+            flags |= TransmissionFlags.SEND_DF
+        if self._mode is Mode.EXTENDED:
+            flags |= TransmissionFlags.BLOCK_STATUS_PAYLOAD
+        return flags
 
     def _agree(self, name: str, offer: Offer) -> None:
         # Contexts that were negotiated for another export name do not count (proto.md, SET_META_CONTEXT).
         contexts = self._contexts if self._contexts_for == name else ()
-        self.agreement = Agreement(offer, self._structured, contexts)
+        self.agreement = Agreement(offer, self._mode, contexts)
         self.state = State.TRANSMISSION
 
     _HANDLERS: ClassVar[dict[int, Callable[[Haggling, int, bytes], None]]] = {
@@ -283,6 +303,7 @@ class Haggling:
         Option.STRUCTURED_REPLY: _structured_reply,
         Option.LIST_META_CONTEXT: _meta_context,
         Option.SET_META_CONTEXT: _meta_context,
+        Option.EXTENDED_HEADERS: _extended_headers,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Protocol
 
 from nbdserve.protocol.constants import TransmissionFlags
@@ -44,11 +45,19 @@ class Catalog(Protocol):
         """The export of this name (the empty name means the default export), or None."""
 
 
+class Mode(Enum):
+    """How replies are framed."""
+
+    SIMPLE = auto()
+    STRUCTURED = auto()
+    EXTENDED = auto()
+
+
 @dataclass(frozen=True)
 class Agreement:
     """What both sides agreed on when they enter the transmission phase."""
 
     offer: Offer
-    structured: bool = False
+    mode: Mode = Mode.SIMPLE
     contexts: tuple[tuple[int, str], ...] = ()
     """The meta contexts that block status reports: pairs of id and name."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nbdserve.errors import ProtocolError
 from nbdserve.protocol.constants import TransmissionFlags
 from nbdserve.protocol.haggling import MAX_HELD_OPTION, MAX_OPTIONS, MAX_SKIPPED_OPTION, Haggling, State
-from nbdserve.protocol.offers import BASE_ALLOCATION, BlockSizes, Offer
+from nbdserve.protocol.offers import BASE_ALLOCATION, BlockSizes, Mode, Offer
 from tests.support import wire
 from tests.support.wire import Option, OptionReply, Reply
 
@@ -95,7 +95,7 @@ def test_go_agrees_on_the_export_and_tells_its_size_flags_and_block_sizes() -> N
     assert haggling.state is State.TRANSMISSION
     assert haggling.agreement is not None
     assert haggling.agreement.offer is DISK
-    assert not haggling.agreement.structured
+    assert haggling.agreement.mode is Mode.SIMPLE
 
 
 def test_info_says_the_same_as_go_and_stays_in_haggling() -> None:
@@ -188,7 +188,7 @@ def test_structured_replies_are_agreed_once_and_bring_df() -> None:
     flags = struct.unpack(">QH", information(replies)[0])[1]
     assert flags == FLAGS | TransmissionFlags.SEND_DF
     assert haggling.agreement is not None
-    assert haggling.agreement.structured
+    assert haggling.agreement.mode is Mode.STRUCTURED
 
 
 def test_structured_replies_can_be_withheld_and_meta_contexts_with_them() -> None:

@@ -7,10 +7,11 @@ import struct
 
 import pytest
 
-from nbdserve.protocol import messages
 from nbdserve.protocol.constants import Command, CommandFlags, NbdError, TransmissionFlags
-from nbdserve.protocol.messages import refusal, wire_error
-from nbdserve.protocol.offers import BASE_ALLOCATION, Agreement, BlockSizes, Offer
+from nbdserve.protocol.extents import Extent
+from nbdserve.protocol.framing import Request, framing_of
+from nbdserve.protocol.offers import BASE_ALLOCATION, Agreement, BlockSizes, Mode, Offer
+from nbdserve.protocol.requests import choose_contexts, refusal, wire_error
 
 ALL = (
     TransmissionFlags.HAS_FLAGS
@@ -26,14 +27,14 @@ LONGEST = 64 << 20
 
 
 def agreed(
-    *, structured: bool = True, size: int = SIZE, flags: TransmissionFlags = ALL, contexts: bool = True
+    *, mode: Mode = Mode.STRUCTURED, size: int = SIZE, flags: TransmissionFlags = ALL, contexts: bool = True
 ) -> Agreement:
     offer = Offer("disk", size, flags, block_sizes=BlockSizes(1, 4096, LONGEST))
-    return Agreement(offer, structured, ((1, BASE_ALLOCATION),) if contexts else ())
+    return Agreement(offer, mode, ((1, BASE_ALLOCATION),) if contexts else ())
 
 
 def error_of(agreement: Agreement, command: int, flags: int, offset: int, length: int) -> int:
-    refused = refusal(agreement, command, flags, offset, length)
+    refused = refusal(agreement, Request(flags, command, 7, offset, length))
     return 0 if refused is None else refused[0]
 
 
@@ -95,7 +96,7 @@ def test_flags_and_commands_that_do_not_fit_are_invalid(command: int, flags: int
 
 def test_df_needs_structured_replies() -> None:
     assert error_of(agreed(), Command.READ, CommandFlags.DF, 0, 10) == 0
-    assert error_of(agreed(structured=False), Command.READ, CommandFlags.DF, 0, 10) == NbdError.EINVAL
+    assert error_of(agreed(mode=Mode.SIMPLE), Command.READ, CommandFlags.DF, 0, 10) == NbdError.EINVAL
 
 
 def test_block_status_needs_a_context_and_a_length() -> None:
@@ -138,15 +139,81 @@ def test_every_errno_has_a_value_that_may_go_over_the_wire(number: int | None, e
     assert wire_error(number) is error
 
 
-def test_errors_carry_a_message_only_in_structured_replies() -> None:
-    structured = messages.error_reply(agreed(), 7, NbdError.EIO, "the disk is broken")
-    assert structured == struct.pack(">IHHQI", 0x668E33EF, 1, 0x8001, 7, 24) + struct.pack(">IH", 5, 18) + (
-        b"the disk is broken"
-    )
-    simple = messages.error_reply(agreed(structured=False), 7, NbdError.EIO, "the disk is broken")
-    assert simple == struct.pack(">IIQ", 0x67446698, 5, 7)
+REQUEST = Request(0, Command.READ, 7, 512, 4096)
 
 
-def test_a_block_status_chunk_lists_the_context_and_pairs_of_length_and_flags() -> None:
-    chunk = messages.block_status(9, 1, [(4096, 0), (8192, 3)], done=True)
-    assert chunk == struct.pack(">IHHQI", 0x668E33EF, 1, 5, 9, 20) + struct.pack(">5I", 1, 4096, 0, 8192, 3)
+def frame(mode: Mode, what: str) -> bytes:
+    """One reply of each kind, in one framing."""
+    framing = framing_of(agreed(mode=mode))
+    if what == "success":
+        return framing.success(REQUEST)
+    if what == "error":
+        return framing.error(REQUEST, NbdError.EIO, "broken")
+    if what == "hole":
+        return framing.hole(REQUEST, 1024, 2048, done=False)
+    if what == "status":
+        return framing.block_status(REQUEST, 1, [Extent(4096, 0), Extent(8192, 3)], done=True)
+    out = bytearray(framing.data_head)
+    framing.put_data_head(out, 0, REQUEST.cookie, REQUEST.offset, 1024, 2048, 0)
+    return bytes(out)
+
+
+SIMPLE = 0x67446698
+STRUCTURED = 0x668E33EF
+EXTENDED = 0x6E8A278C
+
+
+@pytest.mark.parametrize(
+    ("mode", "what", "expected"),
+    [
+        (Mode.SIMPLE, "success", struct.pack(">IIQ", SIMPLE, 0, 7)),
+        (Mode.SIMPLE, "error", struct.pack(">IIQ", SIMPLE, 5, 7)),
+        (Mode.SIMPLE, "data", struct.pack(">IIQ", SIMPLE, 0, 7)),
+        (Mode.STRUCTURED, "success", struct.pack(">IHHQI", STRUCTURED, 1, 0, 7, 0)),
+        (Mode.STRUCTURED, "error", struct.pack(">IHHQIIH", STRUCTURED, 1, 0x8001, 7, 12, 5, 6) + b"broken"),
+        (Mode.STRUCTURED, "data", struct.pack(">IHHQIQ", STRUCTURED, 0, 1, 7, 2056, 1024)),
+        (Mode.STRUCTURED, "hole", struct.pack(">IHHQIQI", STRUCTURED, 0, 2, 7, 12, 1024, 2048)),
+        (Mode.STRUCTURED, "status", struct.pack(">IHHQI5I", STRUCTURED, 1, 5, 7, 20, 1, 4096, 0, 8192, 3)),
+        (Mode.EXTENDED, "success", struct.pack(">IHHQQQ", EXTENDED, 1, 0, 7, 512, 0)),
+        (
+            Mode.EXTENDED,
+            "error",
+            struct.pack(">IHHQQQIH", EXTENDED, 1, 0x8001, 7, 512, 12, 5, 6) + b"broken",
+        ),
+        (Mode.EXTENDED, "data", struct.pack(">IHHQQQQ", EXTENDED, 0, 1, 7, 512, 2056, 1024)),
+        (Mode.EXTENDED, "hole", struct.pack(">IHHQQQQI", EXTENDED, 0, 2, 7, 512, 12, 1024, 2048)),
+        (
+            Mode.EXTENDED,
+            "status",
+            struct.pack(">IHHQQQII4Q", EXTENDED, 1, 6, 7, 512, 40, 1, 2, 4096, 0, 8192, 3),
+        ),
+    ],
+)
+def test_each_reply_is_framed_as_the_specification_says(mode: Mode, what: str, expected: bytes) -> None:
+    assert frame(mode, what) == expected
+
+
+def filtered(payload: bytes) -> tuple[Request, tuple[tuple[int, str], ...]] | None:
+    flags = int(CommandFlags.PAYLOAD_LEN)
+    request = Request(flags, Command.BLOCK_STATUS, 7, 512, len(payload))
+    return choose_contexts(agreed(mode=Mode.EXTENDED), request, payload)
+
+
+def test_a_block_status_payload_says_the_length_and_the_contexts() -> None:
+    plain = Request(0, Command.BLOCK_STATUS, 7, 512, 4096)
+    assert filtered(struct.pack(">QI", 4096, 1)) == (plain, ((1, BASE_ALLOCATION),))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        struct.pack(">Q", 4096),
+        struct.pack(">QII", 4096, 1, 1),
+        struct.pack(">QI", 4096, 9),
+        struct.pack(">QIH", 4096, 1, 0),
+    ],
+    ids=["empty", "none", "twice", "unknown", "ragged"],
+)
+def test_a_block_status_payload_that_does_not_fit_is_refused(payload: bytes) -> None:
+    assert filtered(payload) is None

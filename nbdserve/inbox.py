@@ -1,0 +1,76 @@
+"""What one client sends: received in large gulps into one buffer, and taken from there."""
+
+from __future__ import annotations
+
+import socket
+
+from nbdserve.errors import ConnectionLostError
+
+CAPACITY = 512 << 10
+"""The size of the buffer in bytes."""
+
+
+class Inbox:
+    """A receive buffer. ``start`` and ``end`` bound what has been received and not been taken.
+
+    ``early`` is what the client sent together with its last option. The transmission loop parses ``buffer``
+    and moves ``start`` itself. All methods raise ConnectionLostError when the client goes away, or falls
+    silent for the socket's receive time-out, while it owes something.
+    """
+
+    def __init__(self, sock: socket.socket, early: bytes) -> None:
+        self._sock = sock
+        self.buffer = bytearray(max(CAPACITY, len(early)))
+        self.buffer[: len(early)] = early
+        self._view = memoryview(self.buffer)
+        self.start = 0
+        self.end = len(early)
+
+    def receive(self) -> bool:
+        """Wait for more, for ever if the client owes nothing; False at the end of the stream."""
+        self._compact()
+        while True:
+            try:
+                count = self._sock.recv_into(self._view[self.end :])
+            except BlockingIOError as error:
+                if self.end:
+                    raise ConnectionLostError("the client sent half a request and fell silent") from error
+                continue
+            except OSError as error:
+                raise ConnectionLostError(f"the client is gone: {error.strerror or error}") from error
+            if not count and self.end:
+                raise ConnectionLostError("the client went away in the middle of a request")
+            self.end += count
+            return count > 0
+
+    def holds(self, length: int) -> bool:
+        """Whether so many bytes have been received."""
+        return self.end - self.start >= length
+
+    def take(self, length: int) -> memoryview:
+        """Receive what is missing of the next ``length`` bytes, at most the capacity, and consume them.
+
+        The view is valid until the next call of any method.
+        """
+        if self.start + length > CAPACITY:
+            self._compact()
+        while not self.holds(length):
+            stop = self.start + length
+            try:
+                count = self._sock.recv_into(self._view[self.end : stop], 0, socket.MSG_WAITALL)
+            except BlockingIOError as error:
+                raise ConnectionLostError("the client left a payload half sent") from error
+            except OSError as error:
+                raise ConnectionLostError(f"the client is gone: {error.strerror or error}") from error
+            if not count:
+                raise ConnectionLostError("the client went away in the middle of a payload")
+            self.end += count
+        self.start += length
+        return self._view[self.start - length : self.start]
+
+    def _compact(self) -> None:
+        """Move what is left to the front."""
+        left = self.end - self.start
+        if self.start:
+            self.buffer[:left] = self.buffer[self.start : self.end]
+            self.start, self.end = 0, left
