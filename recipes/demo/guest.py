@@ -1,4 +1,4 @@
-"""The demo's guest as the host sees it: QEMU's options for it, what it announces, and the commands it takes."""
+"""The demo's guest as the host sees it: QEMU's options, what it announces, the commands it takes."""
 
 from __future__ import annotations
 

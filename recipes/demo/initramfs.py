@@ -28,9 +28,9 @@ def build(
 ) -> None:
     """Write the initramfs; the same inputs give the same bytes.
 
-    The modules, and what they need, lie in ``/modules``, and ``/modules/order`` lists their paths in the order
-    in which ``init`` has to load them. Raises OperatorError when busybox is missing or needs libraries, UsageError
-    for a module that the kernel does not have.
+    The modules, and what they need, lie in ``/modules``, and ``/modules/order`` lists their paths in the
+    order in which ``init`` has to load them. Raises OperatorError when busybox is missing or needs libraries,
+    UsageError for a module that the kernel does not have.
     """
     with tempfile.TemporaryDirectory(prefix="nbd-migrate-initramfs-") as scratch:
         root = Path(scratch)

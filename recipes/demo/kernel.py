@@ -61,9 +61,9 @@ class Kernel:
                 continue
             if name not in needs:
                 raise UsageError(f"kernel {self.release} has no module {name}")
-            path, dependencies = needs[name]
+            file, dependencies = needs[name]
             # modules.dep names all dependencies, also indirect ones, in the order of unloading.
-            order.update(dict.fromkeys([*reversed(dependencies), path]))
+            order.update(dict.fromkeys([*reversed(dependencies), file]))
         return [self.modules / path for path in order]
 
 

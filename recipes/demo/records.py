@@ -1,9 +1,9 @@
 """Where the guest's records lie on its disk. ``init``, the guest's program, computes the same in shell.
 
-The disk is divided into cells of 128 KiB that begin in the middle of a 64 KiB cluster, one cell for one place.
-Record N goes to cell N * STRIDE modulo the number of cells: a bijection, so no place comes back before all have
-had their turn, and then the newer record simply replaces the older one, which has the same extent. Every eighth
-record replaces an earlier one at once: that of half its number.
+The disk is divided into cells of 128 KiB that begin in the middle of a 64 KiB cluster; each holds one place.
+Record N goes to cell N * STRIDE modulo the number of cells: a bijection, so no place comes back before all
+have had their turn, and then the newer record simply replaces the older one, which has the same extent.
+Every eighth record replaces an earlier one at once: that of half its number.
 """
 
 from __future__ import annotations
@@ -73,6 +73,6 @@ def newest(written: int, cells: int) -> dict[Place, int]:
 
 
 def extents(written: int, cells: int) -> Iterator[tuple[int, int]]:
-    """Offset and length, in bytes, of what records 1 to ``written`` cover, in ascending order, without overlaps."""
+    """Offset and length in bytes of what records 1 to ``written`` cover, ascending, without overlaps."""
     for each in sorted(newest(written, cells), key=lambda each: each.first):
         yield each.offset, each.length

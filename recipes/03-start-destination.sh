@@ -1,0 +1,59 @@
+#!/bin/bash
+# Step 3, on host B: start the QEMU that is to receive the guest, with the overlay, copy-on-read, and no CPU running.
+#
+#     OVERLAY=/var/lib/images/vm.qed NBD_ADDRESS=192.0.2.1 MIGRATION=tcp:192.0.2.2:4444 \
+#     DESTINATION_QMP=/run/vm/b.qmp recipes/03-start-destination.sh \
+#         qemu-system-x86_64 -m 2G ... -device virtio-blk-pci,drive=disk0,rerror=stop,werror=stop
+#
+# The arguments are the guest's QEMU command line, as on A, but without its disk's -blockdev or -drive: that is
+# added here under the name NODE. With rerror=stop and werror=stop the guest waits, and reads nothing wrong, when
+# A cannot be reached.
+#
+# OVERLAY               the image of step 2 (absolute path)
+# NBD_ADDRESS              where A serves the disk
+# NBD_PORT              TCP port (default 10809)
+# NBD_NAME              name of the export (default disk)
+# NODE                  block node that the -device of the disk refers to (default disk0)
+# DESTINATION_QMP       monitor socket that this QEMU gets (absolute path)
+# DESTINATION_PID_FILE  where it leaves its process id (default: DESTINATION_QMP with .pid added)
+# MIGRATION             where it waits for the guest's RAM: tcp:ADDRESS:PORT or unix:/PATH
+# RECONNECT_DELAY       seconds for which it holds a read while A cannot be reached (default 10)
+
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+
+help_or_go_on "$@"
+NBD_PORT=${NBD_PORT:-10809}
+NBD_NAME=${NBD_NAME:-disk}
+NODE=${NODE:-disk0}
+RECONNECT_DELAY=${RECONNECT_DELAY:-10}
+need NBD_ADDRESS MIGRATION
+need_absolute OVERLAY DESTINATION_QMP
+DESTINATION_PID_FILE=${DESTINATION_PID_FILE:-$DESTINATION_QMP.pid}
+need_absolute DESTINATION_PID_FILE
+need_number NBD_PORT RECONNECT_DELAY
+[ $# -gt 0 ] || die "give the guest's QEMU command line as arguments (see $me --help)" 2
+need_programs "$1" nbd-migrate
+[ -f "$OVERLAY" ] || die "OVERLAY: there is no $OVERLAY; run step 2"
+
+# give_up: QEMU has said why it failed, unless it hung.
+give_up() {
+    [ ! -s "$DESTINATION_PID_FILE" ] || kill "$(cat "$DESTINATION_PID_FILE")" 2>/dev/null || true
+    die "QEMU did not start; the guest runs on, on A"
+}
+
+export="driver=nbd,server.type=inet,server.host=$NBD_ADDRESS,server.port=$NBD_PORT,export=$NBD_NAME"
+export="$export,reconnect-delay=$RECONNECT_DELAY,open-timeout=$RECONNECT_DELAY"
+timeout 60 "$@" \
+    -blockdev "node-name=$NODE-export,read-only=on,$export" \
+    -blockdev "node-name=$NODE-backing,read-only=on,driver=raw,file=$NODE-export" \
+    -blockdev "node-name=$NODE-overlay,driver=qed,file.driver=file,file.filename=${OVERLAY//,/,,},backing=$NODE-backing" \
+    -blockdev "node-name=$NODE,driver=copy-on-read,file=$NODE-overlay" \
+    -incoming defer \
+    -qmp "unix:$DESTINATION_QMP,server=on,wait=off" \
+    -daemonize -pidfile "$DESTINATION_PID_FILE" || give_up
+
+qmp() { nbd-migrate qmp "$DESTINATION_QMP" "$@" >/dev/null; }
+qmp migrate-set-capabilities "$(capabilities events return-path)"
+qmp migrate-incoming "{\"uri\": \"$MIGRATION\"}"
+echo "$me: process $(cat "$DESTINATION_PID_FILE") waits for the guest at $MIGRATION"

@@ -1,0 +1,54 @@
+#!/bin/bash
+# Step 4, on host A: migrate the running guest's RAM to B. When this succeeds, the guest runs on B.
+#
+#     DISK=/var/lib/images/vm.raw SOURCE_QMP=/run/vm/a.qmp MIGRATION=tcp:192.0.2.2:4444 recipes/04-migrate.sh
+#
+# DISK             the guest's disk on A, as in step 1 (absolute path)
+# NBD_NAME         name of its export (default disk)
+# SOURCE_QMP       monitor of the guest's QEMU: a socket's absolute path, or HOST:PORT
+# MIGRATION        where B waits, as in step 3
+# MIGRATE_TIMEOUT  seconds that the RAM may take (default 3600)
+# FENCE_FILE       where the fence leaves its process id (default /run/nbd-migrate-NBD_NAME.fence)
+#
+# If the RAM takes too long, or B fails, the migration is cancelled and the guest goes on here, on A.
+# When the guest has left, a fence is raised: a process that holds QEMU's image locks, so that `cont` fails here.
+# Not earlier, as a QEMU 7.2 that cannot take its own disk back aborts. Step 6 ends the fence.
+
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+
+help_or_go_on "$@"
+NBD_NAME=${NBD_NAME:-disk}
+MIGRATE_TIMEOUT=${MIGRATE_TIMEOUT:-3600}
+FENCE_FILE=${FENCE_FILE:-/run/nbd-migrate-$NBD_NAME.fence}
+need SOURCE_QMP MIGRATION
+need_absolute DISK FENCE_FILE
+need_number MIGRATE_TIMEOUT
+need_programs nbd-migrate setsid
+
+qmp() { nbd-migrate qmp "$SOURCE_QMP" "$@"; }
+
+# give_up: after a failure, cancel what is under way and say where the guest is.
+give_up() {
+    local why
+    why=$(qmp query-migrate --get error-desc) || die "A's QEMU does not answer any more"
+    qmp migrate_cancel >/dev/null
+    qmp query-migrate --get status --until 'cancelled|failed' --timeout 30 >/dev/null
+    if qmp query-status --get status --until running --timeout 5 >/dev/null 2>&1; then
+        die "the migration failed and the guest runs on here${why:+: $why}"
+    fi
+    die "the migration failed and the guest is paused here: 'cont' resumes it${why:+: $why}"
+}
+
+status=$(qmp query-status --get status)
+[ "$status" = running ] || die "the guest is not running but $status; nothing was done"
+# Without the return path A reports success even if B could not load the guest.
+qmp migrate-set-capabilities "$(capabilities events return-path pause-before-switchover)" >/dev/null
+qmp migrate "{\"uri\": \"$MIGRATION\"}" >/dev/null
+qmp query-migrate --get status --until pre-switchover --unless 'failed|cancelled' \
+    --timeout "$MIGRATE_TIMEOUT" >/dev/null || give_up
+qmp migrate-continue '{"state": "pre-switchover"}' >/dev/null || give_up
+qmp query-migrate --get status --until completed --unless 'failed|cancelled' --timeout 300 >/dev/null || give_up
+setsid nbd-migrate fence "$FENCE_FILE" "$DISK" </dev/null >"$FENCE_FILE.log" 2>&1 &
+await 10 "the guest runs on B, but there is no fence: never 'cont' here; see $FENCE_FILE.log" test -s "$FENCE_FILE"
+echo "$me: the guest runs on B; it stood still for $(qmp query-migrate --get downtime) ms"
