@@ -6,32 +6,23 @@ import logging
 import socket
 import struct
 import time
-from dataclasses import dataclass
 
 from nbdserve.errors import ConnectionLostError, ProtocolError
 from nbdserve.exports import Exports
-from nbdserve.protocol.haggling import Haggling, State
+from nbdserve.handshake import Terms, shake_hands
 from nbdserve.protocol.offers import Agreement
 from nbdserve.transmission import Transmission
 from nbdserve.workers import Workers
 
 _LOG = logging.getLogger("nbdserve")
+_GULP = 64 << 10
 _TIMEVAL = struct.Struct("ll")
-_HAGGLING_BYTES = 64 << 10
+STALL = 60
+"""Seconds of silence that end a client in the middle of a request, or that does not take its replies."""
 _BUSY = 1.0
 """Seconds in which a client that never stops sending requests is still served while the server stops."""
 _LINGER = 1.0
 """Seconds in which a client may take its last replies before the socket closes."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a client may cost. All times are in seconds."""
-
-    handshake: float = 10.0
-    """From the greeting to the end of haggling."""
-    stall: int = 60
-    """The longest silence in the middle of a request, or while a reply is not taken."""
 
 
 class Connection:
@@ -43,17 +34,14 @@ class Connection:
         peer: str,
         exports: Exports,
         workers: Workers,
-        limits: Limits,
-        *,
-        structured_replies: bool,
+        terms: Terms,
     ) -> None:
         self.peer = peer
         self.agreement: Agreement | None = None
         self._sock = sock
         self._exports = exports
         self._workers = workers
-        self._limits = limits
-        self._structured_replies = structured_replies
+        self._terms = terms
         self._transmission: Transmission | None = None
 
     def run(self) -> None:
@@ -85,56 +73,22 @@ class Connection:
             pass
 
     def _serve(self) -> None:
-        haggling = self._haggle()
-        agreement = self.agreement = haggling.agreement
-        if agreement is None:
-            return
-        _LOG.debug("%s: serving export %r", self.peer, agreement.offer.name)
-        self._prepare_transmission()
-        backend = self._exports.backend(agreement.offer)
-        self._transmission = Transmission(self._sock, agreement, backend, haggling.leftover, self._workers)
-        self._transmission.run()
+        outcome = shake_hands(self._sock, self._exports, self._terms)
+        agreement = self.agreement = outcome.agreement
+        if agreement is not None:
+            _LOG.debug("%s: serving export %r", self.peer, agreement.offer.name)
+            self._limit_stalls()
+            backend = self._exports.backend(agreement.offer)
+            self._transmission = Transmission(
+                outcome.stream, agreement, backend, outcome.leftover, self._workers
+            )
+            self._transmission.run()
         self._say_goodbye()
         _LOG.debug("%s: disconnected", self.peer)
 
-    def _haggle(self) -> Haggling:
-        deadline = time.monotonic() + self._limits.handshake
-        haggling = Haggling(self._exports, structured_replies=self._structured_replies)
-        self._send_before(deadline, haggling.greeting())
-        while haggling.state not in (State.TRANSMISSION, State.CLOSED):
-            data = self._receive_before(deadline)
-            if not data:
-                raise ConnectionLostError("the client went away before it chose an export")
-            self._send_before(deadline, haggling.receive(data))
-        return haggling
-
-    def _receive_before(self, deadline: float) -> bytes:
-        self._set_timeout(deadline)
-        try:
-            return self._sock.recv(_HAGGLING_BYTES)
-        except TimeoutError as error:
-            raise self._too_slow() from error
-
-    def _send_before(self, deadline: float, data: bytes) -> None:
-        self._set_timeout(deadline)
-        try:
-            self._sock.sendall(data)
-        except TimeoutError as error:
-            raise self._too_slow() from error
-
-    def _set_timeout(self, deadline: float) -> None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise self._too_slow()
-        self._sock.settimeout(left)
-
-    def _too_slow(self) -> ConnectionLostError:
-        return ConnectionLostError(f"no export chosen within {self._limits.handshake:g} s")
-
-    def _prepare_transmission(self) -> None:
+    def _limit_stalls(self) -> None:
         # The kernel's own time-outs: Python's cost a poll() before every receive.
-        self._sock.settimeout(None)
-        limit = _TIMEVAL.pack(self._limits.stall, 0)
+        limit = _TIMEVAL.pack(STALL, 0)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
@@ -145,7 +99,7 @@ class Connection:
         try:
             while time.monotonic() < deadline:
                 self._sock.settimeout(_LINGER)
-                if not self._sock.recv(_HAGGLING_BYTES):
+                if not self._sock.recv(_GULP):
                     return
         except OSError:
             # The client closed first, or keeps the connection open: either way it had its time.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 from nbdserve.errors import ConnectionLostError
+from nbdserve.stream import Stream
 
 CAPACITY = 512 << 10
 """The size of the buffer in bytes."""
@@ -18,8 +19,8 @@ class Inbox:
     silent for the socket's receive time-out, while it owes something.
     """
 
-    def __init__(self, sock: socket.socket, early: bytes) -> None:
-        self._sock = sock
+    def __init__(self, stream: Stream, early: bytes) -> None:
+        self._stream = stream
         self.buffer = bytearray(max(CAPACITY, len(early)))
         self.buffer[: len(early)] = early
         self._view = memoryview(self.buffer)
@@ -31,7 +32,7 @@ class Inbox:
         self._compact()
         while True:
             try:
-                count = self._sock.recv_into(self._view[self.end :])
+                count = self._stream.recv_into(self._view[self.end :])
             except BlockingIOError as error:
                 if self.end:
                     raise ConnectionLostError("the client sent half a request and fell silent") from error
@@ -57,11 +58,10 @@ class Inbox:
         while not self.holds(length):
             stop = self.start + length
             try:
-                count = self._sock.recv_into(self._view[self.end : stop], 0, socket.MSG_WAITALL)
-            except BlockingIOError as error:
-                raise ConnectionLostError("the client left a payload half sent") from error
+                count = self._stream.recv_into(self._view[self.end : stop], 0, socket.MSG_WAITALL)
             except OSError as error:
-                raise ConnectionLostError(f"the client is gone: {error.strerror or error}") from error
+                reason = error.strerror or error
+                raise ConnectionLostError(f"the client left a payload half sent: {reason}") from error
             if not count:
                 raise ConnectionLostError("the client went away in the middle of a payload")
             self.end += count

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from nbdserve import __version__
 from nbdserve.command import Parser
-from nbdserve.connection import Limits
 from nbdserve.errors import UsageError
+from nbdserve.handshake import Terms
 from nbdserve.server import Policy
+from nbdserve.tls import Certificates, server_context
 from nbdserve.uri import DEFAULT_PORT, NbdUri, parse_listen_uri
 
 FORMATS = ("raw",)
@@ -47,12 +48,18 @@ def parse(arguments: Sequence[str]) -> Options:
     """Read the command line; UsageError with one line where it is wrong."""
     given = _parser().parse_args(arguments)
     exports = _exports(given)
+    certificates = _certificates(given)
+    tls = None if certificates is None else server_context(certificates)
     policy = Policy(
         shared=given.shared,
         max_connections=given.max_connections,
         once=not given.persistent,
-        structured_replies=not given.simple_replies,
-        limits=Limits(handshake=given.handshake_timeout),
+        terms=Terms(
+            time_limit=given.handshake_timeout,
+            structured_replies=not given.simple_replies,
+            tls=tls,
+            tls_required=given.tls_require,
+        ),
     )
     if given.fence and not all(export.read_only for export in exports):
         raise UsageError("--fence keeps writers away from images that are served read-only: add -r")
@@ -80,6 +87,7 @@ def _parser() -> Parser:
     _add_export_options(parser)
     _add_listen_options(parser)
     _add_service_options(parser)
+    _add_tls_options(parser)
     return parser
 
 
@@ -144,6 +152,36 @@ def _add_service_options(parser: Parser) -> None:
     group.add_argument("--pid-file", type=Path, metavar="PATH", help="holds the process id when ready")
 
 
+def _add_tls_options(parser: Parser) -> None:
+    group = parser.add_argument_group("TLS")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate of this server, PEM")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="authority that signs clients, PEM")
+    group.add_argument(
+        "--tls-certificates",
+        type=Path,
+        metavar="DIR",
+        help="all three: ca-cert.pem, server-cert.pem, server-key.pem",
+    )
+    group.add_argument("--tls-require", action="store_true", help="serve no client without TLS")
+    group.add_argument(
+        "--tls-verify-peer", action="store_true", help="clients must show a certificate of the authority"
+    )
+
+
+def _certificates(given: argparse.Namespace) -> Certificates | None:
+    single = (given.tls_cert, given.tls_key, given.tls_ca)
+    if given.tls_certificates is not None:
+        if any(single):
+            raise UsageError("--tls-certificates names all files: leave out --tls-cert, --tls-key, --tls-ca")
+        return Certificates.in_directory(given.tls_certificates, verify_peer=given.tls_verify_peer)
+    if given.tls_cert is not None and given.tls_key is not None:
+        return Certificates(given.tls_cert, given.tls_key, given.tls_ca, given.tls_verify_peer)
+    if any(single) or given.tls_require or given.tls_verify_peer:
+        raise UsageError("TLS needs a certificate: give --tls-cert and --tls-key, or --tls-certificates")
+    return None
+
+
 def _exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
     found = [_export(text, given.read_only) for text in given.export]
     if given.file is not None:
@@ -188,8 +226,8 @@ def _addresses(given: argparse.Namespace) -> tuple[NbdUri, ...]:
     """Where to listen: what was asked for, else every address on the default port."""
     found = [parse_listen_uri(text) for text in given.listen]
     for text, address in zip(given.listen, found, strict=True):
-        if address.tls is not None:
-            raise UsageError(f"--listen {text}: TLS is not offered, use nbd:// or nbd+unix://")
+        if address.tls is not None and not given.tls_require:
+            raise UsageError(f"--listen {text}: to require TLS, give a certificate and --tls-require")
     if given.socket is not None:
         if given.port is not None or given.bind is not None:
             raise UsageError("-k is a Unix socket, -p and -b are TCP: use one, or --listen for several")

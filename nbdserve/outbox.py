@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 
 from nbdserve.errors import ConnectionLostError
+from nbdserve.stream import Stream
 
 CAPACITY = 512 << 10
 """The size of the buffer in bytes. Larger ones fall out of the processor's cache and are slower."""
@@ -19,10 +19,8 @@ class Outbox:
     socket's send time-out.
     """
 
-    def __init__(
-        self, sock: socket.socket, capacity: int = CAPACITY, lock: threading.Lock | None = None
-    ) -> None:
-        self._sock = sock
+    def __init__(self, stream: Stream, capacity: int = CAPACITY, lock: threading.Lock | None = None) -> None:
+        self._stream = stream
         self._lock = lock or threading.Lock()
         self.capacity = capacity
         self.buffer = bytearray(capacity)
@@ -31,7 +29,7 @@ class Outbox:
 
     def beside(self, capacity: int) -> Outbox:
         """Another buffer for the same client, whose replies do not mix with this one's."""
-        return Outbox(self._sock, capacity, self._lock)
+        return Outbox(self._stream, capacity, self._lock)
 
     def reserve(self, length: int) -> int:
         """Make room for ``length`` bytes, at most the capacity, and return where they start."""
@@ -60,7 +58,7 @@ class Outbox:
         """Send whole replies past the buffer. May be called from any thread."""
         with self._lock:
             try:
-                self._sock.sendall(data)
+                self._stream.sendall(data)
             except OSError as error:
                 raise ConnectionLostError(
                     f"the client takes no replies: {error.strerror or error}"

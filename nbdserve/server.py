@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nbdserve.connection import Connection, Limits
+from nbdserve.connection import Connection
 from nbdserve.exports import Exports
+from nbdserve.handshake import Terms
 from nbdserve.listeners import Listener
 from nbdserve.workers import Workers
 
@@ -34,8 +35,7 @@ class Policy:
     """Clients connected at a time; more are turned away at once. 0 means no limit."""
     once: bool = False
     """End when the last client has gone."""
-    structured_replies: bool = True
-    limits: Limits = field(default_factory=Limits)
+    terms: Terms = field(default_factory=Terms)
 
 
 class Server:
@@ -108,8 +108,7 @@ class Server:
             peer,
             self._exports,
             self._workers,
-            self._policy.limits,
-            structured_replies=self._policy.structured_replies,
+            self._policy.terms,
         )
         thread = threading.Thread(target=self._serve, args=(connection,), name=peer, daemon=True)
         with self._lock:

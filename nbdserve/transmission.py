@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from nbdserve.protocol.constants import Command, CommandFlags, NbdError
 from nbdserve.protocol.framing import Request, framing_of
 from nbdserve.protocol.offers import Agreement, Mode
 from nbdserve.protocol.requests import choose_contexts, refusal
+from nbdserve.stream import Stream
 from nbdserve.workers import InFlight, Workers
 
 _LOG = logging.getLogger("nbdserve")
@@ -34,14 +34,14 @@ class Transmission:
     """
 
     def __init__(
-        self, sock: socket.socket, agreement: Agreement, backend: Backend, early: bytes, workers: Workers
+        self, stream: Stream, agreement: Agreement, backend: Backend, early: bytes, workers: Workers
     ) -> None:
         self._agreement = agreement
         self._backend = backend
         self._framing = framing_of(agreement)
         self._commands = Commands(agreement, self._framing, backend)
-        self._inbox = Inbox(sock, early)
-        self._outbox = Outbox(sock)
+        self._inbox = Inbox(stream, early)
+        self._outbox = Outbox(stream)
         self._workers = workers
         self._in_flight = InFlight(MAX_IN_FLIGHT)
         self._finish_by: float | None = None

@@ -58,8 +58,20 @@ class State(Enum):
     OPTIONS = auto()
     TRANSMISSION = auto()
     """Agreed: ``agreement`` is set, and ``leftover`` holds what the client sent after its last option."""
+    ENCRYPTING = auto()
+    """Send what is pending, do the TLS handshake, call ``encrypted`` and go on."""
     CLOSED = auto()
     """Send what is pending and close the connection."""
+
+
+class Encryption(Enum):
+    """What a server says to STARTTLS, and to a client that does not ask for it."""
+
+    NONE = auto()
+    OFFERED = auto()
+    REQUIRED = auto()
+    ACTIVE = auto()
+    """The client has done it already."""
 
 
 class Haggling:
@@ -68,7 +80,14 @@ class Haggling:
     ``structured_replies=False`` refuses them, and the meta contexts that need them.
     """
 
-    def __init__(self, catalog: Catalog, *, structured_replies: bool = True) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        structured_replies: bool = True,
+        encryption: Encryption = Encryption.NONE,
+    ) -> None:
+        self._encryption = encryption
         self.state = State.CLIENT_FLAGS
         self.agreement: Agreement | None = None
         self._catalog = catalog
@@ -104,6 +123,13 @@ class Haggling:
         replies = bytes(self._outbox)
         self._outbox.clear()
         return replies
+
+    def encrypted(self) -> None:
+        """Begin anew inside TLS: nothing that was said in the clear counts (proto.md, "STARTTLS")."""
+        self._encryption = Encryption.ACTIVE
+        self._mode = Mode.SIMPLE
+        self._contexts_for, self._contexts = None, ()
+        self.state = State.OPTIONS
 
     def _step(self) -> bool:
         """Consume one unit of input; False when there is none."""
@@ -165,6 +191,11 @@ class Haggling:
             raise ProtocolError(f"more than {MAX_OPTIONS} options in one handshake")
 
     def _handle(self, option: int, payload: bytes) -> None:
+        if self._encryption is Encryption.REQUIRED and option not in (Option.STARTTLS, Option.ABORT):
+            if option == Option.EXPORT_NAME:
+                raise ProtocolError("the client wants an export without TLS, which is required")
+            self._reply(option, OptionReply.ERR_TLS_REQD, b"this server requires TLS")
+            return
         handler = self._HANDLERS.get(option)
         if handler is None:
             self._reply(option, OptionReply.ERR_UNSUP, b"this option is not known here")
@@ -197,6 +228,19 @@ class Haggling:
     def _abort(self, option: int, payload: bytes) -> None:
         self._reply(option, OptionReply.ACK)
         self.state = State.CLOSED
+
+    def _starttls(self, option: int, payload: bytes) -> None:
+        Reader(payload).end()
+        if self._encryption is Encryption.NONE:
+            self._reply(option, OptionReply.ERR_UNSUP, b"this server has no certificate for TLS")
+            return
+        if self._encryption is Encryption.ACTIVE:
+            raise ProtocolError("TLS is active already")
+        if self._inbox:
+            # Whoever sits in the line could have put it there to be taken for the client's (CVE-2021-3716).
+            raise ProtocolError("plaintext came after STARTTLS")
+        self._reply(option, OptionReply.ACK)
+        self.state = State.ENCRYPTING
 
     def _list(self, option: int, payload: bytes) -> None:
         Reader(payload).end()
@@ -297,6 +341,7 @@ class Haggling:
     _HANDLERS: ClassVar[dict[int, Callable[[Haggling, int, bytes], None]]] = {
         Option.EXPORT_NAME: _export_name,
         Option.ABORT: _abort,
+        Option.STARTTLS: _starttls,
         Option.LIST: _list,
         Option.INFO: _info,
         Option.GO: _info,

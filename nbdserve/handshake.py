@@ -1,0 +1,118 @@
+"""The handshake with one client over its socket: haggling and TLS, all within one time limit."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+
+from nbdserve.errors import ConnectionLostError
+from nbdserve.protocol.haggling import Encryption, Haggling, State
+from nbdserve.protocol.offers import Agreement, Catalog
+from nbdserve.stream import Stream
+from nbdserve.tls import TlsStream
+
+_GULP = 64 << 10
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a server grants to every client. ``time_limit`` is in seconds, for all of the handshake."""
+
+    time_limit: float = 10.0
+    structured_replies: bool = True
+    tls: ssl.SSLContext | None = None
+    tls_required: bool = False
+
+    @property
+    def encryption(self) -> Encryption:
+        """What to answer to STARTTLS."""
+        if self.tls is None:
+            return Encryption.NONE
+        return Encryption.REQUIRED if self.tls_required else Encryption.OFFERED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a handshake led: the stream to go on with, and what came after the last option.
+
+    ``agreement`` is None when the client said goodbye instead of choosing an export.
+    """
+
+    agreement: Agreement | None
+    stream: Stream
+    leftover: bytes
+
+
+class TimedSocket:
+    """A socket whose operations must all be over by a deadline, until ``release``."""
+
+    def __init__(self, sock: socket.socket, seconds: float) -> None:
+        self._sock = sock
+        self._seconds = seconds
+        self._deadline: float | None = time.monotonic() + seconds
+
+    def recv(self, length: int) -> bytes:
+        """As socket.recv; ConnectionLostError when time is up."""
+        self._set_timeout()
+        try:
+            return self._sock.recv(length)
+        except TimeoutError as error:
+            raise self._too_slow() from error
+
+    def sendall(self, data: bytes) -> None:
+        """As socket.sendall; ConnectionLostError when time is up."""
+        self._set_timeout()
+        try:
+            self._sock.sendall(data)
+        except TimeoutError as error:
+            raise self._too_slow() from error
+
+    def release(self) -> None:
+        """Let operations take their time from now on."""
+        self._deadline = None
+        self._sock.settimeout(None)
+
+    def _set_timeout(self) -> None:
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise self._too_slow()
+            self._sock.settimeout(left)
+
+    def _too_slow(self) -> ConnectionLostError:
+        return ConnectionLostError(f"no export chosen within {self._seconds:g} s")
+
+
+def shake_hands(sock: socket.socket, catalog: Catalog, terms: Terms) -> Outcome:
+    """Haggle with a client until it has chosen an export or said goodbye.
+
+    Raises ProtocolError when it makes no sense, ConnectionLostError when it goes away or is too slow, OSError
+    when the connection breaks.
+    """
+    timed = TimedSocket(sock, terms.time_limit)
+    tls: TlsStream | None = None
+    haggling = Haggling(catalog, structured_replies=terms.structured_replies, encryption=terms.encryption)
+    timed.sendall(haggling.greeting())
+    while haggling.state not in (State.TRANSMISSION, State.CLOSED):
+        if haggling.state is State.ENCRYPTING and terms.tls is not None:
+            tls = TlsStream(timed, terms.tls)
+            tls.handshake()
+            haggling.encrypted()
+        data = _receive(tls) if tls else timed.recv(_GULP)
+        if not data:
+            raise ConnectionLostError("the client went away before it chose an export")
+        replies = haggling.receive(data)
+        if tls:
+            tls.sendall(replies)
+        else:
+            timed.sendall(replies)
+    timed.release()
+    return Outcome(haggling.agreement, tls or sock, haggling.leftover)
+
+
+def _receive(tls: TlsStream) -> bytes:
+    buffer = bytearray(_GULP)
+    count = tls.recv_into(memoryview(buffer))
+    return bytes(buffer[:count])

@@ -1,0 +1,162 @@
+"""TLS on the server's side: certificates as operators keep them, and a stream that threads may share."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from nbdserve.errors import ProtocolError, UsageError
+
+_GULP = 128 << 10
+"""Bytes of ciphertext that are received at a time."""
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """The files of a server's identity, in PEM, and how it treats its clients."""
+
+    certificate: Path
+    key: Path
+    authority: Path | None = None
+    verify_peer: bool = False
+    """Clients must show a certificate that ``authority`` signed."""
+
+    @classmethod
+    def in_directory(cls, directory: Path, *, verify_peer: bool) -> Certificates:
+        """The layout of QEMU and nbdkit: ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``."""
+        authority = directory / "ca-cert.pem"
+        return cls(
+            directory / "server-cert.pem",
+            directory / "server-key.pem",
+            authority if authority.exists() else None,
+            verify_peer,
+        )
+
+
+def server_context(files: Certificates) -> ssl.SSLContext:
+    """Load the files into a context that speaks TLS 1.2 and newer; UsageError when they are no good."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # NBD clients keep their connections: sessions to resume would only cost a round of messages.
+    context.num_tickets = 0
+    try:
+        context.load_cert_chain(files.certificate, files.key)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            f"{files.certificate}, {files.key}: no usable certificate and key in PEM: {_reason(error)}"
+        ) from error
+    if files.verify_peer:
+        if files.authority is None:
+            raise UsageError("verifying clients needs the authority that signs them: give --tls-ca")
+        try:
+            context.load_verify_locations(files.authority)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"{files.authority}: no usable authority in PEM: {_reason(error)}") from error
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _reason(error: OSError) -> str:
+    return (error.reason if isinstance(error, ssl.SSLError) else error.strerror) or str(error)
+
+
+class Carrier(Protocol):
+    """What carries the ciphertext: a socket, or one with a deadline."""
+
+    def recv(self, length: int, /) -> bytes:
+        """As socket.recv."""
+
+    def sendall(self, data: bytes, /) -> None:
+        """As socket.sendall."""
+
+
+class TlsStream:
+    """TLS over a connected socket. One thread may receive while another sends.
+
+    OpenSSL's own object must not be used by two threads at once, so it works on memory, under a lock, and the
+    system calls are made here. It also takes fewer of them: many records travel with one.
+    """
+
+    def __init__(self, sock: Carrier, context: ssl.SSLContext) -> None:
+        self._sock = sock
+        self._received = ssl.MemoryBIO()
+        self._to_send = ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._received, self._to_send, server_side=True)
+        self._lock = threading.Lock()
+        self._sending = threading.Lock()
+
+    def handshake(self) -> None:
+        """Agree on keys. ProtocolError when the client is not up to it; OSError when it goes away."""
+        while True:
+            try:
+                self._object.do_handshake()
+            except ssl.SSLWantReadError:
+                self._send_pending()
+                if not self._receive_more():
+                    raise ProtocolError("the client went away during the TLS handshake") from None
+            except ssl.SSLError as error:
+                # OpenSSL has left an alert that tells the client why.
+                self._send_pending()
+                raise ProtocolError(f"TLS handshake failed: {error.reason or error}") from error
+            else:
+                self._send_pending()
+                return
+
+    def recv_into(self, buffer: memoryview, nbytes: int = 0, flags: int = 0, /) -> int:
+        """Receive what has arrived, waiting for at least one byte; 0 at the end of the stream."""
+        if not len(buffer):
+            return 0
+        while True:
+            try:
+                with self._lock:
+                    return self._read_records(buffer)
+            except ssl.SSLWantReadError:
+                # TLS 1.3 may have something to answer, such as a key update.
+                self._send_pending()
+                if not self._receive_more():
+                    return 0
+            except ssl.SSLZeroReturnError:
+                return 0
+            except ssl.SSLError as error:
+                raise ConnectionError(f"TLS: {error.reason or error}") from error
+
+    def sendall(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Encrypt and send everything."""
+        with self._sending:
+            with self._lock:
+                view = memoryview(data)
+                while view:
+                    view = view[self._object.write(view) :]
+                ciphertext = self._to_send.read()
+            self._sock.sendall(ciphertext)
+
+    def _read_records(self, buffer: memoryview) -> int:
+        """Decrypt every record that is here and fits; each call to OpenSSL yields one of 16 KiB at most."""
+        count = self._object.read(len(buffer), buffer)
+        assert isinstance(count, int)
+        while count < len(buffer) and (self._received.pending or self._object.pending()):
+            try:
+                more = self._object.read(len(buffer) - count, buffer[count:])
+            except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+                break
+            assert isinstance(more, int)
+            count += more
+        return count
+
+    def _receive_more(self) -> bool:
+        ciphertext = self._sock.recv(_GULP)
+        if not ciphertext:
+            return False
+        with self._lock:
+            self._received.write(ciphertext)
+        return True
+
+    def _send_pending(self) -> None:
+        with self._sending:
+            with self._lock:
+                ciphertext = self._to_send.read()
+            if ciphertext:
+                self._sock.sendall(ciphertext)
