@@ -73,7 +73,8 @@ class _Clusters:
             self._chunks[index] = chunk | mask
             number += here
         self.count += count - known
-        self.end = max(self.end, end)
+        if count:
+            self.end = max(self.end, end)
         return known
 
 

@@ -6,8 +6,9 @@ zeros, or the file offset of a data cluster.
 The L1 table is kept in memory as far as the disk's size needs it; of the L2 tables only slices are, the least
 recently used going first. So what a header claims never decides how much memory is used.
 
-Changes are made in memory and reach the file in :meth:`Tables.commit`, in this order: new L2 tables, to which
-nothing points yet; a sync, which makes them and the data durable; then whatever points to tables or data.
+Changes are made in memory and reach the file in :meth:`Tables.commit`, after a sync: what an entry points to
+is durable before the entry. Of a new L2 table that may be the zeros of the grown file, which mean absent, so
+the order among tables does not matter.
 """
 
 from __future__ import annotations
@@ -156,16 +157,13 @@ class Tables:
 
     def commit(self) -> None:
         """Bring all changes to the file, after a sync of everything that they point to. Raises OSError."""
-        for number, part in self._dirty.items():
-            if self._l1_index(number) in self._new_l1:
-                part.store(self._storage)
         self._storage.sync()
         for part in self._dirty.values():
             part.store(self._storage)
         for l1_index in sorted(self._new_l1):
             offset = self._header.l1_table_offset + l1_index * ENTRY_BYTES
             self._storage.write(offset, encode(self._l1[l1_index : l1_index + 1]))
-            self._new_l1.discard(l1_index)
+        self._new_l1.clear()
         self._dirty.clear()
 
     def _add_table(self, l1_index: int) -> None:
