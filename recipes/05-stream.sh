@@ -8,8 +8,8 @@
 # SPEED            bytes per second to copy at most (default 0, no limit)
 # STALL_TIMEOUT    seconds without any progress after which to give up waiting (default 300)
 #
-# If A cannot be reached, the guest stands still or goes on with what is local, and this recipe says so and ends.
-# Bring A's server back (step 1) and run it again: it resumes the guest and copies what is missing.
+# While A cannot be reached, copying pauses, and the guest too as soon as it needs what is not local yet; nothing
+# is lost. Bring A's server back (step 1): this recipe, which may also be run again, resumes both.
 
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -22,54 +22,44 @@ need DESTINATION_QMP
 need_number SPEED STALL_TIMEOUT
 need_programs nbd-migrate
 
-qmp() { nbd-migrate qmp "$DESTINATION_QMP" "$@"; }
+# B's QEMU may be silent while it waits for A to come back.
+qmp() { nbd-migrate qmp "$DESTINATION_QMP" "$@" --timeout 60; }
 
-# resume: let the guest run, also after it was stopped by a read that failed.
-resume() {
-    local status
-    for _ in {1..10}; do
-        status=$(qmp query-status --get status)
-        case $status in
-        running) return ;;
-        inmigrate | finish-migrate) ;;
-        *) qmp cont >/dev/null ;;
-        esac
-        sleep 1
-    done
-    die "the guest does not run on B but is in state $status; is the server of step 1 there?"
-}
-
-# jobs PATH: what query-jobs knows there.
+# jobs PATH: what query-jobs says there.
 jobs() { qmp query-jobs --get "$1"; }
 
-# needs_a: whether B's QEMU still has the export of step 1 open.
-needs_a() {
-    local drivers
-    drivers=$(qmp query-named-block-nodes '{"flat": true}' --get '*.drv')
-    grep -qx nbd <<<"$drivers"
+# push: bring back to life what an I/O error has stopped; while A is away, they stop again.
+push() {
+    guest=$(qmp query-status --get status)
+    case $guest in
+    running | inmigrate | finish-migrate) ;;
+    *) qmp cont >/dev/null ;;
+    esac
+    [ "$status" != paused ] || qmp block-job-resume '{"device": "stream"}' >/dev/null
 }
 
-resume
+qmp query-status --get status --until 'running|paused|io-error' >/dev/null
 if ! grep -qx stream <<<"$(jobs '*.id')"; then
     qmp block-stream "{\"job-id\": \"stream\", \"device\": \"$NODE-overlay\", \"speed\": $SPEED,
-        \"auto-dismiss\": false}" >/dev/null
+        \"on-error\": \"stop\", \"auto-dismiss\": false}" >/dev/null
 fi
 
 last='' since=$SECONDS
 while status=$(jobs stream.status) && [ "$status" != concluded ]; do
-    resume
+    push
     now=$(jobs stream.current-progress)
-    echo "$me: $((now >> 20)) of $(($(jobs stream.total-progress) >> 20)) MiB ($status)"
+    echo "$me: $((now >> 20)) of $(($(jobs stream.total-progress) >> 20)) MiB, job $status, guest $guest"
     [ "$now" = "$last" ] || since=$SECONDS
-    [ $((SECONDS - since)) -lt "$STALL_TIMEOUT" ] || die "no progress for $STALL_TIMEOUT s; the job goes on by itself"
+    [ $((SECONDS - since)) -lt "$STALL_TIMEOUT" ] ||
+        die "no progress for $STALL_TIMEOUT s; see to the server of step 1, then run this recipe again"
     last=$now
     sleep 1
 done
 
 error=$(jobs stream.error)
 qmp job-dismiss '{"id": "stream"}' >/dev/null
-[ -z "$error" ] || die "streaming stopped: $error; see to the server of step 1, then run this recipe again"
-if needs_a; then
+[ -z "$error" ] || die "streaming failed: $error; see to the server of step 1, then run this recipe again"
+if grep -qx nbd <<<"$(qmp query-named-block-nodes '{"flat": true}' --get '*.drv')"; then
     qmp blockdev-del "{\"node-name\": \"$NODE-backing\"}" >/dev/null
     qmp blockdev-del "{\"node-name\": \"$NODE-export\"}" >/dev/null
 fi

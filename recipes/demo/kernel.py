@@ -50,8 +50,8 @@ class Kernel:
         """
         needs = {}
         for line in (self.modules / "modules.dep").read_text().splitlines():
-            path, _, dependencies = line.partition(":")
-            needs[_module_name(path)] = (path, dependencies.split())
+            path, _, needed = line.partition(":")
+            needs[_module_name(path)] = (path, needed.split())
         built_in = {
             _module_name(line) for line in (self.modules / "modules.builtin").read_text().splitlines()
         }

@@ -1,10 +1,11 @@
-"""What the demo has shown: the guest's memory, the host's comparison, and what must be gone, joined into one."""
+"""What the demo has shown: what the guest and the host found, and what is gone, joined into one verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nbdserve.sizes import format_size
 from recipes.demo.disk import Comparison
 from recipes.demo.guest import Memory
 from recipes.demo.records import newest
@@ -68,26 +69,22 @@ class Verdict:
             yield f"the guest did not write in every phase: {self.phases}"
         if not self.comparison.equal:
             yield (
-                f"{self.comparison.different} blocks of 4 KiB that the guest did not write differ from the original,"
-                f" the first at byte {self.comparison.first}"
+                f"{self.comparison.different} blocks of 4 KiB are not as they were although the guest did not"
+                f" write them, the first at byte {self.comparison.first}"
             )
         yield from self.leftovers
 
     def lines(self) -> Iterator[str]:
         """The verdict as the operator reads it."""
+        memory, host = self.memory, self.comparison
         before, moving, streaming, after = self.phases.live(self.cells)
-        yield (
-            f"guest   {self.memory.written} records written, {self.memory.live} re-read (the others were rewritten),"
-            f" {self.memory.bad} bad"
-        )
-        yield (
-            f"        of these {before} from before, {moving} while the RAM moved, {streaming} while the disk was"
-            f" streamed, {after} after the source was gone"
-        )
-        yield (
-            f"host    {self.comparison.compared / 2**20:.1f} MiB that the guest did not write compared with the"
-            f" original, {self.comparison.different} blocks differ"
-            f" ({self.comparison.excepted / 2**20:.1f} MiB written by the guest)"
-        )
-        yield from (f"WRONG   {failure}" for failure in self.failures)
-        yield "VERDICT the disk is complete and correct" if self.holds else "VERDICT the migration FAILED"
+        rewritten = memory.written - memory.live
+        yield f"guest    {memory.written} records written, {rewritten} of them replaced by later ones"
+        yield f"         {memory.live} re-read and compared with the guest's memory, {memory.bad} wrong"
+        yield f"         written before the migration {before}, while the RAM moved {moving}"
+        yield f"         while the disk was streamed {streaming}, when A had nothing any more {after}"
+        compared = format_size(host.compared)
+        yield f"host     {compared} compared with the original, {host.different} blocks of 4 KiB wrong"
+        yield f"         the other {format_size(host.excepted)} were written by the guest"
+        yield from (f"WRONG    {failure}" for failure in self.failures)
+        yield f"verdict  {'the disk is complete and correct' if self.holds else 'the migration FAILED'}"
