@@ -60,11 +60,13 @@ def pid_file(path: Path | None) -> Iterator[None]:
         yield
         return
     text = f"{os.getpid()}\n"
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh = Path(f"{path}.{os.getpid()}")
     try:
         fresh.write_text(text)
         fresh.rename(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
         raise OperatorError(f"{path}: cannot write the pid file: {error.strerror}") from error
     try:
         yield

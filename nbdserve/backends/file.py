@@ -124,11 +124,15 @@ class FileBackend(Backend):
         os.fdatasync(self._fd)
 
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
-        """Tell data from holes by SEEK_DATA and SEEK_HOLE; without them all is data."""
+        """Tell data from holes by SEEK_DATA and SEEK_HOLE; without them all is data.
+
+        A file that has shrunk is EIO: what follows its end is no hole.
+        """
         position, end = self._base + offset, self._base + offset + length
         while position < end:
             data = self._seek(position, os.SEEK_DATA, default=position)
             if data is None or data >= end:
+                self._require(end)
                 yield Extent(end - position, HOLE)
                 return
             if data > position:
@@ -136,6 +140,11 @@ class FileBackend(Backend):
             hole = self._seek(data, os.SEEK_HOLE, default=end)
             position = end if hole is None else min(hole, end)
             yield Extent(position - data, DATA)
+
+    def _require(self, end: int) -> None:
+        """Raise EIO unless the file still reaches to ``end``."""
+        if os.lseek(self._fd, 0, os.SEEK_END) < end:
+            raise OSError(errno.EIO, f"{self.path} ends before offset {end}")
 
     def _seek(self, position: int, whence: int, default: int) -> int | None:
         """Where the next data or hole starts; None past the last, ``default`` where the file cannot tell."""
