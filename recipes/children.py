@@ -184,7 +184,7 @@ class Children:
         with tempfile.TemporaryFile() as errors:
             try:
                 keeper = await asyncio.create_subprocess_exec(
-                    *host.keeper(log, ready, argv),
+                    *host.argv(host.own("keeper", str(log), str(ready or ""), *argv)),
                     stdin=words_out,
                     stdout=messages_in,
                     stderr=errors,

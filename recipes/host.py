@@ -44,10 +44,11 @@ class Host:
         beside = Path(sys.executable).with_name(name)
         return str(beside) if beside.exists() and not self.remote else name
 
-    def keeper(self, log: Path, ready: Path | None, command: Sequence[str]) -> list[str]:
-        """The command line of a keeper for a process on this host, whose paths these are."""
-        ours = [self.tool("nbd-migrate"), "keep"] if self.remote else [sys.executable, "-m", "recipes.keeper"]
-        return self.argv([*ours, str(log), str(ready or ""), *command])
+    def own(self, name: str, *arguments: str) -> list[str]:
+        """One of the small programs of this package (keeper, fence, probe) as a command of this host."""
+        if self.remote:
+            return [self.tool("nbd-migrate"), name, *arguments]
+        return [sys.executable, "-m", f"recipes.{name}", *arguments]
 
     async def run(self, *command: str, limit: float) -> str:
         """Run a short command there and return what it printed.
@@ -89,3 +90,8 @@ class Host:
         except MigrationError:
             return False
         return True
+
+    async def test(self, question: str, path: str, limit: float) -> bool:
+        """Answer one of test(1)'s questions about a path there, such as ``-e``; raises as run() does."""
+        script = 'if test "$1" "$2"; then echo yes; else echo no; fi'
+        return (await self.run("sh", "-c", script, "sh", question, path, limit=limit)).strip() == "yes"

@@ -1,6 +1,6 @@
 """A keeper: the parent of one process, which ends with whoever holds the keeper's standard input.
 
-    python -m recipes.keeper LOG READY COMMAND...         nbd-migrate keep LOG READY COMMAND...
+    nbd-migrate keeper LOG READY COMMAND...
 
 The process writes to the file LOG, and makes the file READY when it is ready (READY may be empty). The
 keeper reads words from its standard input, one a line:

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, suppress
+from typing import TypeVar
+
+from nbdserve.errors import MigrationError, OperatorError
+from recipes import preflight, steps
 from recipes.children import Children
+from recipes.cutover import cut_over, fence_source
+from recipes.guard import Orders, start_guard
+from recipes.migration import Migration
 from recipes.plan import Plan
-from recipes.report import Outcome, Report
+from recipes.report import Outcome, Report, Step, StepResult
+from recipes.source import Side, capabilities_on, give_back
+from recipes.stream import stream
+from recipes.vm import connect
+
+T = TypeVar("T")
+
+STEPS: tuple[tuple[Step, Callable[[Migration], Awaitable[str]]], ...] = (
+    (Step.EXPORT, steps.export),
+    (Step.OVERLAY, steps.create_overlay),
+    (Step.LAUNCH, steps.launch),
+    (Step.MIGRATE, cut_over),
+    (Step.STREAM, stream),
+    (Step.SHUTDOWN, steps.shut_down),
+)
 
 
 async def migrate(plan: Plan, report: Report, *, children: Children | None = None) -> Outcome:
@@ -15,6 +40,108 @@ async def migrate(plan: Plan, report: Report, *, children: Children | None = Non
     with that block in any case.
 
     Raises UsageError or ConnectError when a check fails before anything was started, MigrationError, whose
-    one line says where the guest is and what to do, when a step fails.
+    one line says where the guest is and what to do, when a step fails. When the task is cancelled, that line
+    goes to ``report.note`` instead.
     """
-    raise NotImplementedError
+    limits = plan.limits
+    async with AsyncExitStack() as stack:
+        a = await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
+        stack.push_async_callback(a.disconnect)
+        size = await preflight.check(plan, a)
+        orders = Orders(
+            source=plan.source.qmp,
+            destination=plan.destination.qmp,
+            capabilities=await capabilities_on(a),
+            owned=children is not None,
+            limit=limits.connect,
+        )
+        ours = await stack.enter_async_context(Children()) if children is None else children
+        guard = await start_guard(orders)
+        stack.push_async_callback(guard.close)
+        m = Migration(plan, report, ours, guard, a, size, owned=children is not None)
+        stack.push_async_callback(m.close)
+        return await run(m, orders)
+
+
+async def run(m: Migration, orders: Orders) -> Outcome:
+    """Run the steps of a migration that has been prepared."""
+    results: list[StepResult] = []
+    window = 0.0
+    for step, body in STEPS:
+        m.report.step_started(step)
+        begin = time.monotonic()
+        try:
+            summary = await body(m)
+        except OperatorError as error:
+            where = await undisturbed(retreat(m, orders))
+            raise MigrationError(f"step {step.number} ({step.title}): {error}; {where}") from error
+        except asyncio.CancelledError:
+            where = await undisturbed(retreat(m, orders))
+            m.report.note(f"interrupted in step {step.number} ({step.title}); {where}")
+            raise
+        results.append(StepResult(step, time.monotonic() - begin, summary))
+        m.report.step_done(results[-1])
+        if step is Step.STREAM and m.arrived:
+            window = time.monotonic() - m.arrived
+    outcome = Outcome(
+        steps=tuple(results),
+        downtime_ms=m.arrival.downtime_ms if m.arrival else 0,
+        migrate_ms=m.arrival.total_ms if m.arrival else 0,
+        ram_bytes=m.arrival.ram_bytes if m.arrival else 0,
+        disk_bytes=m.size,
+        window=window,
+        recoveries=m.recoveries,
+    )
+    m.report.finished(outcome)
+    return outcome
+
+
+async def retreat(m: Migration, orders: Orders) -> str:
+    """After a failure: give the guest back to A, or leave it on B; return one phrase that says which."""
+    if m.arrived is not None:
+        return await after_cut_over(m)
+    try:
+        if m.a.connected:
+            side = await give_back(m.a, lambda: end_children(m), orders.capabilities)
+            if side is Side.DESTINATION:
+                m.release()
+                return "the guest is on B all the same; A must not go on"
+            where = "the guest runs on A as before"
+        else:
+            await end_children(m)
+            where = "A's QEMU is gone and with it the guest; its disk is untouched"
+        if m.created:
+            await m.host_b.run(*steps.remove_overlay(m.plan), limit=m.plan.limits.command)
+        return where
+    except MigrationError as error:
+        m.release()
+        return f"it is not known where the guest is: {error}; look at query-migrate on A before anything else"
+
+
+async def end_children(m: Migration) -> None:
+    """End B's QEMU, then the server."""
+    for child in (m.qemu, m.server):
+        if child and child.running:
+            await child.stop(m.plan.limits.stop)
+
+
+async def after_cut_over(m: Migration) -> str:
+    """What is so after a failure behind the cut-over. A must not go on in any case."""
+    if m.a.connected:
+        await fence_source(m)
+    image, overlay = m.plan.source.image, m.plan.destination.image
+    if m.qemu and m.qemu.running:
+        return f"the guest is on B and stays there; until {overlay} is complete, keep {image} and A's server"
+    return (
+        f"the guest has stopped; its disk is {overlay} on B together with {image} on A, which is still "
+        "served: keep both, and start B's QEMU again without -incoming"
+    )
+
+
+async def undisturbed(work: Coroutine[None, None, T]) -> T:
+    """Finish the work even if we are cancelled, again, in the middle of it."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    return task.result()

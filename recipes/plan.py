@@ -20,19 +20,20 @@ migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOS
 [limits]                                  seconds, unless said otherwise; see Limits
 [finish]                                  see Finish
 [log]
-directory = "/var/log/nbd-migrate"        where what is started here writes; default: beside the overlay
+directory = "/var/log/nbd-migrate"        where what is started writes, on A and B; default: beside the disk
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from nbdserve.errors import UsageError
+from nbdserve.uri import NbdUri, parse_uri
 
 Command = tuple[str, ...]
 
@@ -61,35 +62,19 @@ class Export:
 
     def check(self) -> None:
         """Raise UsageError if the URI is not one that nbdserve can listen on."""
-        where = "export.uri"
         try:
-            parts = urlsplit(self.uri)
-            port = parts.port
-        except ValueError as error:
-            raise UsageError(f"{where}: {self.uri!r}: {error}") from error
-        if parts.scheme == "nbd" and parts.hostname and port:
-            return
-        if parts.scheme == "nbd+unix" and not parts.netloc and self.socket.startswith("/"):
-            return
-        raise UsageError(
-            f"{where}: {self.uri!r} is not usable: write nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=/PATH"
-        )
+            address = self.address
+        except UsageError as error:
+            raise UsageError(f"export.uri: {error}") from error
+        if address.tls or address.user:
+            raise UsageError(f"export.uri: {self.uri!r}: TLS and users are not possible here")
+        if address.socket is not None and not address.socket.startswith("/"):
+            raise UsageError(f"export.uri: {self.uri!r}: the socket must be an absolute path")
 
     @property
-    def name(self) -> str:
-        """The export's name, which may be empty."""
-        return unquote(urlsplit(self.uri).path.removeprefix("/"))
-
-    @property
-    def socket(self) -> str:
-        """The Unix socket's path, or the empty string when the export is served over TCP."""
-        return parse_qs(urlsplit(self.uri).query).get("socket", [""])[0]
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port of an export that is served over TCP."""
-        parts = urlsplit(self.uri)
-        return parts.hostname or "", parts.port or 0
+    def address(self) -> NbdUri:
+        """The URI taken apart."""
+        return parse_uri(self.uri)
 
 
 @dataclass(frozen=True)
@@ -114,11 +99,14 @@ class Destination:
         check_absolute("destination.image", self.image)
         if not self.qemu:
             raise UsageError("destination.qemu: give the QEMU command line of host B")
-        for option in ("-incoming", "--incoming", "-qmp", "--qmp", "-daemonize", "--daemonize"):
-            if option in self.qemu:
-                raise UsageError(f"destination.qemu: leave {option} out, it is added or done here")
-        if not self.node:
-            raise UsageError("destination.node: name the block node that the -device of the disk refers to")
+        for option in ("incoming", "qmp", "daemonize", "S"):
+            if {f"-{option}", f"--{option}"}.intersection(self.qemu):
+                raise UsageError(f"destination.qemu: leave -{option} out, that is taken care of here")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,19}", self.node):
+            raise UsageError(
+                f"destination.node: {self.node!r} is not usable: up to 20 letters, digits and ._- that begin "
+                "with a letter, as in the -device of the disk"
+            )
         kind, _, rest = self.migration.partition(":")
         if not ((kind == "unix" and rest.startswith("/")) or (kind == "tcp" and is_host_and_port(rest))):
             raise UsageError(
@@ -135,6 +123,7 @@ class Limits:
     start            until a process that was started is ready
     migrate          the RAM, from the command to the cut-over
     stall            streaming without one byte of progress
+    recover          until a guest that waits for the export goes on, once the export is back
     stop             until a process that was told to end has ended
     reconnect_delay  how long B's QEMU holds a guest's request while the export is away (whole seconds)
     restarts         how often a server that died while streaming is started again (a number)
@@ -146,6 +135,7 @@ class Limits:
     start: float = 30.0
     migrate: float = 3600.0
     stall: float = 300.0
+    recover: float = 60.0
     stop: float = 30.0
     reconnect_delay: int = 10
     restarts: int = 5
@@ -173,7 +163,7 @@ class Finish:
 
 @dataclass(frozen=True)
 class Log:
-    """Where the processes that are started write their output: a directory on this host."""
+    """Where the processes that are started write their output: a directory on the host of each."""
 
     directory: str = ""
 
@@ -266,9 +256,9 @@ def typed(where: str, kind: object, value: object) -> object:
 
 
 def is_host_and_port(text: str) -> bool:
-    """Whether the text is ``HOST:PORT`` with a port of 1 to 65535."""
-    host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536
+    """Whether the text is ``HOST:PORT`` with a port of 1 to 65535; an IPv6 host stands in brackets."""
+    match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):([0-9]{1,5})", text)
+    return match is not None and 0 < int(match[1]) < 65536
 
 
 def check_monitor(where: str, address: str) -> None:

@@ -24,6 +24,13 @@ class Step(Enum):
         self.title = title
 
 
+class Moment(Enum):
+    """Two instants within step 4 between which the guest changes sides."""
+
+    SWITCHOVER = "the guest stands still on A"
+    ARRIVED = "the guest runs on B"
+
+
 @dataclass(frozen=True)
 class StepResult:
     """A step that is done: how long it took, in seconds, and one line about what it did."""
@@ -77,6 +84,9 @@ class Report:
 
     def step_done(self, result: StepResult) -> None:
         """A step is complete."""
+
+    def moment(self, moment: Moment) -> None:
+        """The cut-over has come this far. The guest waits for this to return: be quick."""
 
     def note(self, text: str) -> None:
         """Something worth a line happened within a step."""

@@ -1,0 +1,136 @@
+"""``nbd-migrate``: run a migration, show one, and the small programs that recipes and keepers call."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbdserve import command, sizes
+from recipes import fence, keeper, monitor_cli, probe
+from recipes.console import choose_report
+from recipes.demo import run as demo
+from recipes.migrate import migrate
+from recipes.plan import Plan, is_host_and_port, load
+from recipes.report import Report
+
+PROGRAM = "nbd-migrate"
+
+MIGRATION_PORT = "4444"
+"""TCP port for the RAM where ``--to`` names none."""
+
+EPILOGUE = """
+For recipes and for the other host of a migration:
+  nbd-migrate qmp MONITOR COMMAND [JSON]     execute one QMP command
+  nbd-migrate fence READY IMAGE              keep every QEMU from writing to the image
+  nbd-migrate probe URI                      what this host sees of an export
+  nbd-migrate keeper LOG READY COMMAND...    run a process that ends with our standard input
+
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["keeper"] and len(words) > 3:
+        # Its arguments are another command's, which argparse must not look at.
+        return keeper.main(words[1:])
+    return command.run(PROGRAM, lambda: dispatch(words))
+
+
+def dispatch(words: list[str]) -> int:
+    """Run the subcommand and return its exit code."""
+    arguments = make_parser().parse_args(words)
+    return int(arguments.body(arguments))
+
+
+def make_parser() -> command.Parser:
+    """The command line of nbd-migrate."""
+    parser = command.Parser(
+        prog=PROGRAM,
+        description="Move a running virtual machine to another host, and its disk after it.",
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run = subcommands.add_parser("run", help="migrate the guest of a plan")
+    configure_run(run)
+    run.set_defaults(body=run_plan)
+    show = subcommands.add_parser("demo", help="the whole sequence on this machine, with a real guest")
+    demo.configure(show)
+    show.set_defaults(body=demo.main)
+    qmp = subcommands.add_parser("qmp")
+    monitor_cli.configure(qmp)
+    qmp.set_defaults(body=monitor_cli.main)
+    raise_fence = subcommands.add_parser("fence")
+    raise_fence.add_argument("ready", metavar="READY", type=Path)
+    raise_fence.add_argument("image", metavar="IMAGE")
+    raise_fence.set_defaults(body=lambda given: fence.fence(given.image, given.ready))
+    look = subcommands.add_parser("probe")
+    look.add_argument("uri", metavar="URI")
+    look.set_defaults(body=lambda given: probe.probe(given.uri))
+    return parser
+
+
+def configure_run(parser: argparse.ArgumentParser) -> None:
+    """Give ``run`` its options. What is given here wins over the plan file."""
+    parser.description = "Run the six steps of a plan. An option wins over the plan's file."
+    parser.add_argument("plan", metavar="PLAN.toml", type=Path, help="see docs/migrate.md")
+    parser.add_argument("--source", metavar="QMP", help="A's monitor: a socket's path, or HOST:PORT")
+    parser.add_argument("--to", metavar="HOST[:PORT]", help="where B listens for the RAM (port 4444)")
+    parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
+    parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
+    parser.add_argument(
+        "--engine", choices=["qemu"], default="qemu", help="who copies: B's QEMU (the default)"
+    )
+    parser.add_argument(
+        "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
+    )
+    parser.add_argument(
+        "--channel", choices=["tcp"], default="tcp", help="disk and RAM on a connection each (the default)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
+    parser.add_argument("--check", action="store_true", help="only check the plan's file; touch no host")
+
+
+def run_plan(given: argparse.Namespace) -> int:
+    """``nbd-migrate run``."""
+    plan = load(given.plan, overrides(given))
+    if given.check:
+        print(f"{given.plan}: nothing is wrong with it")
+        return command.EXIT_DONE
+    report = choose_report(as_json=given.json)
+    with contextlib.closing(report):
+        return asyncio.run(until_signal(plan, report))
+
+
+async def until_signal(plan: Plan, report: Report) -> int:
+    """Migrate; SIGINT, SIGTERM and SIGHUP interrupt it in good order, once."""
+    task = asyncio.create_task(migrate(plan, report))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return command.EXIT_INTERRUPTED
+    return command.EXIT_DONE
+
+
+def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """The options that stand for keys of the plan, by section."""
+    found: dict[str, dict[str, object]] = {"source": {}, "destination": {}, "limits": {}, "finish": {}}
+    if given.source is not None:
+        found["source"]["qmp"] = given.source
+    if given.to is not None:
+        address = given.to if is_host_and_port(given.to) else f"{given.to}:{MIGRATION_PORT}"
+        found["destination"]["migration"] = f"tcp:{address}"
+    if given.speed is not None:
+        found["limits"]["speed"] = sizes.parse_size(given.speed, "--speed")
+    if given.move_aside is not None:
+        found["finish"]["move_aside"] = given.move_aside
+    return found

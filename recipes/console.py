@@ -1,0 +1,123 @@
+"""What the operator sees of a migration: lines, and on a terminal a bar while the disk is streamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from recipes.report import Moment, Outcome, Progress, Report, Step, StepResult
+
+INTERVAL = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+MIB = 1 << 20
+
+
+class PlainReport(Report):
+    """Prints a line for everything that happens, with the seconds since the beginning."""
+
+    def __init__(self, out: TextIO = sys.stdout) -> None:
+        self._out = out
+        self._begin = time.monotonic()
+        self._next_progress = 0.0
+
+    def step_started(self, step: Step) -> None:
+        self._line(f"step {step.number}  {step.title} ...")
+
+    def step_done(self, result: StepResult) -> None:
+        self._line(f"step {result.step.number}  {result.summary} [{result.seconds:.1f} s]")
+
+    def moment(self, moment: Moment) -> None:
+        self._line(f"        {moment.value}")
+
+    def note(self, text: str) -> None:
+        self._line(f"        {text}")
+
+    def progress(self, progress: Progress) -> None:
+        if time.monotonic() >= self._next_progress:
+            self._next_progress = time.monotonic() + INTERVAL
+            self._line(f"        {describe(progress)}")
+
+    def finished(self, outcome: Outcome) -> None:
+        self._line(summary(outcome))
+
+    def close(self) -> None:
+        """Leave the output in order, whatever has happened."""
+
+    def _line(self, text: str) -> None:
+        print(f"{time.monotonic() - self._begin:7.1f} s  {text}", file=self._out, flush=True)
+
+
+class TerminalReport(PlainReport):
+    """The same, with a bar while the disk is streamed."""
+
+    def __init__(self, out: TextIO = sys.stdout) -> None:
+        super().__init__(out)
+        self._console = Console(file=out)
+        self._bar: Bar | None = None
+
+    def progress(self, progress: Progress) -> None:
+        if self._bar is None:
+            columns = (BarColumn(), TextColumn("{task.description}"))
+            self._bar = Bar(*columns, console=self._console, transient=True)
+            self._bar.add_task("", total=progress.total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=progress.done, description=describe(progress))
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _line(self, text: str) -> None:
+        # The bar gives way to every line and comes back with the next progress.
+        self.close()
+        super()._line(text)
+
+
+class JsonReport(PlainReport):
+    """Lines on standard error, and at the end the outcome as one JSON object on standard output."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def finished(self, outcome: Outcome) -> None:
+        """Print the outcome; a step by its number and its title."""
+        values = dataclasses.asdict(outcome)
+        values["steps"] = [
+            {"number": r.step.number, "title": r.step.title, "seconds": r.seconds, "summary": r.summary}
+            for r in outcome.steps
+        ]
+        print(json.dumps(values))
+
+
+def choose_report(*, as_json: bool = False) -> PlainReport:
+    """The report that suits standard output."""
+    if as_json:
+        return JsonReport()
+    return TerminalReport() if sys.stdout.isatty() else PlainReport()
+
+
+def describe(progress: Progress) -> str:
+    """One line about the stream: bytes, rate, time left, vulnerable window."""
+    left = progress.seconds_left
+    return (
+        f"{progress.done / MIB:.0f} of {progress.total / MIB:.0f} MiB  {progress.rate / MIB:.1f} MiB/s  "
+        f"{'--' if left is None else f'{left:.0f} s'} left  window {progress.window:.0f} s"
+    )
+
+
+def summary(outcome: Outcome) -> str:
+    """One line about a migration that is complete."""
+    return (
+        f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B, "
+        f"vulnerable window {outcome.window:.1f} s, {outcome.recoveries} interruptions"
+    )

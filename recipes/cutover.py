@@ -1,0 +1,112 @@
+"""Step 4: the RAM follows, the guest changes sides, and A is kept from ever running it again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from qemu.qmp import EventListener
+
+from nbdserve.errors import MigrationError
+from recipes.migration import READY, Arrival, Migration
+from recipes.report import Moment
+from recipes.source import LOOK, WANTED, set_capabilities
+from recipes.vm import Vm
+
+SWITCH_OVER = 60.0
+"""Seconds from the command to switch over until the source says that it is complete."""
+
+ARRIVE = 5.0
+"""Seconds until the guest must run on B, once everything of it is there."""
+
+
+async def cut_over(m: Migration) -> str:
+    """Step 4: migrate; when this returns, the guest runs on B and the children live on without us."""
+    a, b = m.a, m.monitor_b
+    # Without return-path the source would report success even if the destination could not load the guest.
+    await set_capabilities(b, ("events", "return-path"))
+    await set_capabilities(a, WANTED)
+    with a.events("MIGRATION") as news:
+        await a.execute("migrate", uri=m.plan.destination.migration)
+        await m.during(reaching("pre-switchover", a, news), m.plan.limits.migrate, "sending the RAM")
+        m.report.moment(Moment.SWITCHOVER)
+        m.refuse_the_dead()
+        await a.execute("migrate-continue", state="pre-switchover")
+        await switch_over(m, news)
+    await arrive(m)
+    await fence_source(m)
+    if m.arrival is None:
+        return "the guest runs on B"
+    sent = f"{m.arrival.ram_bytes} bytes of RAM in {m.arrival.total_ms} ms"
+    return f"{sent}; the guest stood still for {m.arrival.downtime_ms} ms"
+
+
+async def reaching(state: str, a: Vm, news: EventListener) -> None:
+    """Wait until the source's migration is in this state; MigrationError when it fails instead."""
+    while True:
+        # The time limit is the caller's.
+        event = await a.next_event(news, float("inf"), state)
+        if event["status"] == state:
+            return
+        if event["status"] in ("failed", "cancelled"):
+            reason = (await a.execute("query-migrate")).get("error-desc", "the other side gave up")
+            raise MigrationError(f"A's QEMU says that the migration is {event['status']}: {reason}")
+
+
+async def switch_over(m: Migration, news: EventListener) -> None:
+    """Wait for the source's ``completed``: from then on the guest is B's."""
+    try:
+        await m.during(reaching("completed", m.a, news), SWITCH_OVER, "the switch-over")
+        facts = await m.a.execute("query-migrate")
+        m.arrival = Arrival(facts["downtime"], facts["total-time"], facts["ram"]["transferred"])
+    except MigrationError:
+        # A source that died after everything had been sent did not live to say so, and cannot go on either.
+        if m.a.connected or not await runs(m.monitor_b):
+            raise
+        m.report.note("A's QEMU ended during the switch-over, but the guest had arrived on B")
+
+
+async def arrive(m: Migration) -> None:
+    """Note that the guest is B's, and let what carries it live on without us."""
+    m.arrived = time.monotonic()
+    m.release()
+    m.no_longer_need("A's QEMU")
+    m.no_longer_need("the guard")
+    m.guard.dismiss()
+    await m.during(running(m.monitor_b), ARRIVE, "the guest's start on B")
+    m.report.moment(Moment.ARRIVED)
+
+
+async def runs(b: Vm) -> bool:
+    """Whether the guest runs on B, or will within ARRIVE seconds."""
+    try:
+        await asyncio.wait_for(running(b), ARRIVE)
+    except (MigrationError, TimeoutError):
+        return False
+    return True
+
+
+async def running(b: Vm) -> None:
+    """Wait until the guest runs."""
+    while not (await b.execute("query-status"))["running"]:
+        await asyncio.sleep(LOOK)
+
+
+async def fence_source(m: Migration) -> None:
+    """Keep everybody from writing to the old disk, and end the QEMU that could go on with the old guest.
+
+    The guest runs on B already, so what fails here is told and does not stop the disk from following it.
+    """
+    image, limits = m.plan.source.image, m.plan.limits
+    try:
+        command = m.host_a.own("fence", READY, image)
+        m.fence = await m.start("the fence on A", m.host_a, image, "fence", command, ready=True)
+        await m.fence.ready(limits.start)
+    except MigrationError as error:
+        m.report.note(f"no fence: {error}; do not let anyone open {image} on A")
+    try:
+        if m.a.connected:
+            await m.a.execute("quit")
+            await asyncio.wait_for(m.a.gone(), limits.stop)
+    except (MigrationError, TimeoutError) as error:
+        m.report.note(f"A's QEMU did not end ({error}); never let its guest go on")

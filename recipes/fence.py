@@ -1,0 +1,37 @@
+"""The fence: a process that keeps every QEMU from opening an image for writing, for as long as it lives.
+
+    nbd-migrate fence READY IMAGE       makes the file READY when the fence stands; SIGTERM takes it down
+
+It must not stand before the source's QEMU has reported ``completed``. Measured on 7.2: when the switch-over
+fails, the source takes its image back to go on with the guest; a fence refuses that, and QEMU aborts
+(``Assertion `!(bs->open_flags & BDRV_O_INACTIVE)' failed``). Afterwards the fence makes ``cont`` fail there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from nbdserve import command
+from nbdserve.backends.imagelocks import ImageLocks
+
+
+def fence(image: str, ready: Path) -> int:
+    """Hold the fence until SIGTERM or SIGINT. Raises ImageError if the image cannot be locked."""
+    ended = {signal.SIGTERM, signal.SIGINT}
+    # Blocked first, so that a signal that comes early is not lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ended)
+    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    ImageLocks(fd, image).fence()
+    ready.write_text(f"{os.getpid()}\n")
+    try:
+        signal.sigwait(ended)
+    finally:
+        ready.unlink(missing_ok=True)
+    return command.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(command.run("nbd-migrate", lambda: fence(sys.argv[2], Path(sys.argv[1]))))

@@ -1,0 +1,165 @@
+"""One migration while it runs: what the steps share, and waits that end when anything they need dies."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from nbdserve.errors import MigrationError
+from recipes.children import Child, Children
+from recipes.guard import Guard
+from recipes.host import Host
+from recipes.plan import Plan
+from recipes.report import Report
+from recipes.vm import Vm, VmGoneError
+
+T = TypeVar("T")
+
+LAST_WORDS = 1.0
+"""Seconds in which a process whose monitor hung up says how it ended."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What the source's QEMU says of a migration that is complete: milliseconds, and bytes sent."""
+
+    downtime_ms: int
+    total_ms: int
+    ram_bytes: int
+
+
+class Migration:
+    """The hosts, monitors and processes of one migration.
+
+    a        the monitor of the source's QEMU; b: the destination's, from step 3 on
+    size     of the disk in bytes
+    owned    the processes end with this one in any case: they are never released
+    server   nbdserve on A; fence: recipes.fence on A; qemu: the QEMU on B
+    created  the overlay was created by this migration
+    arrival  what the source said of the RAM's migration, when it is complete
+    arrived  when the guest began to run on B (monotonic clock in seconds), None while it belongs to A
+    """
+
+    def __init__(
+        self, plan: Plan, report: Report, children: Children, guard: Guard, a: Vm, size: int, *, owned: bool
+    ) -> None:
+        self.plan = plan
+        self.report = report
+        self.children = children
+        self.guard = guard
+        self.a = a
+        self.b: Vm | None = None
+        self.size = size
+        self.owned = owned
+        self.host_a, self.host_b = hosts(plan)
+        self.server: Child | None = None
+        self.fence: Child | None = None
+        self.qemu: Child | None = None
+        self.created = False
+        self.arrived: float | None = None
+        self.arrival: Arrival | None = None
+        self.recoveries = 0
+        self._needed: dict[str, asyncio.Task[str]] = {}
+        self.need("the guard", guard.wait())
+        self.need("A's QEMU", gone(a))
+
+    @property
+    def monitor_b(self) -> Vm:
+        """The destination's QEMU, which there is from step 3 on."""
+        assert self.b is not None
+        return self.b
+
+    def need(self, name: str, end: Awaitable[str]) -> None:
+        """From now on no wait outlives this process; ``end`` returns in words how it has ended."""
+        self._needed[name] = asyncio.ensure_future(end)
+
+    def no_longer_need(self, name: str) -> None:
+        """This process may end from now on."""
+        task = self._needed.pop(name, None)
+        if task:
+            task.cancel()
+
+    async def during(self, work: Awaitable[T], limit: float, what: str) -> T:
+        """Wait for ``work``, for at most ``limit`` seconds and only as long as everything needed lives.
+
+        Raises MigrationError: whose end it was, or that ``what`` took too long.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            waits = {task, *self._needed.values()}
+            await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self.refuse_the_dead()
+                raise MigrationError(f"{what} took longer than {limit:g} s")
+            try:
+                return task.result()
+            except VmGoneError:
+                # The process says more about its end than its monitor does, but a moment later.
+                await asyncio.wait(self._needed.values(), timeout=LAST_WORDS)
+                self.refuse_the_dead()
+                raise
+        finally:
+            task.cancel()
+
+    def refuse_the_dead(self) -> None:
+        """Raise MigrationError when something needed has ended already."""
+        for name, end in self._needed.items():
+            if end.done():
+                raise MigrationError(f"{name} {end.result()}")
+
+    async def start(
+        self, name: str, host: Host, image: str, suffix: str, argv: list[str], *, ready: bool = False
+    ) -> Child:
+        """Start a process whose log lies in the plan's log directory, or else beside ``image``.
+
+        With ``ready``, ``READY`` in the command line stands for the file that it makes when it is ready.
+        """
+        base = Path(self.plan.log.directory or Path(image).parent) / f"{Path(image).name}.{suffix}"
+        ready_file = base.with_name(f"{base.name}.pid") if ready else None
+        words = [str(ready_file) if word == READY else word for word in argv]
+        child = await self.children.start(
+            name, host, base.with_name(f"{base.name}.log"), words, ready=ready_file
+        )
+        if self.arrived is None:
+            self.guard.watch(child)
+        elif not self.owned:
+            child.release()
+        return child
+
+    def release(self) -> None:
+        """The children carry the guest from now on: they live on when we end."""
+        if not self.owned:
+            for child in (self.server, self.fence, self.qemu):
+                if child:
+                    child.release()
+
+    async def close(self) -> None:
+        """Stop watching, and leave B's monitor to others."""
+        for name in list(self._needed):
+            self.no_longer_need(name)
+        if self.b:
+            await self.b.disconnect()
+
+
+READY = "READY"
+
+
+def hosts(plan: Plan) -> tuple[Host, Host]:
+    """Hosts A and B."""
+    source, destination = plan.source, plan.destination
+    return Host("A", source.shell, source.bin), Host("B", destination.shell, destination.bin)
+
+
+async def gone(vm: Vm) -> str:
+    """Wait until a QEMU that is not our child has ended."""
+    await vm.gone()
+    return "has ended"
+
+
+def now() -> float:
+    """The monotonic clock, in seconds."""
+    return time.monotonic()

@@ -1,0 +1,101 @@
+"""The source's QEMU around the cut-over: who has the guest, and how it gets its guest back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from enum import Enum
+from typing import Any
+
+from nbdserve.errors import MigrationError
+from recipes.vm import CommandError, Vm
+
+SETTLE = 10.0
+"""Seconds that a switch-over, once under way, is given to end by itself before the destination is ended."""
+
+RESUME = 20.0
+"""Seconds until the source's guest must run again after the destination has ended."""
+
+LOOK = 0.05
+"""Seconds between two looks at a state that no event announces."""
+
+UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "postcopy-active", "wait-unplug"}
+"""States of query-migrate in which the source still tries to migrate."""
+
+WANTED = ("events", "return-path", "pause-before-switchover")
+"""Capabilities that the source needs."""
+
+
+class Side(Enum):
+    """Who has the guest."""
+
+    SOURCE = "A"
+    DESTINATION = "B"
+
+
+async def give_back(
+    a: Vm, end_destination: Callable[[], Awaitable[None]], capabilities: Sequence[str]
+) -> Side:
+    """Unless the migration is complete, end the destination and let the guest go on at the source.
+
+    The source's state ``completed`` is the one instant at which the guest changes sides. A switch-over that
+    is under way may still get there, so it is waited for. Then the destination is ended *before* the source
+    goes on, so that never both run. ``capabilities`` were on before; the others are switched off again.
+
+    Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
+    """
+    deadline = time.monotonic() + SETTLE
+    while (status := await migration_status(a)) == "device" and time.monotonic() < deadline:
+        await asyncio.sleep(LOOK)
+    if status == "completed":
+        return Side.DESTINATION
+    await end_destination()
+    await resume(a)
+    await restore_capabilities(a, capabilities)
+    return Side.SOURCE
+
+
+async def resume(a: Vm) -> None:
+    """Bring the source from any state of a migration back to a running guest. The destination must be dead.
+
+    Raises MigrationError when the guest does not run again within RESUME seconds.
+    """
+    deadline = time.monotonic() + RESUME
+    refusal = ""
+    while time.monotonic() < deadline:
+        under_way = await migration_status(a) in UNDER_WAY
+        running = (await a.execute("query-status"))["running"]
+        if running and not under_way:
+            return
+        try:
+            await a.execute("migrate_cancel" if under_way else "cont")
+        except CommandError as error:
+            refusal = f": {error.reason}"
+        await asyncio.sleep(LOOK)
+    raise MigrationError(f"the guest is paused on A and cannot go on{refusal}")
+
+
+async def migration_status(a: Vm) -> str:
+    """The state that query-migrate tells; empty when there was no migration."""
+    return str((await a.execute("query-migrate")).get("status", ""))
+
+
+async def capabilities_on(vm: Vm) -> list[str]:
+    """The migration capabilities that are switched on."""
+    return [each["capability"] for each in await vm.execute("query-migrate-capabilities") if each["state"]]
+
+
+async def set_capabilities(vm: Vm, names: Sequence[str]) -> None:
+    """Switch these migration capabilities on."""
+    wanted = [{"capability": name, "state": True} for name in names]
+    await vm.execute("migrate-set-capabilities", capabilities=wanted)
+
+
+async def restore_capabilities(vm: Vm, before: Sequence[str]) -> None:
+    """Switch off what set_capabilities() switched on, except what was on before."""
+    surplus: list[dict[str, Any]] = [
+        {"capability": name, "state": False} for name in WANTED if name not in before
+    ]
+    if surplus:
+        await vm.execute("migrate-set-capabilities", capabilities=surplus)

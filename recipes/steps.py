@@ -1,0 +1,195 @@
+"""Steps 1, 2, 3 and 6; step 4 is in cutover.py and step 5 in stream.py.
+
+Each takes the migration as the step before has left it and returns one line about what it has done. A step
+that fails raises MigrationError or ConnectError and leaves the clearing up to migrate.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+
+from nbdserve.errors import ConnectError, MigrationError
+from recipes.children import Child
+from recipes.migration import READY, Migration
+from recipes.plan import Plan
+from recipes.vm import CommandError, Vm, connect
+
+LOOK = 0.05
+"""Seconds between two looks at what no event announces."""
+
+
+async def export(m: Migration) -> str:
+    """Step 1: serve the source's disk, and see from B that it is the right one."""
+    m.server = await start_server(m)
+    m.need("the server on A", m.server.wait())
+    await m.during(check_export(m), m.plan.limits.connect, "reaching the export from B")
+    return f"{m.plan.source.image} ({m.size} bytes) is {m.plan.export.address}, process {m.server.pid}"
+
+
+async def start_server(m: Migration) -> Child:
+    """Start nbdserve on A and wait until it is ready."""
+    limit = m.plan.limits.start
+    argv = [*server_command(m), "--pid-file", READY, m.plan.source.image]
+    server = await m.start("the server on A", m.host_a, m.plan.source.image, "nbdserve", argv, ready=True)
+    await m.during(server.ready(limit), limit, "starting the server on A")
+    return server
+
+
+def server_command(m: Migration) -> list[str]:
+    """The server's command line, without the image."""
+    address = m.plan.export.address
+    where = ["-k", address.socket] if address.socket else ["-b", address.host, "-p", str(address.port)]
+    # QEMU 7.2 takes a block status that fails for the end of the disk, and copies zeros: offer it none.
+    return [m.host_a.tool("nbdserve"), "-r", "-f", "raw", "--simple-replies", "-x", address.export, *where]
+
+
+async def check_export(m: Migration) -> None:
+    """Refuse an export that B does not reach, that is another disk, or that could make QEMU copy garbage."""
+    uri = str(m.plan.export.address)
+    answer = await m.host_b.run(*m.host_b.own("probe", uri), limit=m.plan.limits.connect)
+    facts = json.loads(answer)
+    if facts["size"] != m.size:
+        raise MigrationError(
+            f"{uri} has {facts['size']} bytes, the disk of the guest {m.size}; is it another disk?"
+        )
+    if facts["structured-replies"]:
+        raise MigrationError(
+            f"{uri} offers structured replies, with which QEMU stores garbage when the server fails; "
+            "serve it with nbdserve --simple-replies"
+        )
+
+
+async def create_overlay(m: Migration) -> str:
+    """Step 2: create the QED image on B whose backing is the export."""
+    image, uri, limit = m.plan.destination.image, str(m.plan.export.address), m.plan.limits.start
+    tool = m.host_b.tool("nbd-overlay")
+    argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", "qed", image]
+    await m.during(m.host_b.run(*argv, limit=limit), limit, "creating the overlay")
+    # Not before it is known to be ours.
+    m.created = True
+    m.guard.remove_later(m.host_b.argv(remove_overlay(m.plan)))
+    return f"{image} over {uri}"
+
+
+def remove_overlay(plan: Plan) -> list[str]:
+    """The command for B that undoes step 2."""
+    return ["rm", "-f", "--", plan.destination.image]
+
+
+async def launch(m: Migration) -> str:
+    """Step 3: start the QEMU on B that waits for the guest."""
+    destination, limits = m.plan.destination, m.plan.limits
+    kind = "unix" if destination.qmp.startswith("/") else "tcp"
+    monitor = f"{kind}:{destination.qmp},server=on,wait=off"
+    argv = [*destination.qemu, *overlay_nodes(m.plan), "-incoming", "defer", "-qmp", monitor]
+    m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
+    m.need("B's QEMU", m.qemu.wait())
+    m.b = await m.during(first_answer(m.plan), limits.start, "starting B's QEMU")
+    await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
+    listen = m.b.execute("migrate-incoming", uri=destination.migration)
+    await m.during(listen, limits.command, "listening for the RAM")
+    return f"process {m.qemu.pid} waits at {destination.migration}"
+
+
+def overlay_nodes(plan: Plan) -> list[str]:
+    """B's disk as -blockdev options: copy-on-read over the overlay over the export.
+
+    The export is a node of its own, not an option of the overlay. So it replaces the backing file that the
+    image's header names, with a reconnect-delay, and can be closed when it is not needed any more.
+    """
+    node, seconds, address = plan.destination.node, plan.limits.reconnect_delay, plan.export.address
+    nodes: list[dict[str, object]] = [
+        {
+            "node-name": f"{node}-export",
+            "driver": "nbd",
+            "server": address.qemu_server(),
+            "export": address.export,
+            "read-only": True,
+            "reconnect-delay": seconds,
+            "open-timeout": seconds,
+        },
+        {"node-name": f"{node}-backing", "driver": "raw", "read-only": True, "file": f"{node}-export"},
+        {
+            "node-name": f"{node}-overlay",
+            "driver": "qed",
+            "file": {"driver": "file", "filename": plan.destination.image},
+            "backing": f"{node}-backing",
+        },
+        {"node-name": node, "driver": "copy-on-read", "file": f"{node}-overlay"},
+    ]
+    return [word for each in nodes for word in ("-blockdev", json.dumps(each))]
+
+
+async def first_answer(plan: Plan) -> Vm:
+    """Connect to B's monitor as soon as it is there."""
+    limits = plan.limits
+    while True:
+        with suppress(ConnectError):
+            address = plan.destination.qmp
+            return await connect("B's QEMU", address, limit=limits.connect, command_limit=limits.command)
+        await asyncio.sleep(LOOK)
+
+
+async def check_device(plan: Plan, b: Vm) -> None:
+    """Insist that B's guest has the disk, and waits when the export is away instead of seeing I/O errors."""
+    node = plan.destination.node
+    devices = [each for each in await b.execute("query-block") if "qdev" in each]
+    using = [each["qdev"] for each in devices if each.get("inserted", {}).get("node-name") == node]
+    if not using:
+        raise MigrationError(
+            f"destination.qemu: no -device has drive={node}, so the guest would have no disk"
+        )
+    for name in ("rerror", "werror"):
+        try:
+            action = await b.execute("qom-get", path=using[0], property=name)
+        except CommandError as error:
+            reason = f"the -device of {node} has no {name}: use virtio-blk, scsi-hd or ide-hd"
+            raise MigrationError(f"destination.qemu: {reason}") from error
+        if action != "stop":
+            reason = (
+                f"the -device of {node} has {name}={action}, and an export that is away would be an error"
+            )
+            raise MigrationError(f"destination.qemu: {reason} in the guest; write rerror=stop,werror=stop")
+
+
+async def shut_down(m: Migration) -> str:
+    """Step 6: close the export, end the server, put the old disk out of reach, take the fence down."""
+    limits, image, target = m.plan.limits, m.plan.source.image, m.plan.finish.move_aside
+    await m.during(close_export(m), limits.command, "closing the export on B")
+    assert m.server
+    await m.server.stop(limits.stop)
+    if m.server.status:
+        m.report.note(f"the server on A {await m.server.wait()}; the disk was complete by then")
+    if m.a.connected:
+        raise MigrationError(
+            f"the disk is complete on B, but A's QEMU does not end; kill it before the fence (process "
+            f"{m.fence.pid if m.fence else 'none'} on A) and never let its guest go on"
+        )
+    if target:
+        # While the fence stands, so that nobody opens it in between.
+        await m.host_a.run(
+            "mv", "--no-target-directory", "--no-clobber", "--", image, target, limit=limits.command
+        )
+        if await m.host_a.test("-e", image, limits.command):
+            raise MigrationError(
+                f"the disk is complete on B, but {image} on A could not be moved to {target}"
+            )
+    if m.fence:
+        await m.fence.stop(limits.stop)
+    end = f"{image} was moved to {target}" if target else f"{image} is out of date: never start a guest on it"
+    return f"the server and A's QEMU have ended; {end}"
+
+
+async def close_export(m: Migration) -> None:
+    """Let B's QEMU hang up. The stream's job holds the nodes for a moment longer than its last event."""
+    for node in (f"{m.plan.destination.node}-backing", f"{m.plan.destination.node}-export"):
+        while True:
+            try:
+                await m.monitor_b.execute("blockdev-del", node_name=node)
+                break
+            except CommandError as error:
+                if "in use" not in error.reason:
+                    raise
+            await asyncio.sleep(LOOK)

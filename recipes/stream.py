@@ -1,0 +1,219 @@
+"""Step 5: copy every block that is not local yet, and take it up again whenever A could not be reached.
+
+What QEMU 7.2 does when the export is away (measured): a request waits for the reconnect-delay. Then the guest
+is paused (state ``io-error``), and so is the job, with nothing lost. QEMU goes on connecting by itself, after
+1, 2, 4, 8 and then every 16 seconds, and until that has worked ``cont`` ends in the next error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from qemu.qmp import EventListener
+
+from nbdserve.errors import MigrationError
+from recipes.migration import Migration
+from recipes.report import Progress
+from recipes.steps import check_export, server_command, start_server
+from recipes.vm import CommandError, VmSilentError
+
+JOB = "stream"
+"""The block job's name."""
+
+LOOK = 0.5
+"""Seconds between two looks at the job."""
+
+HOLD = 1.0
+"""Seconds that guest and job must go on before the interruption counts as over."""
+
+RATE_WINDOW = 5.0
+"""Seconds over which the rate is averaged."""
+
+RESTART_PAUSE = 1.0
+"""Seconds between two attempts to reach the export again."""
+
+
+async def stream(m: Migration) -> str:
+    """Step 5: until every block is in the overlay, and on stable storage there."""
+    m.no_longer_need("the server on A")
+    await Stream(m).run()
+    # From here on nothing on A is needed: make sure that a power failure on B does not change that.
+    image, limit = m.plan.destination.image, m.plan.limits.stall
+    await m.during(
+        m.host_b.run("sync", "--", image, limit=limit), limit, f"writing {image} to stable storage"
+    )
+    again = f", after {m.recoveries} interruptions" if m.recoveries else ""
+    return f"every block of {m.size} bytes is in {image}{again}"
+
+
+class Meter:
+    """How fast something moves, and since when it does not."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+        self._moved = time.monotonic()
+
+    def note(self, done: int) -> None:
+        """Note how many bytes are done now."""
+        now = time.monotonic()
+        if self._samples and done != self._samples[-1][1]:
+            self._moved = now
+        self._samples.append((now, done))
+        while now - self._samples[0][0] > RATE_WINDOW:
+            self._samples.popleft()
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second of late."""
+        (begin, first), (end, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (end - begin) if end > begin else 0.0
+
+    @property
+    def still(self) -> float:
+        """Seconds without any movement."""
+        return time.monotonic() - self._moved
+
+
+class Stream:
+    """The block job on B, and the export that feeds it."""
+
+    def __init__(self, m: Migration) -> None:
+        self._m = m
+        self._b = m.monitor_b
+        self._limits = m.plan.limits
+        # A monitor can be blocked while a node waits for its connection.
+        self._patience = self._limits.command + self._limits.reconnect_delay
+        self._restarts = 0
+        self._meter = Meter()
+
+    async def run(self) -> None:
+        """Stream to the end; MigrationError says what to do when that cannot be reached."""
+        node = f"{self._m.plan.destination.node}-overlay"
+        with self._b.events("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR") as news:
+            speed = self._m.plan.limits.speed
+            await self._execute("block-stream", job_id=JOB, device=node, speed=speed, on_error="stop")
+            while not await self._advance(await self._next(news)):
+                pass
+
+    async def _next(self, news: EventListener) -> dict[str, Any]:
+        """The next event, or an empty one when it is time to look at the job."""
+        try:
+            return await self._m.during(self._b.next_event(news, LOOK, "an event"), LOOK * 4, "an event")
+        except VmSilentError:
+            return {}
+
+    async def _advance(self, event: dict[str, Any]) -> bool:
+        """React to an event; True when the stream is complete."""
+        if event.get("event") == "BLOCK_JOB_COMPLETED":
+            if event.get("error") or event["offset"] != event["len"]:
+                raise MigrationError(
+                    await self._advice(f"the stream failed: {event.get('error', 'too short')}")
+                )
+            return True
+        trouble = await self._trouble(event)
+        if trouble:
+            await self._recover(trouble)
+        else:
+            await self._look()
+        return False
+
+    async def _trouble(self, event: dict[str, Any]) -> str:
+        """What is wrong, if anything."""
+        assert self._m.server
+        if not self._m.server.running:
+            return f"{self._m.server.name} {await self._m.server.wait()}"
+        ours = (self._m.plan.destination.node, JOB)
+        if event and (event.get("node-name") in ours or event.get("device") in ours):
+            return f"B's QEMU cannot {event['operation']} ({event.get('reason', 'the stream')})"
+        return ""
+
+    async def _look(self) -> None:
+        """Report how far the job is; MigrationError when it has not moved for too long."""
+        job = await self._job()
+        if job is None:
+            return
+        self._meter.note(job["offset"])
+        assert self._m.arrived is not None
+        window = time.monotonic() - self._m.arrived
+        self._m.report.progress(Progress(job["offset"], job["len"], self._meter.rate, window))
+        if self._meter.still > self._limits.stall:
+            raise MigrationError(await self._advice(f"the stream has not moved for {self._limits.stall:g} s"))
+
+    async def _recover(self, trouble: str) -> None:
+        """Bring the export back, then the guest and the job, until they hold."""
+        self._m.recoveries += 1
+        self._m.report.note(f"{trouble}; the guest waits")
+        await self._bring_export_back()
+        deadline = time.monotonic() + self._limits.recover
+        good_since = None
+        while time.monotonic() < deadline:
+            if not await self._push():
+                good_since = None
+            elif good_since is None:
+                good_since = time.monotonic()
+            elif time.monotonic() - good_since > HOLD:
+                self._m.report.note("the export is back, and the guest and the stream go on")
+                return
+            assert self._m.server
+            if not self._m.server.running:
+                await self._bring_export_back()
+            await asyncio.sleep(LOOK)
+        raise MigrationError(await self._advice(f"{trouble}, and the stream cannot go on"))
+
+    async def _bring_export_back(self) -> None:
+        """See that the right disk is served again, starting the server where it has ended."""
+        assert self._m.server
+        deadline = time.monotonic() + self._limits.recover
+        while True:
+            try:
+                if not self._m.server.running:
+                    self._restarts += 1
+                    self._m.server = await start_server(self._m)
+                await self._m.during(
+                    check_export(self._m), self._limits.connect, "reaching the export from B"
+                )
+                return
+            except MigrationError as error:
+                if self._restarts >= self._limits.restarts or time.monotonic() > deadline:
+                    raise MigrationError(await self._advice(str(error))) from error
+            await asyncio.sleep(RESTART_PAUSE)
+
+    async def _push(self) -> bool:
+        """Let the guest and the job go on where an error has paused them; True when there was no need to."""
+        # Nobody but an error brings a guest into this state: one that the operator has paused stays paused.
+        failed = (await self._execute("query-status"))["status"] == "io-error"
+        job = await self._job()
+        with suppress(CommandError):
+            if failed:
+                await self._execute("cont")
+            if job and job["status"] == "paused":
+                await self._execute("block-job-resume", device=JOB)
+                return False
+        return not failed
+
+    async def _job(self) -> dict[str, Any] | None:
+        """The block job, or None when it has ended."""
+        jobs: list[dict[str, Any]] = await self._execute("query-block-jobs")
+        return next((job for job in jobs if job["device"] == JOB), None)
+
+    async def _execute(self, command: str, **arguments: object) -> Any:
+        work = self._b.execute(command, limit=self._patience, **arguments)
+        return await self._m.during(work, self._patience * 2, command)
+
+    async def _advice(self, reason: str) -> str:
+        """One line for an operator who must take over."""
+        state = "unknown"
+        with suppress(MigrationError):
+            state = (await self._execute("query-status"))["status"]
+        image, overlay = self._m.plan.source.image, self._m.plan.destination.image
+        server = shlex.join([*self._m.host_a.argv(server_command(self._m)), image])
+        return (
+            f"{reason}; the guest on B is in state {state} and nothing is lost: its disk is {overlay} on B "
+            f"together with {image} on A; see that this runs on A: {server}; then give B's monitor at "
+            f"{self._m.plan.destination.qmp} cont, and block-job-resume for the job {JOB}"
+        )
