@@ -22,7 +22,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("monitor", help="a QEMU's QMP address: a socket's absolute path, or HOST:PORT")
     parser.add_argument("command", help="the command's name, as in QEMU's QMP reference")
     parser.add_argument(
-        "arguments", nargs="?", type=_arguments, default={}, metavar="JSON", help="its arguments, a JSON object"
+        "arguments",
+        nargs="?",
+        type=_arguments,
+        default={},
+        metavar="JSON",
+        help="its arguments, a JSON object",
     )
     parser.add_argument(
         "--get",
@@ -39,8 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code.
 
-    Raises UsageError, ConnectError or MigrationError with one line, also when the QEMU ends while it is waited
-    for or the time is over.
+    Raises UsageError, ConnectError or MigrationError with one line, also when the QEMU ends while it is
+    waited for or the time is over.
     """
     if (arguments.until or arguments.unless) and not arguments.get:
         raise UsageError("--until and --unless look at what --get yields: add it")
