@@ -23,6 +23,9 @@ from recipes.host import Host
 KEEPER_START = 15.0
 """Seconds until a keeper must have said that its process runs, or why it does not."""
 
+KEEPER_END = 10.0
+"""Seconds until a keeper that has been let go of has ended, with what it kept."""
+
 KILL = 5.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
@@ -37,12 +40,14 @@ class Child:
               the process's life (file descriptors)
     """
 
-    def __init__(self, name: str, host: Host, pid: int, lifeline: tuple[int, int], keeper_pid: int) -> None:
+    def __init__(
+        self, name: str, host: Host, pid: int, lifeline: tuple[int, int], keeper: asyncio.subprocess.Process
+    ) -> None:
         self.name = name
         self.host = host
         self.pid = pid
         self.lifeline = lifeline
-        self.keeper_pid = keeper_pid
+        self._keeper = keeper
         self.released = False
         self.status: int | None = None
         self._tail = ""
@@ -119,11 +124,13 @@ class Child:
         if self._pidfd >= 0 or not self.released:
             self._gone.set()
 
-    def close(self) -> None:
-        """Let go of the lifeline: what was not released is ended by its keeper."""
+    async def close(self) -> None:
+        """Let go of the lifeline: the keeper ends what was not released, and itself."""
         for fd in (self.lifeline[0], self._pidfd):
             if fd >= 0:
                 os.close(fd)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._keeper.wait(), KEEPER_END)
 
     async def _signal(self, number: signal.Signals) -> None:
         """Signal the process directly, when its keeper is not there to do it."""
@@ -169,7 +176,7 @@ class Children:
             follower.cancel()
         await asyncio.gather(*self._followers, return_exceptions=True)
         for child in self._children:
-            child.close()
+            await child.close()
 
     async def start(
         self, name: str, host: Host, log: Path, argv: Sequence[str], *, ready: Path | None = None
@@ -209,7 +216,7 @@ class Children:
                 if isinstance(error, TimeoutError):
                     raise MigrationError(f"{name} on {host.name}: no sign of life in time") from error
                 raise
-        child = Child(name, host, said["started"], (words_in, messages_out), keeper.pid)
+        child = Child(name, host, said["started"], (words_in, messages_out), keeper)
         self._children.append(child)
         self._followers.append(asyncio.create_task(child.follow(messages)))
         return child

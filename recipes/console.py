@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 from recipes.report import Moment, Outcome, Progress, Report, Step, StepResult
 
-INTERVAL = 10.0
+INTERVAL = 5.0
 """Seconds between two lines of progress where there is no terminal."""
 
 MIB = 1 << 20

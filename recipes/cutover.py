@@ -13,9 +13,6 @@ from recipes.report import Moment
 from recipes.source import LOOK, WANTED, set_capabilities
 from recipes.vm import Vm
 
-SWITCH_OVER = 60.0
-"""Seconds from the command to switch over until the source says that it is complete."""
-
 ARRIVE = 5.0
 """Seconds until the guest must run on B, once everything of it is there."""
 
@@ -35,6 +32,7 @@ async def cut_over(m: Migration) -> str:
         await switch_over(m, news)
     await arrive(m)
     await fence_source(m)
+    m.guard.dismiss()
     if m.arrival is None:
         return "the guest runs on B"
     sent = f"{m.arrival.ram_bytes} bytes of RAM in {m.arrival.total_ms} ms"
@@ -56,7 +54,7 @@ async def reaching(state: str, a: Vm, news: EventListener) -> None:
 async def switch_over(m: Migration, news: EventListener) -> None:
     """Wait for the source's ``completed``: from then on the guest is B's."""
     try:
-        await m.during(reaching("completed", m.a, news), SWITCH_OVER, "the switch-over")
+        await m.during(reaching("completed", m.a, news), m.plan.limits.switch_over, "the switch-over")
         facts = await m.a.execute("query-migrate")
         m.arrival = Arrival(facts["downtime"], facts["total-time"], facts["ram"]["transferred"])
     except MigrationError:
@@ -72,7 +70,6 @@ async def arrive(m: Migration) -> None:
     m.release()
     m.no_longer_need("A's QEMU")
     m.no_longer_need("the guard")
-    m.guard.dismiss()
     await m.during(running(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)
 

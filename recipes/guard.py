@@ -31,6 +31,9 @@ from recipes.vm import connect
 MESSAGE = 1 << 16
 """Longest message in bytes."""
 
+SETTLE = 10.0
+"""Seconds that a switch-over which is under way is given to come to its end."""
+
 END = 15.0
 """Seconds until a child whose lifeline was cut must have ended."""
 
@@ -136,7 +139,7 @@ class Watch:
         except ConnectError as error:
             return await self._without_source(error)
         try:
-            side = await give_back(a, self.end_children, self.orders.capabilities)
+            side = await give_back(a, self.end_children, self.orders.capabilities, settle=SETTLE)
             if side is Side.DESTINATION:
                 self.release_children()
                 await a.execute("quit")

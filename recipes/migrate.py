@@ -104,8 +104,9 @@ async def retreat(m: Migration, orders: Orders) -> str:
         if m.a.connected:
             side = await give_back(m.a, lambda: end_children(m), orders.capabilities)
             if side is Side.DESTINATION:
+                m.arrived = time.monotonic()
                 m.release()
-                return "the guest is on B all the same; A must not go on"
+                return await after_cut_over(m)
             where = "the guest runs on A as before"
         else:
             await end_children(m)

@@ -121,7 +121,8 @@ class Limits:
     connect          until a monitor or an export accepts a connection
     command          one QMP command
     start            until a process that was started is ready
-    migrate          the RAM, from the command to the cut-over
+    migrate          sending the RAM while the guest runs
+    switch_over      sending the rest while the guest stands still
     stall            streaming without one byte of progress
     recover          until a guest that waits for the export goes on, once the export is back
     stop             until a process that was told to end has ended
@@ -134,6 +135,7 @@ class Limits:
     command: float = 15.0
     start: float = 30.0
     migrate: float = 3600.0
+    switch_over: float = 60.0
     stall: float = 300.0
     recover: float = 60.0
     stop: float = 30.0

@@ -11,9 +11,6 @@ from typing import Any
 from nbdserve.errors import MigrationError
 from recipes.vm import CommandError, Vm
 
-SETTLE = 10.0
-"""Seconds that a switch-over, once under way, is given to end by itself before the destination is ended."""
-
 RESUME = 20.0
 """Seconds until the source's guest must run again after the destination has ended."""
 
@@ -35,17 +32,18 @@ class Side(Enum):
 
 
 async def give_back(
-    a: Vm, end_destination: Callable[[], Awaitable[None]], capabilities: Sequence[str]
+    a: Vm, end_destination: Callable[[], Awaitable[None]], capabilities: Sequence[str], *, settle: float = 0.0
 ) -> Side:
     """Unless the migration is complete, end the destination and let the guest go on at the source.
 
     The source's state ``completed`` is the one instant at which the guest changes sides. A switch-over that
-    is under way may still get there, so it is waited for. Then the destination is ended *before* the source
-    goes on, so that never both run. ``capabilities`` were on before; the others are switched off again.
+    is under way may still get there, which it is given ``settle`` seconds for. Then the destination is ended
+    *before* the source goes on, so that never both run. ``capabilities`` were on before; the others are
+    switched off again.
 
     Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
     """
-    deadline = time.monotonic() + SETTLE
+    deadline = time.monotonic() + settle
     while (status := await migration_status(a)) == "device" and time.monotonic() < deadline:
         await asyncio.sleep(LOOK)
     if status == "completed":

@@ -55,13 +55,13 @@ class Meter:
     """How fast something moves, and since when it does not."""
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[float, int]] = deque()
         self._moved = time.monotonic()
+        self._samples = deque([(self._moved, 0)])
 
     def note(self, done: int) -> None:
         """Note how many bytes are done now."""
         now = time.monotonic()
-        if self._samples and done != self._samples[-1][1]:
+        if done != self._samples[-1][1]:
             self._moved = now
         self._samples.append((now, done))
         while now - self._samples[0][0] > RATE_WINDOW:
