@@ -81,6 +81,7 @@ def _listen(stack: contextlib.ExitStack, address: NbdUri) -> list[Listener]:
     else:
         found = listen_tcp(address.host or None, address.port)
     for listener in found:
+        listener.tls_required = address.tls is not None
         stack.callback(listener.close)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdserve.errors import ConnectionLostError
 from nbdserve.protocol.haggling import Encryption, Haggling, State
@@ -31,6 +31,10 @@ class Terms:
         if self.tls is None:
             return Encryption.NONE
         return Encryption.REQUIRED if self.tls_required else Encryption.OFFERED
+
+    def requiring_tls(self) -> Terms:
+        """The same terms for clients that must encrypt."""
+        return replace(self, tls_required=True)
 
 
 @dataclass(frozen=True)

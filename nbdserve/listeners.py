@@ -17,6 +17,9 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP
 class Listener:
     """A bound socket. ``close`` also removes the file of a Unix socket, if it is still the same."""
 
+    tls_required = False
+    """Whether clients that come here must encrypt, whatever is asked of others."""
+
     def __init__(self, sock: socket.socket, path: Path | None = None) -> None:
         self.sock = sock
         self._path = path

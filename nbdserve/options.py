@@ -13,9 +13,10 @@ from nbdserve.errors import UsageError
 from nbdserve.handshake import Terms
 from nbdserve.server import Policy
 from nbdserve.tls import Certificates, server_context
-from nbdserve.uri import DEFAULT_PORT, NbdUri, parse_listen_uri
+from nbdserve.uri import DEFAULT_PORT, NbdUri, Tls, parse_listen_uri
 
 FORMATS = ("raw",)
+_NO_CERTIFICATE = "TLS needs a certificate: give --tls-cert and --tls-key, or --tls-certificates"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def parse(arguments: Sequence[str]) -> Options:
         raise UsageError("--fence keeps writers away from images that are served read-only: add -r")
     return Options(
         exports=exports,
-        listen=_addresses(given),
+        listen=_addresses(given, tls is not None),
         policy=policy,
         discard=given.discard in ("unmap", "on"),
         fence=given.fence,
@@ -126,7 +127,7 @@ def _add_listen_options(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="URI",
-        help="nbd://HOST:PORT or nbd+unix://?socket=PATH; may be repeated",
+        help="nbd://HOST:PORT or nbd+unix://?socket=PATH, nbds for TLS only; may be repeated",
     )
 
 
@@ -178,7 +179,7 @@ def _certificates(given: argparse.Namespace) -> Certificates | None:
     if given.tls_cert is not None and given.tls_key is not None:
         return Certificates(given.tls_cert, given.tls_key, given.tls_ca, given.tls_verify_peer)
     if any(single) or given.tls_require or given.tls_verify_peer:
-        raise UsageError("TLS needs a certificate: give --tls-cert and --tls-key, or --tls-certificates")
+        raise UsageError(_NO_CERTIFICATE)
     return None
 
 
@@ -222,12 +223,14 @@ def _export(text: str, read_only: bool) -> ExportOptions:
     )
 
 
-def _addresses(given: argparse.Namespace) -> tuple[NbdUri, ...]:
+def _addresses(given: argparse.Namespace, can_encrypt: bool) -> tuple[NbdUri, ...]:
     """Where to listen: what was asked for, else every address on the default port."""
     found = [parse_listen_uri(text) for text in given.listen]
     for text, address in zip(given.listen, found, strict=True):
-        if address.tls is not None and not given.tls_require:
-            raise UsageError(f"--listen {text}: to require TLS, give a certificate and --tls-require")
+        if address.tls not in (None, Tls()):
+            raise UsageError(f"--listen {text}: only --tls-... options say how this server does TLS")
+        if address.tls is not None and not can_encrypt:
+            raise UsageError(f"--listen {text}: {_NO_CERTIFICATE}")
     if given.socket is not None:
         if given.port is not None or given.bind is not None:
             raise UsageError("-k is a Unix socket, -p and -b are TCP: use one, or --listen for several")

@@ -108,7 +108,7 @@ class Server:
             peer,
             self._exports,
             self._workers,
-            self._policy.terms,
+            self._policy.terms.requiring_tls() if listener.tls_required else self._policy.terms,
         )
         thread = threading.Thread(target=self._serve, args=(connection,), name=peer, daemon=True)
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import threading
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def server_context(files: Certificates) -> ssl.SSLContext:
     # NBD clients keep their connections: sessions to resume would only cost a round of messages.
     context.num_tickets = 0
     try:
-        context.load_cert_chain(files.certificate, files.key)
+        context.load_cert_chain(files.certificate, files.key, password=lambda: _refuse_to_ask(files.key))
     except (OSError, ssl.SSLError) as error:
         raise UsageError(
             f"{files.certificate}, {files.key}: no usable certificate and key in PEM: {_reason(error)}"
@@ -57,6 +58,11 @@ def server_context(files: Certificates) -> ssl.SSLContext:
             raise UsageError(f"{files.authority}: no usable authority in PEM: {_reason(error)}") from error
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _refuse_to_ask(key: Path) -> str:
+    """Take the place of OpenSSL's question for a passphrase on the terminal."""
+    raise UsageError(f"{key}: the key needs a passphrase, and a server cannot ask for one: store it without")
 
 
 def _reason(error: OSError) -> str:
@@ -132,6 +138,13 @@ class TlsStream:
                     view = view[self._object.write(view) :]
                 ciphertext = self._to_send.read()
             self._sock.sendall(ciphertext)
+
+    def end(self) -> None:
+        """Tell the client that nobody has cut the connection, this is the end. OSError if it is gone."""
+        with self._lock, contextlib.suppress(ssl.SSLError):
+            # OpenSSL also wants the client's own goodbye, which nobody waits for here.
+            self._object.unwrap()
+        self._send_pending()
 
     def _read_records(self, buffer: memoryview) -> int:
         """Decrypt every record that is here and fits; each call to OpenSSL yields one of 16 KiB at most."""
