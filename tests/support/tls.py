@@ -1,4 +1,4 @@
-"""Authorities and certificates for TLS, made with the openssl command in the layout of QEMU and nbdkit."""
+"""TLS in tests: certificates made with the openssl command, as QEMU and nbdkit keep them, and their use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.processes import check
+from tests.support.servers import Server
+from tests.support.wire import Option, Reply, Wire
 
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 _NAMES = "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
@@ -53,3 +55,51 @@ def client_context(directory: Path) -> ssl.SSLContext:
     if (directory / "client-cert.pem").exists():
         context.load_cert_chain(directory / "client-cert.pem", directory / "client-key.pem")
     return context
+
+
+@dataclass(frozen=True)
+class Identities:
+    """Directories with certificates, in the layout of QEMU and nbdkit."""
+
+    server: Path
+    client: Path
+    nobody: Path
+    """Only the authority's certificate: a client without its own."""
+    stranger: Path
+    """A client of another authority, which trusts ours."""
+    distrustful: Path
+    """A client of ours, which trusts only the other authority."""
+
+    @classmethod
+    def create(cls, top: Path) -> Identities:
+        """Make an authority of ours and one of somebody else's, and what they issued, in a new directory."""
+        ours, theirs = Authority.create(top / "ours"), Authority.create(top / "theirs")
+        nobody = top / "nobody"
+        nobody.mkdir()
+        (nobody / "ca-cert.pem").write_bytes(ours.certificate.read_bytes())
+        return cls(
+            server=ours.issue(top / "server", "server"),
+            client=ours.issue(top / "client", "client"),
+            nobody=nobody,
+            stranger=theirs.issue(top / "stranger", "client", trust=ours),
+            distrustful=ours.issue(top / "distrustful", "client", trust=theirs),
+        )
+
+
+def secure(server: Server, identity: Path, export: str = "") -> str:
+    """The URI for a client with the files of a directory."""
+    return f"{server.uri(export).replace('nbd://', 'nbds://')}?tls-certificates={identity}"
+
+
+def encrypt(wire: Wire, context: ssl.SSLContext) -> None:
+    """Do the TLS handshake on a connection whose server has acknowledged STARTTLS."""
+    wire.socket = context.wrap_socket(wire.socket, server_hostname="localhost")
+
+
+def started(server: Server, identity: Path) -> Wire:
+    """A connection that has haggled for TLS, and may go on to haggle inside."""
+    wire = Wire(server.address)
+    wire.greet()
+    assert wire.haggle(Option.STARTTLS)[-1].kind == Reply.ACK
+    encrypt(wire, client_context(identity))
+    return wire
