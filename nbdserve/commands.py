@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from nbdserve.backends.base import Backend, Buffer
 from nbdserve.outbox import Outbox
-from nbdserve.protocol.constants import Command, CommandFlags, ExtentFlags, ReplyFlags
+from nbdserve.protocol.constants import Command, CommandFlags, ReplyFlags
 from nbdserve.protocol.extents import Extent, descriptors
 from nbdserve.protocol.framing import Framing, Request
-from nbdserve.protocol.offers import BASE_ALLOCATION, Agreement
+from nbdserve.protocol.offers import Agreement
 from nbdserve.protocol.requests import wire_error
 
 PIECE = 256 << 10
@@ -87,18 +87,11 @@ class Commands:
         while position < end:
             length = min(PIECE, end - position)
             done = position + length == end
-            if self._is_hole(position, length):
+            if self._backend.reads_as_zeroes(position, length):
                 replies.add(self._framing.hole(request, position, length, done=done))
             else:
                 self._add_data(request, position, length, _DONE if done else 0, replies)
             position += length
-
-    def _is_hole(self, offset: int, length: int) -> bool:
-        """Whether the backend knows, from its first extent, that all of a piece reads as zeroes."""
-        if not self._backend.cheap_extents:
-            return False
-        extent = next(self._backend.extents(offset, length, BASE_ALLOCATION))
-        return bool(extent.flags & ExtentFlags.ZERO) and extent.length >= length
 
     def _add_data(self, request: Request, offset: int, length: int, done: int, replies: Outbox) -> None:
         """Read straight to the place behind the head of the reply."""

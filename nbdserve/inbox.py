@@ -15,15 +15,15 @@ class Inbox:
     """A receive buffer. ``start`` and ``end`` bound what has been received and not been taken.
 
     ``early`` is what the client sent together with its last option. The transmission loop parses ``buffer``
-    and moves ``start`` itself. All methods raise ConnectionLostError when the client goes away, or falls
-    silent for the socket's receive time-out, while it owes something.
+    (``view`` is the same bytes) and moves ``start`` itself. All methods raise ConnectionLostError when the
+    client goes away, or falls silent for the socket's receive time-out, while it owes something.
     """
 
     def __init__(self, stream: Stream, early: bytes) -> None:
         self._stream = stream
         self.buffer = bytearray(max(CAPACITY, len(early)))
         self.buffer[: len(early)] = early
-        self._view = memoryview(self.buffer)
+        self.view = memoryview(self.buffer)
         self.start = 0
         self.end = len(early)
 
@@ -32,7 +32,7 @@ class Inbox:
         self._compact()
         while True:
             try:
-                count = self._stream.recv_into(self._view[self.end :])
+                count = self._stream.recv_into(self.view[self.end :])
             except BlockingIOError as error:
                 if self.end:
                     raise ConnectionLostError("the client sent half a request and fell silent") from error
@@ -58,7 +58,7 @@ class Inbox:
         while not self.holds(length):
             stop = self.start + length
             try:
-                count = self._stream.recv_into(self._view[self.end : stop], 0, socket.MSG_WAITALL)
+                count = self._stream.recv_into(self.view[self.end : stop], 0, socket.MSG_WAITALL)
             except OSError as error:
                 reason = error.strerror or error
                 raise ConnectionLostError(f"the client left a payload half sent: {reason}") from error
@@ -66,7 +66,7 @@ class Inbox:
                 raise ConnectionLostError("the client went away in the middle of a payload")
             self.end += count
         self.start += length
-        return self._view[self.start - length : self.start]
+        return self.view[self.start - length : self.start]
 
     def _compact(self) -> None:
         """Move what is left to the front."""

@@ -39,12 +39,10 @@ class Backend(ABC):
     size: int
     capabilities: Capabilities
     block_sizes: BlockSizes
-    cheap_extents = False
-    """Whether looking up extents costs less than reading."""
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
     """The meta contexts that ``extents`` can tell of."""
-    local_reads = True
-    """Whether every read is answered without waiting for a network."""
+    always_local = True
+    """Whether no read or write ever waits for a network, so that ``is_local`` need not be asked for these."""
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -79,6 +77,10 @@ class Backend(ABC):
 
         They cover at least the first byte and may end before, but not after, the end of the disk.
         """
+
+    def reads_as_zeroes(self, offset: int, length: int) -> bool:
+        """Whether the whole range is known, at less than the cost of reading it, to hold only zeroes."""
+        return False
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """Whether a request can be served at once, without waiting for a network or a slow device."""

@@ -38,8 +38,6 @@ class FileBackend(Backend):
     Raises ImageError when the file is of no kind that can be served, OSError when it cannot be opened.
     """
 
-    cheap_extents = True
-
     def __init__(self, path: Path, *, read_only: bool, part: Slice = Slice(), discard: bool = True) -> None:
         self.path = path
         self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
@@ -69,10 +67,15 @@ class FileBackend(Backend):
     def write(self, offset: int, data: Buffer, fua: bool) -> None:
         """Write all of ``data``."""
         position = self._base + offset
-        flags = os.RWF_DSYNC if fua else 0
-        count = os.pwritev(self._fd, (data,), position, flags)
-        while count < len(data):
-            count += os.pwritev(self._fd, (memoryview(data)[count:],), position + count, flags)
+        if fua:
+            count = os.pwritev(self._fd, (data,), position, os.RWF_DSYNC)
+        else:
+            count = os.pwrite(self._fd, data, position)
+        if count < len(data):
+            # The disk is full, say; the next attempt fails with the reason.
+            if not count:
+                raise OSError(errno.EIO, f"{self.path} takes no bytes at offset {position}")
+            self.write(offset + count, memoryview(data)[count:], fua)
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Zero by fallocate where the file system can, by writing where it cannot."""
@@ -156,6 +159,12 @@ class FileBackend(Backend):
             if error.errno in _UNSUPPORTED:
                 return default
             raise
+
+    def reads_as_zeroes(self, offset: int, length: int) -> bool:
+        """Whether the range lies in a hole. Looks for data only: to find where data ends can take long."""
+        position = self._base + offset
+        data = self._seek(position, os.SEEK_DATA, default=position)
+        return data is None or data >= position + length
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """All but a flush, which waits for the disk while reads from the page cache could go on."""

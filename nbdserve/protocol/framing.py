@@ -51,6 +51,7 @@ _EXTENDED_CONTEXT = struct.Struct(">II")
 _EXTENDED_DESCRIPTOR = struct.Struct(">QQ")
 _ERROR = struct.Struct(">IH")
 
+_NONE = int(ReplyType.NONE)
 _DATA = int(ReplyType.OFFSET_DATA)
 _DONE = int(ReplyFlags.DONE)
 
@@ -71,6 +72,7 @@ class Framing(ABC):
     request: ClassVar[struct.Struct] = _COMPACT_REQUEST
     request_magic: ClassVar[int] = REQUEST_MAGIC
     data_head: ClassVar[int]
+    success_head: ClassVar[int]
     pieces: ClassVar[bool] = True
     """Whether the reply to a read may come in several chunks, of which the last may be an error."""
     longest_extent: ClassVar[int] = (1 << 32) - 4096
@@ -82,6 +84,11 @@ class Framing(ABC):
         out: bytearray, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
     ) -> None:
         """Put the head of ``length`` bytes of data at ``offset`` into ``out``, for a request at ``asked``."""
+
+    @staticmethod
+    @abstractmethod
+    def put_success(out: bytearray, start: int, cookie: int, asked: int) -> None:
+        """Put ``success_head`` bytes that say that a request at ``asked`` succeeded into ``out``."""
 
     @abstractmethod
     def success(self, request: Request) -> bytes:
@@ -104,6 +111,7 @@ class SimpleFraming(Framing):
     """What every client understands. An error can be told only instead of the data."""
 
     data_head = _SIMPLE.size
+    success_head = _SIMPLE.size
     pieces = False
 
     @staticmethod
@@ -111,6 +119,11 @@ class SimpleFraming(Framing):
         out: bytearray, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
     ) -> None:
         """Put the head of a simple reply; it tells nothing of offset and length."""
+        _SIMPLE.pack_into(out, start, SIMPLE_REPLY_MAGIC, 0, cookie)
+
+    @staticmethod
+    def put_success(out: bytearray, start: int, cookie: int, asked: int) -> None:
+        """Put a simple reply without an error."""
         _SIMPLE.pack_into(out, start, SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def success(self, request: Request) -> bytes:
@@ -134,6 +147,7 @@ class StructuredFraming(Framing):
     """Structured replies: reads in chunks, errors with a message, block status."""
 
     data_head = _DATA_CHUNK.size
+    success_head = _CHUNK.size
 
     @staticmethod
     def put_data_head(
@@ -141,6 +155,11 @@ class StructuredFraming(Framing):
     ) -> None:
         """Put the head of an OFFSET_DATA chunk, with the offset that comes before the data."""
         _DATA_CHUNK.pack_into(out, start, STRUCTURED_REPLY_MAGIC, done, _DATA, cookie, length + 8, offset)
+
+    @staticmethod
+    def put_success(out: bytearray, start: int, cookie: int, asked: int) -> None:
+        """Put a chunk without content that ends the reply."""
+        _CHUNK.pack_into(out, start, STRUCTURED_REPLY_MAGIC, _DONE, _NONE, cookie, 0)
 
     def _chunk(self, request: Request, kind: ReplyType, payload: bytes = b"", *, done: bool = True) -> bytes:
         flags = _DONE if done else 0
@@ -172,6 +191,7 @@ class ExtendedFraming(StructuredFraming):
     request = _EXTENDED_REQUEST
     request_magic = EXTENDED_REQUEST_MAGIC
     data_head = _EXTENDED_DATA_CHUNK.size
+    success_head = _EXTENDED_CHUNK.size
     longest_extent = (1 << 63) - 4096
 
     @staticmethod
@@ -182,6 +202,11 @@ class ExtendedFraming(StructuredFraming):
         _EXTENDED_DATA_CHUNK.pack_into(
             out, start, EXTENDED_REPLY_MAGIC, done, _DATA, cookie, asked, length + 8, offset
         )
+
+    @staticmethod
+    def put_success(out: bytearray, start: int, cookie: int, asked: int) -> None:
+        """Put an extended chunk without content that ends the reply."""
+        _EXTENDED_CHUNK.pack_into(out, start, EXTENDED_REPLY_MAGIC, _DONE, _NONE, cookie, asked, 0)
 
     def _chunk(self, request: Request, kind: ReplyType, payload: bytes = b"", *, done: bool = True) -> bytes:
         flags = _DONE if done else 0
