@@ -25,7 +25,7 @@ need_programs nbd-overlay nbdinfo timeout
 
 uri=nbd://$NBD_ADDRESS:$NBD_PORT/$NBD_NAME
 answer=0
-timeout 20 nbdinfo --can structured-reply "$uri" || answer=$?
+timeout 20 nbdinfo --can structured-reply "$uri" 2>/dev/null || answer=$?
 case $answer in
 2) ;; # it cannot
 0) die "$uri offers structured replies; serve the disk with step 1" ;;

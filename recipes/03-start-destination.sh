@@ -36,22 +36,20 @@ need_number NBD_PORT RECONNECT_DELAY
 need_programs "$1" nbd-migrate
 [ -f "$OVERLAY" ] || die "OVERLAY: there is no $OVERLAY; run step 2"
 
-# give_up: QEMU has said why it failed, unless it hung.
-give_up() {
-    [ ! -s "$DESTINATION_PID_FILE" ] || kill "$(cat "$DESTINATION_PID_FILE")" 2>/dev/null || true
-    die "QEMU did not start; the guest runs on, on A"
-}
-
 export="driver=nbd,server.type=inet,server.host=$NBD_ADDRESS,server.port=$NBD_PORT,export=$NBD_NAME"
 export="$export,reconnect-delay=$RECONNECT_DELAY,open-timeout=$RECONNECT_DELAY"
-timeout 60 "$@" \
+if ! why=$(timeout 60 "$@" \
     -blockdev "node-name=$NODE-export,read-only=on,$export" \
     -blockdev "node-name=$NODE-backing,read-only=on,driver=raw,file=$NODE-export" \
     -blockdev "node-name=$NODE-overlay,driver=qed,file.driver=file,file.filename=${OVERLAY//,/,,},backing=$NODE-backing" \
     -blockdev "node-name=$NODE,driver=copy-on-read,file=$NODE-overlay" \
     -incoming defer \
     -qmp "unix:$DESTINATION_QMP,server=on,wait=off" \
-    -daemonize -pidfile "$DESTINATION_PID_FILE" || give_up
+    -daemonize -pidfile "$DESTINATION_PID_FILE" 2>&1); then
+    # A QEMU that hangs while it opens the export is already a daemon.
+    [ ! -s "$DESTINATION_PID_FILE" ] || kill "$(cat "$DESTINATION_PID_FILE")" 2>/dev/null || true
+    die "B's QEMU did not start, and the guest runs on, on A: ${why##*$'\n'}"
+fi
 
 qmp() { nbd-migrate qmp "$DESTINATION_QMP" "$@" >/dev/null; }
 qmp migrate-set-capabilities "$(capabilities events return-path)"

@@ -31,13 +31,14 @@ qmp() { nbd-migrate qmp "$SOURCE_QMP" "$@"; }
 # give_up: after a failure, cancel what is under way and say where the guest is.
 give_up() {
     local why
-    why=$(qmp query-migrate --get error-desc) || die "A's QEMU does not answer any more"
+    why=$(qmp query-migrate --get error-desc 2>/dev/null) || die "A's QEMU does not answer any more"
+    [ -n "$why" ] || why="it took longer than $MIGRATE_TIMEOUT s"
     qmp migrate_cancel >/dev/null
     qmp query-migrate --get status --until 'cancelled|failed' --timeout 30 >/dev/null
     if qmp query-status --get status --until running --timeout 5 >/dev/null 2>&1; then
-        die "the migration failed and the guest runs on here${why:+: $why}"
+        die "the guest runs on here, on A, as the migration failed: $why"
     fi
-    die "the migration failed and the guest is paused here: 'cont' resumes it${why:+: $why}"
+    die "the guest is paused here, on A, and 'cont' resumes it; the migration failed: $why"
 }
 
 status=$(qmp query-status --get status)
@@ -46,9 +47,10 @@ status=$(qmp query-status --get status)
 qmp migrate-set-capabilities "$(capabilities events return-path pause-before-switchover)" >/dev/null
 qmp migrate "{\"uri\": \"$MIGRATION\"}" >/dev/null
 qmp query-migrate --get status --until pre-switchover --unless 'failed|cancelled' \
-    --timeout "$MIGRATE_TIMEOUT" >/dev/null || give_up
-qmp migrate-continue '{"state": "pre-switchover"}' >/dev/null || give_up
-qmp query-migrate --get status --until completed --unless 'failed|cancelled' --timeout 300 >/dev/null || give_up
+    --timeout "$MIGRATE_TIMEOUT" >/dev/null 2>&1 || give_up
+qmp migrate-continue '{"state": "pre-switchover"}' >/dev/null 2>&1 || give_up
+qmp query-migrate --get status --until completed --unless 'failed|cancelled' \
+    --timeout 300 >/dev/null 2>&1 || give_up
 setsid nbd-migrate fence "$FENCE_FILE" "$DISK" </dev/null >"$FENCE_FILE.log" 2>&1 &
 await 10 "the guest runs on B, but there is no fence: never 'cont' here; see $FENCE_FILE.log" test -s "$FENCE_FILE"
 echo "$me: the guest runs on B; it stood still for $(qmp query-migrate --get downtime) ms"

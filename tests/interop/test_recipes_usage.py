@@ -1,0 +1,101 @@
+"""The shell recipes: help that names every variable, and one line for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import run
+from tests.support.recipes import RECIPES, Operator, variables_of
+
+# Enough for each recipe to get as far as its checks.
+OPERATOR = Operator(
+    {
+        "DISK": "/nonexistent/disk",
+        "OVERLAY": "/nonexistent/overlay",
+        "NBD_ADDRESS": "127.0.0.1",
+        "NBD_PORT": "1",
+        "NBD_PID_FILE": "/nonexistent/pid",
+        "FENCE_FILE": "/nonexistent/fence",
+        "SOURCE_QMP": "/nonexistent/a.qmp",
+        "DESTINATION_QMP": "/nonexistent/b.qmp",
+        "MIGRATION": "unix:/nonexistent/migration",
+    }
+)
+REQUIRED = {
+    1: ["DISK", "NBD_ADDRESS"],
+    2: ["OVERLAY", "NBD_ADDRESS"],
+    3: ["OVERLAY", "NBD_ADDRESS", "DESTINATION_QMP", "MIGRATION"],
+    4: ["DISK", "SOURCE_QMP", "MIGRATION"],
+    5: ["DESTINATION_QMP"],
+    6: ["DISK", "SOURCE_QMP", "DESTINATION_QMP"],
+}
+
+
+def described(text: str) -> set[str]:
+    """The variables that a help text describes: the first word of an aligned line."""
+    words = [line.split("  ")[0] for line in text.splitlines() if "  " in line.strip()]
+    return {word for word in words if word.isupper()}
+
+
+def test_there_are_six() -> None:
+    assert [recipe.name[:3] for recipe in RECIPES] == ["01-", "02-", "03-", "04-", "05-", "06-"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_help_describes_exactly_the_variables_that_are_read(recipe: Path) -> None:
+    for option in ("--help", "-h"):
+        done = run(recipe, option)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"Step {int(recipe.name[:2])}, on host ")
+        assert described(done.stdout) == variables_of(recipe)
+
+
+@pytest.mark.parametrize(("number", "name"), [(n, name) for n, names in REQUIRED.items() for name in names])
+def test_a_variable_that_is_not_set_is_one_line(number: int, name: str) -> None:
+    assert f"set {name} (see 0{number}-" in OPERATOR.fails(number, "qemu", code=2, **{name: ""})
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "value", "complaint"),
+    [
+        (1, "DISK", "disk.raw", "DISK: 'disk.raw' must be an absolute path"),
+        (1, "NBD_PORT", "http", "NBD_PORT: 'http' is not a whole number"),
+        (2, "OVERLAY", "b.qed", "OVERLAY: 'b.qed' must be an absolute path"),
+        (3, "RECONNECT_DELAY", "1.5", "RECONNECT_DELAY: '1.5' is not a whole number"),
+        (3, "DESTINATION_QMP", "b.qmp", "DESTINATION_QMP: 'b.qmp' must be an absolute path"),
+        (4, "MIGRATE_TIMEOUT", "soon", "MIGRATE_TIMEOUT: 'soon' is not a whole number"),
+        (5, "SPEED", "10M", "SPEED: '10M' is not a whole number"),
+        (6, "MOVE_TO", "away", "MOVE_TO: 'away' must be an absolute path"),
+    ],
+)
+def test_a_value_that_cannot_be_right_is_one_line(number: int, name: str, value: str, complaint: str) -> None:
+    assert complaint in OPERATOR.fails(number, "qemu", code=2, **{name: value})
+
+
+def test_the_destinations_command_line_must_be_given() -> None:
+    assert "give the guest's QEMU command line" in OPERATOR.fails(3, code=2)
+
+
+def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
+    existing = tmp_path / "existing"
+    existing.write_bytes(bytes(512))
+    there = str(existing)
+    assert "DISK: /nonexistent/disk is neither a file nor a block device" in OPERATOR.fails(1)
+    assert f"OVERLAY: {there} exists" in OPERATOR.fails(2, OVERLAY=there)
+    assert "nbd://127.0.0.1:1/disk cannot be reached; run step 1" in OPERATOR.fails(2)
+    assert "OVERLAY: there is no /nonexistent/overlay; run step 2" in OPERATOR.fails(3, "true")
+    assert "no /missing on this host's PATH" in OPERATOR.fails(3, "/missing", OVERLAY=there)
+    assert "no monitor at /nonexistent/a.qmp" in OPERATOR.fails(4, DISK=there)
+    assert "no monitor at /nonexistent/b.qmp" in OPERATOR.fails(5)
+    assert "no monitor at /nonexistent/b.qmp" in OPERATOR.fails(6)
+    assert f"MOVE_TO: {there} exists" in OPERATOR.fails(6, DISK=there, MOVE_TO=there, code=2)
+
+
+def test_a_destination_that_does_not_start_is_one_line(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    overlay.write_bytes(bytes(512))
+    changes = {"OVERLAY": str(overlay), "DESTINATION_QMP": str(tmp_path / "b.qmp"), "RECONNECT_DELAY": "0"}
+    line = OPERATOR.fails(3, "qemu-system-x86_64", "-display", "none", **changes)
+    assert "B's QEMU did not start, and the guest runs on, on A: qemu-system-x86_64: -blockdev" in line
