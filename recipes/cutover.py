@@ -28,6 +28,9 @@ async def cut_over(m: Migration) -> str:
         await m.during(reaching("pre-switchover", a, news), m.plan.limits.migrate, "sending the RAM")
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
+        # From here on only the two QEMUs count: a server that dies is started again while streaming.
+        m.no_longer_need("the server on A")
+        m.no_longer_need("the guard")
         await a.execute("migrate-continue", state="pre-switchover")
         await switch_over(m, news)
     await arrive(m)
@@ -69,7 +72,6 @@ async def arrive(m: Migration) -> None:
     m.arrived = time.monotonic()
     m.release()
     m.no_longer_need("A's QEMU")
-    m.no_longer_need("the guard")
     await m.during(running(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)
 

@@ -73,8 +73,9 @@ async def run(m: Migration, orders: Orders) -> Outcome:
         try:
             summary = await body(m)
         except OperatorError as error:
+            reason = await m.explain(error)
             where = await undisturbed(retreat(m, orders))
-            raise MigrationError(f"step {step.number} ({step.title}): {error}; {where}") from error
+            raise MigrationError(f"step {step.number} ({step.title}): {reason}; {where}") from error
         except asyncio.CancelledError:
             where = await undisturbed(retreat(m, orders))
             m.report.note(f"interrupted in step {step.number} ({step.title}); {where}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -95,21 +95,25 @@ class Migration:
             if not task.done():
                 self.refuse_the_dead()
                 raise MigrationError(f"{what} took longer than {limit:g} s")
-            try:
-                return task.result()
-            except VmGoneError:
-                # The process says more about its end than its monitor does, but a moment later.
-                await asyncio.wait(self._needed.values(), timeout=LAST_WORDS)
-                self.refuse_the_dead()
-                raise
+            return task.result()
         finally:
             task.cancel()
 
     def refuse_the_dead(self) -> None:
         """Raise MigrationError when something needed has ended already."""
-        for name, end in self._needed.items():
-            if end.done():
-                raise MigrationError(f"{name} {end.result()}")
+        for end in self._ends():
+            raise MigrationError(end)
+
+    async def explain(self, error: Exception) -> str:
+        """Why a step failed. A process says more about its end than its monitor does, but a moment later."""
+        if isinstance(error, VmGoneError) and self._needed:
+            await asyncio.wait(self._needed.values(), timeout=LAST_WORDS, return_when=asyncio.FIRST_COMPLETED)
+            return next(self._ends(), str(error))
+        return str(error)
+
+    def _ends(self) -> Iterator[str]:
+        """What was needed and has ended, and how."""
+        return (f"{name} {end.result()}" for name, end in self._needed.items() if end.done())
 
     async def start(
         self, name: str, host: Host, image: str, suffix: str, argv: list[str], *, ready: bool = False

@@ -40,7 +40,6 @@ RESTART_PAUSE = 1.0
 
 async def stream(m: Migration) -> str:
     """Step 5: until every block is in the overlay, and on stable storage there."""
-    m.no_longer_need("the server on A")
     await Stream(m).run()
     # From here on nothing on A is needed: make sure that a power failure on B does not change that.
     image, limit = m.plan.destination.image, m.plan.limits.stall
@@ -128,9 +127,12 @@ class Stream:
         if not self._m.server.running:
             return f"{self._m.server.name} {await self._m.server.wait()}"
         ours = (self._m.plan.destination.node, JOB)
-        if event and (event.get("node-name") in ours or event.get("device") in ours):
-            return f"B's QEMU cannot {event['operation']} ({event.get('reason', 'the stream')})"
-        return ""
+        if event.get("node-name") not in ours and event.get("device") not in ours:
+            return ""
+        # An event may be older than the last recovery.
+        if not await self._guest_waits() and not await self._job_waits():
+            return ""
+        return f"B's QEMU cannot {event['operation']} ({event.get('reason', 'the stream')})"
 
     async def _look(self) -> None:
         """Report how far the job is; MigrationError when it has not moved for too long."""
@@ -185,16 +187,22 @@ class Stream:
 
     async def _push(self) -> bool:
         """Let the guest and the job go on where an error has paused them; True when there was no need to."""
-        # Nobody but an error brings a guest into this state: one that the operator has paused stays paused.
-        failed = (await self._execute("query-status"))["status"] == "io-error"
-        job = await self._job()
+        guest, job = await self._guest_waits(), await self._job_waits()
         with suppress(CommandError):
-            if failed:
+            if guest:
                 await self._execute("cont")
-            if job and job["status"] == "paused":
+            if job:
                 await self._execute("block-job-resume", device=JOB)
-                return False
-        return not failed
+        return not guest and not job
+
+    async def _guest_waits(self) -> bool:
+        """Whether an error has paused the guest. One that the operator has paused is in another state."""
+        return bool((await self._execute("query-status"))["status"] == "io-error")
+
+    async def _job_waits(self) -> bool:
+        """Whether the job is paused."""
+        job = await self._job()
+        return job is not None and job["status"] == "paused"
 
     async def _job(self) -> dict[str, Any] | None:
         """The block job, or None when it has ended."""

@@ -1,0 +1,267 @@
+"""A small guest in a real QEMU, and a migration of it: what the tests of the orchestrator act with.
+
+The guest is a boot sector that writes numbered records to its disk and reads all over it, for ever. It boots
+in a fraction of a second under TCG, and its disk shows exactly what it may have written and what not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import struct
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import psutil
+from qemu.qmp.legacy import QEMUMonitorProtocol
+
+from recipes.plan import Destination, Export, Finish, Limits, Plan, Source
+from tests.support.disks import MIB, random_bytes
+from tests.support.processes import Process, check, run, wait_until
+
+SECTOR = 512
+DISK_SIZE = 64 * MIB
+"""A power of two, as the guest's random reads are masked with it."""
+
+RECORDS = range(2048, 3072)
+"""The sectors that the guest writes: record number n, 128 times, goes to sector 2048 + n % 1024."""
+
+NBD_MIGRATE = Path(sys.executable).with_name("nbd-migrate")
+ROOT = Path(__file__).parents[2]
+QEMU = (
+    "qemu-system-x86_64",
+    "-accel",
+    "tcg",
+    "-m",
+    "16",
+    "-nodefaults",
+    "-display",
+    "none",
+    "-machine",
+    "pc",
+)
+DEVICE = ("-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop")
+
+
+def boot_sector(disk_size: int) -> bytes:
+    """The guest: 16-bit code for address 0x7c00, which finds the number of its BIOS drive in DL.
+
+    The counter is at 0x7e00, the disk address packet of INT 13h's extensions at 0x7e10, the buffer at 0x8000.
+    """
+    mask = struct.pack("<I", disk_size // SECTOR - 1).hex()
+    code = bytes.fromhex(
+        # xor ax,ax; mov ds,ax; mov es,ax; mov ss,ax; mov sp,0x7c00; cld; sti
+        "31c0 8ed8 8ec0 8ed0 bc007c fc fb"
+        # again: inc dword [0x7e00]
+        "66ff06007e"
+        # mov eax,[0x7e00]; mov edi,0x8000; mov cx,128; rep stosd
+        "66a1007e 66bf00800000 b98000 66f3ab"
+        # mov eax,[0x7e00]; and eax,1023; add eax,2048; mov bh,0x43 (write); call access
+        "66a1007e 6625ff030000 660500080000 b743 e82000"
+        # mov eax,[0x7e00]; imul eax,eax,0x9e3779b1; and eax,MASK; mov bh,0x42 (read); call access
+        f"66a1007e 6669c0b179379e 6625{mask} b742 e80a00"
+        # push dx; mov dx,0x3f8; mov al,'.'; out dx,al; pop dx; jmp again
+        "52 baf803 b02e ee 5a ebb6"
+        # access: mov dword [0x7e10],0x10010; mov dword [0x7e14],0x8000; mov [0x7e18],eax; mov dword
+        # [0x7e1c],0
+        "66c706107e10000100 66c706147e00800000 66a3187e 66c7061c7e00000000"
+        # mov si,0x7e10; mov ah,bh; mov al,0; push dx; int 0x13; pop dx; jc failed; ret
+        "be107e 88fc b000 52 cd13 5a 7201 c3"
+        # failed: mov dx,0x3f8; mov al,'!'; out dx,al; cli; hlt
+        "baf803 b021 ee fa f4"
+    )
+    return code.ljust(510, b"\0") + b"\x55\xaa"
+
+
+class Role(Enum):
+    """A process of a migration, by what stands and what does not stand in its command line."""
+
+    A = ("a.qmp,server", ("recipes.keeper", "-incoming"))
+    B = ("-incoming", ("recipes.keeper",))
+    SERVER = ("nbdserve", ("recipes.keeper",))
+    FENCE = ("recipes.fence", ("recipes.keeper",))
+    GUARD = ("recipes.guard", ())
+    KEEPER_OF_B = ("recipes.keeper", ("nbdserve", "recipes.fence"))
+    KEEPER_OF_SERVER = ("recipes.keeper", ("-incoming", "recipes.fence"))
+    ORCHESTRATOR = ("plan.toml", ())
+
+    def find(self, directory: Path) -> list[psutil.Process]:
+        """The processes in this role whose command line names the directory."""
+        word, others = self.value
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                line = " ".join(process.cmdline())
+                if str(directory) in line and word in line and not any(other in line for other in others):
+                    found.append(process)
+        return found
+
+
+class Monitor:
+    """A QEMU's monitor, for a moment. There may be one client at a time, so tests do not stay connected."""
+
+    def __init__(self, address: Path) -> None:
+        self._qmp = QEMUMonitorProtocol(str(address))
+        self._qmp.connect()
+        self._qmp.settimeout(10.0)
+
+    def execute(self, command: str, **arguments: object) -> Any:
+        """Execute a QMP command; ``_`` in a keyword stands for ``-``."""
+        return self._qmp.cmd(command, **{key.replace("_", "-"): value for key, value in arguments.items()})
+
+    @property
+    def state(self) -> str:
+        """What query-status says."""
+        return str(self.execute("query-status")["status"])
+
+
+@contextlib.contextmanager
+def monitor(address: Path) -> Iterator[Monitor]:
+    """Connect to a monitor."""
+    connection = Monitor(address)
+    try:
+        yield connection
+    finally:
+        # A QEMU that has been told to quit has hung up already.
+        with contextlib.suppress(EOFError, OSError):
+            connection._qmp.close()
+
+
+class Scene:
+    """Hosts A and B in one directory, a guest that runs on A, and the plan to move it to B."""
+
+    def __init__(self, directory: Path, disk_size: int = DISK_SIZE) -> None:
+        self.directory = directory
+        self.image = directory / "a.raw"
+        self.moved = directory / "a.moved"
+        self.overlay = directory / "b.qed"
+        self.monitor_a = directory / "a.qmp"
+        self.monitor_b = directory / "b.qmp"
+        self.export = directory / "nbd"
+        self.original = boot_sector(disk_size) + random_bytes(disk_size - SECTOR)
+        self.image.write_bytes(self.original)
+        limits = Limits(start=15.0, migrate=20.0, stop=5.0, recover=20.0, stall=20.0, reconnect_delay=2)
+        self.plan = Plan(
+            Source(qmp=str(self.monitor_a), image=str(self.image), node="disk0"),
+            Export(uri=f"nbd+unix:///vm?socket={self.export}"),
+            Destination(
+                qemu=(*QEMU, *DEVICE, "-serial", f"file:{directory / 'b.serial'}"),
+                image=str(self.overlay),
+                qmp=str(self.monitor_b),
+                migration=f"unix:{directory / 'migration'}",
+            ),
+            limits=limits,
+            finish=Finish(move_aside=str(self.moved)),
+        )
+
+    def change(self, section: str, **values: object) -> None:
+        """Change keys of one section of the plan."""
+        changed = dataclasses.replace(getattr(self.plan, section), **values)
+        self.plan = dataclasses.replace(self.plan, **{section: changed})
+
+    def source_qemu(self) -> list[str]:
+        """A's command line."""
+        return [
+            *QEMU,
+            *DEVICE,
+            *("-serial", f"file:{self.directory / 'a.serial'}"),
+            *("-blockdev", f"driver=raw,node-name=disk0,file.driver=file,file.filename={self.image}"),
+            *("-qmp", f"unix:{self.monitor_a},server=on,wait=off"),
+        ]
+
+    def dots(self, host: str) -> int:
+        """How many records the guest has written on host ``a`` or ``b``, by what it prints there."""
+        console = self.directory / f"{host}.serial"
+        return console.read_bytes().count(b".") if console.exists() else 0
+
+    def wait_until_guest_works(self, host: str) -> None:
+        """The guest writes and reads on host ``a`` or ``b``."""
+        before = self.dots(host)
+        wait_until(lambda: self.dots(host) > before + 2, f"the guest works on {host}", 15.0)
+
+    def plan_file(self) -> Path:
+        """The plan as a file."""
+        path = self.directory / "plan.toml"
+        path.write_text(as_toml(self.plan))
+        return path
+
+    def run_doomed(self, moment: str, victim: Role, number: signal.Signals = signal.SIGKILL) -> Process:
+        """The same, with a signal to ``victim`` at this moment; see tests/support/doomed.py."""
+        argv = [sys.executable, "-m", "tests.support.doomed", str(self.plan_file())]
+        return Process([*argv, moment, victim.name, number.name], self.directory / "run.log", cwd=ROOT)
+
+    def run(self, *options: str) -> Process:
+        """``nbd-migrate run`` with the plan."""
+        return Process([str(NBD_MIGRATE), "run", str(self.plan_file()), *options], self.directory / "run.log")
+
+    def started(self) -> set[Role]:
+        """What a migration has started and is still there."""
+        return {role for role in Role if role is not Role.A and role.find(self.directory)}
+
+    def capabilities_of_a(self) -> list[str]:
+        """The migration capabilities that are on at A."""
+        with monitor(self.monitor_a) as a:
+            return [each["capability"] for each in a.execute("query-migrate-capabilities") if each["state"]]
+
+    def quit_b(self) -> None:
+        """End B's QEMU in good order, so that its disk can be looked at."""
+        with monitor(self.monitor_b) as b:
+            b.execute("quit")
+        wait_until(lambda: not Role.B.find(self.directory), "B's QEMU ends")
+
+    def wrong_sectors(self, *, interrupted: bool = False) -> list[int]:
+        """Sectors of B's disk that hold neither what was on A's nor what the guest may have written there.
+
+        A QEMU that was killed, or that failed to copy a cluster, may have left clusters in the overlay that
+        nothing points to, but no damage.
+        """
+        leaks = 3
+        checked = run("qemu-img", "check", "-f", "qed", self.overlay)
+        assert checked.returncode in ((0, leaks) if interrupted else (0,)), checked.stdout
+        copy = self.directory / "copy.raw"
+        check("qemu-img", "convert", "-f", "qed", "-O", "raw", self.overlay, copy)
+        moved, original = copy.read_bytes(), self.original
+        copy.unlink()
+        assert len(moved) == len(original)
+        return [
+            at // SECTOR
+            for at in range(0, len(moved), SECTOR)
+            if moved[at : at + SECTOR] != original[at : at + SECTOR]
+            and not is_record(at // SECTOR, moved[at : at + SECTOR])
+        ]
+
+
+def is_record(sector: int, content: bytes) -> bool:
+    """Whether the guest may have written this to this sector."""
+    number = struct.unpack_from("<I", content)[0]
+    return (
+        sector in RECORDS and sector == RECORDS.start + number % len(RECORDS) and content == content[:4] * 128
+    )
+
+
+@contextlib.contextmanager
+def scene(directory: Path) -> Iterator[Scene]:
+    """A guest that runs on A; it is killed at the end, and so is all that the migration has started."""
+    made = Scene(directory)
+    with Process(made.source_qemu(), directory / "a.log"):
+        made.wait_until_guest_works("a")
+        yield made
+        # A migrated guest lives on by design.
+        for role in Role:
+            for process in role.find(directory):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def as_toml(plan: Plan) -> str:
+    """The plan's file; JSON's strings, numbers and lists are TOML's."""
+    lines = []
+    for section, values in dataclasses.asdict(plan).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
