@@ -12,7 +12,7 @@ from tests.bench.contenders import CONTENDERS, OURS
 from tests.bench.machine import LoadOfOthers, describe_machine
 from tests.bench.measure import Result, measure
 from tests.bench.rows import ROWS
-from tests.bench.table import document, section
+from tests.bench.table import NOTES, introduction, section
 from tests.support.disks import MIB
 
 MEMORY = Path("/dev/shm")
@@ -22,9 +22,9 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run: one short round on a small image")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each server is measured per row")
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long each measurement lasts")
-    parser.add_argument("--size", type=int, default=512, help="the image's size in MiB")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each server is measured per row (3)")
+    parser.add_argument("--seconds", type=float, default=0.6, help="how long each measurement lasts (0.6)")
+    parser.add_argument("--size", type=int, default=512, help="the image's size in MiB (512)")
     parser.add_argument("--directory", type=Path, help="where the image lies (default: in memory)")
     parser.add_argument("--row", default="", help="only rows whose name contains this")
     parser.add_argument("--server", default="", help="only compare with servers whose name contains this")
@@ -51,14 +51,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=image_directory(size, chosen.directory)) as scratch:
         image = Path(scratch) / "disk.img"
         write_image(image, chosen.size)
-        machine = describe_machine(image)
-        load, results = LoadOfOthers(), list[list[Result]]()
+        page = [introduction(contenders, describe_machine(image))]
+        print(page[0], flush=True)
+        load, results = LoadOfOthers(), list[Result]()
         for row in rows:
-            results.append(measure(row, contenders, image, Path(scratch), chosen.rounds, chosen.seconds))
-            print(section(results[-1]), flush=True)
-        page = document(results, contenders, machine, conditions(chosen, results, load))
+            measured = measure(row, contenders, image, Path(scratch), chosen.rounds, chosen.seconds)
+            results += measured
+            page.append(section(measured))
+            print(page[-1], flush=True)
+    page.append(f"{NOTES}\n{conditions(chosen, results, load)}")
+    print(page[-1])
     if chosen.output:
-        chosen.output.write_text(page)
+        chosen.output.write_text("\n".join([*page, ""]))
 
 
 def write_image(path: Path, mebibytes: int) -> None:
@@ -68,13 +72,13 @@ def write_image(path: Path, mebibytes: int) -> None:
             image.write(os.urandom(MIB))
 
 
-def conditions(chosen: argparse.Namespace, results: list[list[Result]], load: LoadOfOthers) -> str:
+def conditions(chosen: argparse.Namespace, results: list[Result], load: LoadOfOthers) -> str:
     """How often and how long was measured, and how busy the machine was with something else."""
-    samples = [sample for row in results for result in row for sample in result.samples]
+    samples = [sample for result in results for sample in result.samples]
     others = load.share(sum(sample.server_seconds + sample.fio_seconds for sample in samples))
     return (
-        f"measured: {chosen.rounds} rounds of {chosen.seconds:g} s each; other programs, and starting fio, "
-        f"took {others:.0%} of the processors"
+        f"Rounds: {chosen.rounds}, of {chosen.seconds:g} s for each server. "
+        f"Other programs, and starting fio, took {others:.0%} of the processors' time."
     )
 
 

@@ -24,25 +24,15 @@ processor time per operation or per MiB says more than the rate where fio is the
 """
 
 
-def document(
-    results: Sequence[Sequence[Result]],
-    contenders: Sequence[Contender],
-    machine: Mapping[str, str],
-    conditions: str,
-) -> str:
-    """The whole page: where it ran, who took part, one table per row of the benchmark, and the verdicts."""
+def introduction(contenders: Sequence[Contender], machine: Mapping[str, str]) -> str:
+    """The start of the page: how it is measured, on what, and who takes part."""
+    lines = [[contender.name, contender.version(), contender.remark] for contender in contenders]
     return "\n".join(
         [
             INTRODUCTION,
             *(f"- {what}: {value}" for what, value in machine.items()),
-            f"- {conditions}",
             "",
-            _table(
-                ["server", "version", "options"],
-                [[contender.name, contender.version(), contender.remark] for contender in contenders],
-            ),
-            *(section(row_results) for row_results in results),
-            NOTES,
+            _table(["server", "version", "options"], lines),
         ]
     )
 
