@@ -17,6 +17,7 @@ from typing import Any
 from qemu.qmp import EventListener
 
 from nbdserve.errors import MigrationError
+from recipes.children import Child
 from recipes.migration import Migration
 from recipes.report import Progress
 from recipes.steps import check_export, server_command, start_server
@@ -123,9 +124,8 @@ class Stream:
 
     async def _trouble(self, event: dict[str, Any]) -> str:
         """What is wrong, if anything."""
-        assert self._m.server
-        if not self._m.server.running:
-            return f"{self._m.server.name} {await self._m.server.wait()}"
+        if not self._server.running:
+            return f"{self._server.name} {await self._server.wait()}"
         ours = (self._m.plan.destination.node, JOB)
         if event.get("node-name") not in ours and event.get("device") not in ours:
             return ""
@@ -161,29 +161,40 @@ class Stream:
             elif time.monotonic() - good_since > HOLD:
                 self._m.report.note("the export is back, and the guest and the stream go on")
                 return
-            assert self._m.server
-            if not self._m.server.running:
+            if not self._server.running:
                 await self._bring_export_back()
             await asyncio.sleep(LOOK)
         raise MigrationError(await self._advice(f"{trouble}, and the stream cannot go on"))
 
     async def _bring_export_back(self) -> None:
         """See that the right disk is served again, starting the server where it has ended."""
-        assert self._m.server
         deadline = time.monotonic() + self._limits.recover
         while True:
             try:
-                if not self._m.server.running:
-                    self._restarts += 1
-                    self._m.server = await start_server(self._m)
+                if not self._server.running:
+                    await self._restart()
                 await self._m.during(
                     check_export(self._m), self._limits.connect, "reaching the export from B"
                 )
                 return
             except MigrationError as error:
-                if self._restarts >= self._limits.restarts or time.monotonic() > deadline:
+                spent = not self._server.running and self._restarts >= self._limits.restarts
+                if spent or time.monotonic() > deadline:
                     raise MigrationError(await self._advice(str(error))) from error
             await asyncio.sleep(RESTART_PAUSE)
+
+    async def _restart(self) -> None:
+        """Start the server again, unless that was done too often."""
+        if self._restarts >= self._limits.restarts:
+            raise MigrationError(f"the server on A {await self._server.wait()}")
+        self._restarts += 1
+        self._m.server = await start_server(self._m)
+
+    @property
+    def _server(self) -> Child:
+        """The server of the day."""
+        assert self._m.server
+        return self._m.server
 
     async def _push(self) -> bool:
         """Let the guest and the job go on where an error has paused them; True when there was no need to."""
@@ -221,7 +232,7 @@ class Stream:
         image, overlay = self._m.plan.source.image, self._m.plan.destination.image
         server = shlex.join([*self._m.host_a.argv(server_command(self._m)), image])
         return (
-            f"{reason}; the guest on B is in state {state} and nothing is lost: its disk is {overlay} on B "
-            f"together with {image} on A; see that this runs on A: {server}; then give B's monitor at "
-            f"{self._m.plan.destination.qmp} cont, and block-job-resume for the job {JOB}"
+            f"{reason}; the guest on B (state {state}) waits as soon as it needs A, and nothing is lost: its "
+            f"disk is {overlay} on B together with {image} on A; see that this runs on A: {server}; then give "
+            f"B's monitor, {self._m.plan.destination.qmp}, cont until it holds, and block-job-resume for {JOB}"
         )

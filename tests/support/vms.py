@@ -179,6 +179,11 @@ class Scene:
         console = self.directory / f"{host}.serial"
         return console.read_bytes().count(b".") if console.exists() else 0
 
+    def wait_until_streamed(self) -> None:
+        """The block job on B has come to its end."""
+        with monitor(self.monitor_b) as b:
+            wait_until(lambda: b.execute("query-block-jobs") == [], "the stream ends", 30.0, 0.1)
+
     def wait_until_guest_works(self, host: str) -> None:
         """The guest writes and reads on host ``a`` or ``b``."""
         before = self.dots(host)
