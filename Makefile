@@ -51,5 +51,14 @@ types: setup
 bench: setup
 	$(BIN)/python -m tests.bench
 
+# The fuzzer is installed only here. RUNS counts inputs to each of the two targets.
+RUNS := 1000000
+fuzz: setup
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-fuzz.lock
+	for target in haggle transmit; do \
+	    $(BIN)/python -m tests.fuzz.coverage $$target build/corpus/$$target -runs=$(RUNS) -rss_limit_mb=1024; \
+	done
+
 clean:
 	rm -rf build $(VENV)

@@ -1,0 +1,63 @@
+"""``python -m tests.fuzz.coverage haggle|transmit [libFuzzer options]``: coverage-guided, with atheris."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import atheris
+
+from tests.support import wire
+
+with atheris.instrument_imports(include=["nbdserve"]):
+    from tests.fuzz import targets
+
+TARGETS: dict[str, Callable[[bytes], object]] = {"haggle": targets.haggle, "transmit": targets.transmit}
+
+
+def seeds(target: str) -> Sequence[bytes]:
+    """Inputs to begin with, so that the fuzzer need not guess the magic numbers."""
+    if target == "haggle":
+        flags = struct.pack(">I", 3)
+        meta = wire.meta_query("disk", "base:allocation", "base:")
+        options = [
+            wire.option(wire.Option.STRUCTURED_REPLY),
+            wire.option(wire.Option.LIST),
+            wire.option(wire.Option.LIST_META_CONTEXT, meta),
+            wire.option(wire.Option.SET_META_CONTEXT, meta),
+            wire.option(wire.Option.INFO, wire.export_query("disk", (1, 2, 3))),
+            wire.option(11),
+            wire.option(wire.Option.STARTTLS),
+            wire.option(wire.Option.GO, wire.export_query("disk")),
+            wire.option(wire.Option.EXPORT_NAME, b"disk"),
+            wire.option(wire.Option.ABORT),
+        ]
+        return [flags + option for option in options] + [flags + b"".join(options)]
+    requests = [
+        wire.request(command, 512, 4096, cookie=7, data=b"x" * 16 if command == wire.Command.WRITE else b"")
+        for command in wire.Command
+    ]
+    extended = struct.pack(">IHHQQQ", 0x21E41C71, 32, 7, 9, 512, 12) + struct.pack(">QI", 4096, 1)
+    plain = [bytes([choice]) + b"".join(requests) for choice in range(12)]
+    return plain + [bytes([2]) + extended] + [bytes([1]) + request for request in requests]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Fuzz until libFuzzer's own limits (``-runs=N``, ``-max_total_time=S``) are reached."""
+    target, corpus, *options = arguments
+    directory = Path(corpus)
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(seeds(target)):
+        (directory / f"seed-{number}").write_bytes(seed)
+
+    def run(data: bytes) -> None:
+        TARGETS[target](data)
+
+    atheris.Setup([sys.argv[0], str(directory), "-max_len=4096", "-timeout=10", *options], run)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
