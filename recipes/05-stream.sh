@@ -28,25 +28,29 @@ qmp() { nbd-migrate qmp "$DESTINATION_QMP" "$@" --timeout 60; }
 # jobs PATH: what query-jobs says there.
 jobs() { qmp query-jobs --get "$1"; }
 
-# push: bring back to life what an I/O error has stopped; while A is away, they stop again.
-push() {
-    guest=$(qmp query-status --get status)
-    case $guest in
-    running | inmigrate | finish-migrate) ;;
-    *) qmp cont >/dev/null ;;
-    esac
-    [ "$status" != paused ] || qmp block-job-resume '{"device": "stream"}' >/dev/null
+# nodes PATH: what query-named-block-nodes says there.
+nodes() { qmp query-named-block-nodes '{"flat": true}' --get "$1"; }
+
+# guest_runs: whether the guest runs; one that an I/O error has stopped is told to go on.
+guest_runs() {
+    guest=$(qmp query-status --get status) || exit
+    [ "$guest" = running ] || ! qmp cont >/dev/null
 }
 
 qmp query-status --get status --until 'running|paused|io-error' >/dev/null
-if ! grep -qx stream <<<"$(jobs '*.id')"; then
+ids=$(jobs '*.id')
+if ! grep -qx stream <<<"$ids"; then
     qmp block-stream "{\"job-id\": \"stream\", \"device\": \"$NODE-overlay\", \"speed\": $SPEED,
         \"on-error\": \"stop\", \"auto-dismiss\": false}" >/dev/null
 fi
 
 last='' since=$SECONDS
-while status=$(jobs stream.status) && [ "$status" != concluded ]; do
-    push
+while :; do
+    status=$(jobs stream.status)
+    [ "$status" != concluded ] || break
+    # What an I/O error has stopped goes on, or stops again as long as A is away.
+    guest_runs || true
+    [ "$status" != paused ] || qmp block-job-resume '{"device": "stream"}' >/dev/null
     now=$(jobs stream.current-progress)
     echo "$me: $((now >> 20)) of $(($(jobs stream.total-progress) >> 20)) MiB, job $status, guest $guest"
     [ "$now" = "$last" ] || since=$SECONDS
@@ -59,7 +63,11 @@ done
 error=$(jobs stream.error)
 qmp job-dismiss '{"id": "stream"}' >/dev/null
 [ -z "$error" ] || die "streaming failed: $error; see to the server of step 1, then run this recipe again"
-if grep -qx nbd <<<"$(qmp query-named-block-nodes '{"flat": true}' --get '*.drv')"; then
+await 60 "every block is local, but the guest does not run on B" guest_runs
+# A is needed until B's copy would also survive a power failure.
+sync -- "$(nodes "$NODE-overlay.file")" || die "run this recipe again, on host B"
+drivers=$(nodes '*.drv')
+if grep -qx nbd <<<"$drivers"; then
     qmp blockdev-del "{\"node-name\": \"$NODE-backing\"}" >/dev/null
     qmp blockdev-del "{\"node-name\": \"$NODE-export\"}" >/dev/null
 fi

@@ -11,7 +11,7 @@ from typing import Any
 
 from nbdserve.command import EXIT_DONE
 from nbdserve.errors import MigrationError, UsageError
-from recipes.vm import Vm, VmSilentError, connect
+from recipes.vm import VmSilentError, connect
 
 INTERVAL = 0.1  # seconds between two looks
 
@@ -49,30 +49,27 @@ def main(arguments: argparse.Namespace) -> int:
     """
     if (arguments.until or arguments.unless) and not arguments.get:
         raise UsageError("--until and --unless look at what --get yields: add it")
-    print("\n".join(asyncio.run(_execute(arguments))))
+    work = _repeat(arguments) if arguments.until else _execute(arguments)
+    print("\n".join(asyncio.run(work)))
     return EXIT_DONE
 
 
 async def _execute(given: argparse.Namespace) -> list[str]:
-    """The lines to print."""
+    """Execute the command once; return the lines to print."""
     vm = await connect("QEMU", given.monitor, limit=given.timeout, command_limit=given.timeout)
     try:
-        return await _repeat(vm, given) if given.until else await _once(vm, given)
+        value = await vm.execute(given.command, **given.arguments)
     finally:
         await vm.disconnect()
-
-
-async def _once(vm: Vm, given: argparse.Namespace) -> list[str]:
-    value = await vm.execute(given.command, **given.arguments)
     return list(_parts(value, given.get)) if given.get else [json.dumps(value)]
 
 
-async def _repeat(vm: Vm, given: argparse.Namespace) -> list[str]:
-    """Look again and again."""
+async def _repeat(given: argparse.Namespace) -> list[str]:
+    """Execute it again and again. In between the monitor, which serves one client at a time, is free."""
     wanted, feared = _alternatives(given.until), _alternatives(given.unless)
     deadline = time.monotonic() + given.timeout
     while True:
-        found = await _once(vm, given)
+        found = await _execute(given)
         what = f"{given.command}: {given.get} is {' '.join(found) or 'absent'}"
         if wanted.intersection(found):
             return found

@@ -54,7 +54,7 @@ def test_help_describes_exactly_the_variables_that_are_read(recipe: Path) -> Non
 
 @pytest.mark.parametrize(("number", "name"), [(n, name) for n, names in REQUIRED.items() for name in names])
 def test_a_variable_that_is_not_set_is_one_line(number: int, name: str) -> None:
-    assert f"set {name} (see 0{number}-" in OPERATOR.fails(number, "qemu", code=2, **{name: ""})
+    assert f"set {name} (see 0{number}-" in OPERATOR.refuses(number, "qemu", **{name: ""})
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_a_variable_that_is_not_set_is_one_line(number: int, name: str) -> None:
     ],
 )
 def test_a_value_that_cannot_be_right_is_one_line(number: int, name: str, value: str, complaint: str) -> None:
-    assert complaint in OPERATOR.fails(number, "qemu", code=2, **{name: value})
+    assert complaint in OPERATOR.refuses(number, "qemu", **{name: value})
 
 
 def test_the_destinations_command_line_must_be_given() -> None:
-    assert "give the guest's QEMU command line" in OPERATOR.fails(3, code=2)
+    assert "give the guest's QEMU command line" in OPERATOR.refuses(3)
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "no monitor at /nonexistent/a.qmp" in OPERATOR.fails(4, DISK=there)
     assert "no monitor at /nonexistent/b.qmp" in OPERATOR.fails(5)
     assert "no monitor at /nonexistent/b.qmp" in OPERATOR.fails(6)
-    assert f"MOVE_TO: {there} exists" in OPERATOR.fails(6, DISK=there, MOVE_TO=there, code=2)
+    assert f"MOVE_TO: {there} exists" in OPERATOR.refuses(6, DISK=there, MOVE_TO=there)
 
 
 def test_a_destination_that_does_not_start_is_one_line(tmp_path: Path) -> None:

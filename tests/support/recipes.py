@@ -12,10 +12,12 @@ from subprocess import CompletedProcess
 
 from recipes.demo.guest import NODE
 from recipes.demo.stage import Stage
-from tests.support.processes import run
+from tests.support.processes import Process, run
 from tests.support.servers import free_tcp_address
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "recipes"
+LIMIT = 90.0  # seconds for a recipe
+COMMANDS = Path(sys.executable).parent
 RECIPES = sorted(DIRECTORY.glob("0*.sh"))
 
 
@@ -31,23 +33,40 @@ class Operator:
 
     variables: Mapping[str, str]
 
-    def run(
-        self, number: int, *arguments: str, seconds: float = 60.0, **changes: str
-    ) -> CompletedProcess[str]:
-        """Run recipe ``number``, with some variables changed; an empty one counts as not set."""
-        [recipe] = (each for each in RECIPES if each.name.startswith(f"{number:02}-"))
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return run(recipe, *arguments, seconds=seconds, env={**self.variables, **changes, "PATH": path})
+    def environment(self, changes: Mapping[str, str]) -> dict[str, str]:
+        """The variables with changes, and our commands on the PATH."""
+        return {**self.variables, **changes, "PATH": f"{COMMANDS}:{os.environ['PATH']}"}
 
-    def must(self, number: int, *arguments: str, seconds: float = 60.0, **changes: str) -> str:
+    def run(self, number: int, *arguments: str, changes: Mapping[str, str]) -> CompletedProcess[str]:
+        """Run recipe ``number``, with some variables changed; an empty one counts as not set."""
+        return run(RECIPES[number - 1], *arguments, seconds=LIMIT, env=self.environment(changes))
+
+    def start(self, number: int, log: Path, **changes: str) -> Process:
+        """Start recipe ``number`` and do not wait for it."""
+        return Process([RECIPES[number - 1]], log, env=self.environment(changes))
+
+    def qmp(self, host: str, *words: str) -> CompletedProcess[str]:
+        """Execute a QMP command on host ``a`` or ``b``."""
+        monitor = self.variables["SOURCE_QMP" if host == "a" else "DESTINATION_QMP"]
+        return run(COMMANDS / "nbd-migrate", "qmp", monitor, *words)
+
+    def must(self, number: int, *arguments: str, **changes: str) -> str:
         """Run it and return what it printed; it must succeed."""
-        done = self.run(number, *arguments, seconds=seconds, **changes)
+        done = self.run(number, *arguments, changes=changes)
         assert done.returncode == 0, f"{done.args}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def fails(self, number: int, *arguments: str, code: int = 1, **changes: str) -> str:
+    def fails(self, number: int, *arguments: str, **changes: str) -> str:
+        """Run it and return the one line that it complained with; it must fail with exit code 1."""
+        return self.complains(1, number, *arguments, changes=changes)
+
+    def refuses(self, number: int, *arguments: str, **changes: str) -> str:
+        """The same, but with exit code 2, as it was used in a wrong way."""
+        return self.complains(2, number, *arguments, changes=changes)
+
+    def complains(self, code: int, number: int, *arguments: str, changes: Mapping[str, str]) -> str:
         """Run it and return the one line that it complained with; it must fail with this exit code."""
-        done = self.run(number, *arguments, **changes)
+        done = self.run(number, *arguments, changes=changes)
         assert done.returncode == code, f"{done.args}\n{done.stdout}{done.stderr}"
         assert done.stderr.count("\n") == 1, done.stderr
         return done.stderr
@@ -67,6 +86,7 @@ def operator_of(stage: Stage) -> Operator:
             "NODE": NODE,
             "SOURCE_QMP": str(stage.monitor("a")),
             "DESTINATION_QMP": str(stage.monitor("b")),
+            "DESTINATION_PID_FILE": str(sockets / "b.pid"),
             "MIGRATION": f"unix:{sockets / 'migration'}",
             "MOVE_TO": str(stage.moved),
         }
