@@ -18,7 +18,7 @@ from nbdserve.sizes import format_size, parse_size
 from nbdserve.uri import NbdUri, parse_uri
 from overlay.image import Backing
 from overlay.qed.check import check
-from overlay.qed.create import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, create, new_header
+from overlay.qed.create import DEFAULT_CLUSTER_SIZE, create, new_header
 from overlay.qed.header import read_header
 from overlay.qed.image import QedImage
 from overlay.report import check_json, check_text, info_json, info_text, map_json, map_text
@@ -108,13 +108,7 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backing", metavar="BACKING", required=True, help="where the disk is now")
     parser.add_argument("--size", metavar="SIZE", help="the disk's size (default: ask the backing)")
     parser.add_argument("--layout", choices=["qed"], default="qed", help="the image's format (default: qed)")
-    parser.add_argument("--cluster-size", metavar="SIZE", help="4K to 64M (default: 64K)")
-    parser.add_argument(
-        "--table-size",
-        type=int,
-        default=DEFAULT_TABLE_SIZE,
-        help="clusters of a QED table: 2, 4 (default), 8 or 16",
-    )
+    parser.add_argument("--cluster-size", metavar="SIZE", help="4K to 2M (default: 64K)")
     parser.add_argument("--force", action="store_true", help="overwrite an existing IMAGE")
 
 
@@ -132,7 +126,7 @@ def _create(arguments: argparse.Namespace) -> int:
         cluster_size = parse_size(arguments.cluster_size, "--cluster-size")
     size = parse_size(arguments.size, "--size") if arguments.size is not None else _size_of(uri)
     backing = Backing(str(uri), raw=True)
-    header = new_header(size, backing, cluster_size, arguments.table_size)
+    header = new_header(size, backing, cluster_size)
     create(arguments.image, header, backing, replace=arguments.force)
     print(f"{arguments.image}: {format_size(header.image_size)} ({header.image_size} bytes), backing {uri}")
     if uri.tls:

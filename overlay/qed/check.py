@@ -11,8 +11,8 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from overlay.qed.header import Feature, Header, write_header
-from overlay.qed.tables import ENTRY_BYTES, SLICE_ENTRIES, ZERO, encode, read_entries
+from overlay.qed.header import ENTRY_BYTES, Feature, Header, write_header
+from overlay.qed.tables import SLICE_ENTRIES, ZERO, encode, read_entries
 from overlay.storage import Storage
 
 PROBLEMS_SHOWN = 50

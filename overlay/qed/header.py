@@ -28,6 +28,9 @@ MAGIC = b"QED\0"
 _LAYOUT = struct.Struct("<4sIIIQQQQQII")
 HEADER_BYTES = _LAYOUT.size
 
+ENTRY_BYTES = 8
+"""An entry of a table: an offset in the file."""
+
 SECTOR = 512
 MIN_CLUSTER_SIZE, MAX_CLUSTER_SIZE = 1 << 12, 1 << 26
 TABLE_SIZES = (1, 2, 4, 8, 16)
@@ -70,7 +73,7 @@ class Header:
     @property
     def table_entries(self) -> int:
         """How many offsets a table holds (the spec's TABLE_NOFFSETS)."""
-        return self.table_bytes // 8
+        return self.table_bytes // ENTRY_BYTES
 
     @property
     def clusters(self) -> int:

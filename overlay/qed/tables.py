@@ -21,13 +21,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from nbdserve.errors import ImageError
-from overlay.qed.header import Header
+from overlay.qed.header import ENTRY_BYTES, Header
 from overlay.storage import Storage
 
 ABSENT, ZERO = 0, 1
 """Entries of an L2 table that are not offsets."""
 
-ENTRY_BYTES = 8
 SLICE_ENTRIES = 4096
 """Entries that are read, kept and dropped together: 32 KiB, which map 256 MiB at 64 KiB a cluster."""
 
