@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import logging.handlers
+import os
 import signal
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
-from nbdserve import command, daemonize, options
-from nbdserve.backends.file import FileBackend, Slice
-from nbdserve.backends.imagelocks import READER, ImageLocks, Permission
-from nbdserve.backends.probe import require_raw
-from nbdserve.exports import Export, Exports
-from nbdserve.listeners import Listener, listen_tcp, listen_unix
+from nbdserve import activation, command, daemonize, logs, options, privileges, stdio
+from nbdserve.config import Options, ServiceOptions
+from nbdserve.errors import UsageError
+from nbdserve.exports import Exports
+from nbdserve.images import open_export
+from nbdserve.listeners import Listener, Visitor, listen_tcp, listen_unix
+from nbdserve.notify import ServiceManager
 from nbdserve.server import Server
-from nbdserve.uri import NbdUri
+from nbdserve.uri import DEFAULT_PORT, NbdUri
 
-_SYSLOG = "/dev/log"
 _LOG = logging.getLogger("nbdserve")
 
 
@@ -27,51 +27,56 @@ def main() -> int:
     return command.run("nbdserve", lambda: serve(options.parse(sys.argv[1:])))
 
 
-def serve(given: options.Options) -> int:
+def serve(given: Options) -> int:
     """Serve what the options ask for; returns the exit code when the server has ended in good order."""
-    _log_to(logging.StreamHandler(), given.verbose)
+    _start_log(given.service, logging.StreamHandler())
     with contextlib.ExitStack() as stack:
-        backends = [_open(stack, wanted, given) for wanted in given.exports]
-        exports = Exports(
-            Export(wanted.name, backend, wanted.description)
-            for wanted, backend in zip(given.exports, backends, strict=True)
-        )
-        listeners = [listener for address in given.listen for listener in _listen(stack, address)]
-        background = None
-        if given.fork:
-            keep = [backend.fileno() for backend in backends]
-            background = daemonize.detach(keep + [listener.sock.fileno() for listener in listeners])
-        server = Server(exports, listeners, given.policy)
+        inherited = activation.inherit(os.environ)
+        manager = ServiceManager(os.environ)
+        _check(given, inherited)
+        exports = _open_exports(stack, given)
+        listeners = _open_listeners(stack, given, inherited)
+        monitor = _open_monitor(stack, given.service, inherited)
+        announce = _detach(given.service, exports, [*listeners, *monitor], manager)
+        server = Server(exports, listeners, given.policy, manager)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda _number, _frame: server.stop())
-        stack.enter_context(daemonize.pid_file(given.pid_file))
+        _attach(stack, server, monitor, given)
         for listener in listeners:
             _LOG.info("serving %s on %s", ", ".join(repr(name) for name in exports.names()), listener)
-        if background is not None:
-            _log_to(_system_log(), given.verbose)
-            background.ready()
+        for visitor in inherited.visitors or _visitors(stack, given.service, inherited):
+            server.welcome(visitor)
+        announce()
+        manager.tell("READY=1", f"MAINPID={os.getpid()}", f"STATUS=serving {len(exports.names())} exports")
         server.run()
-        for backend in backends:
-            if not backend.capabilities.read_only:
-                backend.flush()
     return command.EXIT_DONE
 
 
-def _open(stack: contextlib.ExitStack, wanted: options.ExportOptions, given: options.Options) -> FileBackend:
-    """Open one image, with QEMU's locks on it."""
-    if wanted.format is None:
-        require_raw(wanted.path, wanted.offset)
-        _LOG.info("%s: no format given, served as raw", wanted.path)
-    part = Slice(wanted.offset)
-    backend = FileBackend(wanted.path, read_only=wanted.read_only, part=part, discard=given.discard)
-    stack.callback(backend.close)
-    # What qemu-nbd holds on a raw image; nobody may cut off what is being served.
-    used = READER if wanted.read_only else READER | Permission.WRITE
-    locks = ImageLocks(backend.fileno(), str(wanted.path))
-    locks.hold(used, Permission.RESIZE)
-    if given.fence:
-        locks.fence()
-    return backend
+def _check(given: Options, inherited: activation.Inheritance) -> None:
+    if inherited and given.listen:
+        raise UsageError("LISTEN_FDS names sockets to serve: leave out -k, -p, -b and --listen")
+    if inherited and given.service.fork:
+        raise UsageError("who hands over sockets watches the process that gets them: leave out --fork")
+
+
+def _open_exports(stack: contextlib.ExitStack, given: Options) -> Exports:
+    exports = Exports()
+    stack.callback(exports.close)
+    for wanted in given.exports:
+        exports.add(open_export(wanted, given.images))
+    return exports
+
+
+def _open_listeners(
+    stack: contextlib.ExitStack, given: Options, inherited: activation.Inheritance
+) -> list[Listener]:
+    """Listen where the operator, or whoever hands sockets over, wants it; by default everywhere."""
+    if inherited:
+        return list(inherited.listeners)
+    if given.service.stdio:
+        return []
+    addresses = given.listen or (NbdUri(host="", port=DEFAULT_PORT),)
+    return [listener for address in addresses for listener in _listen(stack, address)]
 
 
 def _listen(stack: contextlib.ExitStack, address: NbdUri) -> list[Listener]:
@@ -86,17 +91,62 @@ def _listen(stack: contextlib.ExitStack, address: NbdUri) -> list[Listener]:
     return found
 
 
-def _log_to(handler: logging.Handler, verbose: bool) -> None:
-    handler.setFormatter(logging.Formatter("nbdserve: %(message)s"))
-    for old in list(_LOG.handlers):
-        _LOG.removeHandler(old)
-    _LOG.addHandler(handler)
-    _LOG.setLevel(logging.DEBUG if verbose else logging.INFO)
-    _LOG.propagate = False
+def _open_monitor(
+    stack: contextlib.ExitStack, service: ServiceOptions, inherited: activation.Inheritance
+) -> list[Listener]:
+    """The socket of the monitor, if there is to be one."""
+    if inherited.monitor is not None:
+        return [inherited.monitor]
+    if service.monitor is None:
+        return []
+    listener = listen_unix(service.monitor)
+    stack.callback(listener.close)
+    return [listener]
 
 
-def _system_log() -> logging.Handler:
-    """Where a daemon's log goes: to syslog, if this system has one."""
-    if Path(_SYSLOG).exists():
-        return logging.handlers.SysLogHandler(_SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
-    return logging.NullHandler()
+def _detach(
+    service: ServiceOptions, exports: Exports, listeners: list[Listener], manager: ServiceManager
+) -> Callable[[], None]:
+    """Go to the background, if asked to; returns what lets the command that the operator typed return."""
+    if not service.fork:
+        return lambda: None
+    images = [number for export in exports.everything() for number in export.backend.descriptors()]
+    sockets = [listener.sock.fileno() for listener in listeners]
+    background = daemonize.detach([*images, *sockets, *manager.descriptors()])
+
+    def announce() -> None:
+        _start_log(service, logs.system_log())
+        background.ready()
+
+    return announce
+
+
+def _attach(stack: contextlib.ExitStack, server: Server, monitor: list[Listener], given: Options) -> None:
+    """What goes on beside the server, and whom all of it runs as. Their modules cost memory where unused."""
+    service = given.service
+    if service.metrics is not None:
+        from nbdserve import metrics
+
+        stack.enter_context(metrics.served(metrics.Collector(server), *service.metrics))
+    stack.enter_context(daemonize.pid_file(service.pid_file))
+    if service.identity is not None:
+        privileges.become(service.identity)
+    for listener in monitor:
+        from nbdserve import control
+
+        stack.enter_context(control.served(server, listener, given.images))
+
+
+def _visitors(
+    stack: contextlib.ExitStack, service: ServiceOptions, inherited: activation.Inheritance
+) -> list[Visitor]:
+    """The client on standard input and output; with a socket handed over it comes there instead."""
+    if not service.stdio or inherited:
+        return []
+    if stdio.shares_stderr():
+        _start_log(service, logs.system_log())
+    return [stack.enter_context(stdio.client())]
+
+
+def _start_log(service: ServiceOptions, handler: logging.Handler) -> None:
+    logs.start("nbdserve", handler, as_json=service.json_log, verbose=service.verbose)

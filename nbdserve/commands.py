@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from nbdserve.backends.base import Backend, Buffer
 from nbdserve.outbox import Outbox
-from nbdserve.protocol.constants import Command, CommandFlags, ReplyFlags
+from nbdserve.protocol.constants import Command, CommandFlags, NbdError, ReplyFlags
 from nbdserve.protocol.extents import Extent, descriptors
 from nbdserve.protocol.framing import Framing, Request
 from nbdserve.protocol.offers import Agreement
 from nbdserve.protocol.requests import wire_error
+from nbdserve.traffic import Traffic
 
 PIECE = 256 << 10
 """Bytes of a long read that are read and sent at a time: small enough to stay in the processor's cache."""
@@ -24,8 +25,9 @@ _DONE = int(ReplyFlags.DONE)
 class Commands:
     """Serves requests that have been checked. Every method may be called from several threads at once."""
 
-    def __init__(self, agreement: Agreement, framing: Framing, backend: Backend) -> None:
+    def __init__(self, agreement: Agreement, framing: Framing, backend: Backend, traffic: Traffic) -> None:
         self._agreement = agreement
+        self._traffic = traffic
         self._framing = framing
         self._backend = backend
         self._handlers: dict[int, Callable[[Request, Outbox], None]] = {
@@ -62,7 +64,12 @@ class Commands:
 
     def failure(self, request: Request, error: OSError) -> bytes:
         """The reply to a request that the backend failed."""
-        return self._framing.error(request, wire_error(error.errno), error.strerror or str(error))
+        return self.refusal(request, wire_error(error.errno), error.strerror or str(error))
+
+    def refusal(self, request: Request, error: NbdError, message: str) -> bytes:
+        """The reply to a request that is not served."""
+        self._traffic.failed(request.command)
+        return self._framing.error(request, error, message)
 
     def _read(self, request: Request, replies: Outbox) -> None:
         framing = self._framing

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import fcntl
-import logging
+import select
 import socket
 import struct
 import sys
 import termios
 import time
+from dataclasses import dataclass
 
+from nbdserve.clients import Clients
 from nbdserve.errors import ConnectionLostError, ProtocolError
-from nbdserve.exports import Exports
-from nbdserve.handshake import Terms, shake_hands
+from nbdserve.exports import Export, Exports
+from nbdserve.handshake import Outcome, Terms, shake_hands
+from nbdserve.listeners import Visitor
+from nbdserve.logs import ClientLog
+from nbdserve.protocol.constants import TransmissionFlags
 from nbdserve.protocol.offers import Agreement
 from nbdserve.stream import Stream
 from nbdserve.tls import TlsStream
+from nbdserve.traffic import Traffic
 from nbdserve.transmission import Transmission
 from nbdserve.workers import Workers
 
-_LOG = logging.getLogger("nbdserve")
 _GULP = 64 << 10
 _TIMEVAL = struct.Struct("ll")
 STALL = 60
@@ -32,23 +37,38 @@ _PAUSE = 0.01
 """Seconds between two looks at whether it has."""
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all connections of a server share."""
+
+    exports: Exports
+    clients: Clients[Connection]
+    workers: Workers
+
+
 class Connection:
-    """A client that has been accepted. ``run`` serves it in the calling thread."""
+    """A client that has been accepted. ``run`` serves it in the calling thread.
+
+    It is the server's client ``number``, and what it asks for is counted in ``traffic``.
+    """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        peer: str,
-        exports: Exports,
-        workers: Workers,
-        terms: Terms,
+        self, visitor: Visitor, shared: Shared, terms: Terms, traffic: Traffic, number: int = 0
     ) -> None:
-        self.peer = peer
+        self.number = number
+        self.peer = visitor.name
+        self.since = time.time()
+        """When it was accepted, in seconds since the epoch."""
         self.agreement: Agreement | None = None
-        self._sock = sock
+        self.export: Export | None = None
+        self.traffic = traffic
+        self._log = ClientLog(visitor.name)
+        self._sock = sock = visitor.sock
+        self._clients = shared.clients
+        self._cut_because: str | None = None
         self._stream: Stream = sock
-        self._exports = exports
-        self._workers = workers
+        self._exports = shared.exports
+        self._workers = shared.workers
         self._terms = terms
         self._transmission: Transmission | None = None
         self._draining = False
@@ -59,9 +79,12 @@ class Connection:
             with self._sock:
                 self._serve()
         except (ProtocolError, ConnectionLostError) as error:
-            _LOG.info("%s: %s", self.peer, error)
+            self._log.info("%s", self._cut_because or error)
         except OSError as error:
-            _LOG.info("%s: connection lost: %s", self.peer, error.strerror or error)
+            self._log.info("%s", self._cut_because or f"connection lost: {error.strerror or error}")
+        else:
+            if self._cut_because is not None:
+                self._log.info("%s", self._cut_because)
 
     def drain(self) -> None:
         """Let what has been received be answered, then end. May be called from any thread."""
@@ -71,9 +94,26 @@ class Connection:
         # From now on a receive returns what is queued, and then the end of the stream.
         self._shut(socket.SHUT_RD)
 
-    def cut(self) -> None:
-        """End now. May be called from any thread."""
+    def cut(self, reason: str) -> bool:
+        """End now; False if that was said before. ``reason`` is for the log. From any thread."""
+        first, self._cut_because = self._cut_because is None, self._cut_because or reason
         self._shut(socket.SHUT_RDWR)
+        return first
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the client speaks TLS."""
+        return isinstance(self._stream, TlsStream)
+
+    def has_gone(self) -> bool:
+        """Whether the client has closed the connection, or its half of it. May be called from any thread."""
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+        except ValueError:
+            # Closed on this side already.
+            return True
+        return bool(poll.poll(0))
 
     def _shut(self, how: int) -> None:
         try:
@@ -87,20 +127,32 @@ class Connection:
             self._talk()
         finally:
             self._say_goodbye()
-        _LOG.debug("%s: disconnected", self.peer)
+        self._log.debug("disconnected")
 
     def _talk(self) -> None:
-        outcome = shake_hands(self._sock, self._exports, self._terms)
-        agreement = self.agreement = outcome.agreement
-        self._stream = outcome.stream
-        if agreement is not None:
-            _LOG.debug("%s: serving export %r", self.peer, agreement.offer.name)
+        try:
+            outcome = shake_hands(self._sock, self._exports, self._terms)
+            self._stream = outcome.stream
+            self.agreement = outcome.agreement
+            if outcome.agreement is not None:
+                self._transmit(outcome, outcome.agreement)
+        finally:
+            self._clients.finish(self)
+
+    def _transmit(self, outcome: Outcome, agreement: Agreement) -> None:
+        export = self.export = self._exports.enter(agreement.offer, self)
+        try:
+            self._clients.settle(self)
+            if not agreement.offer.flags & TransmissionFlags.READ_ONLY:
+                self._clients.wait_for_predecessors(self)
+            self._log.debug("serving export %r", export.name)
             self._limit_stalls()
-            backend = self._exports.backend(agreement.offer)
             self._transmission = Transmission(
-                outcome.stream, agreement, backend, outcome.leftover, self._workers
+                outcome.stream, agreement, export.backend, outcome.leftover, self._workers, self.traffic
             )
             self._transmission.run()
+        finally:
+            self._exports.leave(export, self)
 
     def _limit_stalls(self) -> None:
         # The kernel's own time-outs: Python's cost a poll() before every receive.

@@ -1,64 +1,185 @@
-"""The exports of a server: a name, what it is made of, and what a client is told of it."""
+"""The exports of a server: a name, what it is made of, what a client is told of it, and who uses it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from nbdserve.backends.base import Backend
-from nbdserve.errors import UsageError
+from nbdserve.errors import OperatorError, ProtocolError, UsageError
 from nbdserve.protocol.constants import MAX_STRING, TransmissionFlags
 from nbdserve.protocol.offers import Offer
+from nbdserve.traffic import Traffic
+
+_LOG = logging.getLogger("nbdserve")
 
 
-@dataclass(frozen=True)
+class User(Protocol):
+    """A client, as far as its export is concerned."""
+
+    traffic: Traffic
+
+    def cut(self, reason: str) -> bool:
+        """End its connection now, for this reason. May be called from any thread."""
+
+
 class Export:
-    """One disk under one name."""
+    """One disk under one name.
 
-    name: str
-    backend: Backend
-    description: str = ""
+    ``identifier`` is what the monitor calls it; the name if none is given. The backend belongs to the export.
+    """
 
-    def offer(self) -> Offer:
-        """What a client is told."""
-        return Offer(
-            name=self.name,
-            size=self.backend.size,
-            flags=_transmission_flags(self.backend),
-            description=self.description,
-            block_sizes=self.backend.block_sizes,
-            contexts=self.backend.contexts,
+    def __init__(
+        self, name: str, backend: Backend, description: str = "", identifier: str | None = None
+    ) -> None:
+        for text in (name, description):
+            if len(text.encode()) > MAX_STRING:
+                raise UsageError(f"export {name[:40]!r}...: NBD allows {MAX_STRING} bytes of text")
+        self.name = name
+        self.identifier = name if identifier is None else identifier
+        self.backend = backend
+        self.users: set[User] = set()
+        self.removed = False
+        """Nobody can choose it any more; it is closed when the last user has left."""
+        self.past = Traffic()
+        """The requests of those who have left."""
+        self.offer = Offer(
+            name=name,
+            size=backend.size,
+            flags=_transmission_flags(backend),
+            description=description,
+            block_sizes=backend.block_sizes,
+            contexts=backend.contexts,
         )
+
+    def flush(self) -> None:
+        """Make everything durable; OSError when that fails."""
+        if not self.backend.capabilities.read_only:
+            self.backend.flush()
+
+    def close(self) -> None:
+        """Make everything durable and let go of the disk; OSError when the first fails."""
+        try:
+            self.flush()
+        finally:
+            self.backend.close()
 
 
 class Exports:
-    """All exports, found by name. It is the Catalog of every client's option haggling."""
+    """All exports, found by name: the Catalog of every client's option haggling.
 
-    def __init__(self, exports: Iterable[Export]) -> None:
-        self._exports: dict[str, Export] = {}
+    They may be added and removed at any time, from any thread. ``removed`` is called with each that has been
+    removed and closed.
+    """
+
+    def __init__(self, exports: Iterable[Export] = ()) -> None:
+        self._lock = threading.Lock()
+        self._by_identifier: dict[str, Export] = {}
+        self._offered: dict[str, Export] = {}
+        self.removed: Callable[[Export], None] = lambda export: None
         for export in exports:
-            if export.name in self._exports:
-                raise UsageError(f"two exports are called {export.name!r}, give each its own name")
-            for text in (export.name, export.description):
-                if len(text.encode()) > MAX_STRING:
-                    raise UsageError(f"export {export.name[:40]!r}...: NBD allows {MAX_STRING} bytes of text")
-            self._exports[export.name] = export
+            self.add(export)
 
-    def __iter__(self) -> Iterable[Export]:
-        return iter(self._exports.values())
+    def add(self, export: Export) -> None:
+        """Offer it to clients from now on; UsageError when its name or identifier is taken."""
+        with self._lock:
+            if export.name in self._offered:
+                raise UsageError(f"two exports are called {export.name!r}, give each its own name")
+            if export.identifier in self._by_identifier:
+                raise UsageError(f"two exports have the id {export.identifier!r}, give each its own")
+            self._offered[export.name] = self._by_identifier[export.identifier] = export
+
+    def remove(self, identifier: str, *, hard: bool) -> None:
+        """Offer it no more, and close it when nobody uses it.
+
+        ``hard`` ends the connections of those who do; without it they are a reason to refuse. Raises
+        OperatorError then, and when there is no such export.
+        """
+        with self._lock:
+            export = self._by_identifier.get(identifier)
+            if export is None:
+                raise OperatorError(f"there is no export with the id {identifier!r}")
+            if export.users and not hard:
+                raise OperatorError(
+                    f"export {identifier!r} is in use by {len(export.users)} clients: "
+                    f"let them disconnect, or remove it with mode hard"
+                )
+            if not export.removed:
+                export.removed = True
+                del self._offered[export.name]
+            users = list(export.users)
+        for user in users:
+            user.cut(f"disconnected: export {export.name!r} is being removed")
+        if not users:
+            self._retire(export)
+
+    def enter(self, offer: Offer, user: User) -> Export:
+        """The export behind an offer of this catalog, used from now on until ``leave``.
+
+        ProtocolError when it has been removed since the client chose it.
+        """
+        with self._lock:
+            export = self._offered.get(offer.name)
+            if export is None or export.offer is not offer:
+                raise ProtocolError(f"export {offer.name!r} has been removed")
+            export.users.add(user)
+        return export
+
+    def leave(self, export: Export, user: User) -> None:
+        """The client uses the export no more."""
+        with self._lock:
+            export.users.discard(user)
+            export.past.add(user.traffic)
+            last = export.removed and not export.users
+        if last:
+            self._retire(export)
+
+    def close(self) -> None:
+        """Close all of them; OSError when one could not be flushed."""
+        with self._lock, contextlib.ExitStack() as stack:
+            for export in self._by_identifier.values():
+                # Where a request hangs in the disk its descriptor must not become another file's.
+                stack.callback(export.flush if export.users else export.close)
+            self._by_identifier.clear()
+            self._offered.clear()
+
+    def everything(self) -> list[Export]:
+        """All exports at this moment, those that are being removed as well."""
+        with self._lock:
+            return list(self._by_identifier.values())
+
+    def traffic(self, export: Export) -> Traffic:
+        """What all its clients have done so far."""
+        total = Traffic()
+        with self._lock:
+            for part in (export.past, *(user.traffic for user in export.users)):
+                total.add(part)
+        return total
 
     def names(self) -> list[str]:
-        """The names to list, in the order of the command line."""
-        return list(self._exports)
+        """The names to list, in the order in which they were added."""
+        with self._lock:
+            return list(self._offered)
 
     def offer(self, name: str) -> Offer | None:
         """What is said of an export, or None if there is none of that name."""
-        export = self._exports.get(name)
-        return None if export is None else export.offer()
+        export = self._offered.get(name)
+        return None if export is None else export.offer
 
-    def backend(self, offer: Offer) -> Backend:
-        """The disk behind an offer made by this catalog."""
-        return self._exports[offer.name].backend
+    def _retire(self, export: Export) -> None:
+        """Close an export that nobody can use any more, once."""
+        with self._lock:
+            if self._by_identifier.get(export.identifier) is not export:
+                return
+            del self._by_identifier[export.identifier]
+        try:
+            export.close()
+        except OSError as error:
+            _LOG.error("export %r: what was written may be lost: %s", export.name, error.strerror or error)
+        self.removed(export)
 
 
 def _transmission_flags(backend: Backend) -> TransmissionFlags:

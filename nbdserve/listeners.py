@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from nbdserve.errors import ConnectError
@@ -12,6 +14,15 @@ from nbdserve.errors import ConnectError
 BACKLOG = 128
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 """A dead peer is noticed after two minutes (seconds, seconds, probes)."""
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """A client at the door: its socket, its name for the log, and its host's address if it came over IP."""
+
+    sock: socket.socket
+    name: str
+    host: str | None = None
 
 
 class Listener:
@@ -29,22 +40,35 @@ class Listener:
     def __str__(self) -> str:
         return address_text(self.sock.getsockname())
 
-    def accept(self) -> tuple[socket.socket, str]:
-        """Accept one client: its socket, tuned, and its name for the log."""
+    def accept(self) -> Visitor:
+        """Accept one client."""
         client, address = self.sock.accept()
         if self.sock.family == socket.AF_UNIX:
-            return client, str(self)
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE:
-            client.setsockopt(socket.IPPROTO_TCP, option, value)
-        return client, address_text(address)
+            return Visitor(client, str(self))
+        return _tcp_visitor(client, address)
 
     def close(self) -> None:
         """Stop listening."""
         self.sock.close()
         if self._path and _identity(self._path) == self._identity:
-            self._path.unlink(missing_ok=True)
+            # Where privileges were dropped its directory may be out of reach; the next start replaces it.
+            with contextlib.suppress(PermissionError):
+                self._path.unlink(missing_ok=True)
+
+
+def visitor(client: socket.socket) -> Visitor:
+    """A client whose connection somebody else has accepted."""
+    if client.family not in (socket.AF_INET, socket.AF_INET6):
+        return Visitor(client, address_text(client.getsockname() or "inherited"))
+    return _tcp_visitor(client, client.getpeername())
+
+
+def _tcp_visitor(client: socket.socket, address: tuple[object, ...]) -> Visitor:
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        client.setsockopt(socket.IPPROTO_TCP, option, value)
+    return Visitor(client, address_text(address), str(address[0]))
 
 
 def listen_tcp(host: str | None, port: int) -> list[Listener]:

@@ -4,75 +4,82 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nbdserve import __version__
+from nbdserve.access import AllowList, parse_network
 from nbdserve.command import Parser
+from nbdserve.config import (
+    FORMATS,
+    ImageOptions,
+    Options,
+    ServiceOptions,
+    addresses,
+    certificates,
+    exports,
+    host_and_port,
+    monitor_path,
+)
 from nbdserve.errors import UsageError
 from nbdserve.handshake import Terms
-from nbdserve.server import Policy
-from nbdserve.tls import Certificates, server_context
-from nbdserve.uri import DEFAULT_PORT, NbdUri, Tls, parse_listen_uri
-
-FORMATS = ("raw",)
-_NO_CERTIFICATE = "TLS needs a certificate: give --tls-cert and --tls-key, or --tls-certificates"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """One export, as the operator asked for it. ``offset`` is in bytes."""
-
-    name: str
-    path: Path
-    format: str | None = None
-    read_only: bool = False
-    description: str = ""
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything on the command line."""
-
-    exports: tuple[ExportOptions, ...]
-    listen: tuple[NbdUri, ...]
-    policy: Policy
-    discard: bool
-    fence: bool
-    fork: bool
-    pid_file: Path | None
-    verbose: bool
+from nbdserve.policy import Policy
+from nbdserve.privileges import identity
+from nbdserve.sizes import parse_size
+from nbdserve.tls import server_context
+from nbdserve.uri import DEFAULT_PORT
 
 
 def parse(arguments: Sequence[str]) -> Options:
     """Read the command line; UsageError with one line where it is wrong."""
     given = _parser().parse_args(arguments)
-    exports = _exports(given)
-    certificates = _certificates(given)
-    tls = None if certificates is None else server_context(certificates)
-    policy = Policy(
+    wanted = exports(given)
+    if given.fence and not all(export.read_only for export in wanted):
+        raise UsageError("--fence keeps writers away from images that are served read-only: add -r")
+    terms = _terms(given)
+    return Options(
+        exports=wanted,
+        images=ImageOptions(discard=given.discard in ("unmap", "on"), fence=given.fence),
+        listen=addresses(given, terms.tls is not None),
+        policy=_policy(given, terms),
+        service=_service(given),
+    )
+
+
+def _terms(given: argparse.Namespace) -> Terms:
+    files = certificates(given)
+    return Terms(
+        time_limit=given.handshake_timeout,
+        structured_replies=not given.simple_replies,
+        tls=None if files is None else server_context(files),
+        tls_required=given.tls_require,
+    )
+
+
+def _policy(given: argparse.Namespace, terms: Terms) -> Policy:
+    return Policy(
         shared=given.shared,
         max_connections=given.max_connections,
+        max_handshakes=given.max_handshakes,
+        request_memory=parse_size(given.request_memory, "--request-memory"),
         once=not given.persistent,
-        terms=Terms(
-            time_limit=given.handshake_timeout,
-            structured_replies=not given.simple_replies,
-            tls=tls,
-            tls_required=given.tls_require,
-        ),
+        timed=given.metrics is not None,
+        allow=AllowList(parse_network(text) for text in given.allow),
+        terms=terms,
     )
-    if given.fence and not all(export.read_only for export in exports):
-        raise UsageError("--fence keeps writers away from images that are served read-only: add -r")
-    return Options(
-        exports=exports,
-        listen=_addresses(given, tls is not None),
-        policy=policy,
-        discard=given.discard in ("unmap", "on"),
-        fence=given.fence,
+
+
+def _service(given: argparse.Namespace) -> ServiceOptions:
+    if given.stdio and given.fork:
+        raise UsageError("--stdio serves whoever started it, and --fork leaves them: use one of the two")
+    return ServiceOptions(
+        verbose=given.verbose,
+        json_log=given.log_format == "json",
         fork=given.fork,
         pid_file=given.pid_file,
-        verbose=given.verbose,
+        stdio=given.stdio,
+        monitor=None if given.qmp is None else monitor_path(given.qmp),
+        metrics=None if given.metrics is None else host_and_port(given.metrics),
+        identity=identity(given.user, given.group),
     )
 
 
@@ -87,6 +94,7 @@ def _parser() -> Parser:
     parser.add_argument("-v", "--verbose", action="store_true", help="log every client that comes and goes")
     _add_export_options(parser)
     _add_listen_options(parser)
+    _add_client_options(parser)
     _add_service_options(parser)
     _add_tls_options(parser)
     return parser
@@ -122,6 +130,7 @@ def _add_listen_options(parser: Parser) -> None:
     group.add_argument("-p", "--port", type=_port, help=f"TCP port (default {DEFAULT_PORT})")
     group.add_argument("-b", "--bind", metavar="ADDRESS", help="TCP address (default: all)")
     group.add_argument("-k", "--socket", metavar="PATH", help="Unix socket instead of TCP")
+    group.add_argument("--stdio", action="store_true", help="serve one client on standard input and output")
     group.add_argument(
         "--listen",
         action="append",
@@ -131,8 +140,8 @@ def _add_listen_options(parser: Parser) -> None:
     )
 
 
-def _add_service_options(parser: Parser) -> None:
-    group = parser.add_argument_group("how")
+def _add_client_options(parser: Parser) -> None:
+    group = parser.add_argument_group("whom")
     group.add_argument(
         "-e", "--shared", type=_count, default=0, help="clients at a time, others wait (0: any)"
     )
@@ -140,9 +149,33 @@ def _add_service_options(parser: Parser) -> None:
         "--max-connections", type=_count, default=0, metavar="N", help="turn away clients beyond N (0: none)"
     )
     group.add_argument(
+        "--max-handshakes",
+        type=_positive,
+        default=Policy.max_handshakes,
+        metavar="N",
+        help="clients that have not chosen an export; beyond N the slowest is cut off (%(default)s)",
+    )
+    group.add_argument(
         "--handshake-timeout", type=_seconds, default=10.0, metavar="S", help="to choose an export (10)"
     )
+    group.add_argument(
+        "--request-memory",
+        default="512M",
+        metavar="SIZE",
+        help="what requests that wait for a disk or a network may hold, of all clients (%(default)s)",
+    )
+    group.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="CIDR",
+        help="serve only clients from this network, and those of Unix sockets; may be repeated",
+    )
     group.add_argument("--simple-replies", action="store_true", help="offer no structured replies")
+
+
+def _add_service_options(parser: Parser) -> None:
+    group = parser.add_argument_group("how")
     group.add_argument(
         "-t", "--persistent", action="store_true", default=True, help="go on after the last client (default)"
     )
@@ -151,6 +184,13 @@ def _add_service_options(parser: Parser) -> None:
     )
     group.add_argument("--fork", action="store_true", help="return when ready, and serve in the background")
     group.add_argument("--pid-file", type=Path, metavar="PATH", help="holds the process id when ready")
+    group.add_argument("--user", metavar="USER", help="become this user when everything is open")
+    group.add_argument("--group", metavar="GROUP", help="become this group")
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="lines of text, or an object on each"
+    )
+    group.add_argument("--qmp", metavar="unix:PATH", help="live control over QEMU's monitor protocol")
+    group.add_argument("--metrics", metavar="HOST:PORT", help="tell Prometheus over HTTP")
 
 
 def _add_tls_options(parser: Parser) -> None:
@@ -170,81 +210,17 @@ def _add_tls_options(parser: Parser) -> None:
     )
 
 
-def _certificates(given: argparse.Namespace) -> Certificates | None:
-    single = (given.tls_cert, given.tls_key, given.tls_ca)
-    if given.tls_certificates is not None:
-        if any(single):
-            raise UsageError("--tls-certificates names all files: leave out --tls-cert, --tls-key, --tls-ca")
-        return Certificates.in_directory(given.tls_certificates, verify_peer=given.tls_verify_peer)
-    if given.tls_cert is not None and given.tls_key is not None:
-        return Certificates(given.tls_cert, given.tls_key, given.tls_ca, given.tls_verify_peer)
-    if any(single) or given.tls_require or given.tls_verify_peer:
-        raise UsageError(_NO_CERTIFICATE)
-    return None
-
-
-def _exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
-    found = [_export(text, given.read_only) for text in given.export]
-    if given.file is not None:
-        single = ExportOptions(
-            given.export_name or "",
-            given.file,
-            given.format,
-            given.read_only,
-            given.description,
-            given.offset,
-        )
-        found.insert(0, single)
-    elif not found:
-        raise UsageError("nothing to serve: name a FILE or an --export (see nbdserve --help)")
-    elif given.export_name is not None or given.offset or given.format or given.description:
-        raise UsageError("-x, -D, -f and -o belong to a FILE: with --export say it there")
-    return tuple(found)
-
-
-def _export(text: str, read_only: bool) -> ExportOptions:
-    """Read ``NAME=FILE[,format=F][,read-only][,description=TEXT]``; two commas stand for one in a value."""
-    name, equals, rest = text.partition("=")
-    if not equals:
-        raise UsageError(f"--export {text}: write NAME=FILE")
-    path, *attributes = [part.replace("\0", ",") for part in rest.replace(",,", "\0").split(",")]
-    if not path:
-        raise UsageError(f"--export {text}: the file name is missing")
-    options = {"read-only": read_only, "format": None, "description": ""}
-    for attribute in attributes:
-        key, has_value, value = attribute.partition("=")
-        if key not in options or (key == "read-only") == bool(has_value):
-            raise UsageError(f"--export {text}: {attribute!r} is not format=F, read-only or description=TEXT")
-        options[key] = value if has_value else True
-    if options["format"] not in (None, *FORMATS):
-        raise UsageError(f"--export {text}: format {options['format']} is not one of {', '.join(FORMATS)}")
-    return ExportOptions(
-        name, Path(path), options["format"], bool(options["read-only"]), str(options["description"])
-    )
-
-
-def _addresses(given: argparse.Namespace, can_encrypt: bool) -> tuple[NbdUri, ...]:
-    """Where to listen: what was asked for, else every address on the default port."""
-    found = [parse_listen_uri(text) for text in given.listen]
-    for text, address in zip(given.listen, found, strict=True):
-        if address.tls not in (None, Tls()):
-            raise UsageError(f"--listen {text}: only --tls-... options say how this server does TLS")
-        if address.tls is not None and not can_encrypt:
-            raise UsageError(f"--listen {text}: {_NO_CERTIFICATE}")
-    if given.socket is not None:
-        if given.port is not None or given.bind is not None:
-            raise UsageError("-k is a Unix socket, -p and -b are TCP: use one, or --listen for several")
-        found.append(NbdUri(socket=given.socket))
-    elif given.port is not None or given.bind is not None or not found:
-        port = DEFAULT_PORT if given.port is None else given.port
-        found.append(NbdUri(host=given.bind or "", port=port))
-    return tuple(found)
-
-
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return value
 
 
 def _port(text: str) -> int:

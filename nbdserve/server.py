@@ -7,14 +7,18 @@ import os
 import selectors
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from nbdserve.connection import Connection
+from nbdserve.clients import Clients
+from nbdserve.connection import Connection, Shared
 from nbdserve.exports import Exports
-from nbdserve.handshake import Terms
-from nbdserve.listeners import Listener
-from nbdserve.workers import Workers
+from nbdserve.listeners import Listener, Visitor
+from nbdserve.logs import ClientLog
+from nbdserve.notify import ServiceManager
+from nbdserve.policy import Policy
+from nbdserve.traffic import Traffic
+from nbdserve.workers import Budget, Workers
 
 _LOG = logging.getLogger("nbdserve")
 WORKERS = 64
@@ -25,30 +29,30 @@ _PAUSE = 0.2
 """Seconds to wait when no client can be accepted for lack of descriptors or memory."""
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Whom the server serves, and how."""
-
-    shared: int = 0
-    """Clients served at a time; more wait in the listen queue. 0 means no limit."""
-    max_connections: int = 0
-    """Clients connected at a time; more are turned away at once. 0 means no limit."""
-    once: bool = False
-    """End when the last client has gone."""
-    terms: Terms = field(default_factory=Terms)
-
-
 class Server:
     """Serves exports on listeners until ``stop``."""
 
-    def __init__(self, exports: Exports, listeners: Sequence[Listener], policy: Policy) -> None:
-        self._exports = exports
+    def __init__(
+        self,
+        exports: Exports,
+        listeners: Sequence[Listener],
+        policy: Policy,
+        manager: ServiceManager | None = None,
+    ) -> None:
+        self.exports = exports
+        self.clients: Clients[Connection] = Clients(self._wake)
+        self.memory = Budget(policy.request_memory)
+        self.accepted = 0
+        """Clients that were let in so far."""
+        self.turned_away: Counter[str] = Counter()
+        """Clients that were not, by reason."""
         self._listeners = listeners
         self._policy = policy
-        self._workers = Workers(WORKERS)
-        self._connections: dict[Connection, threading.Thread] = {}
-        self._lock = threading.Lock()
+        self._manager = manager or ServiceManager({})
+        self._workers = Workers(WORKERS, self.memory)
+        self._shared = Shared(exports, self.clients, self._workers)
         self._stopping = False
+        self._crowded = False
         self._had_client = False
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -59,6 +63,7 @@ class Server:
 
     def run(self) -> None:
         """Accept and serve clients until ``stop``, or until the last has gone if the policy says so."""
+        watchdog = self._manager.watchdog
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
             listening = False
@@ -70,60 +75,83 @@ class Server:
                             selector.register(listener.sock, selectors.EVENT_READ, listener)
                         else:
                             selector.unregister(listener.sock)
-                for key, _ in selector.select():
+                for key, _ in selector.select(watchdog.seconds_left()):
                     if isinstance(key.data, Listener):
                         self._accept(key.data)
                     else:
                         os.read(self._wake_read, 4096)
+                        self._crowded = False
+                watchdog.beat()
+        self._manager.tell("STOPPING=1")
         self._shut_down()
 
+    def welcome(self, visitor: Visitor, *, tls_required: bool = False) -> None:
+        """Serve a client that is connected."""
+        terms = self._policy.terms.requiring_tls() if tls_required else self._policy.terms
+        traffic = Traffic(timed=self._policy.timed)
+        connection = Connection(visitor, self._shared, terms, traffic, self.accepted)
+        thread = threading.Thread(target=self._serve, args=(connection,), name=visitor.name, daemon=True)
+        self.accepted += 1
+        self.clients.add(connection, thread)
+        thread.start()
+
     def _finished(self) -> bool:
-        with self._lock:
-            idle = not self._connections
-        return self._stopping or (self._policy.once and self._had_client and idle)
+        if self._stopping:
+            return True
+        # With no listener nobody can come any more.
+        ends = not self._listeners or (self._policy.once and self._had_client)
+        return ends and not self.clients
 
     def _has_room(self) -> bool:
-        with self._lock:
-            return not self._policy.shared or len(self._connections) < self._policy.shared
+        if self._crowded:
+            return False
+        return not self._policy.shared or len(self.clients) < self._policy.shared
 
     def _accept(self, listener: Listener) -> None:
-        if not self._has_room():
+        if not self._has_room() or not self._make_room_to_haggle():
             return
         try:
-            sock, peer = listener.accept()
+            visitor = listener.accept()
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
             _LOG.warning("%s: cannot accept a client: %s", listener, error.strerror or error)
             time.sleep(_PAUSE)
             return
-        with self._lock:
-            full = 0 < self._policy.max_connections <= len(self._connections)
-        if full:
-            _LOG.info("%s: turned away, %d clients are connected", peer, self._policy.max_connections)
-            sock.close()
-            return
-        connection = Connection(
-            sock,
-            peer,
-            self._exports,
-            self._workers,
-            self._policy.terms.requiring_tls() if listener.tls_required else self._policy.terms,
-        )
-        thread = threading.Thread(target=self._serve, args=(connection,), name=peer, daemon=True)
-        with self._lock:
-            self._connections[connection] = thread
-        thread.start()
+        if visitor.host is not None and not self._policy.allow.admits(visitor.host):
+            self._turn_away(visitor, "not allowed", "turned away: its address is not in any --allow")
+        elif 0 < self._policy.max_connections <= len(self.clients):
+            limit = self._policy.max_connections
+            self._turn_away(visitor, "too many", f"turned away: {limit} clients are connected")
+        else:
+            self.welcome(visitor, tls_required=listener.tls_required)
+
+    def _make_room_to_haggle(self) -> bool:
+        """Whether one more client may haggle.
+
+        A client needs milliseconds to choose an export. Where many do not choose, the one that has taken the
+        longest goes; the next one comes in when it has gone.
+        """
+        haggling = self.clients.haggling()
+        if len(haggling) < self._policy.max_handshakes:
+            return True
+        self._crowded = True
+        if haggling[0].cut("cut off: it was slow to choose an export, and others wait to"):
+            self.turned_away["slow to choose"] += 1
+        return False
+
+    def _turn_away(self, visitor: Visitor, reason: str, message: str) -> None:
+        self.turned_away[reason] += 1
+        ClientLog(visitor.name).info("%s", message)
+        visitor.sock.close()
 
     def _serve(self, connection: Connection) -> None:
         try:
             connection.run()
         finally:
-            with self._lock:
-                del self._connections[connection]
             # A client that never chose an export, such as a port scan, does not count as the last one.
             self._had_client = self._had_client or connection.agreement is not None
-            self._wake()
+            self.clients.remove(connection)
 
     def _wake(self) -> None:
         try:
@@ -135,8 +163,8 @@ class Server:
     def _shut_down(self) -> None:
         for listener in self._listeners:
             listener.close()
-        with self._lock:
-            remaining = dict(self._connections)
+        self.clients.close()
+        remaining = self.clients.everyone()
         for connection in remaining:
             connection.drain()
         deadline = time.monotonic() + _DRAIN
@@ -144,8 +172,7 @@ class Server:
             thread.join(max(0.0, deadline - time.monotonic()))
         for connection, thread in remaining.items():
             if thread.is_alive():
-                _LOG.warning("%s: still busy after %g s, cut off", connection.peer, _DRAIN)
-                connection.cut()
+                connection.cut(f"cut off: still busy {_DRAIN:g} s after the server was told to stop")
                 thread.join(1.0)
         self._workers.close()
         if not any(thread.is_alive() for thread in remaining.values()):

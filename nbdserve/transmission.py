@@ -16,12 +16,19 @@ from nbdserve.protocol.framing import Request, framing_of
 from nbdserve.protocol.offers import Agreement, Mode
 from nbdserve.protocol.requests import choose_contexts, refusal
 from nbdserve.stream import Stream
+from nbdserve.traffic import Traffic
 from nbdserve.workers import InFlight, Workers
 
 _LOG = logging.getLogger("nbdserve")
 
 MAX_IN_FLIGHT = 64
 """Requests of one client that may be with the workers at a time."""
+
+MAX_BYTES_IN_FLIGHT = 64 << 20
+"""Bytes of memory that those may hold, or one alone that needs more."""
+
+MAX_STATUS_PAYLOAD = 4096
+"""The longest payload of a block status request in bytes; no export has so many contexts."""
 
 _SMALL_REPLY = 4096
 """Room in bytes for the reply to a request that a worker serves, besides the data of a read."""
@@ -30,20 +37,28 @@ _SMALL_REPLY = 4096
 class Transmission:
     """Serves one client until it disconnects.
 
-    ``early`` is what the client sent together with its last option.
+    ``early`` is what the client sent together with its last option. Its requests are counted in ``traffic``.
     """
 
     def __init__(
-        self, stream: Stream, agreement: Agreement, backend: Backend, early: bytes, workers: Workers
+        self,
+        stream: Stream,
+        agreement: Agreement,
+        backend: Backend,
+        early: bytes,
+        workers: Workers,
+        traffic: Traffic | None = None,
     ) -> None:
         self._agreement = agreement
         self._backend = backend
         self._framing = framing_of(agreement)
-        self._commands = Commands(agreement, self._framing, backend)
+        self._traffic = traffic = traffic or Traffic()
+        self._in_line = (0, 0)
+        self._commands = Commands(agreement, self._framing, backend, traffic)
         self._inbox = Inbox(stream, early)
         self._outbox = Outbox(stream)
         self._workers = workers
-        self._in_flight = InFlight(MAX_IN_FLIGHT)
+        self._in_flight = InFlight(MAX_IN_FLIGHT, MAX_BYTES_IN_FLIGHT, workers.memory)
         self._finish_by: float | None = None
         # The longest request that the hot loop serves itself: none where a read could wait for a network.
         self._short = PIECE if backend.always_local else -1
@@ -59,13 +74,17 @@ class Transmission:
         ProtocolError when the client sends what cannot be understood; ConnectionLostError when it goes away
         in the middle of a request or of a reply.
         """
+        received = time.perf_counter()
         try:
             while self._answer_received():
                 self._outbox.flush()
+                if self._traffic.timed:
+                    self._time_in_line(time.perf_counter() - received)
                 if self._finish_by is not None and time.monotonic() >= self._finish_by:
                     break
                 if not self._inbox.receive():
                     break
+                received = time.perf_counter()
             self._outbox.flush()
         except ProtocolError:
             # What came before the nonsense was in order, and is answered.
@@ -90,6 +109,7 @@ class Transmission:
         received, payloads, out, view = inbox.buffer, inbox.view, outbox.buffer, outbox.view
         capacity, short, size = outbox.capacity, self._short, self._agreement.offer.size
         read_into, write, writable = self._backend.read_into, self._backend.write, self._writable
+        reads = read_bytes = writes = written = 0
         position, end = inbox.start, inbox.end
         while end - position >= header:
             magic, flags, command, cookie, offset, length = unpack(received, position)
@@ -107,6 +127,8 @@ class Transmission:
                         read_into(offset, view[start + head : stop])
                         put_data_head(out, start, cookie, offset, offset, length)
                         outbox.used = stop
+                        reads += 1
+                        read_bytes += length
                         continue
                     if command == 1 and writable and end - position >= length:  # WRITE
                         stop = start + success
@@ -118,34 +140,71 @@ class Transmission:
                         write(offset, payload, False)
                         put_success(out, start, cookie, offset)
                         outbox.used = stop
+                        writes += 1
+                        written += length
                         continue
                 except OSError as error:
                     request = Request(flags, command, cookie, offset, length)
                     outbox.add(self._commands.failure(request, error))
+                    self._traffic.requests[command] += 1
                     continue
             inbox.start = position
             if command == Command.DISC:
+                self._count_in_line(reads, read_bytes, writes, written)
                 return False
             self._dispatch(Request(flags, command, cookie, offset, length))
             # A write may have received more.
             position, end = inbox.start, inbox.end
         inbox.start = position
+        self._count_in_line(reads, read_bytes, writes, written)
         return True
 
+    def _count_in_line(self, reads: int, read_bytes: int, writes: int, written: int) -> None:
+        """Count what one round of the hot loop has served itself."""
+        self._in_line = (reads, writes)
+        requests, sizes = self._traffic.requests, self._traffic.bytes
+        requests[0] += reads  # READ
+        requests[1] += writes  # WRITE
+        sizes[0] += read_bytes
+        sizes[1] += written
+
+    def _time_in_line(self, seconds: float) -> None:
+        """They came with one system call and were answered with one, so that each took as long as all."""
+        for command, requests in zip((Command.READ, Command.WRITE), self._in_line, strict=True):
+            if requests:
+                self._traffic.took(command, seconds, requests)
+
     def _dispatch(self, request: Request) -> None:
-        """Serve a request of any kind, here or with the workers."""
+        """Serve a request of any kind, and count it."""
+        traffic, command = self._traffic, request.command
+        if command < len(traffic.requests):
+            traffic.requests[command] += 1
+            if request.offset + request.length <= self._agreement.offer.size:
+                traffic.bytes[command] += request.length
+        began = time.perf_counter()
+        if self._serve(request) and traffic.timed:
+            traffic.took(command, time.perf_counter() - began)
+
+    def _serve(self, request: Request) -> bool:
+        """Serve a request here, or hand it to the workers and return False."""
         if request.command == Command.WRITE:
-            self._write(request)
-        elif request.flags & CommandFlags.PAYLOAD_LEN and self._agreement.mode is Mode.EXTENDED:
-            self._with_payload(request)
-        elif refused := refusal(self._agreement, request):
-            self._outbox.add(self._framing.error(request, *refused))
+            return self._write(request)
+        if request.flags & CommandFlags.PAYLOAD_LEN and self._agreement.mode is Mode.EXTENDED:
+            return self._with_payload(request)
+        if refused := refusal(self._agreement, request):
+            self._refuse(request, *refused)
         elif self._backend.is_local(Command(request.command), request.offset, request.length):
             self._commands.serve(request, self._outbox)
         else:
+            self._admit(request)
             self._hand_over(request, lambda replies: self._commands.serve(request, replies))
+            return False
+        return True
 
-    def _write(self, request: Request) -> None:
+    def _refuse(self, request: Request, error: NbdError, message: str) -> None:
+        self._outbox.add(self._commands.refusal(request, error, message))
+
+    def _write(self, request: Request) -> bool:
         """Consume the payload whatever happens, so that the next request is found, and store it."""
         if self._agreement.mode is Mode.EXTENDED:
             # Every write has a payload here; a client that forgets to say so is understood all the same.
@@ -153,14 +212,21 @@ class Transmission:
         refused = refusal(self._agreement, request)
         if refused is not None:
             self._skip(request.length)
-            self._outbox.add(self._framing.error(request, *refused))
+            self._refuse(request, *refused)
         elif not self._backend.is_local(Command.WRITE, request.offset, request.length):
-            payload = self._collect(request.length)
+            self._admit(request)
+            try:
+                payload = self._collect(request.length)
+            except BaseException:
+                self._in_flight.end(self._memory_for(request))
+                raise
             self._hand_over(request, lambda replies: self._commands.store(request, payload, replies))
+            return False
         elif request.length <= PIECE:
             self._commands.store(request, self._payload(request.length), self._outbox)
         else:
             self._store_in_pieces(request)
+        return True
 
     def _store_in_pieces(self, request: Request) -> None:
         """Store a long write as it arrives. It is acknowledged when all of it is stored."""
@@ -178,19 +244,25 @@ class Transmission:
         else:
             self._outbox.add(self._framing.success(request))
 
-    def _with_payload(self, request: Request) -> None:
+    def _with_payload(self, request: Request) -> bool:
         """Serve a request other than WRITE that carries a payload: a block status of some contexts only."""
         if request.length > self._agreement.offer.block_sizes.maximum:
             raise ProtocolError(f"request type {request.command} with a payload of {request.length} bytes")
-        chosen = choose_contexts(self._agreement, request, bytes(self._collect(request.length)))
+        if request.length > MAX_STATUS_PAYLOAD:
+            self._skip(request.length)
+            chosen = None
+        else:
+            chosen = choose_contexts(self._agreement, request, bytes(self._collect(request.length)))
         if chosen is None:
-            self._outbox.add(self._framing.error(request, NbdError.EINVAL, "this payload does not fit"))
-            return
+            self._refuse(request, NbdError.EINVAL, "this payload does not fit")
+            return True
         plain, contexts = chosen
         if refused := refusal(self._agreement, plain):
-            self._outbox.add(self._framing.error(request, *refused))
-        else:
-            self._hand_over(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
+            self._refuse(request, *refused)
+            return True
+        self._admit(plain)
+        self._hand_over(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
+        return False
 
     def _payload(self, length: int) -> memoryview:
         """Receive and consume up to PIECE bytes; valid until the next call."""
@@ -212,20 +284,35 @@ class Transmission:
         while length:
             length -= len(self._payload(min(length, PIECE)))
 
-    def _hand_over(self, request: Request, serve: Callable[[Outbox], None]) -> None:
-        """Let a worker serve the request; its reply goes out when it is ready."""
-        self._outbox.flush()
-        self._in_flight.begin()
-        data = request.length if request.command == Command.READ else 0
-        self._workers.submit(lambda: self._serve_elsewhere(serve, min(data, PIECE)))
+    def _memory_for(self, request: Request) -> int:
+        """The bytes of memory that a worker needs for the request: its payload, or the data of its reply."""
+        if request.command == Command.WRITE:
+            return request.length + _SMALL_REPLY
+        if request.command != Command.READ:
+            return _SMALL_REPLY
+        whole = not self._framing.pieces or request.flags & CommandFlags.DF
+        return (request.length if whole else min(request.length, PIECE)) + _SMALL_REPLY
 
-    def _serve_elsewhere(self, serve: Callable[[Outbox], None], data: int) -> None:
+    def _admit(self, request: Request) -> None:
+        """Wait until there is room among the requests in flight; what was answered goes out before."""
+        self._outbox.flush()
+        self._in_flight.begin(self._memory_for(request))
+
+    def _hand_over(self, request: Request, serve: Callable[[Outbox], None]) -> None:
+        """Let a worker serve an admitted request; its reply goes out when it is ready."""
+        began = time.perf_counter()
+        self._workers.submit(lambda: self._serve_elsewhere(request, serve, began))
+
+    def _serve_elsewhere(self, request: Request, serve: Callable[[Outbox], None], began: float) -> None:
         try:
+            data = min(request.length, PIECE) if request.command == Command.READ else 0
             replies = self._outbox.beside(_SMALL_REPLY + data)
             serve(replies)
             replies.flush()
+            if self._traffic.timed:
+                self._traffic.took(request.command, time.perf_counter() - began)
         except ConnectionLostError as error:
             # The connection's own thread notices too, and ends the connection.
             _LOG.debug("%s", error)
         finally:
-            self._in_flight.end()
+            self._in_flight.end(self._memory_for(request))

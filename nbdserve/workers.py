@@ -9,14 +9,46 @@ from collections.abc import Callable
 Task = Callable[[], None]
 
 
+DEFAULT_MEMORY = 512 << 20
+"""Bytes that the requests with the workers may hold, those of all clients together."""
+
+
+class Budget:
+    """Bytes of memory that requests may hold, those of all clients together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+
+    def reserve(self, amount: int) -> None:
+        """Wait, in the order of arrival, for so many bytes; more than the limit are granted alone."""
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + amount <= self._limit)
+            self._held += amount
+
+    def release(self, amount: int) -> None:
+        """Give them back."""
+        with self._changed:
+            self._held -= amount
+            self._changed.notify_all()
+
+    @property
+    def held(self) -> int:
+        """How many bytes are reserved at this moment."""
+        return self._held
+
+
 class Workers:
-    """At most ``limit`` threads, started when they are needed.
+    """At most ``limit`` threads, started when they are needed; ``memory`` is what their requests may hold.
 
     They are daemon threads: one that hangs in a dead disk does not keep the process from ending. A task deals
     with its own failures; one that does not ends in the log as a traceback, as in any thread.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, memory: Budget | None = None) -> None:
+        self.memory = memory or Budget(DEFAULT_MEMORY)
         self._limit = limit
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -49,24 +81,36 @@ class Workers:
 
 
 class InFlight:
-    """Counts the requests of one client that are with the workers."""
+    """Counts the requests of one client that are with the workers, and the bytes of memory they hold."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, byte_limit: int, memory: Budget) -> None:
         self._limit = limit
+        self._byte_limit = byte_limit
+        self._memory = memory
         self._count = 0
+        self._bytes = 0
         self._changed = threading.Condition()
 
-    def begin(self) -> None:
-        """Count one more; waits while the limit is reached, which is the client's backpressure."""
+    def begin(self, size: int) -> None:
+        """Count one more; waits while a limit is reached, which is the client's backpressure."""
         with self._changed:
-            self._changed.wait_for(lambda: self._count < self._limit)
+            self._changed.wait_for(lambda: self._has_room(size))
             self._count += 1
+            self._bytes += size
+        self._memory.reserve(size)
 
-    def end(self) -> None:
+    def end(self, size: int) -> None:
         """Count one less."""
+        self._memory.release(size)
         with self._changed:
             self._count -= 1
+            self._bytes -= size
             self._changed.notify_all()
+
+    def _has_room(self, size: int) -> bool:
+        if not self._count:
+            return True
+        return self._count < self._limit and self._bytes + size <= self._byte_limit
 
     def wait_until_none(self) -> None:
         """Wait until every request has been served."""

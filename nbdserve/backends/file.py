@@ -55,6 +55,10 @@ class FileBackend(Backend):
         """The descriptor, for image locks."""
         return self._fd
 
+    def descriptors(self) -> list[int]:
+        """The one of the file."""
+        return [self._fd]
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer; a file that has shrunk is EIO, never zeroes."""
         count = os.preadv(self._fd, (buffer,), self._base + offset)
@@ -164,7 +168,10 @@ class FileBackend(Backend):
         """Whether the range lies in a hole. Looks for data only: to find where data ends can take long."""
         position = self._base + offset
         data = self._seek(position, os.SEEK_DATA, default=position)
-        return data is None or data >= position + length
+        if data is None:
+            # No data up to the end; a file that has shrunk ends too early.
+            return os.lseek(self._fd, 0, os.SEEK_END) >= position + length
+        return data >= position + length
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """All but a flush, which waits for the disk while reads from the page cache could go on."""

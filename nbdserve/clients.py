@@ -1,0 +1,114 @@
+"""Who is connected: in the order of arrival, still haggling or using an export."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from nbdserve.errors import ConnectionLostError
+from nbdserve.exports import Export
+
+PATIENCE = 30.0
+"""Seconds that the work of a client that has gone is waited for; then its successor is refused."""
+
+
+class Client(Protocol):
+    """A connected client."""
+
+    export: Export | None
+    """What it uses; None while it is haggling."""
+
+    def has_gone(self) -> bool:
+        """Whether its end of the connection is closed. May be called from any thread."""
+
+
+C = TypeVar("C", bound=Client)
+
+
+class Clients(Generic[C]):
+    """The clients of a server. ``changed`` is called, in any thread, when one settles or leaves."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        self._condition = threading.Condition()
+        self._threads: dict[C, threading.Thread] = {}
+        self._haggling: dict[C, None] = {}
+        self._working: dict[C, None] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def add(self, client: C, thread: threading.Thread) -> None:
+        """A new client, which the thread is going to serve."""
+        with self._condition:
+            self._threads[client] = thread
+            self._haggling[client] = self._working[client] = None
+
+    def settle(self, client: C) -> None:
+        """The client's handshake is over."""
+        with self._condition:
+            self._haggling.pop(client, None)
+        self._changed()
+
+    def finish(self, client: C) -> None:
+        """Nothing that the client asked for is still to be done; it is only left to close the connection."""
+        with self._condition:
+            self._haggling.pop(client, None)
+            self._working.pop(client, None)
+            self._condition.notify_all()
+
+    def remove(self, client: C) -> None:
+        """The client is gone, and its thread is about to end."""
+        self.finish(client)
+        with self._condition:
+            self._threads.pop(client, None)
+        self._changed()
+
+    def everyone(self) -> dict[C, threading.Thread]:
+        """All clients and their threads at this moment, in the order of arrival."""
+        with self._condition:
+            return dict(self._threads)
+
+    def haggling(self) -> list[C]:
+        """Those that have not chosen an export yet, in the order of arrival."""
+        with self._condition:
+            return list(self._haggling)
+
+    def wait_for_predecessors(self, newcomer: C) -> None:
+        """Let those who came before, use the same export and have gone since finish what they asked for.
+
+        One of them may be the newcomer itself on its former connection: a write that it sent there must not
+        land on a newer one that it sends here. Raises ConnectionLostError when that takes too long or the
+        server stops: then the newcomer must not be served.
+        """
+        deadline = time.monotonic() + PATIENCE
+        with self._condition:
+            while self._ghosts(newcomer):
+                left = deadline - time.monotonic()
+                if self._closed or left <= 0:
+                    raise ConnectionLostError(
+                        f"turned away: a client that went away has kept export {_name(newcomer)} busy "
+                        f"for {PATIENCE:g} s; look at the disk, then connect again"
+                    )
+                self._condition.wait(left)
+
+    def close(self) -> None:
+        """The server stops: nobody waits for others any more."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+
+    def _ghosts(self, newcomer: C) -> list[C]:
+        """Whoever haggles may be about to enter the same export, with its requests sent already."""
+        earlier = itertools.takewhile(lambda client: client is not newcomer, self._working)
+        return [
+            client for client in earlier if client.export in (None, newcomer.export) and client.has_gone()
+        ]
+
+
+def _name(client: Client) -> str:
+    return "?" if client.export is None else repr(client.export.name)

@@ -1,0 +1,159 @@
+"""What the command line says, as values: exports, addresses, certificates and how the service behaves."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdserve.errors import UsageError
+from nbdserve.policy import Policy
+from nbdserve.privileges import Identity
+from nbdserve.tls import Certificates
+from nbdserve.uri import DEFAULT_PORT, SOCKET_PATH_LIMIT, NbdUri, Tls, parse_listen_uri
+
+FORMATS = ("raw",)
+_NO_CERTIFICATE = "TLS needs a certificate: give --tls-cert and --tls-key, or --tls-certificates"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """One export, as the operator asked for it. ``offset`` is in bytes."""
+
+    name: str
+    path: Path
+    format: str | None = None
+    read_only: bool = False
+    description: str = ""
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How all images are opened."""
+
+    discard: bool = True
+    """Whether a trim gives space back."""
+    fence: bool = False
+    """Whether QEMUs are kept from opening them for writing."""
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """How the server fits into its system."""
+
+    verbose: bool = False
+    json_log: bool = False
+    fork: bool = False
+    pid_file: Path | None = None
+    stdio: bool = False
+    monitor: str | None = None
+    """The path of the monitor's socket."""
+    metrics: tuple[str, int] | None = None
+    """The host and port where metrics are told; an empty host is every address."""
+    identity: Identity | None = None
+    """Who the server becomes when it has opened everything."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything on the command line."""
+
+    exports: tuple[ExportOptions, ...]
+    images: ImageOptions
+    listen: tuple[NbdUri, ...]
+    """Where to listen; empty when nothing was said about it."""
+    policy: Policy
+    service: ServiceOptions
+
+
+def certificates(given: argparse.Namespace) -> Certificates | None:
+    """The files that the TLS options name; None without TLS. UsageError where they make no sense."""
+    single = (given.tls_cert, given.tls_key, given.tls_ca)
+    if given.tls_certificates is not None:
+        if any(single):
+            raise UsageError("--tls-certificates names all files: leave out --tls-cert, --tls-key, --tls-ca")
+        return Certificates.in_directory(given.tls_certificates, verify_peer=given.tls_verify_peer)
+    if given.tls_cert is not None and given.tls_key is not None:
+        return Certificates(given.tls_cert, given.tls_key, given.tls_ca, given.tls_verify_peer)
+    if any(single) or given.tls_require or given.tls_verify_peer:
+        raise UsageError(_NO_CERTIFICATE)
+    return None
+
+
+def exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
+    """What is to be served; UsageError where the options make no sense."""
+    found = [_export(text, given.read_only) for text in given.export]
+    if given.file is not None:
+        single = ExportOptions(
+            given.export_name or "",
+            given.file,
+            given.format,
+            given.read_only,
+            given.description,
+            given.offset,
+        )
+        found.insert(0, single)
+    elif not found:
+        raise UsageError("nothing to serve: name a FILE or an --export (see nbdserve --help)")
+    elif given.export_name is not None or given.offset or given.format or given.description:
+        raise UsageError("-x, -D, -f and -o belong to a FILE: with --export say it there")
+    return tuple(found)
+
+
+def _export(text: str, read_only: bool) -> ExportOptions:
+    """Read ``NAME=FILE[,format=F][,read-only][,description=TEXT]``; two commas stand for one in a value."""
+    name, equals, rest = text.partition("=")
+    if not equals:
+        raise UsageError(f"--export {text}: write NAME=FILE")
+    path, *attributes = [part.replace("\0", ",") for part in rest.replace(",,", "\0").split(",")]
+    if not path:
+        raise UsageError(f"--export {text}: the file name is missing")
+    options = {"read-only": read_only, "format": None, "description": ""}
+    for attribute in attributes:
+        key, has_value, value = attribute.partition("=")
+        if key not in options or (key == "read-only") == bool(has_value):
+            raise UsageError(f"--export {text}: {attribute!r} is not format=F, read-only or description=TEXT")
+        options[key] = value if has_value else True
+    if options["format"] not in (None, *FORMATS):
+        raise UsageError(f"--export {text}: format {options['format']} is not one of {', '.join(FORMATS)}")
+    return ExportOptions(
+        name, Path(path), options["format"], bool(options["read-only"]), str(options["description"])
+    )
+
+
+def addresses(given: argparse.Namespace, can_encrypt: bool) -> tuple[NbdUri, ...]:
+    """Where to listen, as far as anything was said about it; UsageError where it makes no sense."""
+    found = [parse_listen_uri(text) for text in given.listen]
+    for text, address in zip(given.listen, found, strict=True):
+        if address.tls not in (None, Tls()):
+            raise UsageError(f"--listen {text}: only --tls-... options say how this server does TLS")
+        if address.tls is not None and not can_encrypt:
+            raise UsageError(f"--listen {text}: {_NO_CERTIFICATE}")
+    if given.socket is not None:
+        if given.port is not None or given.bind is not None:
+            raise UsageError("-k is a Unix socket, -p and -b are TCP: use one, or --listen for several")
+        found.append(NbdUri(socket=given.socket))
+    elif given.port is not None or given.bind is not None:
+        port = DEFAULT_PORT if given.port is None else given.port
+        found.append(NbdUri(host=given.bind or "", port=port))
+    if found and given.stdio:
+        raise UsageError("--stdio serves the one client that is there: leave out -k, -p, -b and --listen")
+    return tuple(found)
+
+
+def monitor_path(text: str) -> str:
+    """The path in ``--qmp unix:PATH``."""
+    kind, _, path = text.partition(":")
+    if kind != "unix" or not 0 < len(path.encode()) <= SOCKET_PATH_LIMIT:
+        raise UsageError(f"--qmp {text}: write unix:PATH, with at most {SOCKET_PATH_LIMIT} bytes of path")
+    return path
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """The two parts of ``--metrics HOST:PORT``; an IPv6 address stands in brackets."""
+    host, colon, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not port.isdecimal() or int(port) > 65535 or (":" in bare and bare == host):
+        raise UsageError(f"--metrics {text}: write HOST:PORT, with an IPv6 address in brackets")
+    return bare, int(port)

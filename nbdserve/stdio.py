@@ -1,0 +1,74 @@
+"""A client on standard input and output: one socket, as inetd hands it over, or two pipes, as ssh does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+
+from nbdserve.errors import UsageError
+from nbdserve.listeners import Visitor, visitor
+
+_PIECE = 1 << 20
+_LAST_REPLIES = 10.0
+"""Seconds in which the client may take its last replies."""
+
+
+def shares_stderr() -> bool:
+    """Whether standard error is the client as well, as with inetd: then nothing must be written there."""
+    return os.path.sameopenfile(sys.stderr.fileno(), 0) or os.path.sameopenfile(sys.stderr.fileno(), 1)
+
+
+@contextlib.contextmanager
+def client() -> Iterator[Visitor]:
+    """The client, until its last replies are out. From now on nobody else reads or writes there.
+
+    UsageError when standard input and output are neither one socket nor two pipes.
+    """
+    incoming, outgoing = _take(0), _take(1)
+    kinds = [stat.S_IFMT(os.fstat(descriptor).st_mode) for descriptor in (incoming, outgoing)]
+    if kinds[0] == stat.S_IFSOCK and os.path.sameopenfile(incoming, outgoing):
+        os.close(outgoing)
+        yield visitor(socket.socket(fileno=incoming))
+    elif kinds == [stat.S_IFIFO, stat.S_IFIFO]:
+        ours, theirs = socket.socketpair()
+        threading.Thread(target=_pump_in, args=(incoming, ours), name="stdin", daemon=True).start()
+        out = threading.Thread(target=_pump_out, args=(ours, outgoing), name="stdout", daemon=True)
+        out.start()
+        yield Visitor(theirs, "stdio")
+        theirs.close()
+        out.join(_LAST_REPLIES)
+    else:
+        raise UsageError("--stdio: standard input and output must be one socket, or two pipes")
+
+
+def _take(descriptor: int) -> int:
+    """Another number for the descriptor, in whose place is the null device from now on."""
+    taken = os.dup(descriptor)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, descriptor)
+    os.close(null)
+    return taken
+
+
+def _pump_in(source: int, target: socket.socket) -> None:
+    """Move what the client sends, without copying it, until it has sent everything."""
+    with contextlib.suppress(OSError):
+        while os.splice(source, target.fileno(), _PIECE):
+            pass
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def _pump_out(source: socket.socket, target: int) -> None:
+    """Move what the client is sent until the server closes, or the client takes no more."""
+    with contextlib.suppress(OSError):
+        while os.splice(source.fileno(), target, _PIECE):
+            pass
+    with contextlib.suppress(OSError):
+        source.shutdown(socket.SHUT_RDWR)
+    os.close(target)
