@@ -229,10 +229,10 @@ class Stream:
         state = "unknown"
         with suppress(MigrationError):
             state = (await self._execute("query-status"))["status"]
-        image, overlay = self._m.plan.source.image, self._m.plan.destination.image
+        image, there = self._m.plan.source.image, self._m.plan.destination
         server = shlex.join([*self._m.host_a.argv(server_command(self._m)), image])
         return (
             f"{reason}; the guest on B (state {state}) waits as soon as it needs A, and nothing is lost: its "
-            f"disk is {overlay} on B together with {image} on A; see that this runs on A: {server}; then give "
-            f"B's monitor, {self._m.plan.destination.qmp}, cont until it holds, and block-job-resume for {JOB}"
+            f"disk is {there.image} on B together with {image} on A; see that this runs on A: {server}; then "
+            f"give B's monitor, {there.qmp}, cont until it holds, and block-job-resume for {JOB}"
         )
