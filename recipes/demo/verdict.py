@@ -15,7 +15,7 @@ from recipes.demo.records import newest
 class Phases:
     """The guest's last record at four moments; each is the end of a phase.
 
-    before     the six steps began
+    before     the RAM began to move
     cut_over   the guest ran on B
     streamed   every block was local
     verified   the guest was told to stop and look
@@ -25,6 +25,11 @@ class Phases:
     cut_over: int
     streamed: int
     verified: int
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the guest has written on A, has never fallen back, and has written on B at the end."""
+        return 0 < self.before <= self.cut_over <= self.streamed < self.verified
 
     def live(self, cells: int) -> tuple[int, int, int, int]:
         """How many records of each phase were still the newest in their place at the end."""
@@ -65,8 +70,8 @@ class Verdict:
             yield f"{self.memory.bad} of the guest's records are not what it wrote; {self.memory.complaint}"
         if self.memory.live != expected:
             yield f"the guest re-read {self.memory.live} records, but has written to {expected} places"
-        if not self.phases.before < self.phases.cut_over < self.phases.streamed < self.phases.verified:
-            yield f"the guest did not write in every phase: {self.phases}"
+        if not self.phases.in_order:
+            yield f"the guest did not go on where it was: {self.phases}"
         if not self.comparison.equal:
             yield (
                 f"{self.comparison.different} blocks of 4 KiB are not as they were although the guest did not"
@@ -86,5 +91,7 @@ class Verdict:
         compared = format_size(host.compared)
         yield f"host     {compared} compared with the original, {host.different} blocks of 4 KiB wrong"
         yield f"         the other {format_size(host.excepted)} were written by the guest"
+        if not self.leftovers:
+            yield "source   server and QEMU have ended, the image is moved away, the copy has no backing file"
         yield from (f"WRONG    {failure}" for failure in self.failures)
         yield f"verdict  {'the disk is complete and correct' if self.holds else 'the migration FAILED'}"

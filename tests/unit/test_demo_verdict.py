@@ -25,7 +25,9 @@ BAD = {
         GOOD, memory=replace(GOOD.memory, bad=1, complaint="first: record 7")
     ),
     f"the guest re-read {LIVE - 1} records": replace(GOOD, memory=replace(GOOD.memory, live=LIVE - 1)),
-    "did not write in every phase": replace(GOOD, phases=replace(GOOD.phases, streamed=192)),
+    "did not go on where it was": replace(GOOD, phases=replace(GOOD.phases, streamed=176)),
+    "did not go on where it was: Phases(before=0": replace(GOOD, phases=replace(GOOD.phases, before=0)),
+    "verified=320": replace(GOOD, phases=replace(GOOD.phases, verified=320)),
     "the first at byte 4711": replace(GOOD, comparison=replace(GOOD.comparison, different=1, first=4711)),
     "the source's QEMU still runs": replace(GOOD, leftovers=("the source's QEMU still runs",)),
 }
