@@ -23,6 +23,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 from recipes.plan import Destination, Export, Finish, Limits, Plan, Source
 from tests.support.disks import MIB, random_bytes
 from tests.support.processes import Process, check, run, wait_until
+from tests.support.servers import UnixAddress
 
 SECTOR = 512
 DISK_SIZE = 64 * MIB
@@ -148,7 +149,7 @@ class Scene:
         limits = Limits(start=15.0, migrate=20.0, stop=5.0, recover=20.0, stall=20.0, reconnect_delay=2)
         self.plan = Plan(
             Source(qmp=str(self.monitor_a), image=str(self.image), node="disk0"),
-            Export(uri=f"nbd+unix:///vm?socket={self.export}"),
+            Export(uri=UnixAddress(self.export).uri("vm")),
             Destination(
                 qemu=(*QEMU, *DEVICE, "-serial", f"file:{directory / 'b.serial'}"),
                 image=str(self.overlay),
@@ -251,16 +252,25 @@ def is_record(sector: int, content: bytes) -> bool:
 
 @contextlib.contextmanager
 def scene(directory: Path) -> Iterator[Scene]:
-    """A guest that runs on A; it is killed at the end, and so is all that the migration has started."""
+    """A guest that runs on A, on a disk of DISK_SIZE bytes, with everything on this host."""
     made = Scene(directory)
-    with Process(made.source_qemu(), directory / "a.log"):
-        made.wait_until_guest_works("a")
+    with running(made):
         yield made
-        # A migrated guest lives on by design.
-        for role in Role:
-            for process in role.find(directory):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+
+
+@contextlib.contextmanager
+def running(stage: Scene, *shell: str) -> Iterator[None]:
+    """The guest runs on A; it is killed at the end, and so is all that the migration has started."""
+    with Process([*shell, *stage.source_qemu()], stage.directory / "a.log"):
+        try:
+            stage.wait_until_guest_works("a")
+            yield
+        finally:
+            # A migrated guest lives on by design.
+            for role in Role:
+                for process in role.find(stage.directory):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
 
 
 def as_toml(plan: Plan) -> str:
