@@ -14,15 +14,13 @@ import signal
 import sys
 from pathlib import Path
 
-import psutil
-
 from nbdserve import command
 from recipes.cli import until_signal
 from recipes.console import PlainReport
 from recipes.plan import load
 from recipes.report import Moment, Progress, Step
 from tests.support.processes import wait_until
-from tests.support.vms import Role
+from tests.support.vms import Role, lives
 
 DEATH = 5.0
 """Seconds until a process that was killed is gone."""
@@ -62,15 +60,7 @@ class Doom(PlainReport):
         for process in struck:
             process.send_signal(self._number)
         if self._number == signal.SIGKILL:
-            wait_until(lambda: not any(lives(process) for process in struck), "they are dead", DEATH)
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether a process is neither gone nor a zombie."""
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+            wait_until(lambda: not any(lives(process.pid) for process in struck), "they are dead", DEATH)
 
 
 def main(plan: str, moment: str, role: str, number: str) -> int:

@@ -103,6 +103,14 @@ class Role(Enum):
         return found
 
 
+def lives(pid: int) -> bool:
+    """Whether a process is neither gone nor a zombie."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Monitor:
     """A QEMU's monitor, for a moment. There may be one client at a time, so tests do not stay connected."""
 

@@ -1,0 +1,195 @@
+"""Keepers and children: who ends with whom, and what is said about it. The kept processes are shells."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nbdserve.errors import MigrationError
+from recipes.children import Child, Children
+from recipes.host import Host
+from tests.support.processes import dying_with_parent, wait_until
+from tests.support.vms import lives
+
+HERE = Host("this host")
+SLEEP = ["sleep", "1000"]
+STUBBORN = ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
+
+
+def run(body: Callable[[Children], Awaitable[None]]) -> None:
+    """Run the body with a Children of its own, under a time limit."""
+
+    async def main() -> None:
+        async with Children() as children:
+            await body(children)
+
+    asyncio.run(asyncio.wait_for(main(), 30.0))
+
+
+def test_a_child_ends_with_its_children(tmp_path: Path) -> None:
+    started: list[Child] = []
+
+    async def body(children: Children) -> None:
+        started.append(await children.start("a sleeper", HERE, tmp_path / "log", SLEEP))
+        assert lives(started[0].pid)
+
+    run(body)
+    assert not lives(started[0].pid)
+
+
+def test_a_child_that_was_released_lives_on(tmp_path: Path) -> None:
+    started: list[Child] = []
+
+    async def body(children: Children) -> None:
+        started.append(await children.start("a sleeper", HERE, tmp_path / "log", SLEEP))
+        started[0].release()
+
+    run(body)
+    assert lives(started[0].pid)
+    os.kill(started[0].pid, signal.SIGKILL)
+
+
+def test_a_child_says_how_it_ended_and_what_it_wrote_last(tmp_path: Path) -> None:
+    async def body(children: Children) -> None:
+        words = ["sh", "-c", "echo first; echo the reason >&2; exit 7"]
+        child = await children.start("a talker", HERE, tmp_path / "log", words)
+        assert await child.wait() == "ended with code 7: the reason"
+        assert child.status == 7
+
+    run(body)
+    assert (tmp_path / "log").read_text() == "first\nthe reason\n"
+
+
+def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    async def body(children: Children) -> None:
+        child = await children.start("a stubborn one", HERE, tmp_path / "log", STUBBORN)
+        await asyncio.sleep(0.3)
+        await child.stop(0.3)
+        assert await child.wait() == "was ended by signal 9"
+
+    run(body)
+
+
+def test_a_child_can_be_stopped_after_it_was_released(tmp_path: Path) -> None:
+    async def body(children: Children) -> None:
+        child = await children.start("a sleeper", HERE, tmp_path / "log", SLEEP)
+        child.release()
+        await child.stop(5.0)
+        assert child.status == -signal.SIGTERM
+
+    run(body)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_keeper_that_is_killed_takes_its_child_along_unless_it_was_released(
+    tmp_path: Path, released: bool
+) -> None:
+    async def body(children: Children) -> None:
+        child = await children.start("a sleeper", HERE, tmp_path / "log", SLEEP)
+        if released:
+            child.release()
+            await asyncio.sleep(0.2)
+        os.kill(psutil.Process(child.pid).ppid(), signal.SIGKILL)
+        if released:
+            await asyncio.sleep(0.3)
+            assert child.running
+            await child.stop(5.0)
+        assert await asyncio.wait_for(child.wait(), 5.0) == "ended, as its keeper was killed"
+        assert not lives(child.pid)
+
+    run(body)
+
+
+def test_a_child_is_ready_when_it_has_made_its_file(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    ready.write_text("left from another run\n")
+
+    async def body(children: Children) -> None:
+        words = ["sh", "-c", f"sleep 0.3; echo $$ >{ready}; exec sleep 1000"]
+        child = await children.start("a server", HERE, tmp_path / "log", words, ready=ready)
+        assert not ready.exists()
+        await child.ready(5.0)
+        assert ready.read_text() == f"{child.pid}\n"
+
+    run(body)
+
+
+def test_a_child_that_ends_before_it_is_ready_says_why(tmp_path: Path) -> None:
+    async def body(children: Children) -> None:
+        words = ["sh", "-c", "echo the port is taken; exit 1"]
+        child = await children.start("a server", HERE, tmp_path / "log", words, ready=tmp_path / "ready")
+        with pytest.raises(MigrationError, match="a server ended with code 1: the port is taken"):
+            await child.ready(5.0)
+
+    run(body)
+
+
+def test_a_child_that_never_gets_ready_is_waited_for_only_so_long(tmp_path: Path) -> None:
+    async def body(children: Children) -> None:
+        child = await children.start("a server", HERE, tmp_path / "log", SLEEP, ready=tmp_path / "ready")
+        with pytest.raises(MigrationError, match=r"a server was not ready within 0\.2 s"):
+            await child.ready(0.2)
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("host", "complaint"),
+    [
+        (HERE, "a thing on this host cannot be started: /no/such: No such file or directory"),
+        (Host("A", ("/no/shell",)), "a thing on A: /no/shell: No such file or directory"),
+        (Host("A", ("sh", "-c", "echo no route >&2; exit 255")), "a thing on A cannot be started: no route"),
+    ],
+)
+def test_a_child_that_cannot_be_started_says_why(tmp_path: Path, host: Host, complaint: str) -> None:
+    async def body(children: Children) -> None:
+        with pytest.raises(MigrationError, match=complaint):
+            await children.start("a thing", host, tmp_path / "log", ["/no/such"])
+
+    run(body)
+
+
+@contextmanager
+def keeper(tmp_path: Path, command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A keeper of this command, without Children, and the process id of what it keeps."""
+    argv = [sys.executable, "-m", "recipes.keeper", str(tmp_path / "log"), "", *command]
+    words = [*dying_with_parent(signal.SIGKILL), *argv]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        yield process, json.loads(process.stdout.readline())["started"]
+
+
+def test_the_end_of_its_input_ends_a_keeper_and_what_it_keeps(tmp_path: Path) -> None:
+    with keeper(tmp_path, SLEEP) as (process, pid):
+        output, _ = process.communicate(timeout=10.0)
+        assert json.loads(output) == {"exited": -signal.SIGTERM, "tail": ""}
+        assert not lives(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_cannot_end_a_keeper(tmp_path: Path, number: signal.Signals) -> None:
+    with keeper(tmp_path, SLEEP) as (process, pid):
+        process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        assert lives(pid)
+        process.communicate(b"stop 1\n", timeout=10.0)
+
+
+def test_a_whole_session_ends_with_its_first_process(tmp_path: Path) -> None:
+    grandchild = tmp_path / "grandchild"
+    with keeper(tmp_path, ["sh", "-c", f"sleep 1000 & echo $! >{grandchild}; wait"]) as (process, _):
+        wait_until(lambda: grandchild.exists() and grandchild.read_text(), "the grandchild")
+        process.communicate(timeout=10.0)
+    pid = int(grandchild.read_text())
+    wait_until(lambda: not lives(pid), "the grandchild ends")

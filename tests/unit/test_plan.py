@@ -1,0 +1,130 @@
+"""The plan of a migration: its file, and every mistake in it that can be seen without a host."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nbdserve.errors import UsageError
+from recipes.plan import Plan, build, load
+from tests.support.vms import as_toml
+
+MINIMAL = """
+[source]
+qmp = "/run/a.qmp"
+image = "/images/vm.raw"
+[export]
+uri = "nbd://192.0.2.1/vm"
+[destination]
+qemu = ["qemu-system-x86_64", "-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"]
+image = "/images/vm.qed"
+qmp = "192.0.2.2:4000"
+migration = "tcp:[2001:db8::2]:4444"
+"""
+
+
+def plan_of(tmp_path: Path, text: str) -> Plan:
+    """The plan that a file with this text holds."""
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    return load(path)
+
+
+def test_a_plan_needs_no_more_than_what_cannot_be_guessed(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, MINIMAL)
+    assert plan.source.shell == ()
+    assert plan.destination.node == "disk0"
+    assert plan.export.address.port == 10809
+    assert plan.limits.speed == 0
+    assert plan.finish.move_aside == ""
+
+
+def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path, MINIMAL + '[limits]\nspeed = 1000\nmigrate = 5\n[finish]\nmove_aside = "/images/old"\n'
+    )
+    assert plan.limits.migrate == 5.0
+    assert plan_of(tmp_path, as_toml(plan)) == plan
+
+
+def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(MINIMAL)
+    plan = load(path, {"source": {"qmp": "/run/other.qmp"}, "limits": {"speed": 7}})
+    assert (plan.source.qmp, plan.limits.speed) == ("/run/other.qmp", 7)
+    assert plan.source.image == "/images/vm.raw"
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "complaint"),
+    [
+        ("[source]", "[sauce]", "[sauce]: no such section; there are source, export, "),
+        ("[source]", "source = 1\n[other]", "[other]: no such section"),
+        ('image = "/images/vm.raw"', "", "source.image: this is missing"),
+        ('image = "/images/vm.raw"', "image = 3", "source.image: a string is wanted, not 3"),
+        ('image = "/images/vm.raw"', 'imago = "x"', "source.imago: no such key; there are qmp, image, node"),
+        ('image = "/images/vm.raw"', 'image = "vm.raw"', "source.image: 'vm.raw' must be an absolute path"),
+        (
+            'qmp = "/run/a.qmp"',
+            'qmp = "a.qmp"',
+            "source.qmp: 'a.qmp' is not usable: write a socket's",
+        ),
+        ('qmp = "/run/a.qmp"', 'qmp = "a:99999"', "source.qmp: 'a:99999' is not usable"),
+        ('qmp = "/run/a.qmp"', 'qmp = "2001:db8::1:4000"', "source.qmp: '2001:db8::1:4000' is not usable"),
+        ('"192.0.2.2:4000"', '"/run/a.qmp"', "destination.qmp: /run/a.qmp is the source's monitor"),
+        (
+            "nbd://192.0.2.1/vm",
+            "http://192.0.2.1/vm",
+            "export.uri: 'http://192.0.2.1/vm' is not an NBD",
+        ),
+        ("nbd://192.0.2.1/vm", "nbds://192.0.2.1/vm", "export.uri: 'nbds://192.0.2.1/vm': TLS"),
+        ("nbd://192.0.2.1/vm", "nbd+unix:///vm?socket=x", "the socket must be an absolute path"),
+        ('"-device"', '"-incoming"', "destination.qemu: leave -incoming out"),
+        ('"-device"', '"--daemonize"', "destination.qemu: leave -daemonize out"),
+        ('"-device"', '"-S"', "destination.qemu: leave -S out"),
+        ('"-device"', "3", "destination.qemu: a list of strings is wanted"),
+        ('["qemu', '[]\nnode = ["qemu', "destination.node: a string is wanted"),
+        (
+            "tcp:[2001:db8::2]:4444",
+            "tcp:2001:db8::2:4444",
+            "destination.migration: 'tcp:2001:db8::2:",
+        ),
+        ("tcp:[2001:db8::2]:4444", "unix:migration", "destination.migration: 'unix:migration' is not usable"),
+        ("tcp:[2001:db8::2]:4444", "exec:cat", "destination.migration: 'exec:cat' is not usable"),
+        ("[destination]", '[destination]\nnode = "0"', "destination.node: '0' is not usable"),
+        ("[source]", "[limits]\nspeed = -1\n[source]", "limits.speed: -1 is too small"),
+        ("[source]", "[limits]\nstop = 0\n[source]", "limits.stop: 0.0 is too small"),
+        ("[source]", "[limits]\nspeed = 1.5\n[source]", "limits.speed: a whole number is wanted, not 1.5"),
+        ("[source]", "[limits]\nstop = true\n[source]", "limits.stop: a number is wanted, not True"),
+        (
+            "[source]",
+            '[finish]\nmove_aside = "/images/vm.raw"\n[source]',
+            "finish.move_aside: this is the image",
+        ),
+        ("[source]", "[source", "plan.toml: not a TOML file: "),
+    ],
+)
+def test_a_mistake_is_named_with_its_section_and_key(
+    tmp_path: Path, line: str, changed: str, complaint: str
+) -> None:
+    assert line in MINIMAL
+    with pytest.raises(UsageError) as caught:
+        plan_of(tmp_path, MINIMAL.replace(line, changed, 1))
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "plan.toml" in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"plan\.toml: not a TOML file"):
+        load(path)
+
+
+def test_a_plan_that_is_built_by_a_program_is_checked_as_well(tmp_path: Path) -> None:
+    plan = build({}, dataclasses.asdict(plan_of(tmp_path, MINIMAL)))
+    with pytest.raises(UsageError, match=r"source\.image"):
+        dataclasses.replace(plan, source=dataclasses.replace(plan.source, image="vm.raw"))
