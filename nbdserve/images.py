@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from nbdserve.backends.file import FileBackend, Slice
+from nbdserve.backends.file import FileBackend
 from nbdserve.backends.imagelocks import READER, ImageLocks, Permission
 from nbdserve.backends.probe import require_raw
+from nbdserve.backends.slices import Slice
 from nbdserve.config import ExportOptions, ImageOptions
 from nbdserve.exports import Export
 

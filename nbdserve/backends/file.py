@@ -6,15 +6,15 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.fallocate import Mode, fallocate
-from nbdserve.errors import ImageError, UsageError
+from nbdserve.backends.slices import WHOLE, Slice
+from nbdserve.errors import ImageError
 from nbdserve.protocol.constants import Command, ExtentFlags
 from nbdserve.protocol.extents import Extent
-from nbdserve.protocol.offers import BlockSizes
+from nbdserve.protocol.offers import ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSizes
 
 HOLE = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
 DATA = int(ExtentFlags.DATA)
@@ -23,22 +23,16 @@ _ZEROES = bytes(1 << 20)
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
 
-@dataclass(frozen=True)
-class Slice:
-    """The part of a file that is served: from ``offset`` on, ``size`` bytes or up to the end."""
-
-    offset: int = 0
-    size: int | None = None
-
-
 class FileBackend(Backend):
-    """A raw image in a file or on a block device.
+    """A raw image in a file or on a block device. Holes, too, are in it and not in a backing: depth 1.
 
     ``discard=False`` turns trims into nothing, as ``qemu-nbd --discard=ignore`` does.
     Raises ImageError when the file is of no kind that can be served, OSError when it cannot be opened.
     """
 
-    def __init__(self, path: Path, *, read_only: bool, part: Slice = Slice(), discard: bool = True) -> None:
+    contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH)
+
+    def __init__(self, path: Path, *, read_only: bool, part: Slice = WHOLE, discard: bool = True) -> None:
         self.path = path
         self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         try:
@@ -108,7 +102,7 @@ class FileBackend(Backend):
         end = offset + length
         while offset < end:
             piece = memoryview(_ZEROES)[: min(len(_ZEROES), end - offset)]
-            self.write(offset, piece, fua=False)
+            FileBackend.write(self, offset, piece, fua=False)
             offset += len(piece)
 
     def trim(self, offset: int, length: int, fua: bool) -> None:
@@ -135,6 +129,9 @@ class FileBackend(Backend):
 
         A file that has shrunk is EIO: what follows its end is no hole.
         """
+        if context == ALLOCATION_DEPTH:
+            yield Extent(length, 1)
+            return
         position, end = self._base + offset, self._base + offset + length
         while position < end:
             data = self._seek(position, os.SEEK_DATA, default=position)
@@ -187,14 +184,4 @@ def _size_of(descriptor: int, path: Path, part: Slice) -> int:
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise ImageError(f"{path}: not a regular file or block device, name one of those")
-    whole = os.lseek(descriptor, 0, os.SEEK_END)
-    if part.offset > whole:
-        raise UsageError(
-            f"{path}: offset {part.offset} is past the end at {whole} bytes, choose a smaller one"
-        )
-    rest = whole - part.offset
-    if part.size is not None and part.size > rest:
-        raise UsageError(
-            f"{path}: {part.size} bytes from {part.offset} on end past {whole}, choose a smaller size"
-        )
-    return rest if part.size is None else part.size
+    return part.length_within(os.lseek(descriptor, 0, os.SEEK_END), str(path))

@@ -9,6 +9,8 @@ from typing import Protocol
 from nbdserve.protocol.constants import TransmissionFlags
 
 BASE_ALLOCATION = "base:allocation"
+ALLOCATION_DEPTH = "qemu:allocation-depth"
+"""In which image of a chain the data is: 1 in the topmost, 2 in its backing, ..., 0 in none."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def test_nbdinfo_sees_everything_that_a_raw_file_can_do(server: Server) -> None:
     assert told["protocol"] == "newstyle-fixed"
     assert told["structured"] is structured
     (export,) = told["exports"]
-    assert export.get("contexts", []) == (["base:allocation"] if structured else [])
+    contexts = ["base:allocation", "qemu:allocation-depth"]
+    assert export.get("contexts", []) == (contexts if structured else [])
     abilities = {name for name, value in export.items() if name.startswith("can_") and value}
     always = {"can_cache", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"}
     assert abilities == always | ({"can_df"} if structured else set())

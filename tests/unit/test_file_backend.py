@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdserve.backends.file import DATA, HOLE, FileBackend, Slice
+from nbdserve.backends.file import DATA, HOLE, FileBackend
+from nbdserve.backends.slices import Slice
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.protocol.extents import Extent, coalesce
 

@@ -1,0 +1,34 @@
+"""The part of an image that an export shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbdserve.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Slice:
+    """From ``offset`` on, ``size`` bytes or up to the end."""
+
+    offset: int = 0
+    size: int | None = None
+
+    def length_within(self, whole: int, name: str) -> int:
+        """How many bytes of an image of ``whole`` bytes are shown; UsageError when it is too short."""
+        if self.offset > whole:
+            raise UsageError(
+                f"{name}: offset {self.offset} is past the end at {whole} bytes, choose a smaller one"
+            )
+        rest = whole - self.offset
+        if self.size is None:
+            return rest
+        if self.size > rest:
+            raise UsageError(
+                f"{name}: {self.size} bytes from {self.offset} on end past {whole}, choose a smaller size"
+            )
+        return self.size
+
+
+WHOLE = Slice()
+"""All of it."""

@@ -1,0 +1,318 @@
+"""libnbd's handle: the one module that imports its Python binding ``nbd``.
+
+libnbd itself waits for ever. Here a handle is driven by poll(2) under a deadline, with libnbd's ``aio_``
+functions. What goes wrong while connecting is a ConnectError for the operator.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import queue
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import nbd
+
+from nbdserve.errors import ConnectError
+from nbdserve.protocol.constants import MAX_STRING
+from nbdserve.protocol.offers import BASE_ALLOCATION
+from nbdserve.uri import NbdUri, TlsType
+
+HandleError = nbd.Error
+"""What every method of a handle raises; ``errnum`` is its errno, or 0."""
+
+_MAX_CONTEXTS = 64
+"""How many of the contexts that a server lists are asked for."""
+
+
+class ErrorCell(Protocol):
+    """Where libnbd leaves the errno of a request for its callbacks."""
+
+    value: int
+
+
+Completion = Callable[[ErrorCell], int]
+"""Called once when a request is over; returning 1 says that nobody will ask for it again."""
+
+OnExtents = Callable[[str, int, list[int], ErrorCell], int]
+"""Called with a context, the offset, and lengths and flags in turn."""
+
+
+class Handle(Protocol):
+    """The part of libnbd's handle that is used here, with types.
+
+    Several threads may use a handle; callbacks run in any of them, with libnbd's lock held.
+    """
+
+    def set_export_name(self, export_name: str) -> None: ...
+    def add_meta_context(self, name: str) -> None: ...
+    def set_opt_mode(self, enable: bool) -> None: ...
+    def set_tls(self, tls: int) -> None: ...
+    def set_tls_certificates(self, dir: str) -> None: ...  # noqa: A002
+    def set_tls_verify_peer(self, verify: bool) -> None: ...
+    def set_tls_username(self, username: str) -> None: ...
+    def set_tls_psk_file(self, filename: str) -> None: ...
+    def aio_connect_tcp(self, hostname: str, port: str) -> None: ...
+    def aio_connect_socket(self, sock: int) -> None: ...
+    def aio_opt_list_meta_context(self, context: Callable[[str], int], completion: Completion) -> int: ...
+    def aio_opt_go(self, completion: Completion) -> None: ...
+    def aio_is_connecting(self) -> bool: ...
+    def aio_is_negotiating(self) -> bool: ...
+    def aio_is_ready(self) -> bool: ...
+    def aio_is_closed(self) -> bool: ...
+    def aio_is_dead(self) -> bool: ...
+    def aio_get_fd(self) -> int: ...
+    def aio_get_direction(self) -> int: ...
+    def aio_notify_read(self) -> None: ...
+    def aio_notify_write(self) -> None: ...
+    def aio_pread(self, buf: memoryview, offset: int, completion: Completion) -> int: ...
+    def aio_pwrite(
+        self, buf: bytes | bytearray | memoryview, offset: int, completion: Completion, flags: int
+    ) -> int: ...
+    def aio_zero(self, count: int, offset: int, completion: Completion, flags: int) -> int: ...
+    def aio_trim(self, count: int, offset: int, completion: Completion, flags: int) -> int: ...
+    def aio_cache(self, count: int, offset: int, completion: Completion) -> int: ...
+    def aio_flush(self, completion: Completion) -> int: ...
+    def aio_block_status(self, count: int, offset: int, extent: OnExtents, completion: Completion) -> int: ...
+    def aio_disconnect(self) -> None: ...
+    def get_size(self) -> int: ...
+    def get_block_size(self, size_type: int) -> int: ...
+    def get_structured_replies_negotiated(self) -> bool: ...
+    def is_read_only(self) -> bool: ...
+    def is_rotational(self) -> bool: ...
+    def can_flush(self) -> bool: ...
+    def can_fua(self) -> bool: ...
+    def can_trim(self) -> bool: ...
+    def can_zero(self) -> bool: ...
+    def can_fast_zero(self) -> bool: ...
+    def can_cache(self) -> bool: ...
+    def can_multi_conn(self) -> bool: ...
+    def can_meta_context(self, metacontext: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What the server says of an export. Sizes in bytes; a block size of 0 means that it named none."""
+
+    size: int
+    read_only: bool
+    multi_conn: bool
+    """Several connections see one another's writes, and flush them (NBD_FLAG_CAN_MULTI_CONN)."""
+    flush: bool
+    fua: bool
+    trim: bool
+    zero: bool
+    fast_zero: bool
+    cache: bool
+    rotational: bool
+    structured_replies: bool
+    """The server offers structured replies, and this client took the offer."""
+    contexts: tuple[str, ...]
+    """The meta contexts that were asked for and that the server answers block status for."""
+    minimum_block: int
+    preferred_block: int
+    maximum_block: int
+
+    @property
+    def has_extents(self) -> bool:
+        """The server answers block status for ``base:allocation``."""
+        return BASE_ALLOCATION in self.contexts
+
+
+def open_handle(uri: NbdUri, contexts: Sequence[str] | None, timeout: float) -> tuple[Handle, Export]:
+    """Connect to an export within ``timeout`` seconds; None asks for all contexts that the server lists.
+
+    Raises ConnectError when nobody answers there in time, or refuses the export.
+    """
+    deadline = time.monotonic() + timeout
+    handle: Handle = nbd.NBD()
+    try:
+        handle.set_export_name(uri.export)
+        for context in contexts or ():
+            handle.add_meta_context(context)
+        handle.set_opt_mode(contexts is None)
+        _set_tls(handle, uri)
+        if uri.socket is None:
+            _start_tcp(handle, uri, deadline)
+        else:
+            _start_unix(handle, uri.socket, deadline)
+        drive(handle, lambda: not handle.aio_is_connecting(), deadline)
+        if handle.aio_is_negotiating():
+            contexts = _haggle(handle, deadline)
+        if not handle.aio_is_ready():
+            raise ConnectError(f"{uri}: the server hung up before it offered the export")
+        export = _describe(handle, contexts or ())
+    except TimeoutError as error:
+        raise ConnectError(f"{uri}: no answer within {timeout:g} s; is it an NBD server?") from error
+    except (OSError, nbd.Error) as error:
+        raise ConnectError(f"{uri}: {_why(error)}") from error
+    return handle, export
+
+
+def drive(handle: Handle, done: Callable[[], bool], deadline: float) -> None:
+    """Let libnbd work until ``done``; TimeoutError at the deadline (of the monotonic clock, in seconds)."""
+    while not done():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        drive_once(handle, left)
+
+
+def drive_once(handle: Handle, seconds: float | None, wake: int | None = None) -> None:
+    """Wait, at most so long, until the server can be heard or spoken to, and let libnbd do so once.
+
+    ``wake`` is an eventfd that ends the wait as well. Raises HandleError when the connection ends.
+    """
+    poll = select.poll()
+    fd, direction = handle.aio_get_fd(), handle.aio_get_direction()
+    wanted = select.POLLIN * bool(direction & nbd.AIO_DIRECTION_READ)
+    wanted |= select.POLLOUT * bool(direction & nbd.AIO_DIRECTION_WRITE)
+    poll.register(fd, wanted)
+    if wake is not None:
+        poll.register(wake, select.POLLIN)
+    for ready, happened in poll.poll(None if seconds is None else math.ceil(seconds * 1000)):
+        if ready == wake:
+            os.eventfd_read(wake)
+        elif direction & nbd.AIO_DIRECTION_READ and happened & ~select.POLLOUT:
+            handle.aio_notify_read()
+        elif direction & nbd.AIO_DIRECTION_WRITE:
+            handle.aio_notify_write()
+
+
+def needs_waking(handle: Handle) -> bool:
+    """Whether a thread that waits to hear from the server has to look again: there is something to send."""
+    return bool(handle.aio_get_direction() != nbd.AIO_DIRECTION_READ)
+
+
+def is_over(handle: Handle) -> bool:
+    """Whether the connection has ended, one way or the other."""
+    return handle.aio_is_closed() or handle.aio_is_dead()
+
+
+def _haggle(handle: Handle, deadline: float) -> list[str]:
+    """Ask for every context that the server lists, and for the export; OSError when it refuses that."""
+    listed: list[str] = []
+    outcome: list[int] = []
+
+    def add(context: str) -> int:
+        if len(listed) < _MAX_CONTEXTS and len(context.encode()) <= MAX_STRING:
+            listed.append(context)
+        return 0
+
+    def complete(error: ErrorCell) -> int:
+        outcome.append(error.value)
+        return 1
+
+    try:
+        handle.aio_opt_list_meta_context(add, complete)
+        drive(handle, lambda: bool(outcome), deadline)
+    except nbd.Error:
+        if is_over(handle):
+            raise
+        # A server without structured replies has no contexts to list.
+    for context in listed:
+        handle.add_meta_context(context)
+    outcome.clear()
+    handle.aio_opt_go(complete)
+    drive(handle, lambda: bool(outcome) and not handle.aio_is_connecting(), deadline)
+    if outcome[0] == errno.ENOENT:
+        raise OSError(errno.ENOENT, "the server has no export of that name")
+    if outcome[0]:
+        raise OSError(outcome[0], f"the server refuses the export: {os.strerror(outcome[0])}")
+    return listed
+
+
+def _start_tcp(handle: Handle, uri: NbdUri, deadline: float) -> None:
+    """Begin to connect. libnbd looks the name up right here, for as long as that takes: so in a thread."""
+    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def start() -> None:
+        try:
+            handle.aio_connect_tcp(uri.host, str(uri.port))
+        except nbd.Error as error:
+            outcome.put(error)
+        else:
+            outcome.put(None)
+
+    threading.Thread(target=start, name=f"look up {uri.host}", daemon=True).start()
+    try:
+        error = outcome.get(timeout=max(0.0, deadline - time.monotonic()))
+    except queue.Empty:
+        raise ConnectError(f"{uri}: the name {uri.host!r} could not be looked up in time") from None
+    if error:
+        raise error
+
+
+def _start_unix(handle: Handle, path: str, deadline: float) -> None:
+    """Connect, waiting until the deadline for a place in the server's queue; libnbd gets the socket."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        left = max(0.001, deadline - time.monotonic())
+        limit = struct.pack("@ll", int(left), int(left % 1 * 1_000_000))
+        # A connect that does not block would fail at once on a full queue, so it blocks, under this limit.
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        try:
+            peer.connect(path)
+        except BlockingIOError as error:
+            raise TimeoutError from error
+        peer.setblocking(False)
+        handle.aio_connect_socket(peer.fileno())
+        peer.detach()  # libnbd closes it from now on
+
+
+def _set_tls(handle: Handle, uri: NbdUri) -> None:
+    """Pass the URI's TLS parameters on; ConnectError for what this libnbd would silently not check."""
+    tls = uri.tls
+    if tls is None:
+        return
+    if tls.type is TlsType.ANONYMOUS:
+        raise ConnectError(f"{uri}: libnbd has no anonymous TLS; use certificates or tls-psk-file")
+    if tls.verify_peer and tls.psk_file is None:
+        if tls.hostname not in (None, uri.host):
+            raise ConnectError(
+                f"{uri}: this libnbd cannot check a certificate for another name than the host's"
+            )
+        if uri.socket is not None:
+            advice = "use tls-psk-file, or tls-verify-peer=0 if the socket's directory is private"
+            raise ConnectError(f"{uri}: libnbd checks no certificate behind a Unix socket; {advice}")
+    handle.set_tls(nbd.TLS_REQUIRE)
+    handle.set_tls_verify_peer(tls.verify_peer)
+    if tls.certificates is not None:
+        handle.set_tls_certificates(tls.certificates)
+    if tls.psk_file is not None:
+        handle.set_tls_psk_file(tls.psk_file)
+    if uri.user is not None:
+        handle.set_tls_username(uri.user)
+
+
+def _describe(handle: Handle, contexts: Sequence[str]) -> Export:
+    return Export(
+        size=handle.get_size(),
+        read_only=handle.is_read_only(),
+        multi_conn=handle.can_multi_conn(),
+        flush=handle.can_flush(),
+        fua=handle.can_fua(),
+        trim=handle.can_trim(),
+        zero=handle.can_zero(),
+        fast_zero=handle.can_fast_zero(),
+        cache=handle.can_cache(),
+        rotational=handle.is_rotational(),
+        structured_replies=handle.get_structured_replies_negotiated(),
+        contexts=tuple(name for name in contexts if handle.can_meta_context(name)),
+        minimum_block=handle.get_block_size(nbd.SIZE_MINIMUM),
+        preferred_block=handle.get_block_size(nbd.SIZE_PREFERRED),
+        maximum_block=handle.get_block_size(nbd.SIZE_MAXIMUM),
+    )
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, without the names of libnbd's functions."""
+    text = str(error.args[0] if isinstance(error, nbd.Error) else getattr(error, "strerror", None) or error)
+    return text.split(": ", 1)[-1] if text.startswith("nbd_") else text

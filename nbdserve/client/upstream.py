@@ -1,0 +1,230 @@
+"""An export that other exports are made of: reached again when its connection is lost, used by many threads.
+
+A request that a lost connection leaves unanswered is sent again on the next one, for as long as patience
+lasts; all requests of NBD may be repeated. What was acknowledged, but not flushed, may be gone when the
+server comes back: then a flush fails, once, or everything does; nothing is passed over in silence.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from enum import Enum, auto
+from typing import Concatenate, ParamSpec, TypeVar
+
+from nbdserve.client.handle import Export
+from nbdserve.client.pipeline import Client
+from nbdserve.errors import OperatorError
+
+_LOG = logging.getLogger("nbdserve")
+
+REQUEST_TIMEOUT = 60.0
+"""Seconds that the server may take for one request."""
+
+PATIENCE = 10.0
+"""Seconds for which requests wait for a lost server, unless the operator says otherwise."""
+
+_DIAL_TIMEOUT = 5.0
+"""Seconds that one attempt to reach the server may take."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+"""Seconds between two attempts."""
+
+_GONE = (errno.ENOTCONN, errno.ETIMEDOUT, errno.ESHUTDOWN)
+"""What says that the connection, not the request, is the trouble. Only the last comes over the wire."""
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Start = Callable[Concatenate[Client, P], Future[T]]
+"""A method of Client that starts a request."""
+
+
+class Fate(Enum):
+    """What became of acknowledged writes that were not flushed when the connection was lost."""
+
+    SAFE = auto()
+    UNKNOWN = auto()
+    LOST = auto()
+
+
+class Session:
+    """Connections to one export that stand and fall together."""
+
+    def __init__(self, clients: list[Client]) -> None:
+        self.export = clients[0].export
+        self.fate: Fate | None = None
+        """Known when it has been lost and that has been accounted for."""
+        self._clients = clients
+        self._turns = itertools.count()
+
+    @property
+    def connected(self) -> bool:
+        """Whether all of them still stand, as far as is known."""
+        return all(client.connected for client in self._clients)
+
+    def next(self) -> Client:
+        """One connection after the other."""
+        return self._clients[next(self._turns) % len(self._clients)]
+
+    def close(self) -> None:
+        """Close all of them. May be called again."""
+        for client in self._clients:
+            client.close()
+
+
+class Upstream:
+    """An export of another server. ``dial`` connects to it, within the seconds that it is given.
+
+    ``patience`` is for how many seconds a request waits for a lost server. ``fate`` is asked after each loss.
+    Raises ConnectError when the server cannot be reached now.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dial: Callable[[float], Client],
+        *,
+        connections: int = 1,
+        patience: float = PATIENCE,
+        fate: Callable[[], Fate] = lambda: Fate.UNKNOWN,
+    ) -> None:
+        self.name = name
+        self._dial = dial
+        self._connections = connections
+        self._patience = patience
+        self._fate = fate
+        self._renewing = threading.Lock()
+        # Guards what follows; held for moments only.
+        self._books = threading.Lock()
+        self._acknowledged = 0
+        self._durable = 0
+        self._doubt = False
+        self._given_up: str | None = None
+        self._session = self._open_session()
+        self.export: Export = self._session.export
+
+    def call(self, start: Start[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Perform a request that changes nothing; OSError as the server says, EIO when it is gone."""
+        return self._perform(start, *args, **kwargs)[0]
+
+    def change(self, durable: bool, start: Start[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Perform a request that changes the disk; ``durable`` says that it includes its own flush (FUA)."""
+        result, session = self._perform(start, *args, **kwargs)
+        with self._books:
+            if not durable and self.export.flush:
+                self._acknowledged += 1
+                if session.fate is not None:
+                    # What acknowledged it has been lost and accounted for meanwhile.
+                    self._settle(session.fate)
+            given_up = self._given_up
+        if given_up is not None:
+            raise OSError(errno.EIO, given_up)
+        return result
+
+    def flush(self) -> None:
+        """Make durable what was acknowledged; EIO, once, when that may have been lost before it was."""
+        with self._books:
+            covered = self._acknowledged
+        _, session = self._perform(Client.start_flush)
+        with self._books:
+            doubt, self._doubt = self._doubt, False
+            if session.fate is None:
+                self._durable = max(self._durable, covered)
+        if doubt:
+            reason = "writes that were acknowledged before the connection was lost may be gone"
+            raise OSError(errno.EIO, f"{self.name}: {reason}")
+
+    def close(self) -> None:
+        """Take leave of the server."""
+        with self._books:
+            self._given_up = f"{self.name}: closed"
+        self._session.close()
+
+    def _perform(self, start: Start[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, Session]:
+        """The result, and the session that it came from."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            session = self._connected(deadline)
+            try:
+                return start(session.next(), *args, **kwargs).result(), session
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+                # One that is late or shutting down is of no more use than one that is gone.
+                session.close()
+                if time.monotonic() >= deadline:
+                    raise OSError(errno.EIO, error.strerror) from error
+
+    def _connected(self, deadline: float) -> Session:
+        """The session, a new one if need be; EIO when there is none by the deadline."""
+        if self._session.connected:
+            return self._session
+        if not self._renewing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise OSError(errno.EIO, f"{self.name}: the connection is lost")
+        try:
+            if not self._session.connected:
+                self._account_for_loss(self._session)
+                self._session = self._renew(deadline)
+            return self._session
+        finally:
+            self._renewing.release()
+
+    def _account_for_loss(self, session: Session) -> None:
+        """Before another session begins, find out what the loss of the last one means."""
+        if session.fate is not None:
+            return
+        _LOG.warning("%s: the connection is lost", self.name)
+        session.close()
+        fate = self._fate()
+        with self._books:
+            session.fate = fate
+            if self._acknowledged > self._durable:
+                self._settle(fate)
+
+    def _settle(self, fate: Fate) -> None:
+        """Account for acknowledged writes that were not flushed when their session was lost."""
+        self._durable = self._acknowledged
+        if fate is Fate.UNKNOWN:
+            self._doubt = True
+        elif fate is Fate.LOST and self._given_up is None:
+            self._given_up = f"{self.name}: acknowledged writes are lost, so nothing is served any more"
+            _LOG.error("%s: check the image, and start again", self._given_up)
+
+    def _renew(self, deadline: float) -> Session:
+        """Connect again, trying until the deadline; EIO when that fails."""
+        pause = _FIRST_PAUSE
+        while self._given_up is None:
+            try:
+                session = self._open_session()
+            except (OperatorError, OSError) as error:
+                if time.monotonic() + pause > deadline:
+                    raise OSError(errno.EIO, str(error)) from error
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                self._require_same_disk(session)
+                _LOG.info("%s: connected again", self.name)
+                return session
+        raise OSError(errno.EIO, self._given_up)
+
+    def _open_session(self) -> Session:
+        clients = [self._dial(_DIAL_TIMEOUT)]
+        try:
+            if clients[0].export.multi_conn:
+                clients += [self._dial(_DIAL_TIMEOUT) for _ in range(self._connections - 1)]
+        except BaseException:
+            clients[0].close()
+            raise
+        return Session(clients)
+
+    def _require_same_disk(self, session: Session) -> None:
+        """EIO when what answers now is certainly another disk than before."""
+        if session.export.size != self.export.size:
+            session.close()
+            reason = f"the disk had {self.export.size} bytes, what answers now has {session.export.size}"
+            _LOG.error("%s: %s: it is not used", self.name, reason)
+            raise OSError(errno.EIO, f"{self.name}: {reason}")
