@@ -60,6 +60,7 @@ class Transmission:
         self._workers = workers
         self._in_flight = InFlight(MAX_IN_FLIGHT, MAX_BYTES_IN_FLIGHT, workers.memory)
         self._finish_by: float | None = None
+        self._received = time.perf_counter()
         # The longest request that the hot loop serves itself: none where a read could wait for a network.
         self._short = PIECE if backend.always_local else -1
         self._writable = not agreement.offer.flags & TransmissionFlags.READ_ONLY
@@ -74,17 +75,8 @@ class Transmission:
         ProtocolError when the client sends what cannot be understood; ConnectionLostError when it goes away
         in the middle of a request or of a reply.
         """
-        received = time.perf_counter()
         try:
-            while self._answer_received():
-                self._outbox.flush()
-                if self._traffic.timed:
-                    self._time_in_line(time.perf_counter() - received)
-                if self._finish_by is not None and time.monotonic() >= self._finish_by:
-                    break
-                if not self._inbox.receive():
-                    break
-                received = time.perf_counter()
+            self._serve_received()
             self._outbox.flush()
         except ProtocolError:
             # What came before the nonsense was in order, and is answered.
@@ -94,8 +86,8 @@ class Transmission:
             # An old write must not land after this client has come back with a newer one.
             self._in_flight.wait_until_none()
 
-    def _answer_received(self) -> bool:
-        """Answer every request that has been received whole; False when the client said goodbye.
+    def _serve_received(self) -> None:
+        """Answer what has been received, receive more, and so on until the client says goodbye or goes away.
 
         This is the hot loop. Plain reads and writes, nearly all of the traffic, are served without leaving
         it: what is read goes from the backend straight to its place behind the reply's header, what is
@@ -109,55 +101,68 @@ class Transmission:
         received, payloads, out, view = inbox.buffer, inbox.view, outbox.buffer, outbox.view
         capacity, short, size = outbox.capacity, self._short, self._agreement.offer.size
         read_into, write, writable = self._backend.read_into, self._backend.write, self._writable
-        reads = read_bytes = writes = written = 0
-        position, end = inbox.start, inbox.end
-        while end - position >= header:
-            magic, flags, command, cookie, offset, length = unpack(received, position)
-            if magic != expected:
-                raise ProtocolError(f"a request starts with {magic:#010x} instead of {expected:#010x}")
-            position += header
-            if not flags and 0 < length <= short and offset + length <= size:
-                start = outbox.used
-                try:
-                    if command == 0:  # READ; looking up the enumeration's member costs a tenth, too
-                        stop = start + head + length
-                        if stop > capacity:
-                            outbox.flush()
-                            start, stop = 0, head + length
-                        read_into(offset, view[start + head : stop])
-                        put_data_head(out, start, cookie, offset, offset, length)
-                        outbox.used = stop
-                        reads += 1
-                        read_bytes += length
-                        continue
-                    if command == 1 and writable and end - position >= length:  # WRITE
-                        stop = start + success
-                        if stop > capacity:
-                            outbox.flush()
-                            start, stop = 0, success
-                        payload = payloads[position : position + length]
-                        position += length
-                        write(offset, payload, False)
-                        put_success(out, start, cookie, offset)
-                        outbox.used = stop
-                        writes += 1
-                        written += length
-                        continue
-                except OSError as error:
-                    request = Request(flags, command, cookie, offset, length)
-                    outbox.add(self._commands.failure(request, error))
-                    self._traffic.requests[command] += 1
-                    continue
-            inbox.start = position
-            if command == Command.DISC:
-                self._count_in_line(reads, read_bytes, writes, written)
-                return False
-            self._dispatch(Request(flags, command, cookie, offset, length))
-            # A write may have received more.
+        while True:
+            reads = read_bytes = writes = written = 0
             position, end = inbox.start, inbox.end
-        inbox.start = position
-        self._count_in_line(reads, read_bytes, writes, written)
-        return True
+            while end - position >= header:
+                magic, flags, command, cookie, offset, length = unpack(received, position)
+                if magic != expected:
+                    raise ProtocolError(f"a request starts with {magic:#010x} instead of {expected:#010x}")
+                position += header
+                if not flags and 0 < length <= short and offset + length <= size:
+                    start = outbox.used
+                    try:
+                        if command == 0:  # READ; looking up the enumeration's member costs a tenth, too
+                            stop = start + head + length
+                            if stop > capacity:
+                                outbox.flush()
+                                start, stop = 0, head + length
+                            read_into(offset, view[start + head : stop])
+                            put_data_head(out, start, cookie, offset, offset, length)
+                            outbox.used = stop
+                            reads += 1
+                            read_bytes += length
+                            continue
+                        if command == 1 and writable and end - position >= length:  # WRITE
+                            stop = start + success
+                            if stop > capacity:
+                                outbox.flush()
+                                start, stop = 0, success
+                            payload = payloads[position : position + length]
+                            position += length
+                            write(offset, payload, False)
+                            put_success(out, start, cookie, offset)
+                            outbox.used = stop
+                            writes += 1
+                            written += length
+                            continue
+                    except OSError as error:
+                        request = Request(flags, command, cookie, offset, length)
+                        outbox.add(self._commands.failure(request, error))
+                        self._traffic.requests[command] += 1
+                        continue
+                inbox.start = position
+                if command == Command.DISC:
+                    self._count_in_line(reads, read_bytes, writes, written)
+                    return
+                self._dispatch(Request(flags, command, cookie, offset, length))
+                # A write may have received more.
+                position, end = inbox.start, inbox.end
+            inbox.start = position
+            self._count_in_line(reads, read_bytes, writes, written)
+            outbox.flush()
+            if not self._receive():
+                return
+
+    def _receive(self) -> bool:
+        """Wait for more; False when there is no more, or none shall be taken any more."""
+        if self._traffic.timed:
+            self._time_in_line(time.perf_counter() - self._received)
+        if self._finish_by is not None and time.monotonic() >= self._finish_by:
+            return False
+        goes_on = self._inbox.receive()
+        self._received = time.perf_counter()
+        return goes_on
 
     def _count_in_line(self, reads: int, read_bytes: int, writes: int, written: int) -> None:
         """Count what one round of the hot loop has served itself."""
