@@ -57,40 +57,55 @@ class FileStorage:
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes, fewer only where the file ends."""
-        data = os.pread(self._fd, length, offset)
-        if not data or len(data) == length:
-            return data
-        parts = [data]
-        while data:  # a signal, or the 2 GiB that Linux moves at once, may have cut the call short
-            offset, length = offset + len(data), length - len(data)
-            data = os.pread(self._fd, length, offset)
-            parts.append(data)
+        parts: list[bytes] = []
+        try:
+            while length:
+                data = os.pread(self._fd, length, offset)
+                if len(data) == length and not parts:
+                    return data
+                if not data:
+                    break
+                # A signal, or the 2 GiB that Linux moves at once, may have cut the call short.
+                parts.append(data)
+                offset, length = offset + len(data), length - len(data)
+        except OSError as error:
+            raise self._named(error) from error
         return b"".join(parts)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of the data; OSError, with part of it written, if the disk is full or fails."""
         self._refuse_after_failed_sync()
-        written = os.pwrite(self._fd, data, offset)
-        while written < len(data):
-            written += os.pwrite(self._fd, memoryview(data)[written:], offset + written)
+        try:
+            written = os.pwrite(self._fd, data, offset)
+            while written < len(data):
+                written += os.pwrite(self._fd, memoryview(data)[written:], offset + written)
+        except OSError as error:
+            raise self._named(error) from error
 
     def truncate(self, size: int) -> None:
         """Set the length of the file."""
         self._refuse_after_failed_sync()
-        os.ftruncate(self._fd, size)
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise self._named(error) from error
 
     def sync(self) -> None:
         """Return when the file's content, and its length, are durable."""
         self._refuse_after_failed_sync()
         try:
             os.fdatasync(self._fd)
-        except OSError:
+        except OSError as error:
             self._sync_failed = True
-            raise
+            raise self._named(error) from error
 
     def close(self) -> None:
         """Close the descriptor, which also gives the image locks back."""
         os.close(self._fd)
+
+    def _named(self, error: OSError) -> OSError:
+        """The same error with the file's name."""
+        return OSError(error.errno, error.strerror, str(self.path))
 
     def _refuse_after_failed_sync(self) -> None:
         """Linux reports a failed write-back once, and then forgets the data: a second sync would lie."""

@@ -1,0 +1,196 @@
+"""What the operator types, and the one line that answers a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from overlay import cli
+from overlay.image import Backing
+from overlay.qed.header import Feature, read_header
+from overlay.qed.image import QedImage
+from overlay.storage import open_file
+from tests.support.qed import make_image, poke
+
+MIB = 1 << 20
+BACKING = ("--backing", "nbd://h/disk")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run nbd-overlay; its exit code, output and errors."""
+
+    def run_with(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["nbd-overlay", *map(str, words)])
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_with
+
+
+def test_create_makes_an_image_whose_backing_is_raw(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("create", "--backing", "nbd:h:99:exportname=a b", "--size", "1.5G", tmp_path / "x")
+    assert (code, err) == (0, "")
+    assert "1.5 GiB (1610612736 bytes), backing nbd://h:99/a%20b" in out
+    storage = open_file(tmp_path / "x")
+    header, backing = read_header(storage, "x")
+    storage.close()
+    assert backing == Backing("nbd://h:99/a%20b", raw=True)
+    assert (header.image_size, header.cluster_size, header.table_size) == (3 << 29, 65536, 4)
+
+
+def test_the_path_of_a_socket_does_not_depend_on_where_create_ran(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("create", "--backing", "nbd:unix:a.sock", "--size", "1M", "x")
+    assert (
+        json.loads(run("info", "--json", "x")[1])["backing-filename"]
+        == f"nbd+unix:///?socket={tmp_path}/a.sock"
+    )
+
+
+def test_an_existing_file_is_overwritten_only_by_force(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"precious")
+    code, _, err = run("create", *BACKING, "--size", "1M", tmp_path / "x")
+    assert (code, err) == (1, f"nbd-overlay: {tmp_path}/x: the file exists; choose another name, or --force "
+                              "to overwrite it\n")  # fmt: skip
+    assert (tmp_path / "x").read_bytes() == b"precious"
+    assert run("create", "--force", *BACKING, "--size", "1M", tmp_path / "x")[0] == 0
+    assert run("check", tmp_path / "x")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "required: COMMAND"),
+        (["bogus"], "invalid choice"),
+        (["create", "x"], "required: --backing"),
+        (["create", "--backing", "migrate:disk", "x"], "not an NBD address"),
+        (["create", "--backing", "/a/file", "x"], "not an NBD address"),
+        (["create", *BACKING, "--size", "1Q", "x"], "is not a size"),
+        (["create", *BACKING, "--size", "0", "x"], "a disk of 0 bytes"),
+        (["create", *BACKING, "--size", "65T", "x"], "to 64 TiB"),
+        (["create", *BACKING, "--size", "1G", "--cluster-size", "100K", "x"], "power of two"),
+        (["create", *BACKING, "--size", "1G", "--cluster-size", "64M", "x"], "no QEMU opens"),
+        (["create", *BACKING, "--size", "1G", "--layout", "qcow2", "x"], "invalid choice"),
+        (
+            ["create", "--backing", "nbd://h/" + "x" * 4090, "--size", "1G", "--cluster-size", "4K", "x"],
+            "too many",
+        ),
+        (["check", "--repair", "-U", "x"], "exclude each other"),
+        (["info"], "required: IMAGE"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert complaint in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backing_that_cannot_be_asked_leaves_no_image(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("create", "--backing", "nbd://127.0.0.1:1/x", tmp_path / "x")
+    assert code == 1
+    assert "nbd://127.0.0.1:1/x" in err
+    assert "Connection refused" in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("create", *BACKING, "--size", "1M", tmp_path / "no" / "x")
+    assert (code, err) == (1, f"nbd-overlay: {tmp_path}/no/x: no such file or directory; check the path\n")
+
+
+def test_a_full_disk_leaves_no_image(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, size: int) -> None:
+        if size:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    code, _, err = run("create", *BACKING, "--size", "1M", tmp_path / "x")
+    assert (code, err) == (1, f"nbd-overlay: {tmp_path}/x: No space left on device\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["info", "check", "map"])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "no such file"), (b"", "not a QED image"), (b"QFI\xfb" + bytes(600), "not a QED image"),
+     (b"QED\0" + bytes(30), "ends within the header"), (b"QED\0" + bytes(600), "cluster size")],
+)  # fmt: skip
+def test_what_is_no_image_is_refused_in_one_line(
+    run: Run, tmp_path: Path, command: str, content: bytes | None, complaint: str
+) -> None:
+    if content is not None:
+        (tmp_path / "x").write_bytes(content)
+    code, out, err = run(command, tmp_path / "x")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"nbd-overlay: {tmp_path}/x: ")
+    assert complaint in err
+    assert len(err.splitlines()) == 1
+
+
+def test_info_shows_what_the_header_says(run: Run, tmp_path: Path) -> None:
+    make_image(tmp_path / "x", MIB, backing="nbd://h/a\x1b[31m\n")
+    out = run("info", tmp_path / "x")[1]
+    assert "disk: 1 MiB (1048576 bytes)" in out
+    assert r"backing: nbd://h/a\x1b[31m\n (raw)" in out
+    poke(tmp_path / "x", 16, Feature.NEED_CHECK)
+    out = run("info", tmp_path / "x")[1]
+    assert "backing: none" in out
+    assert f"not closed cleanly: run nbd-overlay check --repair {tmp_path}/x" in out
+
+
+def test_a_name_that_is_not_utf8_does_no_harm(run: Run, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"))
+    assert run("create", *BACKING, "--size", "1M", path)[0] == 0
+    for command in ("info", "check", "map"):
+        assert run(command, path)[0] == 0
+
+
+def test_map_shows_what_is_here_and_what_is_not(run: Run, tmp_path: Path) -> None:
+    make_image(tmp_path / "x", MIB, backing="nbd://h/")
+    with QedImage.open(tmp_path / "x", writable=True) as image:
+        image.write(65536, b"x" * 131072)
+        image.zero(524288, 65536)
+    lines = [line.split() for line in run("map", tmp_path / "x")[1].splitlines()]
+    assert lines == [
+        ["offset", "length", "state", "file", "offset"],
+        ["0x0", "0x10000", "absent"],
+        ["0x10000", "0x20000", "data", "0x50000"],
+        ["0x30000", "0x50000", "absent"],
+        ["0x80000", "0x10000", "zero"],
+        ["0x90000", "0x70000", "absent"],
+    ]
+
+
+def test_leaks_are_told_and_are_no_failure_but_corruptions_are(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    make_image(path, MIB, backing="nbd://h/")
+    with path.open("ab") as file:
+        file.truncate(path.stat().st_size + 65536)
+    code, out, _ = run("check", path)
+    assert code == 0
+    assert "1 leaked clusters: wasted space, no harm to data" in out
+    poke(path, 65536 + 8, 1)
+    code, out, _ = run("check", path)
+    assert code == 1
+    assert f"{path}: entry 1 of the L1 table, 0x1, is not the place of an L2 table" in out
+    assert "1 corruptions: do not use the image" in out
+    code, out, _ = run("check", "--repair", path)
+    assert code == 0
+    assert "repaired: 1 references cleared, 1 leaks cut off" in out
+    assert run("check", path)[1].startswith("no corruption found")
