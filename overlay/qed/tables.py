@@ -114,7 +114,7 @@ class Tables:
                 if entry > ZERO:
                     while last < stop and entries[last] == (expected := expected + step):
                         last += 1
-                    self._refuse_metadata(entry, last - first, cluster)
+                    self._check_data(entry, last - first, cluster, self._end_for(number))
                 else:
                     while last < stop and entries[last] == entry:
                         last += 1
@@ -133,11 +133,11 @@ class Tables:
                 self._add_table(l1_index)
             number, first = divmod(cluster, self._slice_entries)
             part = self._slice(number)
+            self._check_before_change(number, part)
             here = min(count, len(part.entries) - first)
             values = array("Q", range(entry, entry + here * step, step) if step else [entry] * here)
             part.change(first, values)
             self._dirty[number] = part
-            self._changed.add(number)
             cluster, count, entry = cluster + here, count - here, entry + here * step
 
     def allocate(self, count: int) -> int:
@@ -191,9 +191,7 @@ class Tables:
         first = number * self._slice_entries
         place = self._l1[self._l1_index(number)] + first % self._header.table_entries * ENTRY_BYTES
         count = min(self._slice_entries, self._header.clusters - first)
-        part = _Slice(place, read_entries(self._storage, place, count))
-        self._check_slice(part, first, self.end if number in self._changed else self._opened_end)
-        return part
+        return _Slice(place, read_entries(self._storage, place, count))
 
     def _checked_places(self) -> array[int]:
         """The places of all L2 tables in the file, sorted; they and the L1 table must not overlap."""
@@ -211,25 +209,35 @@ class Tables:
                 )
         return places
 
-    def _check_slice(self, part: _Slice, first: int, end: int) -> None:
-        """Refuse offsets outside the clusters that the file has (had, where nothing was changed by us)."""
-        header = self._header
-        mask, lowest, highest = header.cluster_size - 1, header.first_cluster, end - header.cluster_size
-        for index, entry in enumerate(part.entries):
-            if entry > ZERO and (entry & mask or not lowest <= entry <= highest):
-                offset = (first + index) * header.cluster_size
-                raise self._damaged(
-                    f"the entry of disk offset {offset}, {entry:#x}, is not the place of a cluster"
-                )
+    def _end_for(self, number: int) -> int:
+        """Where the clusters end to which a slice can point."""
+        return self.end if number in self._changed else self._opened_end
 
-    def _refuse_metadata(self, offset: int, count: int, cluster: int) -> None:
-        """A data cluster that lies on a table would let the guest read, and overwrite, the table."""
+    def _check_before_change(self, number: int, part: _Slice) -> None:
+        """Before a slice first points behind the end that the file had: it must not have done so already."""
+        if number in self._changed:
+            return
+        for index, entry in enumerate(part.entries):
+            if entry > ZERO and not self._header.is_cluster(entry, self._opened_end):
+                raise self._damaged_entry(number * self._slice_entries + index, entry)
+        self._changed.add(number)
+
+    def _check_data(self, offset: int, count: int, cluster: int, end: int) -> None:
+        """Refuse places that are no clusters, or where a table lies, which the guest would overwrite."""
+        if not self._header.is_cluster(offset, end, count):
+            raise self._damaged_entry(cluster, offset)
         index = bisect_left(self._places, offset + count * self._header.cluster_size)
         if index and self._places[index - 1] + self._header.table_bytes > offset:
             disk_offset = cluster * self._header.cluster_size
             raise self._damaged(
                 f"the data of disk offset {disk_offset} lies on the table at {self._places[index - 1]:#x}"
             )
+
+    def _damaged_entry(self, cluster: int, entry: int) -> ImageError:
+        disk_offset = cluster * self._header.cluster_size
+        return self._damaged(
+            f"the entry of disk offset {disk_offset}, {entry:#x}, is not the place of a cluster"
+        )
 
     def _damaged(self, what: str) -> ImageError:
         return ImageError(f"{self._path}: damaged QED tables: {what}; see nbd-overlay check {self._path}")

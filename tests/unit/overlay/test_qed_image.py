@@ -378,8 +378,11 @@ def test_an_entry_behind_the_end_is_still_wrong_after_the_file_has_grown_past_it
     poke(path, second_l2, end)
     with QedImage.open(path, writable=True) as image:
         image.write(CLUSTER, b"y" * CLUSTER * 4)
+        for offset in (8 * GIB, 8 * GIB + 5 * CLUSTER):
+            with pytest.raises(ImageError, match="not the place of a cluster"):
+                image.write(offset, b"z")
         with pytest.raises(ImageError, match="not the place of a cluster"):
-            image.write(8 * GIB, b"z")
+            image.read(8 * GIB, 1)
 
 
 @pytest.mark.parametrize(
