@@ -26,6 +26,9 @@ KEEPER_START = 15.0
 KEEPER_END = 10.0
 """Seconds until a keeper that has been let go of has ended, with what it kept."""
 
+REMOTE_LOOK = 1.0
+"""Seconds between two looks for a process on another host whose keeper is gone."""
+
 KILL = 5.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
@@ -81,9 +84,10 @@ class Child:
         await self._gone.wait()
         if self.status is None:
             return "ended, as its keeper was killed"
-        how = f"was ended by signal {-self.status}" if self.status < 0 else f"ended with code {self.status}"
+        if self.status < 0:
+            return f"was ended by signal {-self.status}"
         lines = self._tail.strip().splitlines()
-        return f"{how}: {lines[-1].strip()}" if lines else how
+        return f"ended with code {self.status}" + (f": {lines[-1].strip()}" if lines else "")
 
     def release(self) -> None:
         """Let the process live on by itself when we end."""
@@ -119,9 +123,8 @@ class Child:
                 self._gone.set()
         if self.running and not self.released:
             await self._signal(signal.SIGKILL)
-        if self.running and self._pidfd >= 0:
-            await readable(self._pidfd)
-        if self._pidfd >= 0 or not self.released:
+        if self.running:
+            await self._end()
             self._gone.set()
 
     async def close(self) -> None:
@@ -131,6 +134,20 @@ class Child:
                 os.close(fd)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._keeper.wait(), KEEPER_END)
+
+    async def _end(self) -> None:
+        """Wait for the end of a process that has no keeper any more."""
+        if self._pidfd >= 0:
+            await readable(self._pidfd)
+            return
+        while True:
+            try:
+                await self.host.run("kill", "-0", str(self.pid), limit=KEEPER_START)
+            except MigrationError as error:
+                # A host that cannot be reached says nothing about the process.
+                if "No such process" in str(error):
+                    return
+            await asyncio.sleep(REMOTE_LOOK)
 
     async def _signal(self, number: signal.Signals) -> None:
         """Signal the process directly, when its keeper is not there to do it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 from qemu.qmp import EventListener
 
@@ -11,7 +12,7 @@ from nbdserve.errors import MigrationError
 from recipes.migration import READY, Arrival, Migration
 from recipes.report import Moment
 from recipes.source import LOOK, WANTED, set_capabilities
-from recipes.vm import Vm
+from recipes.vm import Vm, VmGoneError
 
 ARRIVE = 5.0
 """Seconds until the guest must run on B, once everything of it is there."""
@@ -98,14 +99,15 @@ async def fence_source(m: Migration) -> None:
     """
     image, limits = m.plan.source.image, m.plan.limits
     try:
-        command = m.host_a.own("fence", READY, image)
-        m.fence = await m.start("the fence on A", m.host_a, image, "fence", command, ready=True)
+        if m.fence is None or not m.fence.running:
+            command = m.host_a.own("fence", READY, image)
+            m.fence = await m.start("the fence on A", m.host_a, image, "fence", command, ready=True)
         await m.fence.ready(limits.start)
     except MigrationError as error:
         m.report.note(f"no fence: {error}; do not let anyone open {image} on A")
     try:
-        if m.a.connected:
+        with suppress(VmGoneError):
             await m.a.execute("quit")
-            await asyncio.wait_for(m.a.gone(), limits.stop)
+        await asyncio.wait_for(m.a.gone(), limits.stop)
     except (MigrationError, TimeoutError) as error:
         m.report.note(f"A's QEMU did not end ({error}); never let its guest go on")

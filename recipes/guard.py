@@ -26,7 +26,7 @@ from nbdserve.errors import ConnectError, MigrationError, OperatorError
 from recipes.children import Child, stream
 from recipes.host import Host
 from recipes.source import Side, give_back
-from recipes.vm import connect
+from recipes.vm import VmGoneError, connect
 
 MESSAGE = 1 << 16
 """Longest message in bytes."""
@@ -142,7 +142,8 @@ class Watch:
             side = await give_back(a, self.end_children, self.orders.capabilities, settle=SETTLE)
             if side is Side.DESTINATION:
                 self.release_children()
-                await a.execute("quit")
+                with suppress(VmGoneError):
+                    await a.execute("quit")
                 return "the guest runs on B; A's QEMU was ended; the disk is not complete: " + GO_ON
             await self.remove()
             return "the guest runs on A as before"

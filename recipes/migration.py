@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +161,3 @@ async def gone(vm: Vm) -> str:
     """Wait until a QEMU that is not our child has ended."""
     await vm.gone()
     return "has ended"
-
-
-def now() -> float:
-    """The monotonic clock, in seconds."""
-    return time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -114,7 +113,7 @@ async def check_move(plan: Plan, host_a: Host) -> None:
 async def answers(address: str, limit: float) -> bool:
     """Whether a monitor, or anything else, accepts connections there."""
     try:
-        vm = await asyncio.wait_for(connect("", address, limit=limit, command_limit=limit), limit)
+        vm = await connect("", address, limit=limit, command_limit=limit)
     except ConnectError as error:
         # Somebody who accepts but says nothing is somebody, too.
         return isinstance(error.__cause__, TimeoutError)

@@ -36,17 +36,16 @@ async def give_back(
 ) -> Side:
     """Unless the migration is complete, end the destination and let the guest go on at the source.
 
-    The source's state ``completed`` is the one instant at which the guest changes sides. A switch-over that
-    is under way may still get there, which it is given ``settle`` seconds for. Then the destination is ended
-    *before* the source goes on, so that never both run. ``capabilities`` were on before; the others are
-    switched off again.
+    The guest changes sides in one instant, see has_left(). A switch-over that is under way may still get
+    there, and has ``settle`` seconds for it. Then the destination is ended *before* the source goes on, so
+    that never both run. ``capabilities`` were on before; the others are switched off again.
 
     Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
     """
     deadline = time.monotonic() + settle
-    while (status := await migration_status(a)) == "device" and time.monotonic() < deadline:
+    while await migration_status(a) == "device" and time.monotonic() < deadline:
         await asyncio.sleep(LOOK)
-    if status == "completed":
+    if await has_left(a):
         return Side.DESTINATION
     await end_destination()
     await resume(a)
@@ -72,6 +71,16 @@ async def resume(a: Vm) -> None:
             refusal = f": {error.reason}"
         await asyncio.sleep(LOOK)
     raise MigrationError(f"the guest is paused on A and cannot go on{refusal}")
+
+
+async def has_left(a: Vm) -> bool:
+    """Whether the source's migration is complete.
+
+    ``completed`` alone does not say so: a guest that came here by a migration keeps that from its arrival.
+    """
+    if await migration_status(a) != "completed":
+        return False
+    return (await a.execute("query-status"))["status"] in ("postmigrate", "finish-migrate")
 
 
 async def migration_status(a: Vm) -> str:

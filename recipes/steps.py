@@ -66,10 +66,16 @@ async def create_overlay(m: Migration) -> str:
     image, uri, limit = m.plan.destination.image, str(m.plan.export.address), m.plan.limits.start
     tool = m.host_b.tool("nbd-overlay")
     argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", "qed", image]
-    await m.during(m.host_b.run(*argv, limit=limit), limit, "creating the overlay")
-    # Not before it is known to be ours.
-    m.created = True
-    m.guard.remove_later(m.host_b.argv(remove_overlay(m.plan)))
+    creating = asyncio.create_task(m.host_b.run(*argv, limit=limit))
+    try:
+        await asyncio.shield(creating)
+    finally:
+        # To its end in any case: only then it is known whether the image is ours to remove.
+        await asyncio.wait({creating})
+        m.created = creating.exception() is None
+        if m.created:
+            m.guard.remove_later(m.host_b.argv(remove_overlay(m.plan)))
+    m.refuse_the_dead()
     return f"{image} over {uri}"
 
 

@@ -149,6 +149,9 @@ class Stream:
     async def _recover(self, trouble: str) -> None:
         """Bring the export back, then the guest and the job, until they hold."""
         self._m.recoveries += 1
+        if await self._is_full():
+            overlay = self._m.plan.destination.image
+            raise MigrationError(await self._advice(f"there is no space left for {overlay} on B; make room"))
         self._m.report.note(f"{trouble}; the guest waits")
         await self._bring_export_back()
         deadline = time.monotonic() + self._limits.recover
@@ -214,6 +217,14 @@ class Stream:
         """Whether the job is paused."""
         job = await self._job()
         return job is not None and job["status"] == "paused"
+
+    async def _is_full(self) -> bool:
+        """Whether the guest or the job waits for space on B, not for A."""
+        node = self._m.plan.destination.node
+        devices: list[dict[str, Any]] = await self._execute("query-block")
+        ours = [each for each in devices if each.get("inserted", {}).get("node-name") == node]
+        job = await self._job()
+        return any(each.get("io-status") == "nospace" for each in (*ours, *([job] if job else [])))
 
     async def _job(self) -> dict[str, Any] | None:
         """The block job, or None when it has ended."""

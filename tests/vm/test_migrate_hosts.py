@@ -80,8 +80,10 @@ def test_a_cable_that_is_pulled_for_a_while_costs_only_time(apart: Scene) -> Non
 def over_ssh(tmp_path: Path) -> Iterator[Scene]:
     """Both hosts behind an ssh, which gives its words to a shell, and a path that shells would split."""
     ssh = tmp_path / "ssh"
-    # What sshd does with the words: the user's shell gets them as one string, in an environment of its own.
-    ssh.write_text(f'#!/bin/bash\nshift\nexec env -i PATH="$PATH" {TAG}="${TAG}" bash -c "$*"\n')
+    # The words reach another shell as one string, in a session and an environment of its own; what comes and
+    # goes is relayed, so that both ends of a session that is killed see the end of file.
+    remote = f'setsid env -i PATH="$PATH" {TAG}="${TAG}" bash -c "$*"'
+    ssh.write_text(f"#!/bin/bash\nshift\nset -o pipefail\ncat | {remote} | cat\n")
     ssh.chmod(0o755)
     directory = tmp_path / "a b;c"
     directory.mkdir()
@@ -101,6 +103,19 @@ def test_commands_reach_their_hosts_through_ssh_word_by_word(over_ssh: Scene) ->
     assert over_ssh.wrong_sectors() == []
 
 
+def test_sessions_that_break_after_the_cut_over_end_nothing(over_ssh: Scene) -> None:
+    over_ssh.change("limits", speed=32 * MIB)
+    with over_ssh.run() as run:
+        run.wait_for_line(" of 64 MiB")
+        for session in sessions(over_ssh):
+            os.killpg(session.pid, signal.SIGKILL)
+        assert run.wait(60.0) == 0, run.output()
+    over_ssh.wait_until_guest_works("b")
+    assert over_ssh.started() == {Role.B}
+    over_ssh.quit_b()
+    assert over_ssh.wrong_sectors() == []
+
+
 def test_nothing_is_left_behind_ssh_when_the_orchestrator_is_killed(over_ssh: Scene) -> None:
     with over_ssh.run_doomed("MIGRATE", Role.ORCHESTRATOR) as run:
         assert run.wait(30.0) == -signal.SIGKILL
@@ -113,10 +128,17 @@ def test_nothing_is_left_behind_ssh_when_the_orchestrator_is_killed(over_ssh: Sc
 
 def keepers(stage: Scene) -> list[psutil.Process]:
     """Keepers on the other side of an ssh."""
-    return [process for process in psutil.process_iter(["cmdline"]) if "keeper" in words_of(process, stage)]
+    return [process for process in of_scene(stage) if "keeper" in process.info["cmdline"]]
 
 
-def words_of(process: psutil.Process, stage: Scene) -> list[str]:
-    """The command line of a process of this scene."""
-    words = process.info["cmdline"] or []
-    return words if str(stage.directory) in " ".join(words) else []
+def sessions(stage: Scene) -> list[psutil.Process]:
+    """Sessions of ssh in which a keeper runs."""
+    ssh = stage.plan.source.shell[0]
+    found = [process for process in of_scene(stage) if process.info["cmdline"][1] == ssh]
+    return [process for process in found if " keeper " in process.info["cmdline"][-1]]
+
+
+def of_scene(stage: Scene) -> list[psutil.Process]:
+    """The processes whose command line names the scene's directory, behind quotes or not."""
+    every = psutil.process_iter(["cmdline"])
+    return [process for process in every if str(stage.directory) in " ".join(process.info["cmdline"] or [])]

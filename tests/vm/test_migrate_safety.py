@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -16,7 +17,7 @@ import pytest
 from tests.support.disks import MIB, random_disk
 from tests.support.processes import Process, check, wait_until
 from tests.support.servers import nbdserve
-from tests.support.vms import QEMU, Monitor, Role, Scene, monitor, scene
+from tests.support.vms import QEMU, Monitor, Role, Scene, lives, monitor, scene
 
 
 @pytest.fixture
@@ -148,30 +149,32 @@ def fence(stage: Scene) -> Iterator[None]:
         assert not ready.exists()
 
 
-def migrate_by_hand(stage: Scene, *, kill_b: bool = False) -> None:
-    """Migrate A to a QEMU on the same image, up to A's state completed, or with B killed in between."""
+@contextmanager
+def migrated_by_hand(stage: Scene, *, kill_b: bool = False) -> Iterator[None]:
+    """Migrate A to a QEMU on the same image, up to A's state completed, or with B killed in between.
+
+    B lives as long as the block.
+    """
     address = stage.directory / "b.qmp"
     uri = f"unix:{stage.directory / 'migration'}"
     argv = stage.source_qemu()
     argv[argv.index("-qmp") + 1] = f"unix:{address},server=on,wait=off"
     argv[argv.index("-serial") + 1] = f"file:{stage.directory / 'b.serial'}"
-    with (
-        Process([*argv, "-incoming", "defer"], stage.directory / "b.log") as qemu,
-        monitor_when_there(qemu, address) as b,
-        monitor(stage.monitor_a) as a,
-    ):
-        capabilities = [{"capability": "return-path", "state": True}]
-        b.execute("migrate-set-capabilities", capabilities=capabilities)
-        capabilities.append({"capability": "pause-before-switchover", "state": True})
-        a.execute("migrate-set-capabilities", capabilities=capabilities)
-        b.execute("migrate-incoming", uri=uri)
-        a.execute("migrate", uri=uri)
-        wait_until(lambda: a.execute("query-migrate")["status"] == "pre-switchover", "the pause")
-        if kill_b:
-            qemu.kill()
-        a.execute("migrate-continue", state="pre-switchover")
-        if not kill_b:
-            wait_until(lambda: a.execute("query-migrate")["status"] == "completed", "the switch-over")
+    with Process([*argv, "-incoming", "defer"], stage.directory / "b.log") as qemu:
+        with monitor_when_there(qemu, address) as b, monitor(stage.monitor_a) as a:
+            capabilities = [{"capability": "return-path", "state": True}]
+            b.execute("migrate-set-capabilities", capabilities=capabilities)
+            capabilities.append({"capability": "pause-before-switchover", "state": True})
+            a.execute("migrate-set-capabilities", capabilities=capabilities)
+            b.execute("migrate-incoming", uri=uri)
+            a.execute("migrate", uri=uri)
+            wait_until(lambda: a.execute("query-migrate")["status"] == "pre-switchover", "the pause")
+            if kill_b:
+                qemu.kill()
+            a.execute("migrate-continue", state="pre-switchover")
+            if not kill_b:
+                wait_until(lambda: a.execute("query-migrate")["status"] == "completed", "the switch-over")
+        yield
 
 
 @contextmanager
@@ -182,7 +185,8 @@ def monitor_when_there(qemu: Process, address: Path) -> Iterator[Monitor]:
 
 
 def test_a_source_that_has_migrated_away_cannot_go_on_behind_the_fence(stage: Scene) -> None:
-    migrate_by_hand(stage)
+    with migrated_by_hand(stage):
+        pass
     with fence(stage), monitor(stage.monitor_a) as a:
         with pytest.raises(Exception, match='Failed to get "write" lock'):
             a.execute("cont")
@@ -204,13 +208,53 @@ def test_nobody_opens_the_image_for_writing_behind_the_fence(stage: Scene) -> No
 
 def test_a_fence_before_the_switch_over_would_kill_a_source_that_takes_its_guest_back(stage: Scene) -> None:
     """Why the fence is raised after A's ``completed``, and the server holds none."""
-    with fence(stage):
-        migrate_by_hand(stage, kill_b=True)
+    with fence(stage), migrated_by_hand(stage, kill_b=True):
         wait_until(lambda: not Role.A.find(stage.directory), "A's QEMU aborts", 10.0)
     assert "BDRV_O_INACTIVE" in (stage.directory / "a.log").read_text()
 
 
 def test_the_server_does_not_keep_a_source_from_taking_its_guest_back(stage: Scene, tmp_path: Path) -> None:
-    with nbdserve("-r", "-f", "raw", stage.image, directory=tmp_path):
-        migrate_by_hand(stage, kill_b=True)
+    with nbdserve("-r", "-f", "raw", stage.image, directory=tmp_path), migrated_by_hand(stage, kill_b=True):
         stage.wait_until_guest_works("a")
+
+
+def test_a_guest_that_came_by_a_migration_is_not_taken_for_one_that_has_left(stage: Scene) -> None:
+    """Its QEMU says ``completed`` from its arrival on."""
+    with migrated_by_hand(stage):
+        with monitor(stage.monitor_a) as a:
+            a.execute("quit")
+        with monitor(stage.monitor_b) as b:
+            wait_until(lambda: b.state == "running", "the guest runs")
+            assert b.execute("query-migrate")["status"] == "completed"
+        stage.change("destination", qmp=str(stage.directory / "c.qmp"))
+        stage.change("source", qmp=str(stage.monitor_b))
+        with stage.run_doomed("LAUNCH", Role.SERVER) as run:
+            assert run.wait(30.0) == 1
+        assert run.output().splitlines()[-1].endswith("the guest runs on A as before")
+        assert not stage.overlay.exists()
+        stage.wait_until_guest_works("b")
+
+
+def test_a_destination_without_space_pauses_the_guest_and_says_so(stage: Scene, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    check("mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", small)
+    try:
+        stage.change("destination", image=str(small / "b.qed"))
+        with stage.run() as run:
+            assert run.wait(30.0) == 1
+        assert f"there is no space left for {small / 'b.qed'} on B; make room" in run.output()
+        check("mount", "-o", "remount,size=80M", small)
+        with monitor(stage.monitor_b) as b:
+            wait_until(lambda: is_streamed(b), "the guest and the stream go on", 30.0, 0.2)
+        stage.wait_until_guest_works("b")
+        stage.quit_b()
+        stage.overlay = small / "b.qed"
+        assert stage.wrong_sectors(interrupted=True) == []
+    finally:
+        for process in Role.B.find(tmp_path):
+            process.kill()
+            wait_until(lambda pid=process.pid: not lives(pid), "B's QEMU is dead")  # type: ignore[misc]
+        check("umount", small)
