@@ -119,5 +119,5 @@ def summary(outcome: Outcome) -> str:
     """One line about a migration that is complete."""
     return (
         f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B, "
-        f"vulnerable window {outcome.window:.1f} s, {outcome.recoveries} interruptions"
+        f"vulnerable window {outcome.window:.1f} s, interrupted {outcome.recoveries} times"
     )

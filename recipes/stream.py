@@ -47,7 +47,7 @@ async def stream(m: Migration) -> str:
     await m.during(
         m.host_b.run("sync", "--", image, limit=limit), limit, f"writing {image} to stable storage"
     )
-    again = f", after {m.recoveries} interruptions" if m.recoveries else ""
+    again = f", interrupted {m.recoveries} times" if m.recoveries else ""
     return f"every block of {m.size} bytes is in {image}{again}"
 
 
