@@ -16,6 +16,9 @@ from nbdserve.traffic import Traffic
 PIECE = 256 << 10
 """Bytes of a long read that are read and sent at a time: small enough to stay in the processor's cache."""
 
+WORTH_SPLICING = 64 << 10
+"""Bytes from which on it is cheaper to pass pages on than to copy them."""
+
 MAX_EXTENTS = 8192
 """The most extents that one block status reply tells of: 64 KiB of descriptors."""
 
@@ -82,6 +85,8 @@ class Commands:
 
     def _read_whole(self, request: Request, replies: Outbox) -> None:
         """Read everything before the first byte of the reply goes out: after that no error can be told."""
+        if self._splice(request, request.offset, request.length, replies, whole=True):
+            return
         needed = self._framing.data_head + request.length
         room = replies if needed <= replies.capacity else replies.beside(needed)
         self._add_data(request, request.offset, request.length, _DONE, room)
@@ -96,9 +101,25 @@ class Commands:
             done = position + length == end
             if self._backend.reads_as_zeroes(position, length):
                 replies.add(self._framing.hole(request, position, length, done=done))
+            elif spliced := self._splice(request, position, end - position, replies, whole=False):
+                length = spliced
             else:
                 self._add_data(request, position, length, _DONE if done else 0, replies)
             position += length
+
+    def _splice(self, request: Request, offset: int, length: int, replies: Outbox, *, whole: bool) -> int:
+        """Send up to ``length`` bytes, or all of them, without copying; return how many, 0 for none."""
+        source = self._backend.file_range(offset)
+        if source is None or length < WORTH_SPLICING:
+            return 0
+        fitting = min(length, replies.most_to_splice(source))
+        if not fitting or (whole and fitting < length):
+            return 0
+        framing = self._framing
+        head = bytearray(framing.data_head)
+        done = _DONE if offset + fitting == request.offset + request.length else 0
+        framing.put_data_head(head, 0, request.cookie, request.offset, offset, fitting, done)
+        return fitting if replies.splice(head, source, fitting) else 0
 
     def _add_data(self, request: Request, offset: int, length: int, done: int, replies: Outbox) -> None:
         """Read straight to the place behind the head of the reply."""

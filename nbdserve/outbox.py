@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 
 from nbdserve.errors import ConnectionLostError
+from nbdserve.splicing import FileRange, Pipe
 from nbdserve.stream import Stream
 
 CAPACITY = 512 << 10
@@ -26,6 +28,9 @@ class Outbox:
         self.buffer = bytearray(capacity)
         self.view = memoryview(self.buffer)
         self.used = 0
+        # Only a plain socket takes pages as they are, and only its own thread fills the pipe.
+        self._socket = stream if isinstance(stream, socket.socket) and lock is None else None
+        self._pipe: Pipe | None = None
 
     def beside(self, capacity: int) -> Outbox:
         """Another buffer for the same client, whose replies do not mix with this one's."""
@@ -63,3 +68,38 @@ class Outbox:
                 raise ConnectionLostError(
                     f"the client takes no replies: {error.strerror or error}"
                 ) from error
+
+    def most_to_splice(self, source: FileRange) -> int:
+        """How many bytes of a file ``splice`` can take with one reply; 0 where it cannot take any."""
+        if self._socket is None:
+            return 0
+        if self._pipe is None:
+            self._pipe = Pipe()
+        return self._pipe.most(source.offset)
+
+    def splice(self, head: bytearray, source: FileRange, length: int) -> bool:
+        """Send the head of a reply and its data, which goes from the file to the socket without being copied.
+
+        Raises OSError when the file cannot be read; nothing has been sent then. False, with nothing sent
+        either, where the file system cannot do it; it is not tried again.
+        """
+        if self._socket is None or self._pipe is None:
+            return False
+        if not self._pipe.fill(source, length):
+            self._socket = None
+            return False
+        self.flush()
+        with self._lock:
+            try:
+                self._socket.sendall(head, socket.MSG_MORE)
+                self._pipe.empty(self._socket.fileno(), length)
+            except OSError as error:
+                raise ConnectionLostError(
+                    f"the client takes no replies: {error.strerror or error}"
+                ) from error
+        return True
+
+    def close(self) -> None:
+        """Let go of the pipe, if there is one."""
+        if self._pipe is not None:
+            self._pipe.close()

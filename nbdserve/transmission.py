@@ -85,6 +85,7 @@ class Transmission:
         finally:
             # An old write must not land after this client has come back with a newer one.
             self._in_flight.wait_until_none()
+            self._outbox.close()
 
     def _serve_received(self) -> None:
         """Answer what has been received, receive more, and so on until the client says goodbye or goes away.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from nbdserve.protocol.constants import Command
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION, BlockSizes
+from nbdserve.splicing import FileRange
 
 Buffer = bytes | bytearray | memoryview
 
@@ -81,6 +82,10 @@ class Backend(ABC):
     def reads_as_zeroes(self, offset: int, length: int) -> bool:
         """Whether the whole range is known, at less than the cost of reading it, to hold only zeroes."""
         return False
+
+    def file_range(self, offset: int) -> FileRange | None:
+        """Where the bytes from ``offset`` on lie in a file, if reading that file is all that a read does."""
+        return None
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """Whether a request can be served at once, without waiting for a network or a slow device."""

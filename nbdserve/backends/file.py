@@ -15,6 +15,7 @@ from nbdserve.errors import ImageError
 from nbdserve.protocol.constants import Command, ExtentFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSizes
+from nbdserve.splicing import FileRange
 
 HOLE = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
 DATA = int(ExtentFlags.DATA)
@@ -169,6 +170,10 @@ class FileBackend(Backend):
             # No data up to the end; a file that has shrunk ends too early.
             return os.lseek(self._fd, 0, os.SEEK_END) >= position + length
         return data >= position + length
+
+    def file_range(self, offset: int) -> FileRange | None:
+        """The file as it is."""
+        return FileRange(self._fd, self._base + offset)
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """All but a flush, which waits for the disk while reads from the page cache could go on."""
