@@ -23,8 +23,8 @@ from overlay.storage import create_file, sync_directory
 DEFAULT_CLUSTER_SIZE = 64 * 1024
 DEFAULT_TABLE_SIZE = 4
 """QEMU's defaults. The spec allows more than QEMU's code (measured on 7.2, see docs/overlay.md): a table size
-of 1 is never opened; with 8 or more a large write corrupts an image of small clusters; and where the tables
-could map 2^64 bytes no disk size is valid."""
+of 1 is never opened; with 16 a large write corrupts an image of small clusters; and where the tables could
+map 2^64 bytes no disk size is valid."""
 
 
 def new_header(
