@@ -147,7 +147,8 @@ class Upstream:
     def _perform(self, start: Start[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, Session]:
         """The result, and the session that it came from."""
         deadline = time.monotonic() + self._patience
-        while True:
+        # Even without patience a server that was lost and is back is not an error.
+        for attempt in itertools.count():
             session = self._connected(deadline)
             try:
                 return start(session.next(), *args, **kwargs).result(), session
@@ -156,8 +157,9 @@ class Upstream:
                     raise
                 # One that is late or shutting down is of no more use than one that is gone.
                 session.close()
-                if time.monotonic() >= deadline:
+                if attempt and time.monotonic() >= deadline:
                     raise OSError(errno.EIO, error.strerror) from error
+        raise AssertionError
 
     def _connected(self, deadline: float) -> Session:
         """The session, a new one if need be; EIO when there is none by the deadline."""
