@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import selectors
+import socket
 import threading
 import time
 from collections import Counter
@@ -54,7 +54,9 @@ class Server:
         self._stopping = False
         self._crowded = False
         self._had_client = False
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._alarm, self._bell = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._bell.setblocking(False)
 
     def stop(self) -> None:
         """Make ``run`` finish what is in flight and return. May be called from a signal handler."""
@@ -65,7 +67,7 @@ class Server:
         """Accept and serve clients until ``stop``, or until the last has gone if the policy says so."""
         watchdog = self._manager.watchdog
         with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_read, selectors.EVENT_READ)
+            selector.register(self._alarm, selectors.EVENT_READ)
             listening = False
             while not self._finished():
                 if listening != self._has_room():
@@ -79,7 +81,7 @@ class Server:
                     if isinstance(key.data, Listener):
                         self._accept(key.data)
                     else:
-                        os.read(self._wake_read, 4096)
+                        self._alarm.recv(4096)
                         self._crowded = False
                 watchdog.beat()
         self._manager.tell("STOPPING=1")
@@ -155,9 +157,9 @@ class Server:
 
     def _wake(self) -> None:
         try:
-            os.write(self._wake_write, b"!")
-        except BlockingIOError:
-            # The pipe is full: the loop wakes up anyway.
+            self._bell.send(b"!")
+        except OSError:
+            # It has rung so often that the loop wakes up anyway, or the loop has ended.
             pass
 
     def _shut_down(self) -> None:
@@ -175,6 +177,5 @@ class Server:
                 connection.cut(f"cut off: still busy {_DRAIN:g} s after the server was told to stop")
                 thread.join(1.0)
         self._workers.close()
-        if not any(thread.is_alive() for thread in remaining.values()):
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+        self._alarm.close()
+        self._bell.close()
