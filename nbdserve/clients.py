@@ -35,7 +35,7 @@ class Clients(Generic[C]):
         self._changed = changed
         self._condition = threading.Condition()
         self._threads: dict[C, threading.Thread] = {}
-        self._haggling: dict[C, None] = {}
+        self._haggling: dict[C, float] = {}
         self._working: dict[C, None] = {}
         self._closed = False
 
@@ -46,7 +46,8 @@ class Clients(Generic[C]):
         """A new client, which the thread is going to serve."""
         with self._condition:
             self._threads[client] = thread
-            self._haggling[client] = self._working[client] = None
+            self._haggling[client] = time.monotonic()
+            self._working[client] = None
 
     def settle(self, client: C) -> None:
         """The client's handshake is over."""
@@ -73,10 +74,17 @@ class Clients(Generic[C]):
         with self._condition:
             return dict(self._threads)
 
-    def haggling(self) -> list[C]:
-        """Those that have not chosen an export yet, in the order of arrival."""
+    @property
+    def haggling(self) -> int:
+        """How many have not chosen an export yet."""
+        return len(self._haggling)
+
+    def slowest_haggler(self) -> tuple[C, float] | None:
+        """Who has been choosing an export for the longest time, and for how many seconds."""
         with self._condition:
-            return list(self._haggling)
+            for client, arrival in self._haggling.items():
+                return client, time.monotonic() - arrival
+        return None
 
     def wait_for_predecessors(self, newcomer: C) -> None:
         """Let those who came before, use the same export and have gone since finish what they asked for.

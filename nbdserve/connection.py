@@ -126,7 +126,8 @@ class Connection:
         try:
             self._talk()
         finally:
-            self._say_goodbye()
+            if self._cut_because is None:
+                self._say_goodbye()
         self._log.debug("disconnected")
 
     def _talk(self) -> None:

@@ -50,9 +50,9 @@ class Listener:
     def close(self) -> None:
         """Stop listening."""
         self.sock.close()
-        if self._path and _identity(self._path) == self._identity:
-            # Where privileges were dropped its directory may be out of reach; the next start replaces it.
-            with contextlib.suppress(PermissionError):
+        # Where privileges were dropped its directory may be out of reach; the next start replaces the file.
+        with contextlib.suppress(PermissionError):
+            if self._path and _identity(self._path) == self._identity:
                 self._path.unlink(missing_ok=True)
 
 

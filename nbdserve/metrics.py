@@ -68,7 +68,7 @@ class Collector(PrometheusCollector):
         yield GaugeMetricFamily(
             "nbdserve_handshakes",
             "Clients that have not chosen an export",
-            value=len(server.clients.haggling()),
+            value=server.clients.haggling,
         )
         yield GaugeMetricFamily(
             "nbdserve_request_memory_bytes", "Memory of requests that wait", value=server.memory.held

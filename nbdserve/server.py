@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import selectors
 import socket
 import threading
@@ -25,6 +26,8 @@ WORKERS = 64
 """The most threads for requests that have to wait, of all clients together."""
 _DRAIN = 10.0
 """Seconds that requests in flight are given when the server stops."""
+GRACE = 1.0
+"""Seconds that every client has to choose an export, also when others wait to."""
 _PAUSE = 0.2
 """Seconds to wait when no client can be accepted for lack of descriptors or memory."""
 
@@ -52,7 +55,7 @@ class Server:
         self._workers = Workers(WORKERS, self.memory)
         self._shared = Shared(exports, self.clients, self._workers)
         self._stopping = False
-        self._crowded = False
+        self._crowded_until = 0.0
         self._had_client = False
         self._alarm, self._bell = socket.socketpair()
         self._alarm.setblocking(False)
@@ -77,12 +80,12 @@ class Server:
                             selector.register(listener.sock, selectors.EVENT_READ, listener)
                         else:
                             selector.unregister(listener.sock)
-                for key, _ in selector.select(watchdog.seconds_left()):
+                for key, _ in selector.select(self._seconds_left()):
                     if isinstance(key.data, Listener):
                         self._accept(key.data)
                     else:
                         self._alarm.recv(4096)
-                        self._crowded = False
+                        self._crowded_until = 0.0
                 watchdog.beat()
         self._manager.tell("STOPPING=1")
         self._shut_down()
@@ -97,6 +100,11 @@ class Server:
         self.clients.add(connection, thread)
         thread.start()
 
+    def _seconds_left(self) -> float | None:
+        """How long to wait for something to happen, in seconds; None for ever."""
+        limits = (self._manager.watchdog.seconds_left(), self._crowded_until - time.monotonic())
+        return min((limit for limit in limits if limit is not None and 0 <= limit < math.inf), default=None)
+
     def _finished(self) -> bool:
         if self._stopping:
             return True
@@ -105,7 +113,7 @@ class Server:
         return ends and not self.clients
 
     def _has_room(self) -> bool:
-        if self._crowded:
+        if time.monotonic() < self._crowded_until:
             return False
         return not self._policy.shared or len(self.clients) < self._policy.shared
 
@@ -132,13 +140,18 @@ class Server:
         """Whether one more client may haggle.
 
         A client needs milliseconds to choose an export. Where many do not choose, the one that has taken the
-        longest goes; the next one comes in when it has gone.
+        longest goes, if it had its time; the next one comes in when it has gone.
         """
-        haggling = self.clients.haggling()
-        if len(haggling) < self._policy.max_handshakes:
+        if self.clients.haggling < self._policy.max_handshakes:
             return True
-        self._crowded = True
-        if haggling[0].cut("cut off: it was slow to choose an export, and others wait to"):
+        slowest = self.clients.slowest_haggler()
+        if slowest is None:
+            return True
+        client, seconds = slowest
+        self._crowded_until = math.inf
+        if seconds < GRACE:
+            self._crowded_until = time.monotonic() + GRACE - seconds
+        elif client.cut("cut off: it was slow to choose an export, and others wait to"):
             self.turned_away["slow to choose"] += 1
         return False
 

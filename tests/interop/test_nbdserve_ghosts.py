@@ -118,7 +118,9 @@ def test_nobody_waits_for_a_client_that_is_still_there(tmp_path: Path) -> None:
 def test_readers_and_clients_of_other_exports_wait_for_nobody(tmp_path: Path) -> None:
     disk, other = GatedBackend(SIZE, local=True), GatedBackend(SIZE, local=True)
     other.capabilities = Capabilities(read_only=True)
-    exports = Exports([Export("", disk), Export("other", GatedBackend(SIZE, local=True)), Export("ro", other)])
+    exports = Exports(
+        [Export("", disk), Export("other", GatedBackend(SIZE, local=True)), Export("ro", other)]
+    )
     with running(exports, tmp_path) as (_, address):
         with Wire(address) as former:
             former.go()

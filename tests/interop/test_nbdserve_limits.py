@@ -1,0 +1,146 @@
+"""Floods: what one client, or many, can make the server hold is bounded, and honest clients are served."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from nbdserve.policy import Policy
+from tests.support.activation import activated
+from tests.support.disks import KIB, MIB, random_disk
+from tests.support.inprocess import GatedBackend, one_export, running
+from tests.support.processes import check, wait_until
+from tests.support.servers import TcpAddress, free_tcp_address, nbdserve
+from tests.support.wire import Command, Option, Reply, Wire, export_query, request
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A raw image of 1 MiB."""
+    path = tmp_path / "disk.img"
+    random_disk(path, MIB)
+    return path
+
+
+def test_idle_handshakes_do_not_keep_honest_clients_out(image: Path, tmp_path: Path) -> None:
+    with nbdserve("-f", "raw", "--max-handshakes=6", image, directory=tmp_path) as server:
+        flood: list[socket.socket] = []
+        for _ in range(2):
+            flood += [server.connect() for _ in range(12)]
+            assert check("nbdinfo", "--size", server.uri(), seconds=10) == f"{MIB}\n"
+            threads = len(list(Path(f"/proc/{server.pid}/task").iterdir()))
+            assert threads <= 1 + 6 + 1
+        assert server.process.output().count("slow to choose an export") > 10
+        for connection in flood:
+            connection.close()
+
+
+def test_clients_that_have_chosen_do_not_count_as_handshakes(image: Path, tmp_path: Path) -> None:
+    with nbdserve("-f", "raw", "--max-handshakes=1", image, directory=tmp_path) as server:
+        wires = [Wire(server.address) for _ in range(1)]
+        for _ in range(20):
+            wires[-1].go()
+            wires.append(Wire(server.address))
+        for wire in wires[:-1]:
+            wire.send(request(Command.READ, 0, 512))
+            assert wire.simple_reply().error == 0
+            wire.socket.close()
+
+
+def test_only_addresses_that_are_allowed_are_served(image: Path, tmp_path: Path) -> None:
+    tcp, six = free_tcp_address(), free_tcp_address("::1")
+    listen = [f"--listen=nbd://127.0.0.1:{tcp.port}", f"--listen=nbd://[::1]:{six.port}"]
+    with nbdserve(
+        "-f", "raw", "--allow=127.0.0.2", "--allow=::1/128", *listen, image, directory=tmp_path
+    ) as s:
+        assert check("nbdinfo", "--size", s.uri()) == f"{MIB}\n"
+        assert check("nbdinfo", "--size", six.uri()) == f"{MIB}\n"
+        with Wire(tcp) as refused:
+            assert refused.is_closed_by_server()
+        lines = [line for line in s.process.output().splitlines() if "--allow" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("nbdserve: 127.0.0.1:")
+        with socket.socket() as other:
+            other.settimeout(10)
+            other.bind(("127.0.0.2", 0))
+            other.connect((tcp.host, tcp.port))
+            assert len(other.recv(18, socket.MSG_WAITALL)) == 18
+
+
+def test_an_ipv4_client_of_a_socket_for_both_kinds_is_known_by_its_ipv4_address(
+    image: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as both:
+        address = TcpAddress("127.0.0.1", both.getsockname()[1])
+        for network, served in (("127.0.0.0/8", True), ("::/0", False)):
+            with activated(["-f", "raw", f"--allow={network}", image], tmp_path, both), Wire(address) as wire:
+                assert wire.is_closed_by_server() != served
+
+
+def test_the_memory_of_requests_that_wait_is_bounded_over_all_clients(tmp_path: Path) -> None:
+    disk = GatedBackend(16 * MIB, local=False, slow=b"")
+    policy = Policy(request_memory=MIB)
+    size = 300 * KIB
+    with running(one_export(disk), tmp_path, policy) as (server, address):
+        wires = [Wire(address) for _ in range(4)]
+        senders = []
+        for number, wire in enumerate(wires):
+            wire.go()
+            data = b"".join(
+                request(Command.WRITE, (4 * number + index) * MIB, cookie=index, data=b"x" * size)
+                for index in range(4)
+            )
+            senders.append(threading.Thread(target=wire.send, args=(data,)))
+            senders[-1].start()
+        wait_until(lambda: disk.waiting == 3, "three of sixteen requests fit into the memory")
+        assert server.memory.held <= MIB
+        disk.gate.set()
+        for wire, sender in zip(wires, senders, strict=True):
+            assert sorted(wire.simple_reply().cookie for _ in range(4)) == [0, 1, 2, 3]
+            sender.join()
+            wire.socket.close()
+        wait_until(lambda: server.memory.held == 0, "all memory is given back")
+    assert disk.content == (b"x" * size).ljust(MIB, b"\0") * 16
+
+
+def test_a_client_that_leaves_a_payload_half_sent_gives_its_memory_back(tmp_path: Path) -> None:
+    disk = GatedBackend(16 * MIB, local=False, slow=b"")
+    disk.gate.set()
+    with running(one_export(disk), tmp_path, Policy(request_memory=MIB)) as (server, address):
+        with Wire(address) as wire:
+            wire.go()
+            wire.send(request(Command.WRITE, 0, data=b"x" * MIB)[:-1])
+            wait_until(lambda: server.memory.held, "the payload's memory is reserved")
+        wait_until(lambda: server.memory.held == 0, "it is given back")
+        with Wire(address) as wire:
+            wire.go()
+            wire.send(request(Command.WRITE, 0, data=b"y" * 2 * MIB))
+            assert wire.simple_reply().error == 0, "one request may need more than all memory"
+
+
+EXTENDED_HEADERS = 11
+EXTENDED_REQUEST = struct.Struct(">IHHQQQ")  # magic, flags, type, cookie, offset, length
+EXTENDED_CHUNK = struct.Struct(">IHHQQQ")  # magic, flags, type, cookie, offset, length
+EXTENDED_MAGIC = 0x21E41C71
+PAYLOAD_LEN = 32
+ERROR_CHUNK = 0x8001
+
+
+def test_a_block_status_request_with_a_long_payload_is_refused_in_step(image: Path, tmp_path: Path) -> None:
+    length = 8 * MIB
+    with nbdserve("-f", "raw", image, directory=tmp_path) as server, Wire(server.address) as wire:
+        wire.greet()
+        assert wire.haggle(EXTENDED_HEADERS)[-1].kind == Reply.ACK
+        assert wire.haggle(Option.GO, export_query(""))[-1].kind == Reply.ACK
+        wire.send(EXTENDED_REQUEST.pack(EXTENDED_MAGIC, PAYLOAD_LEN, Command.BLOCK_STATUS, 1, 0, length))
+        wire.send(bytes(length), EXTENDED_REQUEST.pack(EXTENDED_MAGIC, 0, Command.FLUSH, 2, 0, 0))
+        _, _, kind, cookie, _, size = EXTENDED_CHUNK.unpack(wire.receive(EXTENDED_CHUNK.size))
+        assert (kind, cookie) == (ERROR_CHUNK, 1)
+        wire.receive(size)
+        assert EXTENDED_CHUNK.unpack(wire.receive(EXTENDED_CHUNK.size))[2:4] == (0, 2)
+        peak = Path(f"/proc/{server.pid}/status").read_text().partition("VmHWM:")[2].split()[0]
+        assert int(peak) < 40 * KIB, "in KiB: the payload was not kept"
