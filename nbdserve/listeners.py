@@ -11,7 +11,8 @@ from pathlib import Path
 
 from nbdserve.errors import ConnectError
 
-BACKLOG = 128
+BACKLOG = socket.SOMAXCONN
+"""Clients that may wait to be accepted; the kernel has the last word (net.core.somaxconn)."""
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 """A dead peer is noticed after two minutes (seconds, seconds, probes)."""
 
