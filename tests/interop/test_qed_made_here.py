@@ -299,14 +299,14 @@ def test_qemu_hangs_at_the_end_of_an_odd_sized_backing_without_structured_replie
     """What docs/overlay.md warns of: QEMU waits for the rest of the last sector, which nobody sends."""
     random_disk(tmp_path / "disk", 100_001)
     served = ("--no-sr", "-r", "--filter=truncate", "file", tmp_path / "disk")
-    copy = ("qemu-img", "convert", "-O", "raw")
+    read_last_sector = ("qemu-io", "-r", "-f", "qed", "-c", "read 99840 512")
     with nbdkit(*served, directory=tmp_path) as server:
         check(NBD_OVERLAY, "create", "--backing", server.uri(), tmp_path / "odd.qed")
         with pytest.raises(subprocess.TimeoutExpired):
-            run(*copy, tmp_path / "odd.qed", tmp_path / "copy", seconds=1)
+            run(*read_last_sector, tmp_path / "odd.qed", seconds=1)
     with nbdkit(*served, "round-up=512", directory=tmp_path) as server:
         check(NBD_OVERLAY, "create", "--backing", server.uri(), tmp_path / "even.qed")
-        check(*copy, tmp_path / "even.qed", tmp_path / "copy")
+        check(*read_last_sector, tmp_path / "even.qed")
 
 
 def test_beyond_4_gib_qemu_img_reports_leaks_that_are_not_there(tmp_path: Path) -> None:
