@@ -34,10 +34,10 @@ def serve(given: Options) -> int:
         inherited = activation.inherit(os.environ)
         manager = ServiceManager(os.environ)
         _check(given, inherited)
+        announce = _detach(stack, given.service, manager)
         exports = _open_exports(stack, given)
         listeners = _open_listeners(stack, given, inherited)
         monitor = _open_monitor(stack, given.service, inherited)
-        announce = _detach(given.service, exports, [*listeners, *monitor], manager)
         server = Server(exports, listeners, given.policy, manager)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda _number, _frame: server.stop())
@@ -105,14 +105,12 @@ def _open_monitor(
 
 
 def _detach(
-    service: ServiceOptions, exports: Exports, listeners: list[Listener], manager: ServiceManager
+    stack: contextlib.ExitStack, service: ServiceOptions, manager: ServiceManager
 ) -> Callable[[], None]:
     """Go to the background, if asked to; returns what lets the command that the operator typed return."""
     if not service.fork:
         return lambda: None
-    images = [number for export in exports.everything() for number in export.backend.descriptors()]
-    sockets = [listener.sock.fileno() for listener in listeners]
-    background = daemonize.detach([*images, *sockets, *manager.descriptors()])
+    background = stack.enter_context(daemonize.background(manager.descriptors()))
 
     def announce() -> None:
         _start_log(service, logs.system_log())

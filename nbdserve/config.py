@@ -6,26 +6,29 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdserve.backends.filters import Caching, DetectZeroes
+from nbdserve.backends.probe import FORMATS
+from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.errors import UsageError
 from nbdserve.policy import Policy
 from nbdserve.privileges import Identity
+from nbdserve.sizes import parse_size
 from nbdserve.tls import Certificates
-from nbdserve.uri import DEFAULT_PORT, SOCKET_PATH_LIMIT, NbdUri, Tls, parse_listen_uri
+from nbdserve.uri import DEFAULT_PORT, SOCKET_PATH_LIMIT, NbdUri, Tls, parse_listen_uri, parse_uri
 
-FORMATS = ("raw",)
 _NO_CERTIFICATE = "TLS needs a certificate: give --tls-cert and --tls-key, or --tls-certificates"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """One export, as the operator asked for it. ``offset`` is in bytes."""
+    """One export, as the operator asked for it: of a file, or of another server's export."""
 
     name: str
-    path: Path
+    source: Path | NbdUri
     format: str | None = None
     read_only: bool = False
     description: str = ""
-    offset: int = 0
+    part: Slice = WHOLE
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class ImageOptions:
     """Whether a trim gives space back."""
     fence: bool = False
     """Whether QEMUs are kept from opening them for writing."""
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    caching: Caching = Caching.WRITEBACK
+    aio: str | None = None
+    """How qemu-nbd does its input and output, where it does."""
+    patience: float = 10.0
+    """Seconds for which requests wait for another server that is lost."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +96,11 @@ def exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
     if given.file is not None:
         single = ExportOptions(
             given.export_name or "",
-            given.file,
+            source(given.file),
             given.format,
             given.read_only,
             given.description,
-            given.offset,
+            Slice(given.offset),
         )
         found.insert(0, single)
     elif not found:
@@ -101,24 +110,44 @@ def exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
     return tuple(found)
 
 
+def source(text: str) -> Path | NbdUri:
+    """A file's path, or the address of another server's export; UsageError when that is malformed."""
+    scheme = text.partition(":")[0].partition("+")[0]
+    return parse_uri(text) if ":" in text and scheme in ("nbd", "nbds") else Path(text)
+
+
+_ATTRIBUTES = ("read-only", "format", "description", "offset", "size")
+
+
 def _export(text: str, read_only: bool) -> ExportOptions:
-    """Read ``NAME=FILE[,format=F][,read-only][,description=TEXT]``; two commas stand for one in a value."""
+    """Read ``NAME=FILE[,ATTRIBUTE...]``; two commas stand for one in a value."""
     name, equals, rest = text.partition("=")
     if not equals:
         raise UsageError(f"--export {text}: write NAME=FILE")
     path, *attributes = [part.replace("\0", ",") for part in rest.replace(",,", "\0").split(",")]
     if not path:
         raise UsageError(f"--export {text}: the file name is missing")
-    options = {"read-only": read_only, "format": None, "description": ""}
+    given: dict[str, str] = {}
     for attribute in attributes:
         key, has_value, value = attribute.partition("=")
-        if key not in options or (key == "read-only") == bool(has_value):
-            raise UsageError(f"--export {text}: {attribute!r} is not format=F, read-only or description=TEXT")
-        options[key] = value if has_value else True
-    if options["format"] not in (None, *FORMATS):
-        raise UsageError(f"--export {text}: format {options['format']} is not one of {', '.join(FORMATS)}")
+        if key not in _ATTRIBUTES or (key == "read-only") == bool(has_value):
+            raise UsageError(
+                f"--export {text}: {attribute!r} is not read-only, format=F, offset=N, size=N "
+                "or description=TEXT"
+            )
+        given[key] = value
+    if given.get("format", "raw") not in FORMATS:
+        raise UsageError(f"--export {text}: format {given['format']} is not one of {', '.join(FORMATS)}")
     return ExportOptions(
-        name, Path(path), options["format"], bool(options["read-only"]), str(options["description"])
+        name,
+        source(path),
+        given.get("format"),
+        read_only or "read-only" in given,
+        given.get("description", ""),
+        Slice(
+            parse_size(given.get("offset", "0"), f"--export {name}: offset"),
+            parse_size(given["size"], f"--export {name}: size") if "size" in given else None,
+        ),
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
-from nbdserve.config import FORMATS, ExportOptions, ImageOptions
+from nbdserve.backends.probe import FORMATS
+from nbdserve.backends.slices import Slice
+from nbdserve.config import ExportOptions, ImageOptions, source
 from nbdserve.connection import Connection
 from nbdserve.errors import OperatorError
 from nbdserve.exports import Export
@@ -50,6 +51,7 @@ class Control:
         format_: str | None = None,
         description: str = "",
         offset: int = 0,
+        size: int | None = None,
     ) -> None:
         """Serve a file. QEMU names a node of its block graph here; this server has files."""
         if type_ != "nbd":
@@ -58,10 +60,17 @@ class Control:
             raise CommandError(f"Invalid parameter '{format_}': formats are {', '.join(FORMATS)}")
         if not 0 <= offset < 1 << 63:
             raise CommandError(f"Invalid parameter '{offset}': an offset is 0 or more bytes")
+        if size is not None and not 0 <= size < 1 << 63:
+            raise CommandError(f"Invalid parameter '{size}': a size is 0 or more bytes")
         if self._images.fence and writable:
             raise CommandError("with --fence exports are read-only")
         wanted = ExportOptions(
-            id_ if name is None else name, Path(filename), format_, not writable, description, offset
+            id_ if name is None else name,
+            source(filename),
+            format_,
+            not writable,
+            description,
+            Slice(offset, size),
         )
         export = open_export(wanted, self._images, id_)
         try:

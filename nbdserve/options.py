@@ -8,9 +8,10 @@ from pathlib import Path
 
 from nbdserve import __version__
 from nbdserve.access import AllowList, parse_network
+from nbdserve.backends.filters import Caching, DetectZeroes
+from nbdserve.backends.probe import FORMATS
 from nbdserve.command import Parser
 from nbdserve.config import (
-    FORMATS,
     ImageOptions,
     Options,
     ServiceOptions,
@@ -38,11 +39,25 @@ def parse(arguments: Sequence[str]) -> Options:
     terms = _terms(given)
     return Options(
         exports=wanted,
-        images=ImageOptions(discard=given.discard in ("unmap", "on"), fence=given.fence),
+        images=_images(given),
         listen=addresses(given, terms.tls is not None),
         policy=_policy(given, terms),
         service=_service(given),
     )
+
+
+def _images(given: argparse.Namespace) -> ImageOptions:
+    options = ImageOptions(
+        discard=given.discard in ("unmap", "on"),
+        fence=given.fence,
+        detect_zeroes=DetectZeroes(given.detect_zeroes),
+        caching=Caching(given.cache),
+        aio=given.aio,
+        patience=given.reconnect_timeout,
+    )
+    if options.detect_zeroes is DetectZeroes.UNMAP and not options.discard:
+        raise UsageError("--detect-zeroes=unmap gives space back, which --discard=ignore forbids: use =on")
+    return options
 
 
 def _terms(given: argparse.Namespace) -> Terms:
@@ -89,7 +104,12 @@ def _parser() -> Parser:
         description="Serve disk images over NBD.",
         epilog="Sizes are in bytes, times in seconds. Exit codes: 0 done, 1 failed, 2 bad usage.",
     )
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the image to serve")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="the image to serve, or the nbd:// URI of another server's export",
+    )
     parser.add_argument("-V", "--version", action="version", version=f"nbdserve {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every client that comes and goes")
     _add_export_options(parser)
@@ -106,7 +126,7 @@ def _add_export_options(parser: Parser) -> None:
         "--export",
         action="append",
         default=[],
-        metavar="NAME=FILE[,format=F][,read-only][,description=TEXT]",
+        metavar="NAME=FILE[,format=F][,read-only][,description=TEXT][,offset=N][,size=N]",
         help="serve FILE under NAME; may be repeated",
     )
     group.add_argument("-x", "--export-name", metavar="NAME", help="name of FILE's export (default: empty)")
@@ -119,6 +139,34 @@ def _add_export_options(parser: Parser) -> None:
         choices=("ignore", "off", "unmap", "on"),
         default="unmap",
         help="what a trim does: nothing, or give the space back (default)",
+    )
+    group.add_argument(
+        "--detect-zeroes",
+        choices=[mode.value for mode in DetectZeroes],
+        default=DetectZeroes.OFF.value,
+        help="what writes of zeroes become: writes (default), zeroing, or holes",
+    )
+    group.add_argument(
+        "--cache",
+        choices=[mode.value for mode in Caching],
+        default=Caching.WRITEBACK.value,
+        help="how images are read and written, as in QEMU (default: %(default)s)",
+    )
+    group.add_argument(
+        "-n", "--nocache", dest="cache", action="store_const", const=Caching.NONE.value, help="--cache=none"
+    )
+    group.add_argument(
+        "--aio", choices=("threads", "native", "io_uring"), help="passed to qemu-nbd; raw images need none"
+    )
+    group.add_argument(
+        "-A", "--allocation-depth", action="store_true", help="always told, as far as it is known"
+    )
+    group.add_argument(
+        "--reconnect-timeout",
+        type=_patience,
+        default=10.0,
+        metavar="S",
+        help="how long requests wait for another server that is lost (%(default)g)",
     )
     group.add_argument(
         "--fence", action="store_true", help="let no QEMU open the image for writing while it is served"
@@ -228,6 +276,10 @@ def _port(text: str) -> int:
     if value > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port, 0 to 65535")
     return value
+
+
+def _patience(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
 
 
 def _seconds(text: str) -> float:

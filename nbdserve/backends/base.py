@@ -91,10 +91,6 @@ class Backend(ABC):
         """Whether a request can be served at once, without waiting for a network or a slow device."""
         return True
 
-    def descriptors(self) -> list[int]:
-        """What must stay open when the process becomes a daemon."""
-        return []
-
     @abstractmethod
     def close(self) -> None:
         """Let go of everything. The backend is not used afterwards."""

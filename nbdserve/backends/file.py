@@ -50,10 +50,6 @@ class FileBackend(Backend):
         """The descriptor, for image locks."""
         return self._fd
 
-    def descriptors(self) -> list[int]:
-        """The one of the file."""
-        return [self._fd]
-
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer; a file that has shrunk is EIO, never zeroes."""
         count = os.preadv(self._fd, (buffer,), self._base + offset)

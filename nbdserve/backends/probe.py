@@ -6,9 +6,13 @@ header could name any file of the host as its backing. So a likeness is refused,
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nbdserve.errors import ImageError
+
+FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels", "dmg", "bochs", "cloop")
+"""QEMU's names of the formats that can be served."""
 
 _SIGNATURES = (
     (0, b"QFI\xfb", "qcow2"),
@@ -37,12 +41,11 @@ def looks_like(first: bytes) -> str | None:
     return None
 
 
-def require_raw(path: Path, start: int = 0) -> None:
-    """Raise ImageError if the image, which starts at this offset in bytes, looks like a format of its own."""
-    with path.open("rb", buffering=0) as image:
-        image.seek(start)
-        found = looks_like(image.read(_PROBED) or b"")
+def require_raw(descriptor: int, path: Path, start: int = 0) -> None:
+    """Raise ImageError if the opened image, from this offset in bytes on, looks like a format of its own."""
+    found = looks_like(os.pread(descriptor, _PROBED, start))
     if found is not None:
+        inside = f", or the disk in it with -f {found}" if found in FORMATS else ""
         raise ImageError(
-            f"{path}: looks like a {found} image; to serve its bytes as they are, say so with -f raw"
+            f"{path}: looks like a {found} image: serve the file's own bytes with -f raw{inside}"
         )

@@ -1,0 +1,152 @@
+"""Another NBD server's export, passed on with its size, block sizes, abilities and meta contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+from nbdserve.backends.base import Backend, Buffer, Capabilities
+from nbdserve.backends.slices import WHOLE, Slice
+from nbdserve.client.handle import Export
+from nbdserve.client.pipeline import Client, connect
+from nbdserve.client.upstream import PATIENCE, REQUEST_TIMEOUT, Upstream
+from nbdserve.errors import UsageError
+from nbdserve.protocol.constants import Command, CommandFlags
+from nbdserve.protocol.extents import Extent
+from nbdserve.protocol.offers import BlockSizes
+from nbdserve.uri import NbdUri
+
+_NONE = CommandFlags(0)
+_LONGEST_PAYLOAD = 4 << 20
+"""Bytes of one read or write upstream: a slow link must carry it within the time limit."""
+_LONGEST_RANGE = 1 << 30
+"""Bytes of one request upstream that carries no data: a slow disk must do it within the time limit."""
+
+T = TypeVar("T")
+
+
+def open_nbd(uri: NbdUri, *, read_only: bool, part: Slice = WHOLE, patience: float = PATIENCE) -> NbdBackend:
+    """Serve what another server exports; ``patience`` is for how many seconds requests wait for a lost one.
+
+    Raises ConnectError when it cannot be reached, UsageError when ``part`` does not lie within the export.
+    """
+
+    def dial(timeout: float) -> Client:
+        return connect(uri, timeout=timeout, request_timeout=REQUEST_TIMEOUT, contexts=None)
+
+    return NbdBackend(Upstream(str(uri), dial, patience=patience), read_only=read_only, part=part)
+
+
+class NbdBackend(Backend):
+    """An export of another server. The backend owns the upstream."""
+
+    always_local = False
+
+    def __init__(self, upstream: Upstream, *, read_only: bool, part: Slice = WHOLE) -> None:
+        self._upstream = upstream
+        self._export = export = upstream.export
+        self._base = part.offset
+        try:
+            self.size = part.length_within(export.size, upstream.name)
+        except UsageError:
+            upstream.close()
+            raise
+        self.contexts = export.contexts
+        self.block_sizes = _block_sizes(export)
+        self.capabilities = Capabilities(
+            read_only=read_only or export.read_only,
+            flush=export.flush,
+            fua=export.fua,
+            trim=export.trim,
+            zero=export.zero,
+            fast_zero=export.fast_zero,
+            cache=export.cache,
+            rotational=export.rotational,
+            # All clients here share what is one client, or several that see one another's writes, there.
+            multi_conn=True,
+        )
+        self._longest_payload = min(export.maximum_block or _LONGEST_PAYLOAD, _LONGEST_PAYLOAD)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer."""
+        for begin, end in _pieces(len(buffer), self._longest_payload):
+            self._upstream.call(Client.start_read, self._base + offset + begin, buffer[begin:end])
+
+    def write(self, offset: int, data: Buffer, fua: bool) -> None:
+        """Write all of ``data``."""
+        view = memoryview(data)
+        for begin, end in _pieces(len(data), self._longest_payload):
+            self._change(fua, Client.start_write, self._base + offset + begin, view[begin:end])
+
+    def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
+        """Let the server zero the range."""
+        flags = _NONE if may_trim else CommandFlags.NO_HOLE
+        if fast:
+            flags |= CommandFlags.FAST_ZERO
+        for begin, end in _pieces(length, _LONGEST_RANGE):
+            self._change(fua, Client.start_zero, self._base + offset + begin, end - begin, flags)
+
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Let the server give the range back."""
+        for begin, end in _pieces(length, _LONGEST_RANGE):
+            self._change(fua, Client.start_trim, self._base + offset + begin, end - begin)
+
+    def cache(self, offset: int, length: int) -> None:
+        """Let the server bring the range closer."""
+        # qemu-nbd takes no more here than in a read.
+        for begin, end in _pieces(length, self._longest_payload):
+            self._upstream.call(Client.start_cache, self._base + offset + begin, end - begin)
+
+    def flush(self) -> None:
+        """Let the server flush, if it can."""
+        if self._export.flush:
+            self._upstream.flush()
+
+    def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
+        """What the server says of the range; OSError when it fails."""
+        place = self._base + offset
+        left = self.size - offset
+        runs = self._upstream.call(Client.start_extents, place, length, context)
+        for run in runs:
+            if left <= 0:
+                return
+            yield Extent(min(run.length, left), run.flags)
+            left -= run.length
+
+    def is_local(self, command: Command, offset: int, length: int) -> bool:
+        """Nothing is."""
+        return False
+
+    def close(self) -> None:
+        """Take leave of the server."""
+        self._upstream.close()
+
+    def _change(
+        self,
+        fua: bool,
+        start: Callable[[Client, int, T, CommandFlags], Future[None]],
+        offset: int,
+        what: T,
+        flags: CommandFlags = _NONE,
+    ) -> None:
+        """Change the disk at an offset; what does not know FUA is flushed instead."""
+        durable = fua and self._export.fua
+        if durable:
+            flags |= CommandFlags.FUA
+        self._upstream.change(durable, start, offset, what, flags)
+        if fua and not durable:
+            self.flush()
+
+
+def _block_sizes(export: Export) -> BlockSizes:
+    """The server's minimum and preferred sizes; longer requests than it takes are cut up here."""
+    default = BlockSizes()
+    minimum = export.minimum_block or default.minimum
+    preferred = max(export.preferred_block or default.preferred, minimum)
+    return BlockSizes(minimum, preferred, default.maximum)
+
+
+def _pieces(length: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Where the parts of a request begin and end, none longer than ``longest``."""
+    return ((begin, min(begin + longest, length)) for begin in range(0, length, longest))

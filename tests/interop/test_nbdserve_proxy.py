@@ -1,0 +1,367 @@
+"""nbdserve before another NBD server: what it takes over and passes on, and what it does without it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import nbd
+import pytest
+
+from tests.support.disks import KIB, MIB, ODD_SIZE, random_disk, sparse_disk, sparse_runs
+from tests.support.processes import Argument, Process, check, is_alive, wait_until
+from tests.support.servers import NBDSERVE, Server, UnixAddress, nbdkit, nbdserve, qemu_nbd
+from tests.support.tls import Identities
+
+
+def connected(uri: str, *contexts: str) -> nbd.NBD:
+    """A libnbd client that also sends what the server will refuse."""
+    client = nbd.NBD()
+    client.set_strict_mode(0)
+    for context in contexts:
+        client.add_meta_context(context)
+    client.connect_uri(uri)
+    return client
+
+
+def described(uri: str) -> dict[str, object]:
+    """What nbdinfo says of an export, but for its address."""
+    told = json.loads(check("nbdinfo", "--json", uri))["exports"][0]
+    return {key: value for key, value in told.items() if key != "uri"}
+
+
+def test_everything_reads_and_writes_through_it(tmp_path: Path) -> None:
+    near, far = tmp_path / "near.img", tmp_path / "far.img"
+    content = random_disk(far, ODD_SIZE)
+    new = random_disk(near, ODD_SIZE, seed=2)
+    with (
+        nbdserve("-f", "raw", far, directory=tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        check("nbdcopy", proxy.uri(), tmp_path / "copy.img")
+        assert (tmp_path / "copy.img").read_bytes() == content
+        check("nbdcopy", "--connections=4", "--requests=16", near, proxy.uri())
+        assert far.read_bytes() == new
+        check("qemu-img", "compare", "-f", "raw", "-F", "raw", upstream.uri(), proxy.uri())
+        job = [
+            "--rw=randrw",
+            "--bs=4k",
+            "--iodepth=16",
+            "--size=2m",
+            "--number_ios=400",
+            "--verify=crc32c",
+            "--verify_state_save=0",
+        ]
+        check("fio", "--name=verify", "--ioengine=nbd", f"--uri={proxy.uri()}", *job)
+        assert proxy.process.terminate() == 0
+
+
+UPSTREAMS = {
+    "nbdserve": ["-f", "raw"],
+    "nbdserve read-only": ["-f", "raw", "-r"],
+    "qemu-nbd": ["-f", "raw", "--allocation-depth"],
+    "qemu-nbd read-only": ["-f", "raw", "-r"],
+    "nbdkit file": ["file"],
+    "nbdkit without much": ["--no-sr", "--filter=nozero", "--filter=nocache", "file"],
+    "nbdkit with large blocks": ["--filter=blocksize-policy", "file", "blocksize-minimum=4096",
+                                 "blocksize-preferred=65536", "blocksize-maximum=1M"],
+}  # fmt: skip
+
+
+Starter = Callable[..., AbstractContextManager[Server]]
+
+
+@contextmanager
+def upstream_of(kind: str, image: Path, directory: Path) -> Iterator[Server]:
+    """One of the servers above."""
+    program, options = kind.split()[0], UPSTREAMS[kind]
+    starters: dict[str, Starter] = {"nbdserve": nbdserve, "qemu-nbd": qemu_nbd, "nbdkit": nbdkit}
+    with starters[program](*options, image, directory=directory) as server:
+        yield server
+
+
+@pytest.mark.parametrize("kind", UPSTREAMS)
+def test_what_the_server_can_do_is_taken_over(tmp_path: Path, kind: str) -> None:
+    image = tmp_path / "disk.img"
+    content = sparse_disk(image, sparse_runs(4 * MIB))
+    with (
+        upstream_of(kind, image, tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        theirs, ours = described(upstream.uri()), described(proxy.uri())
+        # One upstream connection, or several that see one another's writes: always true here.
+        assert ours.pop("can_multi_conn")
+        theirs.pop("can_multi_conn")
+        # Replies are framed, and long requests cut up, by this server.
+        for own in ("can_df", "block_size_maximum"):
+            ours.pop(own)
+            theirs.pop(own, None)
+        if "block_size_minimum" not in theirs:
+            assert (ours.pop("block_size_minimum"), ours.pop("block_size_preferred")) == (1, 4096)
+        if not ours["contexts"]:
+            assert "contexts" not in theirs
+            del ours["contexts"]
+        assert ours == theirs
+        check("nbdcopy", proxy.uri(), tmp_path / "copy.img")
+        assert (tmp_path / "copy.img").read_bytes() == content
+        if "contexts" in theirs:
+            for context in ("base:allocation", "qemu:allocation-depth"):
+                if context in str(theirs["contexts"]):
+                    told = [
+                        check("nbdinfo", f"--map={context}", "--json", uri)
+                        for uri in (upstream.uri(), proxy.uri())
+                    ]
+                    assert told[0] == told[1]
+
+
+def test_dirty_bitmaps_of_the_server_can_be_read_here(tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    check("qemu-img", "create", "-f", "qcow2", image, "4M")
+    check("qemu-img", "bitmap", "--add", "-g", "64K", image, "b0")
+    check("qemu-io", "-c", "write 1M 64K", image)
+    with (
+        qemu_nbd("-r", "-f", "qcow2", "--bitmap=b0", image, directory=tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        maps = [check("nbdinfo", "--map=qemu:dirty-bitmap:b0", uri) for uri in (upstream.uri(), proxy.uri())]
+        assert maps[0] == maps[1]
+        assert "dirty" in maps[1]
+
+
+def test_flush_fua_zero_trim_and_cache_reach_the_server(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    disk = ["--filter=log", "--filter=fua", "memory", "4M", f"logfile={journal}", "fuamode=native"]
+    with (
+        nbdkit(*disk, directory=tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        client = connected(proxy.uri())
+        client.pwrite(b"x" * 512, 1024, nbd.CMD_FLAG_FUA)
+        client.zero(4096, 8192, nbd.CMD_FLAG_NO_HOLE)
+        client.zero(4096, 16384, nbd.CMD_FLAG_FUA)
+        client.trim(4096, 65536)
+        client.flush()
+        client.shutdown()
+        done = re.findall(r"(Write|Zero|Trim|Flush) id=\d+ (.*?) ?\.\.\.", journal.read_text())
+    assert done == [
+        ("Write", "offset=0x400 count=0x200 fua=1"),
+        ("Zero", "offset=0x2000 count=0x1000 trim=0 fua=0 fast=0"),
+        ("Zero", "offset=0x4000 count=0x1000 trim=1 fua=1 fast=0"),
+        ("Trim", "offset=0x10000 count=0x1000 fua=0"),
+        ("Flush", ""),
+    ]
+
+
+def test_long_requests_and_requests_for_nothing_are_served(tmp_path: Path) -> None:
+    with (
+        nbdkit("memory", "9T", directory=tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        client = connected(proxy.uri(), "base:allocation")
+        data = os.urandom(32 * MIB)
+        client.pwrite(data, 5)
+        assert client.pread(32 * MIB, 5) == data
+        client.pwrite(data + data, 40 * MIB)
+        client.zero(3 << 30, 0)
+        client.trim(3 << 30, 1 << 40)
+        assert client.pread(512, 5) == bytes(512)
+        found: list[int] = []
+
+        def collect(context: str, offset: int, entries: list[int], error: object) -> int:
+            found.extend(entries)
+            return 0
+
+        client.block_status((1 << 32) - 4096, 0, collect)
+        assert sum(found[::2]) >= 1 << 30
+        client.zero(0, 0)
+        client.trim(0, 0)
+        client.shutdown()
+
+
+def test_a_slice_of_an_export_is_served(tmp_path: Path) -> None:
+    content = bytearray(random_disk(tmp_path / "disk.img", 2 * MIB))
+    with nbdserve("-f", "raw", tmp_path / "disk.img", directory=tmp_path) as upstream:
+        uri = upstream.uri().replace(",", ",,")
+        options = [f"--export=part={uri},offset=1000,size=100K", f"--export=rest={uri},offset=1M,read-only"]
+        with nbdserve(*options, directory=tmp_path) as proxy:
+            assert check("nbdinfo", "--size", proxy.uri("rest")) == f"{MIB}\n"
+            client = connected(proxy.uri("part"), "base:allocation")
+            assert client.get_size() == 100 * KIB
+            assert client.pread(100 * KIB, 0) == content[1000 : 1000 + 100 * KIB]
+            client.pwrite(b"here", 7)
+            client.block_status(100 * KIB, 0, lambda name, offset, entries, error: 0)
+            client.shutdown()
+            check("nbdcopy", proxy.uri("rest"), tmp_path / "copy.img")
+            assert (tmp_path / "copy.img").read_bytes() == content[MIB:]
+    content[1007:1011] = b"here"
+    assert (tmp_path / "disk.img").read_bytes() == content
+
+
+@pytest.mark.parametrize("structured", [True, False])
+def test_an_error_of_the_server_is_the_same_error_here(tmp_path: Path, structured: bool) -> None:
+    failing = ["error-pread=EIO", "error-pwrite=ENOSPC", "error-trim=EPERM", "error-extents=ENOMEM"]
+    rates = [f"error-{what}-rate=100%" for what in ("pread", "pwrite", "trim", "extents")]
+    with (
+        nbdkit("--filter=error", "memory", "4M", *failing, *rates, directory=tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        client = nbd.NBD()
+        client.set_request_structured_replies(structured)
+        client.add_meta_context("base:allocation")
+        client.connect_uri(proxy.uri())
+        expected: list[tuple[Callable[[], object], int]] = [
+            (lambda: client.pread(512, 0), errno.EIO),
+            (lambda: client.pread(2 * MIB, 0), errno.EIO),
+            (lambda: client.pwrite(b"x" * 512, 0), errno.ENOSPC),
+            (lambda: client.trim(512, 0), errno.EPERM),
+        ]
+        if structured:
+            expected.append((lambda: client.block_status(MIB, 0, lambda *_: 0), errno.ENOMEM))
+        for request, number in expected:
+            with pytest.raises(nbd.Error) as failed:
+                request()
+            assert failed.value.errnum == number
+        client.shutdown()
+
+
+@pytest.mark.parametrize("patience", ["0", "1"])
+def test_without_its_server_everything_is_an_error_and_never_zeroes(tmp_path: Path, patience: str) -> None:
+    at = UnixAddress(tmp_path / "upstream.sock")
+    content = random_disk(tmp_path / "disk.img", MIB)
+    with nbdserve("-f", "raw", tmp_path / "disk.img", directory=tmp_path, at=at) as upstream:
+        proxied = nbdserve(upstream.uri(), f"--reconnect-timeout={patience}", directory=tmp_path)
+        with proxied as proxy:
+            client = connected(proxy.uri(), "base:allocation")
+            assert client.pread(512, 0) == content[:512]
+            upstream.process.kill()
+            requests: list[Callable[[], object]] = [
+                lambda: client.pread(512, 0),
+                lambda: client.pread(MIB, 0),
+                lambda: client.pwrite(b"x" * 512, 0),
+                lambda: client.flush(),
+                lambda: client.block_status(MIB, 0, lambda *_: 0),
+            ]
+            for request in requests:
+                with pytest.raises(nbd.Error) as failed:
+                    request()
+                assert failed.value.errnum == errno.EIO
+            with nbdserve("-f", "raw", tmp_path / "disk.img", directory=tmp_path, at=at):
+                assert client.pread(MIB, 0) == content
+                client.pwrite(b"x" * 512, 0)
+                client.flush()
+                client.shutdown()
+            log = proxy.log.read_text()
+            assert log.count("the connection is lost") == 1
+            assert log.count("connected again") == 1
+
+
+def test_a_copy_does_not_notice_that_its_server_was_replaced(tmp_path: Path) -> None:
+    at = UnixAddress(tmp_path / "upstream.sock")
+    content = random_disk(tmp_path / "disk.img", 24 * MIB)
+    slow: list[Argument] = ["--filter=delay", "file", tmp_path / "disk.img", "delay-read=10ms", "--threads=4"]
+    with (
+        nbdkit(*slow, directory=tmp_path, at=at) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+        Process(
+            ["nbdcopy", "--request-size=65536", proxy.uri(), tmp_path / "copy.img"], tmp_path / "nbdcopy.log"
+        ) as copying,
+    ):
+        copying.wait_for(lambda: (tmp_path / "copy.img").exists(), "the copy has begun")
+        time.sleep(0.2)
+        upstream.process.kill()
+        assert copying.running, "the copy was faster than the test"
+        at.path.unlink()
+        with nbdserve("-f", "raw", "-r", tmp_path / "disk.img", directory=tmp_path, at=at):
+            assert copying.wait(30) == 0, copying.output()
+    assert (tmp_path / "copy.img").read_bytes() == content
+
+
+def test_a_flush_fails_once_when_the_server_was_lost_with_unflushed_writes(tmp_path: Path) -> None:
+    at = UnixAddress(tmp_path / "upstream.sock")
+    random_disk(tmp_path / "disk.img", MIB)
+    with (
+        nbdserve("-f", "raw", tmp_path / "disk.img", directory=tmp_path, at=at) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        client = connected(proxy.uri())
+        client.pwrite(b"x" * 512, 0)
+        upstream.process.kill()
+        with nbdserve("-f", "raw", tmp_path / "disk.img", directory=tmp_path, at=at):
+            with pytest.raises(nbd.Error) as failed:
+                client.flush()
+            assert failed.value.errnum == errno.EIO
+            client.flush()
+            client.shutdown()
+            assert proxy.process.terminate() == 0
+
+
+def test_a_server_that_hangs_stops_only_its_own_export(tmp_path: Path) -> None:
+    content = random_disk(tmp_path / "disk.img", MIB)
+    with nbdkit("memory", "1M", directory=tmp_path) as upstream:
+        exports = [f"--export=far={upstream.uri()}", f"--export=near={tmp_path}/disk.img,format=raw"]
+        with nbdserve(*exports, "--reconnect-timeout=0", directory=tmp_path) as proxy:
+            stuck = connected(proxy.uri("far"))
+            upstream.process.signal(signal.SIGSTOP)
+            buffer = nbd.Buffer(512)
+            stuck.aio_pread(buffer, 0)
+            stuck.poll(0)
+            near = connected(proxy.uri("near"))
+            assert near.pread(MIB, 0) == content
+            near.shutdown()
+            upstream.process.signal(signal.SIGCONT)
+            while stuck.aio_in_flight():
+                stuck.poll(5000)
+            assert bytes(buffer.to_bytearray()) == bytes(512)
+            stuck.shutdown()
+
+
+def test_a_client_that_goes_away_leaves_its_requests_behind_in_good_order(tmp_path: Path) -> None:
+    slow = ["--filter=delay", "memory", "16M", "delay-write=100ms", "delay-read=100ms", "--threads=32"]
+    with (
+        nbdkit(*slow, directory=tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        for _ in range(5):
+            client = connected(proxy.uri())
+            for index in range(16):
+                client.aio_pwrite(nbd.Buffer.from_bytearray(b"x" * 4096), index * 4096)
+                client.aio_pread(nbd.Buffer(4096), index * 4096)
+            client.poll(0)
+            del client
+        client = connected(proxy.uri())
+        assert client.pread(512, MIB) == bytes(512)
+        client.shutdown()
+
+
+def test_a_server_behind_tls_is_reached(tmp_path: Path, identities: Identities) -> None:
+    content = random_disk(tmp_path / "disk.img", MIB)
+    tls = [f"--tls-certificates={identities.server}", "--tls-require"]
+    with nbdserve("-f", "raw", *tls, tmp_path / "disk.img", directory=tmp_path) as upstream:
+        uri = upstream.uri().replace("nbd+unix", "nbds+unix")
+        with nbdserve(
+            f"{uri}&tls-verify-peer=0&tls-certificates={identities.client}", directory=tmp_path
+        ) as proxy:
+            check("nbdcopy", proxy.uri(), tmp_path / "copy.img")
+    assert (tmp_path / "copy.img").read_bytes() == content
+
+
+def test_it_goes_to_the_background(tmp_path: Path) -> None:
+    address, pid_file = UnixAddress(tmp_path / "proxy.sock"), tmp_path / "proxy.pid"
+    with nbdkit("memory", "1M", directory=tmp_path) as upstream:
+        check(NBDSERVE, "-k", address.path, "--fork", "--pid-file", pid_file, upstream.uri())
+        pid = int(pid_file.read_text())
+        try:
+            client = connected(address.uri())
+            client.pwrite(b"daemon", 0)
+            assert client.pread(6, 0) == b"daemon"
+            client.shutdown()
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: not is_alive(pid), "the daemon has ended")
