@@ -41,7 +41,7 @@ def server_command(m: Migration) -> list[str]:
     """The server's command line, without the image."""
     address = m.plan.export.address
     where = ["-k", address.socket] if address.socket else ["-b", address.host, "-p", str(address.port)]
-    # QEMU 7.2 takes a block status that fails for the end of the disk, and copies zeros: offer it none.
+    # QEMU 7.2 takes a block status that fails for the end of the disk and stores garbage: offer it none.
     return [m.host_a.tool("nbdserve"), "-r", "-f", "raw", "--simple-replies", "-x", address.export, *where]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import struct
@@ -77,6 +78,12 @@ def boot_sector(disk_size: int) -> bytes:
         "baf803 b021 ee fa f4"
     )
     return code.ljust(510, b"\0") + b"\x55\xaa"
+
+
+@functools.cache
+def original_disk(disk_size: int) -> bytes:
+    """The disk of a guest that has not run yet."""
+    return boot_sector(disk_size) + random_bytes(disk_size - SECTOR)
 
 
 class Role(Enum):
@@ -152,7 +159,7 @@ class Scene:
         self.monitor_a = directory / "a.qmp"
         self.monitor_b = directory / "b.qmp"
         self.export = directory / "nbd"
-        self.original = boot_sector(disk_size) + random_bytes(disk_size - SECTOR)
+        self.original = original_disk(disk_size)
         self.image.write_bytes(self.original)
         limits = Limits(start=15.0, migrate=20.0, stop=5.0, recover=20.0, stall=20.0, reconnect_delay=2)
         self.plan = Plan(
