@@ -151,12 +151,16 @@ class Child:
 
     async def _signal(self, number: signal.Signals) -> None:
         """Signal the process directly, when its keeper is not there to do it."""
-        if self._pidfd < 0:
-            with suppress(MigrationError):
-                await self.host.run("kill", f"-{number.value}", str(self.pid), limit=KEEPER_START)
+        try:
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, number)
+                return
+        except ProcessLookupError:
             return
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, number)
+        except PermissionError:
+            pass  # the host's prefix, as sudo, has more rights than we have
+        with suppress(MigrationError):
+            await self.host.run("kill", f"-{number.value}", str(self.pid), limit=KEEPER_START)
 
     def _say(self, word: str) -> bool:
         """Give the keeper a word; False when there is no keeper any more."""
