@@ -38,7 +38,7 @@ _PAUSE = 0.01
 """Seconds between two attempts to connect to a child that is starting."""
 _LAST_WORDS = 1000
 """Bytes of what a child says that an error message repeats."""
-_PREFIX = re.compile(r"qemu-nbd: (Failed to blk_new_open '.*': )?")
+_PREFIX = re.compile(r"qemu-nbd: (Failed to blk_new_open '.*?': )?")
 """What is already known of every line that it says."""
 
 
@@ -115,7 +115,14 @@ class Child:
             deadline = time.monotonic() + max(timeout, _START_TIMEOUT)
             while True:
                 try:
-                    client = connect(uri, timeout=timeout, request_timeout=REQUEST_TIMEOUT, contexts=None)
+                    # Who does not ask for block sizes may ask for any range, and qemu-nbd makes it fit.
+                    client = connect(
+                        uri,
+                        timeout=timeout,
+                        request_timeout=REQUEST_TIMEOUT,
+                        contexts=None,
+                        block_sizes=False,
+                    )
                 except ConnectError:
                     if running.ended.is_set():
                         raise ImageError(f"{self._path}: qemu-nbd: {running.last_words()}") from None

@@ -54,6 +54,7 @@ class Handle(Protocol):
 
     def set_export_name(self, export_name: str) -> None: ...
     def add_meta_context(self, name: str) -> None: ...
+    def set_request_block_size(self, request: bool) -> None: ...
     def set_opt_mode(self, enable: bool) -> None: ...
     def set_tls(self, tls: int) -> None: ...
     def set_tls_certificates(self, dir: str) -> None: ...  # noqa: A002
@@ -127,7 +128,9 @@ class Export:
         return BASE_ALLOCATION in self.contexts
 
 
-def open_handle(uri: NbdUri, contexts: Sequence[str] | None, timeout: float) -> tuple[Handle, Export]:
+def open_handle(
+    uri: NbdUri, contexts: Sequence[str] | None, block_sizes: bool, timeout: float
+) -> tuple[Handle, Export]:
     """Connect to an export within ``timeout`` seconds; None asks for all contexts that the server lists.
 
     Raises ConnectError when nobody answers there in time, or refuses the export.
@@ -138,6 +141,7 @@ def open_handle(uri: NbdUri, contexts: Sequence[str] | None, timeout: float) -> 
         handle.set_export_name(uri.export)
         for context in contexts or ():
             handle.add_meta_context(context)
+        handle.set_request_block_size(block_sizes)
         handle.set_opt_mode(contexts is None)
         _set_tls(handle, uri)
         if uri.socket is None:

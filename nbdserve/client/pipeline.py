@@ -56,13 +56,15 @@ def connect(
     timeout: float = DEFAULT_TIMEOUT,
     request_timeout: float | None = None,
     contexts: Sequence[str] | None = (BASE_ALLOCATION,),
+    block_sizes: bool = True,
 ) -> Client:
     """Connect to an export; ``timeout`` seconds for that, and for each later request unless it has its own.
 
-    ``contexts`` are the meta contexts to ask for, None for all that the server lists. Raises ConnectError
-    when nobody answers there in time, or refuses the export.
+    ``contexts`` are the meta contexts to ask for, None for all that the server lists; ``block_sizes`` says
+    whether to ask for the server's constraints on requests. Raises ConnectError when nobody answers there in
+    time, or refuses the export.
     """
-    handle, export = open_handle(uri, contexts, timeout)
+    handle, export = open_handle(uri, contexts, block_sizes, timeout)
     return Client(uri, export, handle, timeout if request_timeout is None else request_timeout)
 
 
