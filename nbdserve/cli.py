@@ -19,6 +19,7 @@ from nbdserve.notify import ServiceManager
 from nbdserve.server import Server
 from nbdserve.uri import DEFAULT_PORT, NbdUri
 
+_SECTOR = 512
 _LOG = logging.getLogger("nbdserve")
 
 
@@ -63,7 +64,15 @@ def _open_exports(stack: contextlib.ExitStack, given: Options) -> Exports:
     exports = Exports()
     stack.callback(exports.close)
     for wanted in given.exports:
-        exports.add(open_export(wanted, given.images))
+        export = open_export(wanted, given.images)
+        exports.add(export)
+        if export.backend.size % _SECTOR and not given.policy.terms.structured_replies:
+            _LOG.warning(
+                "%s: %d bytes are no whole sectors; without structured replies QEMU 7.2 waits for ever for the "
+                "rest of the last one: pad the image to a multiple of 512, or leave out --simple-replies",
+                wanted.source,
+                export.backend.size,
+            )
     return exports
 
 

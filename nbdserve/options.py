@@ -169,7 +169,10 @@ def _add_export_options(parser: Parser) -> None:
         help="how long requests wait for another server that is lost (%(default)g)",
     )
     group.add_argument(
-        "--fence", action="store_true", help="let no QEMU open the image for writing while it is served"
+        "--fence",
+        action="store_true",
+        help="let no QEMU open the image for writing while it is served; not before a migrating guest "
+        "has left, whose QEMU would abort if it had to come back",
     )
 
 
