@@ -68,8 +68,8 @@ def _open_exports(stack: contextlib.ExitStack, given: Options) -> Exports:
         exports.add(export)
         if export.backend.size % _SECTOR and not given.policy.terms.structured_replies:
             _LOG.warning(
-                "%s: %d bytes are no whole sectors; without structured replies QEMU 7.2 waits for ever for the "
-                "rest of the last one: pad the image to a multiple of 512, or leave out --simple-replies",
+                "%s: %d bytes are no whole sectors; without structured replies QEMU 7.2 waits for ever for "
+                "the rest of the last: pad the image to a multiple of 512, or leave out --simple-replies",
                 wanted.source,
                 export.backend.size,
             )
