@@ -20,6 +20,7 @@ from nbdserve.backends.file import FileBackend
 from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.errors import ImageError
 from nbdserve.protocol.constants import Command
+from nbdserve.splicing import FileRange
 
 ALIGNMENT = 4096
 """Bytes; no disk of today asks for more."""
@@ -47,7 +48,7 @@ class DirectBackend(FileBackend):
             ) from error
         # Up to here the file consists of whole blocks.
         self._border = os.lseek(self._direct, 0, os.SEEK_END) // ALIGNMENT * ALIGNMENT
-        self._ranges = _Ranges()
+        self._ranges = Ranges()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer."""
@@ -111,8 +112,9 @@ class DirectBackend(FileBackend):
         with self._held(offset, length):
             super().trim(offset, length, fua)
 
-    def file_range(self, offset: int) -> None:
+    def file_range(self, offset: int) -> FileRange | None:
         """Nobody is to read this file through the page cache."""
+        return None
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """Nothing is: every access waits for the disk."""
@@ -127,7 +129,7 @@ class DirectBackend(FileBackend):
         return self._ranges.held(*_outwards(self._base + offset, self._base + offset + length), alone=True)
 
 
-class _Ranges:
+class Ranges:
     """Keeps those who write a block only in part apart from everybody else who writes it.
 
     Between reading and writing such a block, another's write to it would be lost.
