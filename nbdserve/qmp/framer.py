@@ -9,15 +9,16 @@ from qemu.qmp.error import ProtocolError
 MAX_COMMAND = 1 << 20
 """The longest value in bytes."""
 MAX_GARBAGE = 4096
-"""The longest line, in bytes, of what is no object and no list."""
+"""The most bytes of what is no object and no list that are kept."""
 MAX_DEPTH = 64
 """How deep objects and lists may be nested."""
 
+_END_OF_GARBAGE = re.compile(rb"[\n{\[]")
 _SIGNIFICANT = re.compile(rb'[{}\[\]"\\]')
 
 
 class Framer:
-    """Finds objects and lists by their brackets. A line that starts with neither is passed on as it is."""
+    """Finds objects and lists by their brackets. What is neither is passed on as it is, by the line."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -44,7 +45,8 @@ class Framer:
             if not self._buffer:
                 return None
             if self._buffer[0] not in b"{[":
-                return self._take(self._buffer.find(b"\n"))
+                end = _END_OF_GARBAGE.search(self._buffer)
+                return self._take(end.start()) if end else None
         return self._value()
 
     def _value(self) -> bytes | None:
@@ -67,9 +69,7 @@ class Framer:
         self._scanned = max(position, len(self._buffer))
         return None
 
-    def _take(self, length: int) -> bytes | None:
-        if length < 0:
-            return None
+    def _take(self, length: int) -> bytes:
         piece = bytes(self._buffer[:length])
         del self._buffer[:length]
         self._scanned = 0

@@ -74,14 +74,14 @@ class Monitor:
             self._loop.run_until_complete(self._serve())
 
     async def _serve(self) -> None:
-        accepting = self._loop.create_task(self._accept())
+        attending: set[asyncio.Task[None]] = set()
+        accepting = self._loop.create_task(self._accept(attending))
         await self._stop.wait()
         accepting.cancel()
-        await asyncio.gather(*(session.end() for session in self._sessions))
+        await asyncio.gather(*attending, return_exceptions=True)
 
-    async def _accept(self) -> None:
+    async def _accept(self, attending: set[asyncio.Task[None]]) -> None:
         room = asyncio.Semaphore(MAX_SESSIONS)
-        attending: set[asyncio.Task[None]] = set()
         while True:
             await room.acquire()
             try:
@@ -102,8 +102,7 @@ class Monitor:
         try:
             await session.connect(sock)
             _LOG.debug("monitor: a client has come")
-            await session.serve()
-            await session.end()
+            await session.serve(self._stop)
         except ConnectError as error:
             _LOG.debug("monitor: a client went away: %s", error)
         finally:

@@ -44,21 +44,26 @@ class Session(AsyncProtocol[Message]):
         self._pieces: deque[bytes] = deque()
         self._negotiated = False
 
-    async def serve(self) -> None:
-        """Answer commands until the client goes away or makes no sense."""
-        while self.runstate is Runstate.RUNNING:
-            await self.runstate_changed()
+    async def serve(self, until: asyncio.Event) -> None:
+        """Answer commands until the client goes away or makes no sense, or until the event.
 
-    async def end(self) -> None:
-        """Let the client have its last reply, and close the connection."""
-        if self.runstate is Runstate.IDLE:
-            return
+        Then it has a moment to take its last reply.
+        """
+        stop = asyncio.create_task(until.wait())
+        down = asyncio.create_task(self._wait_until_down())
+        await asyncio.wait((stop, down), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        down.cancel()
         loop = asyncio.get_running_loop()
         hurry = loop.call_later(_PATIENCE, self.cut)
         # How the connection ended is of no interest any more.
         with contextlib.suppress(EOFError, OSError, QMPError):
             await self.disconnect()
         hurry.cancel()
+
+    async def _wait_until_down(self) -> None:
+        while self.runstate is Runstate.RUNNING:
+            await self.runstate_changed()
 
     def cut(self) -> None:
         """Close the connection without another word."""

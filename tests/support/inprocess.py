@@ -1,4 +1,4 @@
-"""nbdserve's server in the test's own process: for disks that do what no real one can be made to do in time."""
+"""nbdserve's server in the test's own process: for disks that do what no real one can be made to do."""
 
 from __future__ import annotations
 

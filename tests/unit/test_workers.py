@@ -1,0 +1,99 @@
+"""Requests that wait: how many threads and how much memory they may have."""
+
+from __future__ import annotations
+
+import threading
+
+from nbdserve.workers import Budget, InFlight, Workers
+from tests.support.processes import wait_until
+
+
+def waiting(action: threading.Thread) -> bool:
+    """Whether the thread still runs after a moment."""
+    action.join(0.1)
+    return action.is_alive()
+
+
+def test_memory_is_granted_as_far_as_it_goes_and_in_the_order_of_arrival() -> None:
+    budget = Budget(100)
+    budget.reserve(60)
+    order: list[str] = []
+
+    def take(name: str, amount: int) -> None:
+        budget.reserve(amount)
+        order.append(name)
+
+    large = threading.Thread(target=take, args=("large", 90))
+    large.start()
+    assert waiting(large)
+    small = threading.Thread(target=take, args=("small", 10))
+    small.start()
+    assert waiting(small), "the large one came first"
+    budget.release(60)
+    large.join(10)
+    small.join(10)
+    assert order == ["large", "small"]
+    assert budget.held == 100
+
+
+def test_more_than_there_is_is_granted_alone() -> None:
+    budget = Budget(100)
+    budget.reserve(1)
+    huge = threading.Thread(target=budget.reserve, args=(1000,))
+    huge.start()
+    assert waiting(huge)
+    budget.release(1)
+    huge.join(10)
+    assert budget.held == 1000
+    budget.release(1000)
+    budget.reserve(100)
+
+
+def test_one_client_may_have_so_many_requests_and_bytes_in_flight() -> None:
+    memory = Budget(1000)
+    client = InFlight(3, 100, memory)
+    for size in (10, 10, 10):
+        client.begin(size)
+    fourth = threading.Thread(target=client.begin, args=(10,))
+    fourth.start()
+    assert waiting(fourth), "three requests"
+    client.end(10)
+    fourth.join(10)
+    client.end(10)
+    large = threading.Thread(target=client.begin, args=(90,))
+    large.start()
+    assert waiting(large), "a hundred bytes"
+    client.end(10)
+    client.end(10)
+    large.join(10)
+    assert memory.held == 90
+    client.end(90)
+    client.begin(500)
+    client.end(500)
+    assert memory.held == 0
+    client.wait_until_none()
+
+
+def test_tasks_run_in_a_bounded_number_of_threads() -> None:
+    workers = Workers(3)
+    gate = threading.Event()
+    lock = threading.Lock()
+    running = done = most = 0
+
+    def task() -> None:
+        nonlocal running, done, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        gate.wait(10)
+        with lock:
+            running -= 1
+            done += 1
+
+    for _ in range(10):
+        workers.submit(task)
+    wait_until(lambda: running == 3, "three run")
+    gate.set()
+    wait_until(lambda: done == 10, "all have run")
+    assert most == 3
+    workers.close()
