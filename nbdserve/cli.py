@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from nbdserve import activation, command, daemonize, logs, options, privileges, stdio
 from nbdserve.config import Options, ServiceOptions
+from nbdserve.directory import Directory
 from nbdserve.errors import UsageError
 from nbdserve.exports import Exports
 from nbdserve.images import open_export
@@ -20,6 +21,7 @@ from nbdserve.server import Server
 from nbdserve.uri import DEFAULT_PORT, NbdUri
 
 _SECTOR = 512
+_FEW = 8
 _LOG = logging.getLogger("nbdserve")
 
 
@@ -44,13 +46,18 @@ def serve(given: Options) -> int:
             signal.signal(number, lambda _number, _frame: server.stop())
         _attach(stack, server, monitor, given)
         for listener in listeners:
-            _LOG.info("serving %s on %s", ", ".join(repr(name) for name in exports.names()), listener)
+            _LOG.info("serving %s on %s", _some(exports.names()), listener)
         for visitor in inherited.visitors or _visitors(stack, given.service, inherited):
             server.welcome(visitor)
         announce()
         manager.tell("READY=1", f"MAINPID={os.getpid()}", f"STATUS=serving {len(exports.names())} exports")
         server.run()
     return command.EXIT_DONE
+
+
+def _some(names: list[str]) -> str:
+    """The names, or how many there are."""
+    return ", ".join(map(repr, names)) if len(names) <= _FEW else f"{len(names)} exports"
 
 
 def _check(given: Options, inherited: activation.Inheritance) -> None:
@@ -61,7 +68,8 @@ def _check(given: Options, inherited: activation.Inheritance) -> None:
 
 
 def _open_exports(stack: contextlib.ExitStack, given: Options) -> Exports:
-    exports = Exports()
+    shelf = None if given.directory is None else Directory(given.directory, given.images)
+    exports = Exports(shelf=shelf)
     stack.callback(exports.close)
     for wanted in given.exports:
         export = open_export(wanted, given.images)

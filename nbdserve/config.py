@@ -29,6 +29,17 @@ class ExportOptions:
     read_only: bool = False
     description: str = ""
     part: Slice = WHOLE
+    follow_links: bool = True
+    """Whether the file may be a symbolic link."""
+
+
+@dataclass(frozen=True)
+class DirectoryOptions:
+    """A directory whose files are exports; ``format`` is as in ExportOptions, of all of them."""
+
+    path: Path
+    format: str | None = None
+    read_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class Options:
     """Everything on the command line."""
 
     exports: tuple[ExportOptions, ...]
+    directory: DirectoryOptions | None
     images: ImageOptions
     listen: tuple[NbdUri, ...]
     """Where to listen; empty when nothing was said about it."""
@@ -103,11 +115,22 @@ def exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
             Slice(given.offset),
         )
         found.insert(0, single)
-    elif not found:
-        raise UsageError("nothing to serve: name a FILE or an --export (see nbdserve --help)")
-    elif given.export_name is not None or given.offset or given.format or given.description:
-        raise UsageError("-x, -D, -f and -o belong to a FILE: with --export say it there")
+    elif not found and given.directory is None:
+        raise UsageError("nothing to serve: name a FILE, an --export or a --directory (see nbdserve --help)")
+    elif given.directory is not None and given.format not in (None, "raw"):
+        raise UsageError(f"--directory serves raw images: name those in format {given.format} by --export")
+    elif given.export_name is not None or given.offset or given.description:
+        raise UsageError("-x, -D and -o belong to a FILE: with --export say it there")
+    elif given.format is not None and given.directory is None:
+        raise UsageError("-f belongs to a FILE: with --export say it there")
     return tuple(found)
+
+
+def directory(given: argparse.Namespace) -> DirectoryOptions | None:
+    """The directory whose files are to be served, if there is one; -f belongs to a FILE when one is given."""
+    if given.directory is None:
+        return None
+    return DirectoryOptions(given.directory, None if given.file else given.format, given.read_only)
 
 
 def source(text: str) -> Path | NbdUri:

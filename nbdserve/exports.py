@@ -26,6 +26,19 @@ class User(Protocol):
         """End its connection now, for this reason. May be called from any thread."""
 
 
+class Shelf(Protocol):
+    """Where more exports are, which are opened when they are used and closed when they are not."""
+
+    def names(self) -> list[str]:
+        """What there is now; OSError when that cannot be told."""
+
+    def offer(self, name: str) -> Offer | None:
+        """What a client is told of one; None if there is none of that name."""
+
+    def open(self, name: str) -> Export | None:
+        """The export; None if there is none of that name. OperatorError or OSError when it cannot be had."""
+
+
 class Export:
     """One disk under one name.
 
@@ -42,6 +55,8 @@ class Export:
         self.identifier = name if identifier is None else identifier
         self.backend = backend
         self.users: set[User] = set()
+        self.shelved = False
+        """It comes from the shelf, and goes back there when the last user has left."""
         self.removed = False
         """Nobody can choose it any more; it is closed when the last user has left."""
         self.past = Traffic()
@@ -72,11 +87,12 @@ class Exports:
     """All exports, found by name: the Catalog of every client's option haggling.
 
     They may be added and removed at any time, from any thread. ``removed`` is called with each that has been
-    removed and closed.
+    removed and closed. Those of the shelf come after those that were added.
     """
 
-    def __init__(self, exports: Iterable[Export] = ()) -> None:
+    def __init__(self, exports: Iterable[Export] = (), shelf: Shelf | None = None) -> None:
         self._lock = threading.Lock()
+        self._shelf = shelf
         self._by_identifier: dict[str, Export] = {}
         self._offered: dict[str, Export] = {}
         self.removed: Callable[[Export], None] = lambda export: None
@@ -111,10 +127,11 @@ class Exports:
                 export.removed = True
                 del self._offered[export.name]
             users = list(export.users)
+            last = not users and self._forget(export)
         for user in users:
             user.cut(f"disconnected: export {export.name!r} is being removed")
-        if not users:
-            self._retire(export)
+        if last:
+            self._close(export)
 
     def enter(self, offer: Offer, user: User) -> Export:
         """The export behind an offer of this catalog, used from now on until ``leave``.
@@ -123,9 +140,27 @@ class Exports:
         """
         with self._lock:
             export = self._offered.get(offer.name)
-            if export is None or export.offer is not offer:
-                raise ProtocolError(f"export {offer.name!r} has been removed")
+            if export is None:
+                export = self._take_from_shelf(offer.name)
+            if export is None or (export.offer != offer if export.shelved else export.offer is not offer):
+                if export is not None and export.shelved and not export.users:
+                    export.backend.close()
+                raise ProtocolError(f"export {offer.name!r} has been removed or replaced")
             export.users.add(user)
+            if export.shelved:
+                self._offered[export.name] = self._by_identifier[export.identifier] = export
+        return export
+
+    def _take_from_shelf(self, name: str) -> Export | None:
+        """Open an export of the shelf; while it is used it is offered as one of ours."""
+        if self._shelf is None or name in self._by_identifier:
+            return None
+        try:
+            export = self._shelf.open(name)
+        except (OperatorError, OSError) as error:
+            raise ProtocolError(f"export {name!r} cannot be opened: {error}") from error
+        if export is not None:
+            export.shelved = True
         return export
 
     def leave(self, export: Export, user: User) -> None:
@@ -133,9 +168,9 @@ class Exports:
         with self._lock:
             export.users.discard(user)
             export.past.add(user.traffic)
-            last = export.removed and not export.users
+            last = (export.removed or export.shelved) and not export.users and self._forget(export)
         if last:
-            self._retire(export)
+            self._close(export)
 
     def close(self) -> None:
         """Close all of them; OSError when one could not be flushed."""
@@ -162,24 +197,38 @@ class Exports:
     def names(self) -> list[str]:
         """The names to list, in the order in which they were added."""
         with self._lock:
-            return list(self._offered)
+            own = [name for name, export in self._offered.items() if not export.shelved]
+        try:
+            more = [] if self._shelf is None else self._shelf.names()
+        except OSError as error:
+            _LOG.error("some exports are not listed: %s", error)
+            more = []
+        return own + [name for name in more if name not in own]
 
     def offer(self, name: str) -> Offer | None:
         """What is said of an export, or None if there is none of that name."""
         export = self._offered.get(name)
-        return None if export is None else export.offer
+        if export is not None:
+            return export.offer
+        return None if self._shelf is None else self._shelf.offer(name)
 
-    def _retire(self, export: Export) -> None:
-        """Close an export that nobody can use any more, once."""
-        with self._lock:
-            if self._by_identifier.get(export.identifier) is not export:
-                return
-            del self._by_identifier[export.identifier]
+    def _forget(self, export: Export) -> bool:
+        """Know an export no more, with the lock held; False when that was done before."""
+        if self._by_identifier.get(export.identifier) is not export:
+            return False
+        del self._by_identifier[export.identifier]
+        if self._offered.get(export.name) is export:
+            del self._offered[export.name]
+        return True
+
+    def _close(self, export: Export) -> None:
+        """Close an export that nobody can use any more."""
         try:
             export.close()
         except OSError as error:
             _LOG.error("export %r: what was written may be lost: %s", export.name, error.strerror or error)
-        self.removed(export)
+        if not export.shelved:
+            self.removed(export)
 
 
 def _transmission_flags(backend: Backend) -> TransmissionFlags:

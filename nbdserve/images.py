@@ -23,6 +23,7 @@ from nbdserve.backends.probe import require_raw
 from nbdserve.config import ExportOptions, ImageOptions
 from nbdserve.errors import UsageError
 from nbdserve.exports import Export
+from nbdserve.protocol.offers import Offer
 from nbdserve.uri import NbdUri
 
 _LOG = logging.getLogger("nbdserve")
@@ -46,23 +47,42 @@ def open_export(wanted: ExportOptions, how: ImageOptions, identifier: str | None
         raise
 
 
-def _open_raw(path: Path, wanted: ExportOptions, how: ImageOptions) -> Backend:
+def describe(wanted: ExportOptions, how: ImageOptions) -> Offer:
+    """What a raw image is as an export, without holding any lock. Raises what ``open_export`` does."""
+    assert isinstance(wanted.source, Path)
+    backend = _open_raw(wanted.source, wanted, how, locked=False)
+    try:
+        return Export(wanted.name, backend, wanted.description).offer
+    finally:
+        backend.close()
+
+
+def _open_raw(path: Path, wanted: ExportOptions, how: ImageOptions, *, locked: bool = True) -> Backend:
     kind = DirectBackend if how.caching.direct else FileBackend
-    backend = kind(path, read_only=wanted.read_only, part=wanted.part, discard=how.discard)
+    links = wanted.follow_links
+    backend = kind(
+        path, read_only=wanted.read_only, part=wanted.part, discard=how.discard, follow_links=links
+    )
     try:
         if wanted.format is None:
             require_raw(backend.fileno(), path, wanted.part.offset)
-            _LOG.info("%s: no format given, served as raw", path)
-        # What qemu-nbd holds on a raw image; nobody may cut off what is being served.
-        used = READER if wanted.read_only else READER | Permission.WRITE
-        locks = ImageLocks(backend.fileno(), str(path))
-        locks.hold(used, Permission.RESIZE)
-        if how.fence:
-            locks.fence()
+            if locked:
+                _LOG.info("%s: no format given, served as raw", path)
+        if locked:
+            _lock(backend, wanted, how)
     except BaseException:
         backend.close()
         raise
     return _filtered(backend, how)
+
+
+def _lock(backend: FileBackend, wanted: ExportOptions, how: ImageOptions) -> None:
+    """Hold what qemu-nbd holds on a raw image; nobody may cut off what is being served."""
+    used = READER if wanted.read_only else READER | Permission.WRITE
+    locks = ImageLocks(backend.fileno(), str(backend.path))
+    locks.hold(used, Permission.RESIZE)
+    if how.fence:
+        locks.fence()
 
 
 def _open_formatted(path: Path, name: str, wanted: ExportOptions, how: ImageOptions) -> Backend:

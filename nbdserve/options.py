@@ -17,6 +17,7 @@ from nbdserve.config import (
     ServiceOptions,
     addresses,
     certificates,
+    directory,
     exports,
     host_and_port,
     monitor_path,
@@ -34,11 +35,13 @@ def parse(arguments: Sequence[str]) -> Options:
     """Read the command line; UsageError with one line where it is wrong."""
     given = _parser().parse_args(arguments)
     wanted = exports(given)
-    if given.fence and not all(export.read_only for export in wanted):
+    unwritten = all(export.read_only for export in wanted) and (given.directory is None or given.read_only)
+    if given.fence and not unwritten:
         raise UsageError("--fence keeps writers away from images that are served read-only: add -r")
     terms = _terms(given)
     return Options(
         exports=wanted,
+        directory=directory(given),
         images=_images(given),
         listen=addresses(given, terms.tls is not None),
         policy=_policy(given, terms),
@@ -128,6 +131,9 @@ def _add_export_options(parser: Parser) -> None:
         default=[],
         metavar="NAME=FILE[,format=F][,read-only][,description=TEXT][,offset=N][,size=N]",
         help="serve FILE under NAME; may be repeated",
+    )
+    group.add_argument(
+        "--directory", type=Path, metavar="DIR", help="serve each file in DIR, a raw image, under its name"
     )
     group.add_argument("-x", "--export-name", metavar="NAME", help="name of FILE's export (default: empty)")
     group.add_argument("-D", "--description", default="", metavar="TEXT", help="what FILE's export is")

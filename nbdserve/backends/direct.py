@@ -34,8 +34,16 @@ class DirectBackend(FileBackend):
 
     always_local = False
 
-    def __init__(self, path: Path, *, read_only: bool, part: Slice = WHOLE, discard: bool = True) -> None:
-        super().__init__(path, read_only=read_only, part=part, discard=discard)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        read_only: bool,
+        part: Slice = WHOLE,
+        discard: bool = True,
+        follow_links: bool = True,
+    ) -> None:
+        super().__init__(path, read_only=read_only, part=part, discard=discard, follow_links=follow_links)
         try:
             flags = os.O_RDONLY if read_only else os.O_RDWR
             self._direct = os.open(f"/proc/self/fd/{self.fileno()}", flags | os.O_DIRECT | os.O_CLOEXEC)

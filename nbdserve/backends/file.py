@@ -27,15 +27,26 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 class FileBackend(Backend):
     """A raw image in a file or on a block device. Holes, too, are in it and not in a backing: depth 1.
 
-    ``discard=False`` turns trims into nothing, as ``qemu-nbd --discard=ignore`` does.
+    ``discard=False`` turns trims into nothing, as ``qemu-nbd --discard=ignore`` does; ``follow_links=False``
+    refuses a path that is a symbolic link.
     Raises ImageError when the file is of no kind that can be served, OSError when it cannot be opened.
     """
 
     contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH)
 
-    def __init__(self, path: Path, *, read_only: bool, part: Slice = WHOLE, discard: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        read_only: bool,
+        part: Slice = WHOLE,
+        discard: bool = True,
+        follow_links: bool = True,
+    ) -> None:
         self.path = path
-        self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        # A pipe must not be waited for: it is no image.
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        self._fd = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
         try:
             self._base = part.offset
             self.size = _size_of(self._fd, path, part)

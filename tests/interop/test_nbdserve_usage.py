@@ -86,6 +86,8 @@ MISTAKES = [
     (["."], FAILED, r"\."),
     (["-f", "raw", "disk.img/x"], FAILED, "disk.img/x"),
     (["-f", "raw", "fifo"], FAILED, "fifo"),
+    (["-f", "raw", "-r", "fifo"], FAILED, "fifo"),
+    (["-r", "fifo"], FAILED, "fifo"),
     (["-f", "raw", "-r", "/dev/null"], FAILED, "/dev/null"),
     (["-f", "raw", "-k", "missing/nbd.sock", "disk.img"], FAILED, "missing/nbd.sock"),
     (["-f", "raw", "-k", "disk.img", "disk.img"], FAILED, "disk.img: .*in use"),
