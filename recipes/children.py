@@ -33,6 +33,14 @@ KILL = 5.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
 
+def pidfd_of(pid: int) -> int:
+    """A file descriptor for the process; -1 when it has ended, and its keeper has seen that, already."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+
+
 class Child:
     """A process that was started through a keeper.
 
@@ -56,7 +64,7 @@ class Child:
         self._tail = ""
         self._ready = asyncio.Event()
         self._gone = asyncio.Event()
-        self._pidfd = -1 if host.remote else os.pidfd_open(pid)
+        self._pidfd = -1 if host.remote else pidfd_of(pid)
 
     @property
     def running(self) -> bool:
@@ -102,11 +110,13 @@ class Child:
         if not self._say(f"stop {seconds:g}"):
             await self._signal(signal.SIGTERM)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._gone.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._gone.wait()
         if self.running:
             await self._signal(signal.SIGKILL)
         try:
-            await asyncio.wait_for(self._gone.wait(), KILL)
+            async with asyncio.timeout(KILL):
+                await self._gone.wait()
         except TimeoutError as error:
             raise MigrationError(
                 f"{self.name} (process {self.pid}) cannot be ended, not even killed"
@@ -133,7 +143,8 @@ class Child:
             if fd >= 0:
                 os.close(fd)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._keeper.wait(), KEEPER_END)
+            async with asyncio.timeout(KEEPER_END):
+                await self._keeper.wait()
 
     async def _end(self) -> None:
         """Wait for the end of a process that has no keeper any more."""
@@ -227,7 +238,8 @@ class Children:
                 os.close(messages_in)
             messages = await stream(messages_out)
             try:
-                first = await asyncio.wait_for(messages.readline(), KEEPER_START)
+                async with asyncio.timeout(KEEPER_START):
+                    first = await messages.readline()
                 said: dict[str, Any] = json.loads(first) if first else {"failed": last_line(errors.fileno())}
                 if "failed" in said:
                     why = said["failed"] or f"{keeper.pid} ended without a word"

@@ -80,7 +80,8 @@ async def arrive(m: Migration) -> None:
 async def runs(b: Vm) -> bool:
     """Whether the guest runs on B, or will within ARRIVE seconds."""
     try:
-        await asyncio.wait_for(running(b), ARRIVE)
+        async with asyncio.timeout(ARRIVE):
+            await running(b)
     except (MigrationError, TimeoutError):
         return False
     return True
@@ -108,6 +109,7 @@ async def fence_source(m: Migration) -> None:
     try:
         with suppress(VmGoneError):
             await m.a.execute("quit")
-        await asyncio.wait_for(m.a.gone(), limits.stop)
+        async with asyncio.timeout(limits.stop):
+            await m.a.gone()
     except (MigrationError, TimeoutError) as error:
         m.report.note(f"A's QEMU did not end ({error}); never let its guest go on")

@@ -186,7 +186,8 @@ class Watch:
         for _, messages in self.lifelines:
             reader = await stream(messages)
             try:
-                await asyncio.wait_for(reader.read(), END)
+                async with asyncio.timeout(END):
+                    await reader.read()
             except TimeoutError as error:
                 raise MigrationError(
                     f"a process did not end within {END:g} s, so A was left as it is"

@@ -68,7 +68,8 @@ class Host:
         except OSError as error:
             raise MigrationError(f"{what}: {error.strerror}") from error
         try:
-            output, errors = await asyncio.wait_for(process.communicate(), limit)
+            async with asyncio.timeout(limit):
+                output, errors = await process.communicate()
         except BaseException as error:
             if process.returncode is None:
                 process.kill()

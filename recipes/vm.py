@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from qemu.qmp import (
@@ -61,7 +61,9 @@ class Vm:
         given: Mapping[str, object] = {key.replace("_", "-"): value for key, value in arguments.items()}
         seconds = self._limit if limit is None else limit
         try:
-            return await asyncio.wait_for(self._client.execute(command, given), seconds)
+            # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(seconds):
+                return await self._client.execute(command, given)
         except ExecuteError as error:
             reason = error.error.error.desc
             raise CommandError(f"{self.name} refused {command}: {reason}", reason) from error
@@ -109,9 +111,14 @@ class Vm:
     async def disconnect(self) -> None:
         """Leave the monitor to others. Never fails."""
         self._lost.cancel()
-        # What went wrong on a connection that is being left was told when it happened.
-        with suppress(QMPError, EOFError, OSError, asyncio.CancelledError):
-            await asyncio.wait_for(self._client.disconnect(), self._limit)
+        task = asyncio.ensure_future(self._client.disconnect())
+        try:
+            await asyncio.wait({task}, timeout=self._limit)
+        finally:
+            task.cancel()
+        if task.done() and not task.cancelled():
+            # What went wrong on a connection that is being left was told when it happened.
+            task.exception()
 
 
 async def connect(name: str, address: str, *, limit: float, command_limit: float) -> Vm:
@@ -123,7 +130,8 @@ async def connect(name: str, address: str, *, limit: float, command_limit: float
     client = QMPClient(name)
     target = address if address.startswith("/") else host_and_port(address)
     try:
-        await asyncio.wait_for(client.connect(target), limit)
+        async with asyncio.timeout(limit):
+            await client.connect(target)
     except TimeoutError as error:
         raise ConnectError(
             f"{name}: its monitor at {address} accepts but does not answer within {limit:g} s; "
