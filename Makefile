@@ -60,5 +60,13 @@ fuzz: setup
 	    $(BIN)/python -m tests.fuzz.coverage $$target build/corpus/$$target -runs=$(RUNS) -rss_limit_mb=1024; \
 	done
 
+# ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run.
+ROUNDS := 50
+chaos: setup
+	$(BIN)/python -m tests.vm.chaos $(ROUNDS) $(SEED)
+
+docs: setup
+	$(BIN)/python -m tests.support.manual docs/commands.md
+
 clean:
 	rm -rf build $(VENV)

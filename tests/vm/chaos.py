@@ -1,0 +1,113 @@
+"""``python -m tests.vm.chaos [ROUNDS [SEED]]``: migrations in which some process is killed at some moment.
+
+Each round moves a real guest and kills one process, chosen with the moment from the seed. Whatever happens,
+the guest must be on one side and work, or the message must say that it has ended because its QEMU was killed;
+its disk must hold nothing but what was there and what it wrote; no process may be left that nobody needs.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.support.processes import wait_until
+from tests.support.vms import Role, Scene, monitor, scene
+
+LIMIT = 90.0
+"""Seconds in which a migration must have ended, one way or the other."""
+
+VICTIMS = [role for role in Role if role is not Role.FENCE]
+SPAN = 2.5
+"""Seconds after the start in which the killing happens."""
+
+
+def play(directory: Path, victim: Role, delay: float) -> str:
+    """One round; returns what became of it. AssertionError when something is not as it must be."""
+    with scene(directory) as stage:
+        stage.change("limits", speed=64 << 20, reconnect_delay=2)
+        with stage.run() as run:
+            time.sleep(delay)
+            killed = [process.pid for process in victim.find(directory)]
+            for pid in killed:
+                psutil.Process(pid).send_signal(signal.SIGKILL)
+            status = run.wait(LIMIT)
+            time.sleep(1.0 if victim is Role.ORCHESTRATOR else 0.0)
+            said = run.output()
+        assert "Traceback" not in said, said
+        return judge(stage, victim if killed else None, status, said)
+
+
+def judge(stage: Scene, victim: Role | None, status: int, said: str) -> str:
+    """See where the guest is and whether that is as it must be."""
+    if victim is Role.ORCHESTRATOR:
+        wait_until(lambda: not Role.GUARD.find(stage.directory), "the guard ends", 30.0)
+    on_a, on_b = runs(stage, "a"), runs(stage, "b")
+    assert not (on_a and on_b), f"the guest runs twice: {said}"
+    if on_b:
+        return judge_destination(stage, status, said)
+    wait_until(lambda: not stage.started() - {Role.FENCE, Role.SERVER}, "what was started has ended", 15.0)
+    if on_a:
+        assert status != 0, said
+        assert not stage.started(), stage.started()
+        stage.wait_until_guest_works("a")
+        return "the guest stays on A"
+    assert victim in (Role.A, Role.B, Role.KEEPER_OF_B), said
+    assert status == 1, said
+    if victim is Role.A:
+        assert "the guest runs on B" not in said, said
+        assert "with it the guest; its disk is untouched" in said, said
+        return "the guest has ended with A's QEMU"
+    # Only a B that had the guest may take it along.
+    assert "the guest stands still on A" in said, said
+    assert "the guest has stopped; its disk is" in said, said
+    return "the guest had arrived, and has ended with B's QEMU"
+
+
+def judge_destination(stage: Scene, status: int, said: str) -> str:
+    """The guest works on B, and if all steps were done its disk is complete."""
+    stage.wait_until_guest_works("b")
+    assert not Role.A.find(stage.directory), f"A's QEMU is still there: {said}"
+    if status != 0:
+        return "the guest is on B, the rest is the operator's"
+    stage.quit_b()
+    assert stage.wrong_sectors(interrupted=True) == [], said
+    return "the guest and its disk are on B"
+
+
+def runs(stage: Scene, host: str) -> bool:
+    """Whether the guest runs on ``a`` or ``b``; False where there is no QEMU."""
+    role, address = (Role.A, stage.monitor_a) if host == "a" else (Role.B, stage.monitor_b)
+    if not role.find(stage.directory):
+        return False
+    with monitor(address) as qemu:
+        return qemu.state == "running"
+
+
+def main(arguments: list[str]) -> int:
+    """Play the rounds, one line each; the exit code says whether all went as they must."""
+    rounds = int(arguments[0]) if arguments else 20
+    seed = int(arguments[1]) if len(arguments) > 1 else random.randrange(1 << 32)
+    chance = random.Random(seed)
+    print(f"chaos: {rounds} rounds, seed {seed}", flush=True)
+    failures = 0
+    for number in range(rounds):
+        victim, delay = chance.choice(VICTIMS), chance.uniform(0.1, SPAN)
+        with tempfile.TemporaryDirectory(prefix="nbd-chaos-") as name:
+            try:
+                outcome = play(Path(name), victim, delay)
+            except AssertionError as error:
+                failures += 1
+                outcome = f"FAILED: {error}"
+        print(f"{number + 1:4}  {victim.name:<16} after {delay:.2f} s: {outcome}", flush=True)
+    print(f"chaos: {rounds - failures} passed, {failures} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
