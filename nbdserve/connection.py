@@ -23,7 +23,7 @@ from nbdserve.stream import Stream
 from nbdserve.tls import TlsStream
 from nbdserve.traffic import Traffic
 from nbdserve.transmission import Transmission
-from nbdserve.workers import Workers
+from nbdserve.workers import Pools
 
 _GULP = 64 << 10
 _TIMEVAL = struct.Struct("ll")
@@ -43,7 +43,7 @@ class Shared:
 
     exports: Exports
     clients: Clients[Connection]
-    workers: Workers
+    pools: Pools
 
 
 class Connection:
@@ -68,7 +68,7 @@ class Connection:
         self._cut_because: str | None = None
         self._stream: Stream = sock
         self._exports = shared.exports
-        self._workers = shared.workers
+        self._pools = shared.pools
         self._terms = terms
         self._transmission: Transmission | None = None
         self._draining = False
@@ -149,7 +149,12 @@ class Connection:
             self._log.debug("serving export %r", export.name)
             self._limit_stalls()
             self._transmission = Transmission(
-                outcome.stream, agreement, export.backend, outcome.leftover, self._workers, self.traffic
+                outcome.stream,
+                agreement,
+                export.backend,
+                outcome.leftover,
+                self._pools.of(export),
+                self.traffic,
             )
             self._transmission.run()
         finally:

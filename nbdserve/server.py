@@ -19,11 +19,11 @@ from nbdserve.logs import ClientLog
 from nbdserve.notify import ServiceManager
 from nbdserve.policy import Policy
 from nbdserve.traffic import Traffic
-from nbdserve.workers import Budget, Workers
+from nbdserve.workers import Budget, Pools
 
 _LOG = logging.getLogger("nbdserve")
 WORKERS = 64
-"""The most threads for requests that have to wait, of all clients together."""
+"""The most threads for requests that have to wait, of all clients of an export together."""
 _DRAIN = 10.0
 """Seconds that requests in flight are given when the server stops."""
 GRACE = 1.0
@@ -52,8 +52,8 @@ class Server:
         self._listeners = listeners
         self._policy = policy
         self._manager = manager or ServiceManager({})
-        self._workers = Workers(WORKERS, self.memory)
-        self._shared = Shared(exports, self.clients, self._workers)
+        self._pools = Pools(WORKERS, self.memory)
+        self._shared = Shared(exports, self.clients, self._pools)
         self._stopping = False
         self._crowded_until = 0.0
         self._had_client = False
@@ -189,6 +189,6 @@ class Server:
             if thread.is_alive():
                 connection.cut(f"cut off: still busy {_DRAIN:g} s after the server was told to stop")
                 thread.join(1.0)
-        self._workers.close()
+        self._pools.close()
         self._alarm.close()
         self._bell.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 
 Task = Callable[[], None]
@@ -11,6 +12,10 @@ Task = Callable[[], None]
 
 DEFAULT_MEMORY = 512 << 20
 """Bytes that the requests with the workers may hold, those of all clients together."""
+
+
+_IDLE = 30.0
+"""Seconds for which a thread waits for another task before it ends."""
 
 
 class Budget:
@@ -41,7 +46,9 @@ class Budget:
 
 
 class Workers:
-    """At most ``limit`` threads, started when they are needed; ``memory`` is what their requests may hold.
+    """At most ``limit`` threads, started when they are needed and ended when they are not any more.
+
+    ``memory`` is what their requests may hold.
 
     They are daemon threads: one that hangs in a dead disk does not keep the process from ending. A task deals
     with its own failures; one that does not ends in the log as a traceback, as in any thread.
@@ -72,12 +79,49 @@ class Workers:
                 self._tasks.put(None)
 
     def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
+        while (task := self._next()) is not None:
             try:
                 task()
             finally:
                 with self._lock:
                     self._idle += 1
+
+    def _next(self) -> Task | None:
+        """The next task; None when the thread is to end."""
+        while True:
+            try:
+                return self._tasks.get(timeout=_IDLE)
+            except queue.Empty:
+                with self._lock:
+                    # As many tasks are on their way as idle threads were taken off the count for.
+                    if self._idle > 0:
+                        self._idle -= 1
+                        self._threads -= 1
+                        return None
+
+
+class Pools:
+    """Workers for each export, so that a disk or a server that hangs keeps only its own clients waiting.
+
+    Each has at most ``limit`` threads; ``memory`` is what the requests of all may hold together.
+    """
+
+    def __init__(self, limit: int, memory: Budget) -> None:
+        self._limit = limit
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._pools: weakref.WeakKeyDictionary[object, Workers] = weakref.WeakKeyDictionary()
+
+    def of(self, export: object) -> Workers:
+        """Those of an export, for as long as it exists."""
+        with self._lock:
+            return self._pools.setdefault(export, Workers(self._limit, self._memory))
+
+    def close(self) -> None:
+        """Let all threads end when they have nothing left to do."""
+        with self._lock:
+            for workers in self._pools.values():
+                workers.close()
 
 
 class InFlight:

@@ -308,17 +308,25 @@ def test_a_server_that_hangs_stops_only_its_own_export(tmp_path: Path) -> None:
         exports = [f"--export=far={upstream.uri()}", f"--export=near={tmp_path}/disk.img,format=raw"]
         with nbdserve(*exports, "--reconnect-timeout=0", directory=tmp_path) as proxy:
             stuck = connected(proxy.uri("far"))
-            upstream.process.signal(signal.SIGSTOP)
-            buffer = nbd.Buffer(512)
-            stuck.aio_pread(buffer, 0)
-            stuck.poll(0)
             near = connected(proxy.uri("near"))
+            upstream.process.signal(signal.SIGSTOP)
+            buffers = [nbd.Buffer(512) for _ in range(200)]
+            for buffer in buffers:
+                stuck.aio_pread(buffer, 0)
+            stuck.poll(0)
             assert near.pread(MIB, 0) == content
+            wait_until(lambda: len(os.listdir(f"/proc/{proxy.pid}/task")) > 64, "all its workers wait")
+            near.pwrite(b"durable", 0, nbd.CMD_FLAG_FUA)
+            flush = near.aio_flush()
+            assert near.poll(5000) == 1
+            assert near.aio_command_completed(flush), (
+                "a flush waits for a server that it has nothing to do with"
+            )
             near.shutdown()
             upstream.process.signal(signal.SIGCONT)
             while stuck.aio_in_flight():
-                stuck.poll(5000)
-            assert bytes(buffer.to_bytearray()) == bytes(512)
+                assert stuck.poll(5000) == 1
+            assert all(bytes(buffer.to_bytearray()) == bytes(512) for buffer in buffers)
             stuck.shutdown()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
-from nbdserve.workers import Budget, InFlight, Workers
+import pytest
+
+from nbdserve import workers as workers_module
+from nbdserve.workers import Budget, InFlight, Pools, Workers
 from tests.support.processes import wait_until
 
 
@@ -97,3 +101,41 @@ def test_tasks_run_in_a_bounded_number_of_threads() -> None:
     wait_until(lambda: done == 10, "all have run")
     assert most == 3
     workers.close()
+
+
+def test_threads_that_nobody_needs_end_and_others_take_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "_IDLE", 0.05)
+    before = threading.active_count()
+    workers = Workers(4)
+    done: list[int] = []
+    for _ in range(3):
+        for number in range(8):
+            workers.submit(functools.partial(done.append, number))
+        wait_until(lambda: len(done) % 8 == 0 and len(done) > 0, "all have run")
+        wait_until(lambda: threading.active_count() <= before, "the threads have ended")
+    # Tasks come at the very moment at which threads end.
+    for number in range(80):
+        workers.submit(functools.partial(done.append, number))
+        threading.Event().wait(0.001 * (number % 60))
+    wait_until(lambda: len(done) == 104, "none was forgotten")
+    workers.close()
+
+
+def test_who_waits_in_one_pool_keeps_nobody_waiting_in_another() -> None:
+    class Export:
+        """Something to have a pool."""
+
+    stuck, free = Export(), Export()
+    pools = Pools(2, Budget(100))
+    gate, done = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        gate.wait(10)
+
+    for _ in range(5):
+        pools.of(stuck).submit(wait)
+    pools.of(free).submit(done.set)
+    assert done.wait(5)
+    gate.set()
+    assert pools.of(stuck) is pools.of(stuck)
+    pools.close()
