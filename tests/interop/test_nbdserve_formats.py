@@ -12,8 +12,10 @@ from pathlib import Path
 import nbd
 import psutil
 import pytest
+from qemu.qmp import ExecuteError
 
 from tests.support.disks import KIB, MIB, random_bytes, random_disk
+from tests.support.monitors import monitor
 from tests.support.processes import Argument, check, is_alive, run, wait_until
 from tests.support.servers import NBDSERVE, Server, UnixAddress, nbdserve, qemu_nbd
 
@@ -272,3 +274,26 @@ def test_a_daemon_reports_a_bad_image_and_its_kind_of_error(tmp_path: Path, imag
     assert (failed.returncode, len(failed.stderr.splitlines())) == (1, 1)
     misused = run(NBDSERVE, "-f", "raw", "-o", str(1 << 40), *options, image, seconds=20)
     assert (misused.returncode, len(misused.stderr.splitlines())) == (2, 1)
+
+
+def test_formats_and_other_servers_are_added_and_removed_through_the_monitor(
+    tmp_path: Path, image: Path
+) -> None:
+    content = random_disk(tmp_path / "disk.img", MIB)
+    options = [f"--export=disk={tmp_path}/disk.img,format=raw", f"--qmp=unix:{tmp_path}/qmp.sock"]
+    with nbdserve(*options, directory=tmp_path) as server, monitor(tmp_path / "qmp.sock") as qmp:
+        added: dict[str, object] = {"type_": "nbd", "writable": True}
+        qmp.execute("block-export-add", id_="q", filename=str(image), format_="qcow2", **added)
+        qmp.execute("block-export-add", id_="p", filename=server.uri("disk"), offset=4096, size=512, **added)
+        assert connected(server.uri("p")).pread(512, 0) == content[4096:4608]
+        client = connected(server.uri("q"))
+        client.pwrite(b"x" * 512, 0)
+        client.shutdown()
+        child = child_of(server)
+        qmp.execute("block-export-del", id_="q", mode="hard")
+        _wait_for_the_end_of(child.pid)
+        check("qemu-io", "-c", "read -P 0x78 0 512", image)
+        for wrong in ({"filename": str(image), "format_": "qed"}, {"filename": "nbd://127.0.0.1:1"}):
+            with pytest.raises(ExecuteError):
+                qmp.execute("block-export-add", id_="w", type_="nbd", **wrong)
+        qmp.execute("block-export-del", id_="p", mode="hard")
