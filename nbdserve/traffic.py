@@ -82,7 +82,7 @@ class Traffic:
         """Count the latency of requests, each the same; not of unknown commands. From any thread."""
         if command < _SLOTS:
             with self._lock:
-                self._latencies.setdefault(command, Histogram()).observe(seconds, requests)
+                self._histogram(command).observe(seconds, requests)
 
     def latencies(self) -> Iterator[tuple[Command, Histogram]]:
         """The histograms of the commands that were used."""
@@ -96,4 +96,10 @@ class Traffic:
         self.bytes = [mine + theirs for mine, theirs in zip(self.bytes, other.bytes, strict=True)]
         self.errors = [mine + theirs for mine, theirs in zip(self.errors, other.errors, strict=True)]
         for command, histogram in other.latencies():
-            self._latencies.setdefault(command, Histogram()).add(histogram)
+            self._histogram(command).add(histogram)
+
+    def _histogram(self, command: int) -> Histogram:
+        found = self._latencies.get(command)
+        if found is None:
+            found = self._latencies[command] = Histogram()
+        return found

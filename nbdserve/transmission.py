@@ -176,9 +176,11 @@ class Transmission:
 
     def _time_in_line(self, seconds: float) -> None:
         """They came with one system call and were answered with one, so that each took as long as all."""
-        for command, requests in zip((Command.READ, Command.WRITE), self._in_line, strict=True):
-            if requests:
-                self._traffic.took(command, seconds, requests)
+        reads, writes = self._in_line
+        if reads:
+            self._traffic.took(Command.READ, seconds, reads)
+        if writes:
+            self._traffic.took(Command.WRITE, seconds, writes)
 
     def _dispatch(self, request: Request) -> None:
         """Serve a request of any kind, and count it."""
