@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nbdserve.backends.base import Backend, Buffer
-from nbdserve.outbox import Outbox
+from nbdserve.outbox import Parcel, Replies
 from nbdserve.protocol.constants import Command, CommandFlags, NbdError, ReplyFlags
 from nbdserve.protocol.extents import Extent, descriptors
 from nbdserve.protocol.framing import Framing, Request
@@ -33,7 +33,7 @@ class Commands:
         self._traffic = traffic
         self._framing = framing
         self._backend = backend
-        self._handlers: dict[int, Callable[[Request, Outbox], None]] = {
+        self._handlers: dict[int, Callable[[Request, Replies], None]] = {
             Command.READ: self._read,
             Command.FLUSH: self._flush,
             Command.TRIM: self._trim,
@@ -42,21 +42,21 @@ class Commands:
             Command.BLOCK_STATUS: self._block_status,
         }
 
-    def serve(self, request: Request, replies: Outbox) -> None:
+    def serve(self, request: Request, replies: Replies) -> None:
         """Serve a request without payload; a failure of the backend becomes its reply."""
         try:
             self._handlers[request.command](request, replies)
         except OSError as error:
             replies.add(self.failure(request, error))
 
-    def block_status(self, request: Request, contexts: tuple[tuple[int, str], ...], replies: Outbox) -> None:
+    def block_status(self, request: Request, contexts: tuple[tuple[int, str], ...], replies: Replies) -> None:
         """Serve a block status of some of the negotiated contexts only."""
         try:
             self._send_extents(request, contexts, replies)
         except OSError as error:
             replies.add(self.failure(request, error))
 
-    def store(self, request: Request, payload: Buffer, replies: Outbox) -> None:
+    def store(self, request: Request, payload: Buffer, replies: Replies) -> None:
         """Serve a write whose whole payload is at hand."""
         try:
             self._backend.write(request.offset, payload, bool(request.flags & CommandFlags.FUA))
@@ -74,7 +74,7 @@ class Commands:
         self._traffic.failed(request.command)
         return self._framing.error(request, error, message)
 
-    def _read(self, request: Request, replies: Outbox) -> None:
+    def _read(self, request: Request, replies: Replies) -> None:
         framing = self._framing
         if not request.length and framing.pieces:
             replies.add(framing.success(request))
@@ -83,17 +83,19 @@ class Commands:
         else:
             self._read_whole(request, replies)
 
-    def _read_whole(self, request: Request, replies: Outbox) -> None:
+    def _read_whole(self, request: Request, replies: Replies) -> None:
         """Read everything before the first byte of the reply goes out: after that no error can be told."""
         if self._splice(request, request.offset, request.length, replies, whole=True):
             return
         needed = self._framing.data_head + request.length
-        room = replies if needed <= replies.capacity else replies.beside(needed)
-        self._add_data(request, request.offset, request.length, _DONE, room)
-        if room is not replies:
-            room.flush()
+        if needed <= replies.capacity:
+            self._add_data(request, request.offset, request.length, _DONE, replies)
+        else:
+            aside = Parcel(needed)
+            self._add_data(request, request.offset, request.length, _DONE, aside)
+            replies.add(aside.content())
 
-    def _read_in_pieces(self, request: Request, replies: Outbox) -> None:
+    def _read_in_pieces(self, request: Request, replies: Replies) -> None:
         """Answer in several chunks, holes without their zeroes; an error becomes the last of them."""
         position, end = request.offset, request.offset + request.length
         while position < end:
@@ -107,7 +109,7 @@ class Commands:
                 self._add_data(request, position, length, _DONE if done else 0, replies)
             position += length
 
-    def _splice(self, request: Request, offset: int, length: int, replies: Outbox, *, whole: bool) -> int:
+    def _splice(self, request: Request, offset: int, length: int, replies: Replies, *, whole: bool) -> int:
         """Send up to ``length`` bytes, or all of them, without copying; return how many, 0 for none."""
         source = self._backend.file_range(offset)
         if source is None or length < WORTH_SPLICING:
@@ -121,7 +123,7 @@ class Commands:
         framing.put_data_head(head, 0, request.cookie, request.offset, offset, fitting, done)
         return fitting if replies.splice(head, source, fitting) else 0
 
-    def _add_data(self, request: Request, offset: int, length: int, done: int, replies: Outbox) -> None:
+    def _add_data(self, request: Request, offset: int, length: int, done: int, replies: Replies) -> None:
         """Read straight to the place behind the head of the reply."""
         framing = self._framing
         start = replies.reserve(framing.data_head + length)
@@ -131,19 +133,19 @@ class Commands:
         framing.put_data_head(replies.buffer, start, request.cookie, request.offset, offset, length, done)
         replies.used = stop
 
-    def _flush(self, request: Request, replies: Outbox) -> None:
+    def _flush(self, request: Request, replies: Replies) -> None:
         self._backend.flush()
         replies.add(self._framing.success(request))
 
-    def _trim(self, request: Request, replies: Outbox) -> None:
+    def _trim(self, request: Request, replies: Replies) -> None:
         self._backend.trim(request.offset, request.length, bool(request.flags & CommandFlags.FUA))
         replies.add(self._framing.success(request))
 
-    def _cache(self, request: Request, replies: Outbox) -> None:
+    def _cache(self, request: Request, replies: Replies) -> None:
         self._backend.cache(request.offset, request.length)
         replies.add(self._framing.success(request))
 
-    def _write_zeroes(self, request: Request, replies: Outbox) -> None:
+    def _write_zeroes(self, request: Request, replies: Replies) -> None:
         flags = request.flags
         self._backend.zero(
             request.offset,
@@ -154,10 +156,12 @@ class Commands:
         )
         replies.add(self._framing.success(request))
 
-    def _block_status(self, request: Request, replies: Outbox) -> None:
+    def _block_status(self, request: Request, replies: Replies) -> None:
         self._send_extents(request, self._agreement.contexts, replies)
 
-    def _send_extents(self, request: Request, contexts: tuple[tuple[int, str], ...], replies: Outbox) -> None:
+    def _send_extents(
+        self, request: Request, contexts: tuple[tuple[int, str], ...], replies: Replies
+    ) -> None:
         limit = 1 if request.flags & CommandFlags.REQ_ONE else MAX_EXTENTS
         longest = self._framing.longest_extent
 

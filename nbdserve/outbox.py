@@ -2,39 +2,99 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import sys
 import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
 
 from nbdserve.errors import ConnectionLostError
 from nbdserve.splicing import FileRange, Pipe
 from nbdserve.stream import Stream
 
+_LOG = logging.getLogger("nbdserve")
 CAPACITY = 512 << 10
 """The size of the buffer in bytes. Larger ones fall out of the processor's cache and are slower."""
 
+Data = bytes | bytearray | memoryview
 
-class Outbox:
-    """A buffer of replies. The transmission loop builds the replies to reads in ``view`` itself.
 
-    ``used`` bytes of ``view`` are filled; whoever fills more calls ``reserve`` first. Everything but ``send``
-    belongs to one thread. Raises ConnectionLostError when the client is gone, or takes nothing for the
-    socket's send time-out.
+class Replies(ABC):
+    """A buffer of replies, which belongs to one thread.
+
+    ``used`` bytes of ``view``, and of ``buffer``, which is the same, are filled; whoever fills more calls
+    ``reserve`` first, for at most ``capacity`` bytes at a time, and looks at ``view`` again.
     """
 
-    def __init__(self, stream: Stream, capacity: int = CAPACITY, lock: threading.Lock | None = None) -> None:
-        self._stream = stream
-        self._lock = lock or threading.Lock()
-        self.capacity = capacity
-        self.buffer = bytearray(capacity)
+    def __init__(self, size: int) -> None:
+        self.capacity = size
+        self.buffer = bytearray(size)
         self.view = memoryview(self.buffer)
         self.used = 0
-        # Only a plain socket takes pages as they are, and only its own thread fills the pipe.
-        self._socket = stream if isinstance(stream, socket.socket) and lock is None else None
-        self._pipe: Pipe | None = None
 
-    def beside(self, capacity: int) -> Outbox:
-        """Another buffer for the same client, whose replies do not mix with this one's."""
-        return Outbox(self._stream, capacity, self._lock)
+    @abstractmethod
+    def reserve(self, length: int) -> int:
+        """Make room for ``length`` bytes and return where they start."""
+
+    def add(self, data: Data) -> None:
+        """Append bytes of any length."""
+        length = len(data)
+        start = self.reserve(length)
+        self.buffer[start : start + length] = data
+        self.used = start + length
+
+    def most_to_splice(self, source: FileRange) -> int:
+        """How many bytes of a file ``splice`` can take with one reply; 0 where it cannot take any."""
+        return 0
+
+    def splice(self, head: bytearray, source: FileRange, length: int) -> bool:
+        """Send the head of a reply and its data, which goes from the file to the socket without being copied.
+
+        Raises OSError when the file cannot be read; nothing has been sent then. False, with nothing sent
+        either, where the file system cannot do it; it is not tried again.
+        """
+        return False
+
+
+class Parcel(Replies):
+    """The whole reply to one request, put together aside; it grows as it must."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.capacity = sys.maxsize
+
+    def reserve(self, length: int) -> int:
+        """Make room for ``length`` bytes and return where they start."""
+        needed = self.used + length
+        if needed > len(self.buffer):
+            grown = bytearray(max(needed, 2 * len(self.buffer)))
+            grown[: self.used] = self.view[: self.used]
+            self.buffer, self.view = grown, memoryview(grown)
+        return self.used
+
+    def content(self) -> memoryview:
+        """All of it."""
+        return self.view[: self.used]
+
+
+class Outbox(Replies):
+    """The way to the client. The transmission loop builds the replies to reads in ``view`` itself.
+
+    Everything but ``post`` belongs to one thread. Raises ConnectionLostError when the client is gone, or
+    takes nothing for the socket's send time-out; nothing is sent any more then.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(CAPACITY)
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._posted: deque[tuple[memoryview, Callable[[], None]]] = deque()
+        self._lost: ConnectionLostError | None = None
+        # Only a plain socket takes pages as they are.
+        self._socket = stream if isinstance(stream, socket.socket) else None
+        self._pipe: Pipe | None = None
 
     def reserve(self, length: int) -> int:
         """Make room for ``length`` bytes, at most the capacity, and return where they start."""
@@ -42,32 +102,28 @@ class Outbox:
             self.flush()
         return self.used
 
-    def add(self, data: bytes | bytearray) -> None:
+    def add(self, data: Data) -> None:
         """Append bytes of any length."""
-        length = len(data)
-        if length > self.capacity:
+        if len(data) > self.capacity:
             self.flush()
-            self.send(data)
-            return
-        start = self.reserve(length)
-        self.buffer[start : start + length] = data
-        self.used = start + length
+            self._send(data)
+        else:
+            super().add(data)
 
     def flush(self) -> None:
         """Send everything."""
         if self.used:
-            self.send(self.view[: self.used])
+            self._send(self.view[: self.used])
             self.used = 0
 
-    def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send whole replies past the buffer. May be called from any thread."""
-        with self._lock:
-            try:
-                self._stream.sendall(data)
-            except OSError as error:
-                raise ConnectionLostError(
-                    f"the client takes no replies: {error.strerror or error}"
-                ) from error
+    def post(self, reply: memoryview, over: Callable[[], None]) -> None:
+        """Send a whole reply, and call ``over`` when it is sent, or the client lost. From any thread.
+
+        Where another thread is sending already, and may have to wait for a client that takes nothing, the
+        reply is left to that thread.
+        """
+        self._posted.append((reply, over))
+        self._send_posted()
 
     def most_to_splice(self, source: FileRange) -> int:
         """How many bytes of a file ``splice`` can take with one reply; 0 where it cannot take any."""
@@ -94,12 +150,49 @@ class Outbox:
                 self._socket.sendall(head, socket.MSG_MORE)
                 self._pipe.empty(self._socket.fileno(), length)
             except OSError as error:
-                raise ConnectionLostError(
-                    f"the client takes no replies: {error.strerror or error}"
-                ) from error
+                raise self._lose(error) from error
+        if self._posted:
+            self._send_posted()
         return True
 
     def close(self) -> None:
         """Let go of the pipe, if there is one."""
         if self._pipe is not None:
             self._pipe.close()
+
+    def _send(self, data: Data) -> None:
+        with self._lock:
+            self._put(data)
+        if self._posted:
+            self._send_posted()
+
+    def _send_posted(self) -> None:
+        """Send what is posted, unless somebody else does.
+
+        Whoever holds the lock looks for more after it has let go of it, so nothing stays behind.
+        """
+        while self._posted and self._lock.acquire(blocking=False):
+            try:
+                reply, over = self._posted.popleft()
+                try:
+                    self._put(reply)
+                except ConnectionLostError as error:
+                    # The connection's own thread notices too, and ends the connection.
+                    _LOG.debug("%s", error)
+                finally:
+                    over()
+            finally:
+                self._lock.release()
+
+    def _put(self, data: Data) -> None:
+        if self._lost is not None:
+            # A reply may have been sent by half: nothing that follows would be understood.
+            raise ConnectionLostError(str(self._lost))
+        try:
+            self._stream.sendall(data)
+        except OSError as error:
+            raise self._lose(error) from error
+
+    def _lose(self, error: OSError) -> ConnectionLostError:
+        self._lost = ConnectionLostError(f"the client takes no replies: {error.strerror or error}")
+        return self._lost

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 from nbdserve.backends.base import Backend
 from nbdserve.commands import PIECE, Commands
-from nbdserve.errors import ConnectionLostError, ProtocolError
+from nbdserve.errors import ProtocolError
+from nbdserve.handover import Handover
 from nbdserve.inbox import Inbox
-from nbdserve.outbox import Outbox
+from nbdserve.outbox import CAPACITY, Outbox
 from nbdserve.protocol.constants import Command, CommandFlags, NbdError, TransmissionFlags
 from nbdserve.protocol.framing import Request, framing_of
 from nbdserve.protocol.offers import Agreement, Mode
 from nbdserve.protocol.requests import choose_contexts, refusal
 from nbdserve.stream import Stream
 from nbdserve.traffic import Traffic
-from nbdserve.workers import InFlight, Workers
+from nbdserve.workers import Workers
 
 _LOG = logging.getLogger("nbdserve")
 
-MAX_IN_FLIGHT = 64
-"""Requests of one client that may be with the workers at a time."""
-
-MAX_BYTES_IN_FLIGHT = 64 << 20
-"""Bytes of memory that those may hold, or one alone that needs more."""
-
 MAX_STATUS_PAYLOAD = 4096
 """The longest payload of a block status request in bytes; no export has so many contexts."""
-
-_SMALL_REPLY = 4096
-"""Room in bytes for the reply to a request that a worker serves, besides the data of a read."""
 
 
 class Transmission:
@@ -57,8 +48,7 @@ class Transmission:
         self._commands = Commands(agreement, self._framing, backend, traffic)
         self._inbox = Inbox(stream, early)
         self._outbox = Outbox(stream)
-        self._workers = workers
-        self._in_flight = InFlight(MAX_IN_FLIGHT, MAX_BYTES_IN_FLIGHT, workers.memory)
+        self._handover = Handover(workers, self._outbox, self._framing, traffic)
         self._finish_by: float | None = None
         self._received = time.perf_counter()
         # The longest request that the hot loop serves itself: none where a read could wait for a network.
@@ -84,7 +74,7 @@ class Transmission:
             raise
         finally:
             # An old write must not land after this client has come back with a newer one.
-            self._in_flight.wait_until_none()
+            self._handover.wait_until_none()
             self._outbox.close()
 
     def _serve_received(self) -> None:
@@ -202,12 +192,24 @@ class Transmission:
         if refused := refusal(self._agreement, request):
             self._refuse(request, *refused)
         elif self._backend.is_local(Command(request.command), request.offset, request.length):
-            self._commands.serve(request, self._outbox)
+            self._serve_here(request)
         else:
-            self._admit(request)
-            self._hand_over(request, lambda replies: self._commands.serve(request, replies))
+            self._handover.admit(request)
+            self._handover.submit(request, lambda replies: self._commands.serve(request, replies))
             return False
         return True
+
+    def _serve_here(self, request: Request) -> None:
+        whole = not self._framing.pieces or request.flags & CommandFlags.DF
+        if request.command != Command.READ or request.length < CAPACITY or not whole:
+            self._commands.serve(request, self._outbox)
+            return
+        # Its data may have to be in memory all at once.
+        self._handover.admit(request)
+        try:
+            self._commands.serve(request, self._outbox)
+        finally:
+            self._handover.dismiss(request)
 
     def _refuse(self, request: Request, error: NbdError, message: str) -> None:
         self._outbox.add(self._commands.refusal(request, error, message))
@@ -222,13 +224,13 @@ class Transmission:
             self._skip(request.length)
             self._refuse(request, *refused)
         elif not self._backend.is_local(Command.WRITE, request.offset, request.length):
-            self._admit(request)
+            self._handover.admit(request)
             try:
                 payload = self._collect(request.length)
             except BaseException:
-                self._in_flight.end(self._memory_for(request))
+                self._handover.dismiss(request)
                 raise
-            self._hand_over(request, lambda replies: self._commands.store(request, payload, replies))
+            self._handover.submit(request, lambda replies: self._commands.store(request, payload, replies))
             return False
         elif request.length <= PIECE:
             self._commands.store(request, self._payload(request.length), self._outbox)
@@ -268,8 +270,8 @@ class Transmission:
         if refused := refusal(self._agreement, plain):
             self._refuse(request, *refused)
             return True
-        self._admit(plain)
-        self._hand_over(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
+        self._handover.admit(plain)
+        self._handover.submit(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
         return False
 
     def _payload(self, length: int) -> memoryview:
@@ -291,36 +293,3 @@ class Transmission:
         """Receive and forget a payload."""
         while length:
             length -= len(self._payload(min(length, PIECE)))
-
-    def _memory_for(self, request: Request) -> int:
-        """The bytes of memory that a worker needs for the request: its payload, or the data of its reply."""
-        if request.command == Command.WRITE:
-            return request.length + _SMALL_REPLY
-        if request.command != Command.READ:
-            return _SMALL_REPLY
-        whole = not self._framing.pieces or request.flags & CommandFlags.DF
-        return (request.length if whole else min(request.length, PIECE)) + _SMALL_REPLY
-
-    def _admit(self, request: Request) -> None:
-        """Wait until there is room among the requests in flight; what was answered goes out before."""
-        self._outbox.flush()
-        self._in_flight.begin(self._memory_for(request))
-
-    def _hand_over(self, request: Request, serve: Callable[[Outbox], None]) -> None:
-        """Let a worker serve an admitted request; its reply goes out when it is ready."""
-        began = time.perf_counter()
-        self._workers.submit(lambda: self._serve_elsewhere(request, serve, began))
-
-    def _serve_elsewhere(self, request: Request, serve: Callable[[Outbox], None], began: float) -> None:
-        try:
-            data = min(request.length, PIECE) if request.command == Command.READ else 0
-            replies = self._outbox.beside(_SMALL_REPLY + data)
-            serve(replies)
-            replies.flush()
-            if self._traffic.timed:
-                self._traffic.took(request.command, time.perf_counter() - began)
-        except ConnectionLostError as error:
-            # The connection's own thread notices too, and ends the connection.
-            _LOG.debug("%s", error)
-        finally:
-            self._in_flight.end(self._memory_for(request))

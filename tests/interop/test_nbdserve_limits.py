@@ -144,3 +144,36 @@ def test_a_block_status_request_with_a_long_payload_is_refused_in_step(image: Pa
         assert EXTENDED_CHUNK.unpack(wire.receive(EXTENDED_CHUNK.size))[2:4] == (0, 2)
         peak = Path(f"/proc/{server.pid}/status").read_text().partition("VmHWM:")[2].split()[0]
         assert int(peak) < 40 * KIB, "in KiB: the payload was not kept"
+
+
+def test_clients_that_take_no_replies_do_not_hold_the_workers(tmp_path: Path) -> None:
+    disk = GatedBackend(16 * MIB, local=False)
+    with running(one_export(disk), tmp_path) as (_, address):
+        deaf = [Wire(address) for _ in range(4)]
+        for wire in deaf:
+            wire.go()
+            wire.send(*[request(Command.READ, 0, 256 * KIB, cookie=index) for index in range(100)])
+            wire.socket.recv(1, socket.MSG_PEEK)
+        with Wire(address, 5) as other:
+            other.go(structured=True)
+            for index in range(20):
+                other.send(request(Command.READ, 0, 1000, cookie=index))
+                assert other.chunk().cookie == index
+        for wire in deaf:
+            got = set()
+            for _ in range(100):
+                got.add(wire.simple_reply().cookie)
+                wire.receive(256 * KIB)
+            assert got == set(range(100)), "late, but all of them"
+            wire.socket.close()
+
+
+def test_a_client_that_leaves_with_replies_untaken_lets_the_server_end(tmp_path: Path) -> None:
+    disk = GatedBackend(16 * MIB, local=False)
+    with running(one_export(disk), tmp_path) as (server, address):
+        with Wire(address) as wire:
+            wire.go()
+            wire.send(*[request(Command.READ, 0, 256 * KIB, cookie=index) for index in range(100)])
+            wire.socket.recv(1, socket.MSG_PEEK)
+        wait_until(lambda: len(server.clients) == 0, "the connection has ended")
+        assert server.memory.held == 0
