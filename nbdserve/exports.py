@@ -72,7 +72,7 @@ class Export:
 
     def flush(self) -> None:
         """Make everything durable; OSError when that fails."""
-        if not self.backend.capabilities.read_only:
+        if not self.backend.capabilities.read_only and self.backend.unflushed:
             self.backend.flush()
 
     def close(self) -> None:

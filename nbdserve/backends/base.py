@@ -72,6 +72,11 @@ class Backend(ABC):
     def flush(self) -> None:
         """Make everything acknowledged before this call durable."""
 
+    @property
+    def unflushed(self) -> bool:
+        """Whether there may be acknowledged changes that are not durable."""
+        return True
+
     @abstractmethod
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
         """Yield the runs from ``offset`` on with their status in a meta context.

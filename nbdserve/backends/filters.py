@@ -50,6 +50,11 @@ class Filter(Backend):
         """As beneath."""
         self.beneath.flush()
 
+    @property
+    def unflushed(self) -> bool:
+        """As beneath."""
+        return self.beneath.unflushed
+
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
         """As beneath."""
         return self.beneath.extents(offset, length, context)

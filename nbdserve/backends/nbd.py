@@ -103,6 +103,11 @@ class NbdBackend(Backend):
         if self._export.flush:
             self._upstream.flush()
 
+    @property
+    def unflushed(self) -> bool:
+        """Whether this process has acknowledged anything that the server has not flushed."""
+        return self._upstream.unflushed
+
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
         """What the server says of the range; OSError when it fails."""
         place = self._base + offset

@@ -138,6 +138,12 @@ class Upstream:
             reason = "writes that were acknowledged before the connection was lost may be gone"
             raise OSError(errno.EIO, f"{self.name}: {reason}")
 
+    @property
+    def unflushed(self) -> bool:
+        """Whether a change was acknowledged after the last flush, or may have been lost."""
+        with self._books:
+            return self._doubt or self._acknowledged > self._durable or self._given_up is not None
+
     def close(self) -> None:
         """Take leave of the server."""
         with self._books:
