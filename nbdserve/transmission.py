@@ -219,6 +219,7 @@ class Transmission:
         if self._agreement.mode is Mode.EXTENDED:
             # Every write has a payload here; a client that forgets to say so is understood all the same.
             request = request._replace(flags=request.flags & ~CommandFlags.PAYLOAD_LEN)
+            self._check_payload(request)
         refused = refusal(self._agreement, request)
         if refused is not None:
             self._skip(request.length)
@@ -256,8 +257,7 @@ class Transmission:
 
     def _with_payload(self, request: Request) -> bool:
         """Serve a request other than WRITE that carries a payload: a block status of some contexts only."""
-        if request.length > self._agreement.offer.block_sizes.maximum:
-            raise ProtocolError(f"request type {request.command} with a payload of {request.length} bytes")
+        self._check_payload(request)
         if request.length > MAX_STATUS_PAYLOAD:
             self._skip(request.length)
             chosen = None
@@ -273,6 +273,14 @@ class Transmission:
         self._handover.admit(plain)
         self._handover.submit(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
         return False
+
+    def _check_payload(self, request: Request) -> None:
+        """Give up a client whose extended header announces more than any request may carry.
+
+        There its length has 64 bits, and is not worth skipping ("Extended headers", "Request message").
+        """
+        if request.length > self._agreement.offer.block_sizes.maximum:
+            raise ProtocolError(f"request type {request.command} with a payload of {request.length} bytes")
 
     def _payload(self, length: int) -> memoryview:
         """Receive and consume up to PIECE bytes; valid until the next call."""

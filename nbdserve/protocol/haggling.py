@@ -178,6 +178,9 @@ class Haggling:
         del self._inbox[: OPTION_HEADER.size]
         self._count_option()
         self._skip = length
+        if self._needs_tls(option):
+            self._reply(option, OptionReply.ERR_TLS_REQD, b"this server requires TLS")
+            return
         known = option in self._HANDLERS
         self._reply(
             option,
@@ -185,13 +188,17 @@ class Haggling:
             f"at most {MAX_HELD_OPTION} bytes are taken here".encode(),
         )
 
+    def _needs_tls(self, option: int) -> bool:
+        """Whether it may not be answered before STARTTLS."""
+        return self._encryption is Encryption.REQUIRED and option not in (Option.STARTTLS, Option.ABORT)
+
     def _count_option(self) -> None:
         self._options += 1
         if self._options > MAX_OPTIONS:
             raise ProtocolError(f"more than {MAX_OPTIONS} options in one handshake")
 
     def _handle(self, option: int, payload: bytes) -> None:
-        if self._encryption is Encryption.REQUIRED and option not in (Option.STARTTLS, Option.ABORT):
+        if self._needs_tls(option):
             if option == Option.EXPORT_NAME:
                 raise ProtocolError("the client wants an export without TLS, which is required")
             self._reply(option, OptionReply.ERR_TLS_REQD, b"this server requires TLS")
@@ -220,7 +227,7 @@ class Haggling:
         offer = self._catalog.offer(name)
         if offer is None:
             raise ProtocolError(f"there is no export {name!r}")
-        self._outbox += EXPORT_REPLY.pack(offer.size, self._flags(offer))
+        self._outbox += EXPORT_REPLY.pack(offer.size, self._flags(name, offer))
         if not self._no_zeroes:
             self._outbox += bytes(EXPORT_NAME_PADDING)
         self._agree(name, offer)
@@ -261,13 +268,13 @@ class Haggling:
         if offer is None:
             self._reply(option, OptionReply.ERR_UNKNOWN, f"there is no export {name!r}".encode()[:MAX_STRING])
             return
-        self._send_info(option, offer, wanted)
+        self._send_info(option, name, offer, wanted)
         self._reply(option, OptionReply.ACK)
         if option == Option.GO:
             self._agree(name, offer)
 
-    def _send_info(self, option: int, offer: Offer, wanted: set[int]) -> None:
-        items = [INFO_EXPORT.pack(Info.EXPORT, offer.size, self._flags(offer))]
+    def _send_info(self, option: int, name: str, offer: Offer, wanted: set[int]) -> None:
+        items = [INFO_EXPORT.pack(Info.EXPORT, offer.size, self._flags(name, offer))]
         if Info.NAME in wanted:
             items.append(UINT16.pack(Info.NAME) + offer.name.encode())
         if Info.DESCRIPTION in wanted and offer.description:
@@ -323,20 +330,22 @@ class Haggling:
             self._reply(option, OptionReply.META_CONTEXT, UINT32.pack(shown) + context.encode())
         self._reply(option, OptionReply.ACK)
 
-    def _flags(self, offer: Offer) -> TransmissionFlags:
+    def _flags(self, name: str, offer: Offer) -> TransmissionFlags:
         """The export's flags, and those that depend on how replies are framed."""
         flags = offer.flags
         if self._mode is not Mode.SIMPLE:
             flags |= TransmissionFlags.SEND_DF
-        if self._mode is Mode.EXTENDED:
+        if self._mode is Mode.EXTENDED and self._contexts_of(name):
             flags |= TransmissionFlags.BLOCK_STATUS_PAYLOAD
         return flags
 
     def _agree(self, name: str, offer: Offer) -> None:
-        # Contexts that were negotiated for another export name do not count (proto.md, SET_META_CONTEXT).
-        contexts = self._contexts if self._contexts_for == name else ()
-        self.agreement = Agreement(offer, self._mode, contexts)
+        self.agreement = Agreement(offer, self._mode, self._contexts_of(name))
         self.state = State.TRANSMISSION
+
+    def _contexts_of(self, name: str) -> tuple[tuple[int, str], ...]:
+        """Contexts that were negotiated for another export name do not count (proto.md, SET_META_CONTEXT)."""
+        return self._contexts if self._contexts_for == name else ()
 
     _HANDLERS: ClassVar[dict[int, Callable[[Haggling, int, bytes], None]]] = {
         Option.EXPORT_NAME: _export_name,

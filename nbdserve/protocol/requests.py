@@ -62,7 +62,10 @@ def refusal(agreement: Agreement, request: Request) -> tuple[NbdError, str] | No
     if command in _CHANGING and offer.flags & TransmissionFlags.READ_ONLY:
         return NbdError.EPERM, "the export is read-only"
     if command in (Command.READ, Command.WRITE) and length > offer.block_sizes.maximum:
-        return NbdError.EINVAL, f"{length} bytes are more than one request may carry"
+        # EOVERFLOW is for what could have been sent in chunks (proto.md, "Error values").
+        chunked = command == Command.READ and agreement.mode is not Mode.SIMPLE
+        error = NbdError.EOVERFLOW if chunked else NbdError.EINVAL
+        return error, f"{length} bytes are more than one request may carry"
     if offset + length > offer.size:
         past_end = NbdError.ENOSPC if command in (Command.WRITE, Command.WRITE_ZEROES) else NbdError.EINVAL
         return past_end, f"the request ends at {offset + length}, the export at {offer.size}"

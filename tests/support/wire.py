@@ -1,7 +1,8 @@
 """A raw NBD client for what stock clients never send: every byte is the test's own.
 
 It shares nothing with ``nbdserve.protocol``, so that a mistake there cannot hide here. Numbers and layouts
-are those of the NBD protocol document (doc/proto.md): "Newstyle negotiation", "Transmission phase".
+are those of the NBD protocol document (doc/proto.md): "Newstyle negotiation", "Transmission phase", and of
+its branch extension-ext-header.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ OPTION_REPLY_MAGIC = 0x3E889045565A9
 REQUEST_MAGIC = 0x25609513
 SIMPLE_REPLY_MAGIC = 0x67446698
 STRUCTURED_REPLY_MAGIC = 0x668E33EF
+EXTENDED_REQUEST_MAGIC = 0x21E41C71
+EXTENDED_REPLY_MAGIC = 0x6E8A278C
 
 GREETING = struct.Struct(">QQH")  # NBDMAGIC, IHAVEOPT, handshake flags
 OPTION = struct.Struct(">QII")  # IHAVEOPT, option, length of data
@@ -29,6 +32,8 @@ OPTION_REPLY = struct.Struct(">QIII")  # magic, option, reply type, length of da
 REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 SIMPLE_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 CHUNK = struct.Struct(">IHHQI")  # magic, flags, type, cookie, length of payload
+EXTENDED_REQUEST = struct.Struct(">IHHQQQ")  # magic, flags, type, cookie, offset, length
+EXTENDED_CHUNK = struct.Struct(">IHHQQQ")  # magic, flags, type, cookie, offset of request, length of payload
 
 
 class Option(IntEnum):
@@ -44,6 +49,7 @@ class Option(IntEnum):
     STRUCTURED_REPLY = 8
     LIST_META_CONTEXT = 9
     SET_META_CONTEXT = 10
+    EXTENDED_HEADERS = 11
 
 
 class Reply(IntEnum):
@@ -62,6 +68,7 @@ class Reply(IntEnum):
     ERR_SHUTDOWN = 0x80000007
     ERR_BLOCK_SIZE_REQD = 0x80000008
     ERR_TOO_BIG = 0x80000009
+    ERR_EXT_HEADER_REQD = 0x8000000A
 
 
 class Command(IntEnum):
@@ -75,6 +82,19 @@ class Command(IntEnum):
     CACHE = 5
     WRITE_ZEROES = 6
     BLOCK_STATUS = 7
+    RESIZE = 8
+
+
+class Kind(IntEnum):
+    """The types of chunks; errors have the highest bit set."""
+
+    NONE = 0
+    OFFSET_DATA = 1
+    OFFSET_HOLE = 2
+    BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
+    ERROR = 0x8001
+    ERROR_OFFSET = 0x8002
 
 
 class Flag(IntFlag):
@@ -86,6 +106,7 @@ class Flag(IntFlag):
     DF = 4
     REQ_ONE = 8
     FAST_ZERO = 16
+    PAYLOAD_LEN = 32
 
 
 @dataclass(frozen=True)
@@ -107,12 +128,34 @@ class SimpleReply:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk of a structured reply."""
+    """One chunk of a structured reply; ``offset`` is its request's, which only extended headers repeat."""
 
     done: bool
     kind: int
     cookie: int
     payload: bytes
+    offset: int = 0
+
+    @property
+    def error(self) -> int:
+        """The error value that the chunk tells of; 0 for any other chunk."""
+        return int.from_bytes(self.payload[:4], "big") if self.kind & 0x8000 else 0
+
+    @property
+    def message(self) -> str:
+        """The sentence that comes with an error."""
+        return self.payload[6 : 6 + int.from_bytes(self.payload[4:6], "big")].decode()
+
+    @property
+    def extents(self) -> tuple[int, list[tuple[int, int]]]:
+        """The context that a block status is about, and pairs of a length in bytes and a status."""
+        context = int.from_bytes(self.payload[:4], "big")
+        if self.kind == Kind.BLOCK_STATUS:
+            return context, list(struct.iter_unpack(">II", self.payload[4:]))
+        assert self.kind == Kind.BLOCK_STATUS_EXT
+        pairs = list(struct.iter_unpack(">QQ", self.payload[8:]))
+        assert int.from_bytes(self.payload[4:8], "big") == len(pairs)
+        return context, pairs
 
 
 def option(number: int, data: bytes = b"", length: int | None = None) -> bytes:
@@ -149,12 +192,28 @@ def request(
     return REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, len(data) or length) + data
 
 
+def extended_request(
+    command: int,
+    offset: int = 0,
+    length: int = 0,
+    *,
+    cookie: int = 0,
+    flags: int = 0,
+    data: bytes = b"",
+) -> bytes:
+    """A request with an extended header; ``data`` sets the flag PAYLOAD_LEN and gives the length."""
+    if data:
+        flags, length = flags | Flag.PAYLOAD_LEN, len(data)
+    return EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length) + data
+
+
 class Wire:
     """A connection to a server, spoken byte by byte. Every receive has a time limit."""
 
     def __init__(self, address: Address, seconds: float = 10.0) -> None:
         """Connect; ``seconds`` is the time limit of each operation on the socket."""
         self.socket = address.connect(seconds)
+        self._extended = False
 
     def __enter__(self) -> Self:
         return self
@@ -216,14 +275,27 @@ class Wire:
             replies.append(self.option_reply())
         return replies
 
-    def go(self, export: str = "", *, structured: bool = False, contexts: tuple[str, ...] = ()) -> None:
-        """Greet and haggle until transmission begins."""
+    def go(
+        self,
+        export: str = "",
+        *,
+        structured: bool = False,
+        extended: bool = False,
+        contexts: tuple[str, ...] = (),
+    ) -> list[int]:
+        """Greet and haggle until transmission begins; return the ids of the contexts that were selected."""
         self.greet()
-        if structured or contexts:
+        if extended:
+            assert self.haggle(Option.EXTENDED_HEADERS)[-1].kind == Reply.ACK
+            self._extended = True
+        elif structured or contexts:
             assert self.haggle(Option.STRUCTURED_REPLY)[-1].kind == Reply.ACK
+        selected: list[OptionReply] = []
         if contexts:
-            assert self.haggle(Option.SET_META_CONTEXT, meta_query(export, *contexts))[-1].kind == Reply.ACK
+            *selected, last = self.haggle(Option.SET_META_CONTEXT, meta_query(export, *contexts))
+            assert last.kind == Reply.ACK
         assert self.haggle(Option.GO, export_query(export))[-1].kind == Reply.ACK
+        return [int.from_bytes(reply.data[:4], "big") for reply in selected]
 
     def simple_reply(self) -> SimpleReply:
         """Receive the head of a simple reply."""
@@ -233,6 +305,19 @@ class Wire:
 
     def chunk(self) -> Chunk:
         """Receive one chunk of a structured reply."""
+        if self._extended:
+            magic, flags, kind, cookie, offset, length = EXTENDED_CHUNK.unpack(
+                self.receive(EXTENDED_CHUNK.size)
+            )
+            assert magic == EXTENDED_REPLY_MAGIC
+            return Chunk(bool(flags & 1), kind, cookie, self.receive(length), offset)
         magic, flags, kind, cookie, length = CHUNK.unpack(self.receive(CHUNK.size))
         assert magic == STRUCTURED_REPLY_MAGIC
         return Chunk(bool(flags & 1), kind, cookie, self.receive(length))
+
+    def chunks(self) -> list[Chunk]:
+        """Receive all chunks of one structured reply, up to the one that says that it is done."""
+        received = [self.chunk()]
+        while not received[-1].done:
+            received.append(self.chunk())
+        return received

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from nbdserve.errors import ProtocolError
 from nbdserve.protocol.constants import TransmissionFlags
-from nbdserve.protocol.haggling import MAX_HELD_OPTION, MAX_OPTIONS, MAX_SKIPPED_OPTION, Haggling, State
+from nbdserve.protocol.haggling import (
+    MAX_HELD_OPTION,
+    MAX_OPTIONS,
+    MAX_SKIPPED_OPTION,
+    Encryption,
+    Haggling,
+    State,
+)
 from nbdserve.protocol.offers import BASE_ALLOCATION, BlockSizes, Mode, Offer
 from tests.support import wire
 from tests.support.wire import Option, OptionReply, Reply
@@ -32,9 +39,9 @@ class TwoExports:
         return {"": DISK, DISK.name: DISK, SNOW.name: SNOW}.get(name)
 
 
-def begun(*, structured_replies: bool = True) -> Haggling:
+def begun(*, structured_replies: bool = True, encryption: Encryption = Encryption.NONE) -> Haggling:
     """A handshake past the client flags."""
-    haggling = Haggling(TwoExports(), structured_replies=structured_replies)
+    haggling = Haggling(TwoExports(), structured_replies=structured_replies, encryption=encryption)
     assert haggling.receive(CLIENT_FLAGS) == b""
     return haggling
 
@@ -250,6 +257,15 @@ def test_an_oversize_option_is_skipped_and_answered() -> None:
     assert kinds(ask(haggling, Option.GO, data)) == [Reply.ERR_TOO_BIG]
     assert kinds(ask(haggling, 99, data)) == [Reply.ERR_UNSUP]
     assert kinds(ask(haggling, Option.LIST))[-1] == Reply.ACK
+
+
+def test_where_tls_is_required_an_oversize_option_needs_it_too() -> None:
+    haggling = begun(encryption=Encryption.REQUIRED)
+    data = bytes(MAX_HELD_OPTION + 1)
+    assert kinds(ask(haggling, Option.GO, data)) == [Reply.ERR_TLS_REQD]
+    assert kinds(ask(haggling, 99, data)) == [Reply.ERR_TLS_REQD]
+    assert kinds(ask(haggling, Option.STARTTLS, data)) == [Reply.ERR_TOO_BIG]
+    assert kinds(ask(haggling, Option.STARTTLS)) == [Reply.ACK]
 
 
 def test_an_option_too_long_to_skip_ends_the_handshake() -> None:

@@ -68,7 +68,10 @@ def test_a_read_only_export_permits_no_change(command: Command) -> None:
 def test_a_payload_is_limited_and_an_effect_length_is_not(command: Command) -> None:
     agreement = agreed(size=2**40)
     assert error_of(agreement, command, 0, 0, LONGEST) == 0
-    assert error_of(agreement, command, 0, 0, LONGEST + 1) == NbdError.EINVAL
+    chunked = NbdError.EOVERFLOW if command is Command.READ else NbdError.EINVAL
+    assert error_of(agreement, command, 0, 0, LONGEST + 1) == chunked
+    simple = agreed(size=2**40, mode=Mode.SIMPLE)
+    assert error_of(simple, command, 0, 0, LONGEST + 1) == NbdError.EINVAL
     for effect in (Command.TRIM, Command.CACHE, Command.WRITE_ZEROES, Command.BLOCK_STATUS):
         assert error_of(agreement, effect, 0, 0, 2**32 - 1) == 0
 
