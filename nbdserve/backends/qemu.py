@@ -7,6 +7,7 @@ unless that could pass over acknowledged writes: what it had not flushed yet die
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -178,7 +179,9 @@ class _Running:
         if not self.ended.wait(waits):
             if waits:
                 _LOG.warning("%s: qemu-nbd does not end by itself: killed", self._path)
-            self._process.kill()
+            # Where rights were dropped since it was started, only its own end will end it.
+            with contextlib.suppress(PermissionError):
+                self._process.kill()
             self.ended.wait(_END_TIMEOUT)
         code = self._process.returncode
         return -signal.SIGKILL if code is None else code

@@ -254,6 +254,18 @@ def test_without_qemu_nbd_its_package_is_named(tmp_path: Path, image: Path) -> N
     assert refused.stderr == f"nbdserve: {image}: to serve qcow2 images takes qemu-nbd: install qemu-utils\n"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_server_that_dropped_its_rights_ends_with_its_child(tmp_path: Path, image: Path) -> None:
+    with nbdserve("-f", "qcow2", "--user=nobody", image, directory=tmp_path) as server:
+        child = child_of(server)
+        client = connected(server.uri())
+        client.pwrite(b"x" * 512, 0)
+        client.shutdown()
+        assert server.process.terminate() == 0
+        assert not is_alive(child.pid)
+    check("qemu-io", "-r", "-c", "read -P 0x78 0 512", image)
+
+
 def test_a_daemon_keeps_its_child(tmp_path: Path, image: Path) -> None:
     address, pid_file = UnixAddress(tmp_path / "nbd.sock"), tmp_path / "nbd.pid"
     check(NBDSERVE, "-f", "qcow2", "-k", address.path, "--fork", "--pid-file", pid_file, image)
