@@ -1,0 +1,47 @@
+"""``python -m tests.support.manual PAGE``: write what every command's ``--help`` says as one page."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+COMMANDS = (
+    ("nbdserve",),
+    ("nbd-overlay",),
+    ("nbd-overlay", "create"),
+    ("nbd-overlay", "info"),
+    ("nbd-overlay", "check"),
+    ("nbd-overlay", "map"),
+    ("nbd-migrate",),
+    ("nbd-migrate", "run"),
+    ("nbd-migrate", "demo"),
+    ("nbd-migrate", "qmp"),
+)
+
+
+def page() -> str:
+    """The page, as Markdown."""
+    parts = ["# Commands\n\nWritten by `make docs` from what each command's `--help` says.\n"]
+    for words in COMMANDS:
+        parts.append(f"\n## {' '.join(words)}\n\n```text\n{help_of(words)}```\n")
+    return "".join(parts)
+
+
+def help_of(words: tuple[str, ...]) -> str:
+    """The output of ``--help``, at the same width everywhere."""
+    program = Path(sys.executable).with_name(words[0])
+    done = subprocess.run(
+        [program, *words[1:], "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1"},
+    )
+    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines()) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page())
