@@ -97,7 +97,9 @@ class Clients(Generic[C]):
         with self._condition:
             while self._ghosts(newcomer):
                 left = deadline - time.monotonic()
-                if self._closed or left <= 0:
+                if self._closed:
+                    raise ConnectionLostError("turned away: the server stops")
+                if left <= 0:
                     raise ConnectionLostError(
                         f"turned away: a client that went away has kept export {_name(newcomer)} busy "
                         f"for {PATIENCE:g} s; look at the disk, then connect again"

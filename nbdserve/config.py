@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,7 +198,7 @@ def addresses(given: argparse.Namespace, can_encrypt: bool) -> tuple[NbdUri, ...
 def monitor_path(text: str) -> str:
     """The path in ``--qmp unix:PATH``."""
     kind, _, path = text.partition(":")
-    if kind != "unix" or not 0 < len(path.encode()) <= SOCKET_PATH_LIMIT:
+    if kind != "unix" or not 0 < len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
         raise UsageError(f"--qmp {text}: write unix:PATH, with at most {SOCKET_PATH_LIMIT} bytes of path")
     return path
 

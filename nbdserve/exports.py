@@ -49,7 +49,11 @@ class Export:
         self, name: str, backend: Backend, description: str = "", identifier: str | None = None
     ) -> None:
         for text in (name, description):
-            if len(text.encode()) > MAX_STRING:
+            try:
+                encoded = text.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(f"export {name[:40]!r}: names and descriptions must be UTF-8") from error
+            if len(encoded) > MAX_STRING:
                 raise UsageError(f"export {name[:40]!r}...: NBD allows {MAX_STRING} bytes of text")
         self.name = name
         self.identifier = name if identifier is None else identifier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,6 +17,9 @@ refuse it raises CommandError, OperatorError or OSError.
 """
 
 _KINDS: dict[object, str] = {str: "string", bool: "boolean", int: "integer", dict: "object", list: "array"}
+
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 class CommandError(Exception):
@@ -67,4 +71,6 @@ def _plain(hint: Any) -> Any:
 def _checked(name: str, value: object, kind: Any) -> object:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
         raise CommandError(f"Invalid parameter type for '{name}', expected: {_KINDS[kind]}")
+    if isinstance(value, str) and _NO_TEXT.search(value):
+        raise CommandError(f"Invalid parameter '{name}': it has a NUL or half a surrogate pair in it")
     return value

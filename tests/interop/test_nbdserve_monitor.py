@@ -212,6 +212,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         "GenericError",
         "4096",
     ),
+    ("block-export-add", {"type": "nbd", "id": "x", "filename": "a\0b"}, "GenericError", "'filename'"),
+    ("block-export-add", {"type": "nbd", "id": "\ud800", "filename": "F"}, "GenericError", "'id'"),
     ("block-export-del", {"id": "none"}, "GenericError", "there is no export with the id 'none'"),
     ("block-export-del", {"id": "disk", "mode": "soft"}, "GenericError", "'soft'"),
     ("x-disconnect-client", {"id": 4711}, "GenericError", "there is no client 4711"),

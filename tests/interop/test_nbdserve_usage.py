@@ -64,6 +64,7 @@ MISTAKES = [
     (["--export", "a=disk.img", "-x", "b"], USAGE, "-x"),
     (["--export", "n" * 5000 + "=disk.img,format=raw"], USAGE, "4096"),
     (["--allow", "192.0.2.1/24", "disk.img"], USAGE, "192.0.2.1/24"),
+    (["--export", "\udcff=disk.img,format=raw"], USAGE, "UTF-8"),
     (["--allow", "everyone", "disk.img"], USAGE, "everyone"),
     (["--max-handshakes", "0", "disk.img"], USAGE, "max-handshakes|0"),
     (["--request-memory", "lots", "disk.img"], USAGE, "--request-memory 'lots'"),
