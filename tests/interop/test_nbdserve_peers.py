@@ -23,7 +23,6 @@ from tests.support.wire import (
     Flag,
     Option,
     Reply,
-    SimpleReply,
     Wire,
     export_query,
     meta_query,
@@ -297,21 +296,32 @@ def test_a_fast_zero_that_was_not_advertised_harms_only_itself(
                 assert wire.simple_reply().error == 0
 
 
-@pytest.mark.parametrize(("name", "says"), [(NBDSERVE, 0), (QEMU_NBD, 0), (NBDKIT, errno.ESHUTDOWN)])
-def test_an_idle_client_of_a_server_that_stops_sees_the_connection_close(
-    name: str, says: int, image: Path, tmp_path: Path
-) -> None:
-    """QEMU with ``reconnect-delay`` comes back after a closed connection; an error is the disk's to it."""
-    with serving(name, image, tmp_path) as server, transmission(server) as wire:
+def answer_after_sigterm(name: str, image: Path, directory: Path) -> int | None:
+    """What an idle client of a server that is told to stop gets for its next request; None if it is closed."""
+    with serving(name, image, directory) as server, transmission(server) as wire:
         server.process.signal(signal.SIGTERM)
-        if says:
-            reply = SimpleReply(0, 0)
+        try:
             for _ in range(200):  # until the signal has arrived
                 wire.send(request(Command.READ, 0, 512))
-                if (reply := wire.simple_reply()).error:
-                    break
+                if error := wire.simple_reply().error:
+                    return error
                 wire.receive(512)
                 time.sleep(0.01)
-            assert reply.error == says
-        else:
-            assert wire.is_closed_by_server()
+        except (EOFError, ConnectionError):
+            return None
+    raise AssertionError("it goes on")
+
+
+@pytest.mark.parametrize("name", [NBDSERVE, QEMU_NBD, NBDKIT])
+def test_an_idle_client_of_a_server_that_stops_sees_the_connection_close(
+    name: str, image: Path, tmp_path: Path
+) -> None:
+    """QEMU with ``reconnect-delay`` comes back after a closed connection; an error is the disk's to it.
+
+    nbdkit answers ESHUTDOWN in about two of five rounds.
+    """
+    rounds = (answer_after_sigterm(name, image, tmp_path) for _ in range(40 if name == NBDKIT else 5))
+    if name == NBDKIT:
+        assert errno.ESHUTDOWN in rounds
+    else:
+        assert set(rounds) == {None}
