@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import socket
 
 from nbdserve.errors import ConnectionLostError
@@ -21,7 +22,8 @@ class Inbox:
 
     def __init__(self, stream: Stream, early: bytes) -> None:
         self._stream = stream
-        self.buffer = bytearray(max(CAPACITY, len(early)))
+        # Memory that costs nothing until it is used: of many clients most are idle.
+        self.buffer = mmap.mmap(-1, max(CAPACITY, len(early)))
         self.buffer[: len(early)] = early
         self.view = memoryview(self.buffer)
         self.start = 0

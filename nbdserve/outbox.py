@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import socket
 import sys
 import threading
@@ -28,10 +29,10 @@ class Replies(ABC):
     ``reserve`` first, for at most ``capacity`` bytes at a time, and looks at ``view`` again.
     """
 
-    def __init__(self, size: int) -> None:
-        self.capacity = size
-        self.buffer = bytearray(size)
-        self.view = memoryview(self.buffer)
+    def __init__(self, buffer: bytearray | mmap.mmap, capacity: int) -> None:
+        self.capacity = capacity
+        self.buffer = buffer
+        self.view = memoryview(buffer)
         self.used = 0
 
     @abstractmethod
@@ -62,8 +63,7 @@ class Parcel(Replies):
     """The whole reply to one request, put together aside; it grows as it must."""
 
     def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.capacity = sys.maxsize
+        super().__init__(bytearray(size), sys.maxsize)
 
     def reserve(self, length: int) -> int:
         """Make room for ``length`` bytes and return where they start."""
@@ -87,7 +87,8 @@ class Outbox(Replies):
     """
 
     def __init__(self, stream: Stream) -> None:
-        super().__init__(CAPACITY)
+        # Memory that costs nothing until it is used: of many clients most are idle.
+        super().__init__(mmap.mmap(-1, CAPACITY), CAPACITY)
         self._stream = stream
         self._lock = threading.Lock()
         self._posted: deque[tuple[memoryview, Callable[[], None]]] = deque()

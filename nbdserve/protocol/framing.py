@@ -21,7 +21,7 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from nbdserve.protocol.constants import (
     EXTENDED_REPLY_MAGIC,
@@ -36,6 +36,9 @@ from nbdserve.protocol.constants import (
 )
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import Agreement, Mode
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _COMPACT_REQUEST = struct.Struct(">IHHQQI")
 _EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
@@ -81,13 +84,13 @@ class Framing(ABC):
     @staticmethod
     @abstractmethod
     def put_data_head(
-        out: bytearray, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
+        out: WriteableBuffer, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
     ) -> None:
         """Put the head of ``length`` bytes of data at ``offset`` into ``out``, for a request at ``asked``."""
 
     @staticmethod
     @abstractmethod
-    def put_success(out: bytearray, start: int, cookie: int, asked: int) -> None:
+    def put_success(out: WriteableBuffer, start: int, cookie: int, asked: int) -> None:
         """Put ``success_head`` bytes that say that a request at ``asked`` succeeded into ``out``."""
 
     @abstractmethod
@@ -116,13 +119,13 @@ class SimpleFraming(Framing):
 
     @staticmethod
     def put_data_head(
-        out: bytearray, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
+        out: WriteableBuffer, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
     ) -> None:
         """Put the head of a simple reply; it tells nothing of offset and length."""
         _SIMPLE.pack_into(out, start, SIMPLE_REPLY_MAGIC, 0, cookie)
 
     @staticmethod
-    def put_success(out: bytearray, start: int, cookie: int, asked: int) -> None:
+    def put_success(out: WriteableBuffer, start: int, cookie: int, asked: int) -> None:
         """Put a simple reply without an error."""
         _SIMPLE.pack_into(out, start, SIMPLE_REPLY_MAGIC, 0, cookie)
 
@@ -151,13 +154,13 @@ class StructuredFraming(Framing):
 
     @staticmethod
     def put_data_head(
-        out: bytearray, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
+        out: WriteableBuffer, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
     ) -> None:
         """Put the head of an OFFSET_DATA chunk, with the offset that comes before the data."""
         _DATA_CHUNK.pack_into(out, start, STRUCTURED_REPLY_MAGIC, done, _DATA, cookie, length + 8, offset)
 
     @staticmethod
-    def put_success(out: bytearray, start: int, cookie: int, asked: int) -> None:
+    def put_success(out: WriteableBuffer, start: int, cookie: int, asked: int) -> None:
         """Put a chunk without content that ends the reply."""
         _CHUNK.pack_into(out, start, STRUCTURED_REPLY_MAGIC, _DONE, _NONE, cookie, 0)
 
@@ -196,7 +199,7 @@ class ExtendedFraming(StructuredFraming):
 
     @staticmethod
     def put_data_head(
-        out: bytearray, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
+        out: WriteableBuffer, start: int, cookie: int, asked: int, offset: int, length: int, done: int = _DONE
     ) -> None:
         """Put the head of an extended OFFSET_DATA chunk, with the offset that comes before the data."""
         _EXTENDED_DATA_CHUNK.pack_into(
@@ -204,7 +207,7 @@ class ExtendedFraming(StructuredFraming):
         )
 
     @staticmethod
-    def put_success(out: bytearray, start: int, cookie: int, asked: int) -> None:
+    def put_success(out: WriteableBuffer, start: int, cookie: int, asked: int) -> None:
         """Put an extended chunk without content that ends the reply."""
         _EXTENDED_CHUNK.pack_into(out, start, EXTENDED_REPLY_MAGIC, _DONE, _NONE, cookie, asked, 0)
 

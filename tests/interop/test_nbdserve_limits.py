@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import struct
 import threading
@@ -120,6 +121,34 @@ def test_a_client_that_leaves_a_payload_half_sent_gives_its_memory_back(tmp_path
             wire.go()
             wire.send(request(Command.WRITE, 0, data=b"y" * 2 * MIB))
             assert wire.simple_reply().error == 0, "one request may need more than all memory"
+
+
+def resident(pid: int) -> int:
+    """The memory of a process in bytes."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) * KIB
+
+
+def test_a_thousand_idle_clients_are_held_in_little_memory(image: Path, tmp_path: Path) -> None:
+    clients = 1000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with nbdserve("-f", "raw", image, directory=tmp_path) as server:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            with Wire(server.address) as first:
+                first.go()
+                alone = resident(server.pid)
+                wires = [Wire(server.address) for _ in range(clients)]
+                for wire in wires:
+                    wire.go()
+                assert alone < 40 * MIB
+                assert resident(server.pid) - alone < clients * 128 * KIB
+                for wire in (first, wires[0], wires[-1]):
+                    wire.send(request(Command.READ, 0, 512))
+                    assert wire.simple_reply().error == 0
+                for wire in wires:
+                    wire.socket.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 EXTENDED_HEADERS = 11
