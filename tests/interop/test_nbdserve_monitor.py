@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,29 @@ class Controlled:
         return self.server.uri(export)
 
 
+@contextmanager
+def controlled_server(directory: Path) -> Iterator[Controlled]:
+    """A server of one export with the name and id ``disk``; an image beside it is not served."""
+    random_disk(directory / "disk.img", MIB)
+    random_disk(directory / "other.img", 2 * MIB, seed=2)
+    path = directory / "qmp.sock"
+    options = ["--export", f"disk={directory}/disk.img,format=raw", f"--qmp=unix:{path}"]
+    with nbdserve(*options, directory=directory) as server:
+        yield Controlled(server, UnixAddress(path), directory)
+
+
 @pytest.fixture
 def controlled(tmp_path: Path) -> Iterator[Controlled]:
-    """A server of one export with the name and id ``disk``; an image beside it is not served."""
-    random_disk(tmp_path / "disk.img", MIB)
-    random_disk(tmp_path / "other.img", 2 * MIB, seed=2)
-    path = tmp_path / "qmp.sock"
-    options = ["--export", f"disk={tmp_path}/disk.img,format=raw", f"--qmp=unix:{path}"]
-    with nbdserve(*options, directory=tmp_path) as server:
-        yield Controlled(server, UnixAddress(path), tmp_path)
+    """A server for one test."""
+    with controlled_server(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def unimpressed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controlled]:
+    """A server for tests that leave it as it is."""
+    with controlled_server(tmp_path_factory.mktemp("unimpressed")) as running:
+        yield running
 
 
 @pytest.fixture
@@ -223,20 +238,19 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("command", "arguments", "kind", "names"), REFUSED)
 def test_what_cannot_be_done_is_said_and_changes_nothing(
-    controlled: Controlled, qmp: Qmp, command: str, arguments: dict[str, Any], kind: str, names: str
+    unimpressed: Controlled, command: str, arguments: dict[str, Any], kind: str, names: str
 ) -> None:
-    before = qmp.execute("query-block-exports")
-    given = {
-        key: str(controlled.directory / "other.img") if value == "F" else value
-        for key, value in arguments.items()
-    }
-    with pytest.raises(ExecuteError) as refused:
-        qmp.execute(command, **given)
-    assert refused.value.error_class == kind
-    assert names in str(refused.value)
-    assert qmp.execute("query-block-exports") == before
+    other = unimpressed.directory / "other.img"
+    given = {key: str(other) if value == "F" else value for key, value in arguments.items()}
+    with monitor(unimpressed.socket.path) as qmp:
+        before = qmp.execute("query-block-exports")
+        with pytest.raises(ExecuteError) as refused:
+            qmp.execute(command, **given)
+        assert refused.value.error_class == kind
+        assert names in str(refused.value)
+        assert qmp.execute("query-block-exports") == before
     # Nothing is left open.
-    check("qemu-io", "-f", "raw", "-c", "write 0 512", controlled.directory / "other.img")
+    check("qemu-io", "-f", "raw", "-c", "write 0 512", other)
 
 
 def test_an_image_that_others_are_kept_from_writing_to_is_added_for_reading_only(
@@ -334,8 +348,8 @@ def test_commands_are_found_however_they_are_sent(controlled: Controlled) -> Non
         assert ids == [None, [1, {"a": None}], 'a "}{" \\', [1, {"a": None}], [1, {"a": None}], 'a "}{" \\']
 
 
-def test_nothing_is_done_before_capabilities_are_negotiated(controlled: Controlled) -> None:
-    with controlled.socket.connect() as connection:
+def test_nothing_is_done_before_capabilities_are_negotiated(unimpressed: Controlled) -> None:
+    with unimpressed.socket.connect() as connection:
         greeting, early, wrong, oob, fine = talk(
             connection,
             b"",
@@ -349,10 +363,10 @@ def test_nothing_is_done_before_capabilities_are_negotiated(controlled: Controll
         assert (wrong["id"], wrong["error"]["class"]) == (1, "GenericError")
         assert "error" in oob
         assert fine == {"return": {}}
-    assert controlled.server.process.running
+    assert unimpressed.server.process.running
 
 
-def test_nonsense_is_answered_and_the_next_command_is_carried_out(controlled: Controlled) -> None:
+def test_nonsense_is_answered_and_the_next_command_is_carried_out(unimpressed: Controlled) -> None:
     nonsense = [
         b"hello\n",
         b"}{",
@@ -369,7 +383,7 @@ def test_nonsense_is_answered_and_the_next_command_is_carried_out(controlled: Co
         b'{"execute":"\\ud800"}',
         b"nothing \x00 \xfe\n",
     ]
-    with controlled.socket.connect() as connection:
+    with unimpressed.socket.connect() as connection:
         talk(connection, b"", CAPABILITIES)
         for sent in nonsense:
             answer = talk(connection, sent)[0]
