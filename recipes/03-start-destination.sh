@@ -35,6 +35,14 @@ need_number NBD_PORT RECONNECT_DELAY
 [ $# -gt 0 ] || die "give the guest's QEMU command line as arguments (see $me --help)" 2
 need_programs "$1" nbd-migrate
 [ -f "$OVERLAY" ] || die "OVERLAY: there is no $OVERLAY; run step 2"
+# Another QEMU there may carry the guest already: it is not to be touched.
+if nbd-migrate qmp "$DESTINATION_QMP" query-status --timeout 5 >/dev/null 2>&1; then
+    die "DESTINATION_QMP: a QEMU answers at $DESTINATION_QMP already; nothing was done"
+fi
+if [ -s "$DESTINATION_PID_FILE" ] && [ -e "/proc/$(cat "$DESTINATION_PID_FILE")" ]; then
+    die "DESTINATION_PID_FILE: process $(cat "$DESTINATION_PID_FILE") of $DESTINATION_PID_FILE runs; nothing was done"
+fi
+rm -f "$DESTINATION_PID_FILE"
 
 export="driver=nbd,server.type=inet,server.host=$NBD_ADDRESS,server.port=$NBD_PORT,export=$NBD_NAME"
 export="$export,reconnect-delay=$RECONNECT_DELAY,open-timeout=$RECONNECT_DELAY"

@@ -28,9 +28,27 @@ need_programs nbd-migrate setsid
 
 qmp() { nbd-migrate qmp "$SOURCE_QMP" "$@"; }
 
+# raise_fence: from now on nobody writes to DISK here. Where that fails, A's QEMU is ended instead.
+raise_fence() {
+    setsid nbd-migrate fence "$FENCE_FILE" "$DISK" </dev/null >"$FENCE_FILE.log" 2>&1 &
+    fence=$!
+    for _ in $(seq 50); do
+        [ "$(cat "$FENCE_FILE" 2>/dev/null)" != "$fence" ] || return 0
+        kill -0 "$fence" 2>/dev/null || break
+        sleep 0.2
+    done
+    qmp quit >/dev/null || die "the guest runs on B, but there is no fence: never 'cont' here; see $FENCE_FILE.log"
+    die "the guest runs on B, but there is no fence, so A's QEMU was ended; see $FENCE_FILE.log"
+}
+
 # give_up: after a failure, cancel what is under way and say where the guest is.
 give_up() {
     local why
+    trap - INT TERM HUP
+    if [ "$(qmp query-migrate --get status)" = completed ]; then
+        raise_fence
+        die "interrupted, but the guest had arrived: it runs on B"
+    fi
     why=$(qmp query-migrate --get error-desc 2>/dev/null) || die "A's QEMU does not answer any more"
     [ -n "$why" ] || why="it took longer than $MIGRATE_TIMEOUT s"
     qmp migrate_cancel >/dev/null
@@ -42,15 +60,23 @@ give_up() {
 }
 
 status=$(qmp query-status --get status)
-[ "$status" = running ] || die "the guest is not running but $status; nothing was done"
+[ "$status" = running ] ||
+    die "the guest is in state $status, not running; nothing was done (migrate_cancel and cont take back a half migration)"
+if [ -s "$FENCE_FILE" ] && [ -e "/proc/$(cat "$FENCE_FILE")" ]; then
+    die "FENCE_FILE: process $(cat "$FENCE_FILE") of $FENCE_FILE runs; is that a fence of another migration?"
+fi
+if ! { rm -f "$FENCE_FILE" && : >"$FENCE_FILE.log"; } 2>/dev/null; then
+    die "FENCE_FILE: $FENCE_FILE cannot be written"
+fi
 # Without the return path A reports success even if B could not load the guest.
 qmp migrate-set-capabilities "$(capabilities events return-path pause-before-switchover)" >/dev/null
+trap give_up INT TERM HUP
 qmp migrate "{\"uri\": \"$MIGRATION\"}" >/dev/null
 qmp query-migrate --get status --until pre-switchover --unless 'failed|cancelled' \
     --timeout "$MIGRATE_TIMEOUT" >/dev/null 2>&1 || give_up
 qmp migrate-continue '{"state": "pre-switchover"}' >/dev/null 2>&1 || give_up
 qmp query-migrate --get status --until completed --unless 'failed|cancelled' \
     --timeout 300 >/dev/null 2>&1 || give_up
-setsid nbd-migrate fence "$FENCE_FILE" "$DISK" </dev/null >"$FENCE_FILE.log" 2>&1 &
-await 10 "the guest runs on B, but there is no fence: never 'cont' here; see $FENCE_FILE.log" test -s "$FENCE_FILE"
+trap - INT TERM HUP
+raise_fence
 echo "$me: the guest runs on B; it stood still for $(qmp query-migrate --get downtime) ms"

@@ -30,15 +30,17 @@ if [ -n "$MOVE_TO" ]; then
     [ ! -e "$MOVE_TO" ] || die "MOVE_TO: $MOVE_TO exists; choose another name" 2
 fi
 
-# ended PID NAME: whether process PID, which was NAME, has ended.
-ended() { ! grep -qsz "^\(.*/\)\?$2\$" "/proc/$1/cmdline"; }
+# ended PID: whether the process has ended; a zombie has.
+ended() { ! grep -qs '^State:.[^Z]' "/proc/$1/status"; }
 
-# end FILE NAME: end process NAME, whose id is in FILE, and wait until it has.
+# end FILE PATTERN: end the process whose id is in FILE, if one word of its command line is PATTERN, and wait.
 end() {
     local pid
     pid=$(cat "$1")
-    ended "$pid" "$2" || kill "$pid"
-    await 30 "process $pid, $2, does not end" ended "$pid" "$2"
+    ended "$pid" && return
+    grep -qszE "$2" "/proc/$pid/cmdline" || die "$1: process $pid is another program; see to it yourself"
+    kill "$pid"
+    await 30 "process $pid of $1 does not end" ended "$pid"
 }
 
 qemu_ended() { ! nbd-migrate qmp "$SOURCE_QMP" query-status --timeout 5 >/dev/null 2>&1; }
@@ -59,6 +61,6 @@ if [ "$SOURCE_QMP" != ended ]; then
     await 30 "A's QEMU does not end" qemu_ended
 fi
 [ -z "$MOVE_TO" ] || mv -n "$DISK" "$MOVE_TO"
-end "$NBD_PID_FILE" nbdserve
-end "$FENCE_FILE" nbd-migrate
+end "$NBD_PID_FILE" '^(.*/)?nbdserve$'
+end "$FENCE_FILE" '^((.*/)?nbd-migrate|recipes\.fence)$'
 echo "$me: A's QEMU and the server have ended${MOVE_TO:+, $DISK is now $MOVE_TO}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from typing import TextIO
@@ -52,7 +53,12 @@ class PlainReport(Report):
         """Leave the output in order, whatever has happened."""
 
     def _line(self, text: str) -> None:
-        print(f"{time.monotonic() - self._begin:7.1f} s  {text}", file=self._out, flush=True)
+        try:
+            print(f"{time.monotonic() - self._begin:7.1f} s  {text}", file=self._out, flush=True)
+        except OSError:
+            # Nobody reads any more, or the disk is full: no reason to stop a migration half-way.
+            self._out = open(os.devnull, "w")  # noqa: SIM115 - it stays open to the end
+            os.dup2(self._out.fileno(), sys.stdout.fileno())
 
 
 class TerminalReport(PlainReport):

@@ -68,10 +68,12 @@ async def run(m: Migration, orders: Orders) -> Outcome:
     results: list[StepResult] = []
     window = 0.0
     for step, body in STEPS:
-        m.report.step_started(step)
         begin = time.monotonic()
         try:
+            m.report.step_started(step)
             summary = await body(m)
+            results.append(StepResult(step, time.monotonic() - begin, summary))
+            m.report.step_done(results[-1])
         except OperatorError as error:
             reason = await m.explain(error)
             where = await undisturbed(retreat(m, orders))
@@ -80,8 +82,11 @@ async def run(m: Migration, orders: Orders) -> Outcome:
             where = await undisturbed(retreat(m, orders))
             m.report.note(f"interrupted in step {step.number} ({step.title}); {where}")
             raise
-        results.append(StepResult(step, time.monotonic() - begin, summary))
-        m.report.step_done(results[-1])
+        except BaseException as error:
+            # Whatever it is, the guest must not be left between two hosts.
+            where = await undisturbed(retreat(m, orders))
+            reason = f"unexpected {type(error).__name__}: {error}"
+            raise MigrationError(f"step {step.number} ({step.title}): {reason}; {where}") from error
         if step is Step.STREAM and m.arrived:
             window = time.monotonic() - m.arrived
     outcome = Outcome(

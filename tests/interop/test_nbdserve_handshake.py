@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import MIB, ODD_SIZE, random_disk
-from tests.support.servers import Server, nbdserve
+from tests.support.processes import check, wait_until
+from tests.support.servers import Server, free_tcp_address, nbdserve
 from tests.support.wire import Command, Option, Reply, Wire, export_query, meta_query, option, request
 
 NAME, DESCRIPTION, BLOCK_SIZE = 1, 2, 3
@@ -198,3 +199,18 @@ def test_a_second_context_selection_replaces_the_first_even_when_it_fails(server
         assert wire.haggle(Option.GO, export_query("disk"))[-1].kind == Reply.ACK
         wire.send(request(Command.BLOCK_STATUS, 0, 512))
         assert wire.chunks()[-1].error == 22
+
+
+def test_dead_tcp_clients_will_be_noticed(tmp_path: Path) -> None:
+    """The kernel asks a silent client every so often whether it is still there."""
+    image = tmp_path / "disk.img"
+    random_disk(image, MIB)
+    address = free_tcp_address()
+    with (
+        nbdserve("-f", "raw", image, directory=tmp_path, at=address) as server,
+        Wire(server.address) as wire,
+    ):
+        wire.go()
+        timers = ["ss", "-tnoH", "state", "established", "sport", f"= :{address.port}"]
+        # Until the last reply is acknowledged another timer runs.
+        wait_until(lambda: "timer:(keepalive," in check(*timers), "the keepalive timer runs")

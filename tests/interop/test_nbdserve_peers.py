@@ -297,7 +297,7 @@ def test_a_fast_zero_that_was_not_advertised_harms_only_itself(
 
 
 def answer_after_sigterm(name: str, image: Path, directory: Path) -> int | None:
-    """What an idle client of a server that is told to stop gets for its next request; None if it is closed."""
+    """The error that a client's next request gets after SIGTERM; None when the connection closes instead."""
     with serving(name, image, directory) as server, transmission(server) as wire:
         server.process.signal(signal.SIGTERM)
         try:
