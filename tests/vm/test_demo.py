@@ -53,7 +53,7 @@ def test_a_demo_that_is_ended_takes_everything_with_it(
 ) -> None:
     argv: list[str | Path] = [NBD_MIGRATE, "demo", "--size", "32M", "--speed", "4M", "--seconds", "0"]
     with Process(argv, tmp_path / "demo.log") as process:
-        process.wait_for_line("step 5", seconds=60)
+        process.wait_for_line(" left  window", seconds=60)
         process.signal(number)
         assert process.wait(20) == (-number if number == signal.SIGKILL else 130)
     # For processes that were left behind the test suite itself looks after every test.

@@ -73,7 +73,8 @@ def test_the_guest_stays_on_a_when_something_dies_before_the_cut_over(
     with stage.run_doomed(moment, victim) as run:
         assert run.wait(SECONDS) == 1
     last = run.output().splitlines()[-1]
-    assert complaint in last
+    # Where B dies in the switch-over, A's QEMU may be the first to say so.
+    assert complaint in last or (moment == "SWITCHOVER" and "the other side gave up" in last)
     assert last.endswith("the guest runs on A as before")
     assert_as_before(stage)
 
