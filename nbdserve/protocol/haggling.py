@@ -173,6 +173,10 @@ class Haggling:
         return True
 
     def _refuse_oversize(self, option: int, length: int) -> None:
+        if option == Option.ABORT:
+            # Acknowledged whatever comes with it, which nobody needs to read any more.
+            self._abort(option, b"")
+            return
         if length > MAX_SKIPPED_OPTION or option == Option.EXPORT_NAME:
             raise ProtocolError(f"option {option} announces {length} bytes")
         del self._inbox[: OPTION_HEADER.size]

@@ -12,6 +12,7 @@ import atheris
 from tests.support import wire
 
 with atheris.instrument_imports(include=["nbdserve"]):
+    from nbdserve.protocol.offers import Mode
     from tests.fuzz import targets
 
 TARGETS: dict[str, Callable[[bytes], object]] = {"haggle": targets.haggle, "transmit": targets.transmit}
@@ -35,13 +36,22 @@ def seeds(target: str) -> Sequence[bytes]:
             wire.option(wire.Option.ABORT),
         ]
         return [flags + option for option in options] + [flags + b"".join(options)]
-    requests = [
-        wire.request(command, 512, 4096, cookie=7, data=b"x" * 16 if command == wire.Command.WRITE else b"")
-        for command in wire.Command
+    # Without DISC, so that what follows is served too; the fuzzer finds it soon enough.
+    commands = [command for command in wire.Command if command != wire.Command.DISC]
+    payloads = {wire.Command.WRITE: b"x" * 16}
+    compact = [
+        wire.request(command, 512, 4096, cookie=7, data=payloads.get(command, b"")) for command in commands
     ]
-    extended = struct.pack(">IHHQQQ", 0x21E41C71, 32, 7, 9, 512, 12) + struct.pack(">QI", 4096, 1)
-    plain = [bytes([choice]) + b"".join(requests) for choice in range(12)]
-    return plain + [bytes([2]) + extended] + [bytes([1]) + request for request in requests]
+    payloads[wire.Command.BLOCK_STATUS] = struct.pack(">QI", 4096, 1)
+    extended = [
+        wire.extended_request(command, 512, 4096, cookie=7, data=payloads.get(command, b""))
+        for command in commands
+    ]
+    found = []
+    for choice in range(0, 256, 5):
+        requests = extended if targets.mode_of(choice) is Mode.EXTENDED else compact
+        found += [bytes([choice]) + b"".join(requests), bytes([choice]) + requests[choice % len(requests)]]
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import struct
 from nbdserve.backends.base import Backend
 from nbdserve.errors import ConnectionLostError, ProtocolError
 from nbdserve.exports import Export, Exports
-from nbdserve.protocol.constants import TransmissionFlags
+from nbdserve.protocol.constants import Command, TransmissionFlags
 from nbdserve.protocol.haggling import Encryption, Haggling, State
 from nbdserve.protocol.offers import BASE_ALLOCATION, Agreement, BlockSizes, Mode, Offer
 from nbdserve.transmission import Transmission
@@ -55,14 +55,30 @@ def offer_of(backend: Backend, *, read_only: bool) -> Offer:
     return Offer("", backend.size, flags, block_sizes=BlockSizes(1, 4096, 1 << 20))
 
 
+class FarBackend(MemoryBackend):
+    """A disk whose requests are all served by the workers."""
+
+    always_local = False
+
+    def is_local(self, command: Command, offset: int, length: int) -> bool:
+        """Nothing is."""
+        return False
+
+
+def mode_of(choice: int) -> Mode:
+    """The framing that the first byte of an input to ``transmit`` chooses."""
+    return tuple(Mode)[choice % 3]
+
+
 def transmit(data: bytes) -> list[tuple[int, bytes]]:
     """Feed requests to the transmission loop and return its replies; it fails only as a client can make it.
 
-    The first byte chooses the framing, the sizes of the pieces and whether the export is read-only.
+    The first byte chooses the framing, the sizes of the pieces, whether the export is read-only and whether
+    it is served by the workers.
     """
     choice = data[0] if data else 0
-    backend = MemoryBackend(SIZE, BAD)
-    mode = list(Mode)[choice % 3]
+    backend = (FarBackend if choice & 128 else MemoryBackend)(SIZE, BAD)
+    mode = mode_of(choice)
     contexts = ((1, BASE_ALLOCATION),) if mode is not Mode.SIMPLE else ()
     agreement = Agreement(offer_of(backend, read_only=bool(choice & 64)), mode, contexts)
     stream = ScriptedStream(data[1:], (1, 7, 100, 1 << 20)[choice // 3 % 4])

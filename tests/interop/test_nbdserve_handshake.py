@@ -136,7 +136,7 @@ def test_contexts_of_another_export_do_not_count(server: Server) -> None:
         assert wire.chunks()[-1].error == 22
 
 
-@pytest.mark.parametrize("data", [b"", b"junk", bytes(60_000)])
+@pytest.mark.parametrize("data", [b"", b"junk", bytes(60_000), bytes(64 * 1024 + 1), bytes(MIB)])
 def test_abort_is_acknowledged_whatever_comes_with_it(server: Server, data: bytes) -> None:
     with Wire(server.address) as wire:
         wire.greet()
