@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import pytest
 
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
 from nbdserve.errors import ImageError
-from tests.support.processes import dying_with_parent
+from tests.support.holding import qemu_holding
 
 NOTHING = Permission.NONE
 
@@ -23,22 +22,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qed"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qed", path, "1M"], timeout=20, check=True)
     return path
-
-
-@contextmanager
-def qemu_io(image: Path, *options: str) -> Iterator[None]:
-    """Keep the image open in a real qemu-io; its answer to a first command shows that it has its locks."""
-    argv = [*dying_with_parent(signal.SIGKILL), "qemu-io", "-f", "qed", *options, str(image)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(b"length\n")
-            process.stdin.flush()
-            assert b"1 MiB" in process.stdout.readline()
-            yield
-        finally:
-            process.kill()
 
 
 def qemu_io_opens(image: Path, *options: str) -> bool:
@@ -75,7 +58,7 @@ def test_qemu_respects_our_locks(
 
 
 def test_we_respect_the_locks_of_a_qemu_that_writes(image: Path) -> None:
-    with qemu_io(image), held(image, READER, NOTHING):
+    with qemu_holding(image), held(image, READER, NOTHING):
         for used in (WRITER, READER, NOTHING):
             with pytest.raises(ImageError, match="in use"), held(image, used, EXCLUSIVE):
                 pytest.fail("locked an image that a QEMU writes to")
@@ -83,7 +66,7 @@ def test_we_respect_the_locks_of_a_qemu_that_writes(image: Path) -> None:
 
 def test_we_respect_the_locks_of_a_qemu_that_reads(image: Path) -> None:
     with (
-        qemu_io(image, "-r"),
+        qemu_holding(image, "-r"),
         held(image, READER, EXCLUSIVE),
         pytest.raises(ImageError, match="in use"),
         held(image, WRITER, EXCLUSIVE),
