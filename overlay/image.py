@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
 from typing import NamedTuple, Self
+
+Buffer = bytes | bytearray | memoryview
 
 
 class State(Enum):
@@ -31,6 +34,8 @@ class Run(NamedTuple):
     state: State
     file_offset: int | None = None
     """Where the range begins in the image's file; None unless the state is DATA."""
+    written: bool = False
+    """The guest wrote it. False: it was copied from the backing, or the layout does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,14 @@ class Backing:
 class Image(ABC):
     """One open image. Offsets and lengths are in bytes of the guest's disk.
 
-    Not safe for several threads: whoever shares an image puts a lock around it. A run of DATA stays where it
-    is in the file, so its bytes can be read without that lock.
+    Every method may be called from any thread. No lock is held while data is made durable: others read and
+    write meanwhile. Failures are OSError with an errno: EINVAL for a range outside the disk, EROFS for a
+    change to an image open for reading, ENOSPC and the like from the file; ImageError for a damaged part of
+    the image's tables. After a failed sync of the data every later change and sync is EIO; reads go on.
+
+    Three kinds of change come in: the guest's (:meth:`write_now`, :meth:`write`, :meth:`zero`), what was
+    fetched (:meth:`fill`, :meth:`fill_zero`), and what must be fetched again (:meth:`invalidate`). The
+    guest's write wins over a fetch, whichever of the two is called first.
     """
 
     size: int
@@ -57,51 +68,109 @@ class Image(ABC):
     cluster_size: int
     """The unit in which ranges change their state."""
 
-    backing: Backing | None
+    backings: tuple[Backing, ...]
+    """Where what is absent can be had, all of the same content; () if the image needs none."""
+
+    @property
+    @abstractmethod
+    def local_bytes(self) -> int:
+        """The bytes of the disk that are not absent; all of it without a backing."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is absent."""
+        return not self.backings or self.local_bytes == self.size
+
+    @property
+    def raw_fd(self) -> int | None:
+        """The descriptor of a file that is the disk, byte for byte, and stays so; None if there is none."""
+        return None
 
     @abstractmethod
     def runs(self, offset: int, length: int) -> Iterator[Run]:
-        """The runs that make up a range, in order, neighbours differing in state or place.
+        """The runs that make up a range, in order, neighbours differing in state, place or writer.
 
-        Raises ImageError on reaching a damaged part of the image's tables.
+        Each piece is as it was at one instant between the call and its arrival.
         """
 
     @abstractmethod
-    def read(self, offset: int, length: int) -> bytes:
-        """Read a range that the image has. Absent clusters are zeros if there is no backing.
+    def is_local(self, offset: int, length: int) -> bool:
+        """Whether no byte of a range is absent (in the backing)."""
 
-        Raises OSError, ENODATA if part of the range is in the backing, EIO if the file fails; ImageError like
-        :meth:`runs`.
+    @abstractmethod
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer and return True if the whole range is local; else False, the buffer undefined."""
+
+    @abstractmethod
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Store the guest's data if it can be acknowledged without waiting for a sync or the backing.
+
+        True: stored, and it outlives this process, though not yet a power cut. False: nothing has changed.
         """
 
     @abstractmethod
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Store data; a cluster that was absent or zero becomes allocated.
+    def write(self, offset: int, data: Buffer) -> bool:
+        """Store the guest's data; it outlives this process after :meth:`commit`.
 
-        Of a cluster that is in the backing the data must cover all that is on the disk (ENODATA otherwise):
-        who writes less of it merges it with the backing first. The tables in the file tell of a new cluster
-        after :meth:`commit`; this object knows it at once. Raises OSError, ImageError.
+        False, and nothing has changed, if the data covers an absent cluster only in part: who calls fetches
+        that first. The disk's last cluster is covered when all its bytes on the disk are.
         """
 
     @abstractmethod
-    def zero(self, offset: int, length: int) -> None:
-        """Make a range read as zeros, storing none for whole clusters. Conditions and errors as in write."""
+    def zero(self, offset: int, length: int) -> bool:
+        """Make a range read as zeros, storing none for whole clusters; otherwise as :meth:`write`."""
+
+    @abstractmethod
+    def fill(self, offset: int, data: Buffer) -> int:
+        """Store what was fetched, but only in clusters that are absent at that instant.
+
+        The offset is aligned to the clusters, the end too or it is the disk's end; else EINVAL. Clusters of
+        zeros are stored as such. Returns how many bytes became local.
+        """
+
+    @abstractmethod
+    def fill_zero(self, offset: int, length: int) -> int:
+        """Like :meth:`fill` with zeros, of any length."""
 
     @abstractmethod
     def commit(self) -> None:
-        """Let the tables tell of every write so far, after making the data durable that they will point to.
-
-        From then on the writes outlive this process, though not yet a power cut. Raises OSError; if the data
-        could not be made durable the image takes no more writes.
-        """
+        """Return when all :meth:`write` and :meth:`zero` that returned before outlive this process."""
 
     @abstractmethod
     def flush(self) -> None:
-        """Commit, and return when everything is durable. Raises OSError like :meth:`commit`."""
+        """Return when every change that returned before is durable."""
+
+    @abstractmethod
+    def invalidate(self, offset: int, length: int) -> None:
+        """Make the clusters that lie in a range, even in part, absent again, durably.
+
+        For the time before the guest runs here: what it wrote would be lost. A read that is under way may
+        still see the old bytes.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Cut the image loose from its backing, durably; it goes on working, and needs none from then on.
+
+        Raises OSError, EBUSY, unless the image is complete. Nothing happens the second time.
+        """
+
+    @abstractmethod
+    def share(self) -> None:
+        """Give the image locks back while the image stays open, so that another process can take over."""
 
     @abstractmethod
     def close(self) -> None:
-        """Flush what was written and give the file back."""
+        """Flush what was written and give the file back. OSError if that fails; closed it is in any case."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read a range that is local; OSError, ENODATA, if part of it is in the backing."""
+        if length < 0:
+            raise OSError(errno.EINVAL, f"a length of {length} bytes")
+        data = bytearray(length)
+        if not self.read_now(offset, memoryview(data)):
+            raise OSError(errno.ENODATA, f"part of the {length} bytes at {offset} is in the backing")
+        return bytes(data)
 
     def __enter__(self) -> Self:
         return self
@@ -110,3 +179,19 @@ class Image(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def zero_runs(data: memoryview, step: int) -> Iterator[tuple[int, memoryview, bool]]:
+    """(offset, part, whether it is all zeros): data cut up where pieces of ``step`` bytes begin to differ."""
+    zeros = bytearray(step)
+    begin, was_zero = 0, False
+    for offset in range(0, len(data), step):
+        piece = data[offset : offset + step]
+        # Compared from a bytearray it is one memcmp; memoryviews compare number by number.
+        is_zero = not piece[0] and not piece[-1] and zeros[: len(piece)] == piece
+        if offset and is_zero is not was_zero:
+            yield begin, data[begin:offset], was_zero
+            begin = offset
+        was_zero = is_zero
+    if len(data):
+        yield begin, data[begin:], was_zero

@@ -100,7 +100,7 @@ def map_json(image: Image) -> Iterator[str]:
     """What ``qemu-img map --output=json`` says, piece by piece; the backing counts as data throughout."""
     opening = "["
     for run in image.runs(0, image.size):
-        yield f"{opening}{json.dumps(_map_entry(run, image.backing))}"
+        yield f"{opening}{json.dumps(_map_entry(run, image.backings))}"
         opening = ",\n"
     yield "[]\n" if opening == "[" else "]\n"
 
@@ -113,17 +113,17 @@ def map_text(image: Image) -> Iterator[str]:
         yield f"{run.offset:>#18x} {run.length:>#18x} {run.state.value:<7}{place}".rstrip() + "\n"
 
 
-def _map_entry(run: Run, backing: Backing | None) -> dict[str, object]:
+def _map_entry(run: Run, backings: tuple[Backing, ...]) -> dict[str, object]:
     entry: dict[str, object] = {"start": run.offset, "length": run.length, "depth": 0, "present": True}
     match run.state:
         case State.DATA:
             return entry | {"zero": False, "data": True, "offset": run.file_offset}
         case State.ZERO:
             return entry | {"zero": True, "data": False}
-        case State.ABSENT if backing is None:
+        case State.ABSENT if not backings:
             return entry | {"present": False, "zero": True, "data": False}
         case State.ABSENT:
-            place = {"offset": run.offset} if backing and backing.raw else {}
+            place = {"offset": run.offset} if backings[0].raw else {}
             return entry | {"depth": 1, "zero": False, "data": True} | place
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from nbdserve.backends.fallocate import Mode, fallocate
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
 from nbdserve.errors import ImageError
+
+_ZEROS = bytes(1 << 20)
+# A file system answers one of these to what it cannot do.
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
 
 class Storage(Protocol):
@@ -25,14 +31,26 @@ class Storage(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes, fewer only where the file ends."""
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer; EIO if the file ends before."""
+
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of the data; beyond the end the file grows."""
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range within the file read as zeros, and occupy nothing if that is possible."""
+
+    def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is not surely a hole in a range, in order. May be slow."""
 
     def truncate(self, size: int) -> None:
         """Cut the file off, or let it grow by bytes that read as zeros and occupy nothing."""
 
     def sync(self) -> None:
         """Return when everything written before is durable (fdatasync)."""
+
+    def share(self) -> None:
+        """Give back the locks that keep other processes away."""
 
     def close(self) -> None:
         """Free the file; without ``sync`` nothing becomes durable by that."""
@@ -41,11 +59,16 @@ class Storage(Protocol):
 class FileStorage:
     """A regular file, with QEMU's image locks held on it for as long as it is open."""
 
-    def __init__(self, fd: int, path: Path) -> None:
-        """Take over an open descriptor; most callers want :func:`open_file`."""
+    def __init__(self, fd: int, path: Path, locks: ImageLocks | None = None) -> None:
+        """Take over an open descriptor and its locks; most callers want :func:`open_file`."""
         self.path = path
         self._fd = fd
+        self._locks = locks
         self._sync_failed = False
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
 
     def size(self) -> int:
         """The length of the file in bytes."""
@@ -72,6 +95,18 @@ class FileStorage:
             raise self._named(error) from error
         return b"".join(parts)
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer; EIO if the file ends before, never zeros."""
+        try:
+            count = os.preadv(self._fd, (buffer,), offset)
+            while count < len(buffer):
+                more = os.preadv(self._fd, (buffer[count:],), offset + count)
+                if not more:
+                    raise OSError(errno.EIO, f"the file ends at {offset + count}, within the data")
+                count += more
+        except OSError as error:
+            raise self._named(error) from error
+
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of the data; OSError, with part of it written, if the disk is full or fails."""
         self._refuse_after_failed_sync()
@@ -80,6 +115,39 @@ class FileStorage:
             while written < len(data):
                 written += os.pwrite(self._fd, memoryview(data)[written:], offset + written)
         except OSError as error:
+            raise self._named(error) from error
+
+    def zero(self, offset: int, length: int) -> None:
+        """Punch a hole; write zeros where the file system has none."""
+        self._refuse_after_failed_sync()
+        try:
+            fallocate(self._fd, Mode.PUNCH_HOLE | Mode.KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise self._named(error) from error
+            for done in range(0, length, len(_ZEROS)):
+                self.write(offset + done, memoryview(_ZEROS)[: length - done])
+
+    def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """What SEEK_DATA and SEEK_HOLE tell; everything where they do not work."""
+        end = offset + length
+        while offset < end:
+            begin = self._seek(offset, os.SEEK_DATA, default=offset)
+            if begin is None or begin >= end:
+                return
+            hole = self._seek(begin, os.SEEK_HOLE, default=end)
+            offset = end if hole is None else min(hole, end)
+            yield begin, offset - begin
+
+    def _seek(self, offset: int, whence: int, default: int) -> int | None:
+        """Where the next data or hole begins, None behind the last."""
+        try:
+            return os.lseek(self._fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            if error.errno in _UNSUPPORTED:
+                return default
             raise self._named(error) from error
 
     def truncate(self, size: int) -> None:
@@ -98,6 +166,11 @@ class FileStorage:
         except OSError as error:
             self._sync_failed = True
             raise self._named(error) from error
+
+    def share(self) -> None:
+        """Give QEMU's image locks back."""
+        if self._locks is not None:
+            self._locks.release()
 
     def close(self) -> None:
         """Close the descriptor, which also gives the image locks back."""
@@ -167,8 +240,9 @@ def _locked(fd: int, path: Path, used: Permission, unshared: Permission) -> File
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ImageError(f"{path}: not a regular file; an overlay image needs one, as it grows")
-        ImageLocks(fd, str(path)).hold(used, unshared)
+        locks = ImageLocks(fd, str(path))
+        locks.hold(used, unshared)
     except BaseException:
         os.close(fd)
         raise
-    return FileStorage(fd, path)
+    return FileStorage(fd, path, locks)

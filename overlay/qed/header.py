@@ -102,6 +102,11 @@ class Header:
         """The same header with feature bits cleared."""
         return replace(self, features=self.features & ~sum(bits))
 
+    def without_backing(self) -> Header:
+        """The same header for an image that has the whole disk."""
+        header = self.without(Feature.BACKING_FILE, Feature.BACKING_FORMAT_NO_PROBE)
+        return replace(header, backing_filename_offset=0, backing_filename_size=0)
+
     def pack(self) -> bytes:
         """The header as it lies in the file."""
         return _LAYOUT.pack(MAGIC, *(getattr(self, field.name) for field in fields(self)))

@@ -6,9 +6,11 @@ zeros, or the file offset of a data cluster.
 The L1 table is kept in memory as far as the disk's size needs it; of the L2 tables only slices are, the least
 recently used going first. So what a header claims never decides how much memory is used.
 
-Changes are made in memory and reach the file in :meth:`Tables.commit`, after a sync: what an entry points to
-is durable before the entry. Of a new L2 table that may be the zeros of the grown file, which mean absent, so
-the order among tables does not matter.
+Changes are made in memory. What :meth:`Tables.take_changes` gives out is written by :meth:`Tables.store`
+after a sync: what an entry points to is durable before the entry. Of a new L2 table that may be the zeros of
+the grown file, which mean absent, so the order among tables does not matter.
+
+Not safe for several threads: the image puts its lock around every call.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from nbdserve.errors import ImageError
 from overlay.qed.header import ENTRY_BYTES, Header
@@ -48,15 +51,21 @@ class _Slice:
     def change(self, begin: int, values: array[int]) -> None:
         end = begin + len(values)
         self.entries[begin:end] = values
+        self.touch(begin, end)
+
+    def touch(self, begin: int, end: int) -> None:
+        """Note that the file does not have these entries."""
         clean = self.dirty_begin == self.dirty_end
         self.dirty_begin = begin if clean else min(self.dirty_begin, begin)
         self.dirty_end = end if clean else max(self.dirty_end, end)
 
-    def store(self, storage: Storage) -> None:
-        if self.dirty_begin < self.dirty_end:
-            offset = self.file_offset + self.dirty_begin * ENTRY_BYTES
-            storage.write(offset, encode(self.entries[self.dirty_begin : self.dirty_end]))
-            self.dirty_begin = self.dirty_end = 0
+
+class Changes(NamedTuple):
+    """Entries that the file does not have: L2 slices with what of them is to be written, and L1 indices."""
+
+    parts: dict[int, tuple[_Slice, int, array[int]]]
+    """By number: the slice, the index of the first of the entries, and these as they were."""
+    l1_indices: set[int]
 
 
 class Tables:
@@ -78,13 +87,28 @@ class Tables:
         self._slice_entries = min(SLICE_ENTRIES, header.table_entries)
         self._slices: OrderedDict[int, _Slice] = OrderedDict()
         self._dirty: dict[int, _Slice] = {}
+        self._stored = Changes({}, set())
+        """What is being brought to the file right now."""
         self._changed: set[int] = set()
         """Slices that may point behind the file's end as it was at first, because we made them."""
 
-    @property
-    def is_dirty(self) -> bool:
-        """Whether there is anything to commit."""
-        return bool(self._dirty or self._new_l1)
+    def is_stored(self, cluster: int, count: int) -> bool:
+        """Whether the file's tables tell of these clusters what ours do. All must be data in ours."""
+        end = cluster + count
+        while cluster < end:
+            number, first = divmod(cluster, self._slice_entries)
+            last = min(self._slice_entries, first + end - cluster)
+            l1_index = self._l1_index(number)
+            if l1_index in self._new_l1 or l1_index in self._stored.l1_indices:
+                return False
+            part = self._dirty.get(number)
+            if part is not None and first < part.dirty_end and part.dirty_begin < last:
+                return False
+            stored = self._stored.parts.get(number)
+            if stored is not None and first < stored[1] + len(stored[2]) and stored[1] < last:
+                return False
+            cluster += last - first
+        return True
 
     @property
     def is_full(self) -> bool:
@@ -122,7 +146,7 @@ class Tables:
                 cluster, first = cluster + last - first, last
 
     def set(self, cluster: int, count: int, entry: int) -> None:
-        """Map clusters to ZERO or to consecutive places that begin at a file offset; allocate L2 tables.
+        """Map clusters to ABSENT, to ZERO or to consecutive places from a file offset; allocate L2 tables.
 
         Raises OSError if a table cannot be had; what was mapped by then stays.
         """
@@ -154,16 +178,52 @@ class Tables:
         self.end = offset
         self._storage.truncate(offset)
 
-    def commit(self) -> None:
-        """Bring all changes to the file, after a sync of everything that they point to. Raises OSError."""
-        self._storage.sync()
+    def take_changes(self) -> Changes:
+        """What the file's tables lack now. A sync, and :meth:`store`, must follow before the next call."""
+        parts = {
+            number: (part, part.dirty_begin, part.entries[part.dirty_begin : part.dirty_end])
+            for number, part in self._dirty.items()
+        }
         for part in self._dirty.values():
-            part.store(self._storage)
-        for l1_index in sorted(self._new_l1):
-            offset = self._header.l1_table_offset + l1_index * ENTRY_BYTES
-            self._storage.write(offset, encode(self._l1[l1_index : l1_index + 1]))
-        self._new_l1.clear()
-        self._dirty.clear()
+            part.dirty_begin = part.dirty_end = 0
+        self._stored = Changes(parts, self._new_l1)
+        self._dirty, self._new_l1 = {}, set()
+        return self._stored
+
+    def store(self, changes: Changes) -> None:
+        """Bring changes to the file after the sync. OSError: they are still to be taken and stored."""
+        try:
+            for part, begin, values in changes.parts.values():
+                self._storage.write(part.file_offset + begin * ENTRY_BYTES, encode(values))
+            for l1_index in sorted(changes.l1_indices):
+                offset = self._header.l1_table_offset + l1_index * ENTRY_BYTES
+                self._storage.write(offset, encode(self._l1[l1_index : l1_index + 1]))
+        except OSError:
+            self.put_back(changes)
+            raise
+        self._stored = Changes({}, set())
+
+    def put_back(self, changes: Changes) -> None:
+        """Undo :meth:`take_changes`: the file does not have these yet."""
+        for number, (part, begin, values) in changes.parts.items():
+            part.touch(begin, begin + len(values))
+            self._dirty[number] = part
+        self._new_l1 |= changes.l1_indices
+        self._stored = Changes({}, set())
+
+    def count_absent(self) -> int:
+        """How many clusters of the disk are absent. Reads all L2 tables, raises ImageError, OSError."""
+        absent = 0
+        for l1_index, place in enumerate(self._l1):
+            first = l1_index * self._header.table_entries
+            count = min(self._header.table_entries, self._header.clusters - first)
+            if not place:
+                absent += count
+                continue
+            for start in range(first, first + count, self._slice_entries):
+                part = self._slice(start // self._slice_entries)
+                absent += part.entries.count(ABSENT)
+        return absent
 
     def _add_table(self, l1_index: int) -> None:
         offset = self.allocate(self._header.table_size)
@@ -181,7 +241,10 @@ class Tables:
         if part is not None:
             self._slices.move_to_end(number)
             return part
-        part = self._dirty.get(number) or self._load_slice(number)
+        part = self._dirty.get(number)
+        if part is None:
+            stored = self._stored.parts.get(number)
+            part = stored[0] if stored is not None else self._load_slice(number)
         self._slices[number] = part
         if len(self._slices) > CACHED_SLICES:
             self._slices.popitem(last=False)

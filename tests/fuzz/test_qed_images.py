@@ -17,7 +17,7 @@ from overlay.qed.check import check
 from overlay.qed.create import new_header
 from overlay.qed.header import HEADER_BYTES, Feature, Header, read_header
 from overlay.qed.image import QedImage
-from tests.support.qed import SimulatedDisk
+from tests.support.simulation import SimulatedDisk
 
 MIB = 1 << 20
 CLUSTER, TABLE = 4096, 2

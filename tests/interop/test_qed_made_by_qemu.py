@@ -8,8 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from overlay.image import Backing, State
 from overlay.qed.image import QedImage
 from tests.support.disks import MIB, random_disk, sparse_disk, sparse_runs
+from tests.support.holding import qemu_holding
 from tests.support.processes import check, dying_with_parent, run
 from tests.support.qed import make_image, poke, qemu_io, read_u64
 
@@ -94,12 +94,12 @@ def test_a_backing_file_is_named_and_its_clusters_are_absent(tmp_path: Path) -> 
     image = made(tmp_path / "x.qed", 2 * MIB, "-b", str(tmp_path / "base.raw"), "-F", "raw")
     qemu_io(image, "write -P 1 64k 64k", "write -z 1M 64k", "write -P 2 300000 512")
     with QedImage.open(image) as opened:
-        assert opened.backing == Backing(str(tmp_path / "base.raw"), raw=True)
+        assert opened.backings == (Backing(str(tmp_path / "base.raw"), raw=True),)
     assert_same_map(image)
     check("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "base.qcow2", "2M")
     probed = made(tmp_path / "y.qed", 2 * MIB, "-b", str(tmp_path / "base.qcow2"), "-F", "qcow2")
     with QedImage.open(probed) as opened:
-        assert opened.backing == Backing(str(tmp_path / "base.qcow2"), raw=False)
+        assert opened.backings == (Backing(str(tmp_path / "base.qcow2"), raw=False),)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -129,22 +129,6 @@ def test_an_image_whose_qemu_was_killed_is_taken_over_after_a_check(tmp_path: Pa
     assert not answer(NBD_OVERLAY, "info", "--json", image)["dirty-flag"]
     qemu_io(image, "read -P 1 0 64k", "read -P 2 64k 100")
     check("qemu-img", "check", image)
-
-
-@contextmanager
-def qemu_holding(image: Path, *options: str) -> Iterator[None]:
-    """A qemu-io that has the image open until the block ends."""
-    argv = [*dying_with_parent(signal.SIGKILL), "qemu-io", "-f", "qed", *options, str(image)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(b"length\n")
-            process.stdin.flush()
-            assert b"MiB" in process.stdout.readline()
-            yield
-        finally:
-            process.kill()
 
 
 @pytest.mark.parametrize("command", ["info", "check", "map"])

@@ -316,7 +316,7 @@ def test_beyond_4_gib_qemu_img_reports_leaks_that_are_not_there(tmp_path: Path) 
     with QedImage.open(image, writable=True) as opened:
         for offset in range(0, 5 * GIB, 1 * MIB):
             place = opened._tables.allocate(16)
-            opened._set(offset // CLUSTER, 16, place)
+            opened._tables.set(offset // CLUSTER, 16, place)
     report = run("qemu-img", "check", "--output=json", image)
     assert (report.returncode, json.loads(report.stdout)["leaks"]) == (3, 1)
     ours = json.loads(check(NBD_OVERLAY, "check", "--json", image))

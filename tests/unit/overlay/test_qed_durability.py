@@ -12,7 +12,7 @@ from overlay.qed.check import check
 from overlay.qed.create import new_header
 from overlay.qed.header import read_header
 from overlay.qed.image import QedImage
-from tests.support.qed import SECTOR, SimulatedDisk
+from tests.support.simulation import SECTOR, SimulatedDisk
 
 CLUSTER = 4096
 CLUSTERS = 1100

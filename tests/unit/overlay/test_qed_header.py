@@ -13,7 +13,7 @@ from nbdserve.errors import ImageError, UsageError
 from overlay.image import Backing
 from overlay.qed.create import new_header
 from overlay.qed.header import HEADER_BYTES, MAX_IMAGE_SIZE, Feature, Header, read_header
-from tests.support.qed import SimulatedDisk
+from tests.support.simulation import SimulatedDisk
 
 GIB = 1 << 30
 FILE_SIZE = 1 << 24

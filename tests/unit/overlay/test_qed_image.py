@@ -64,10 +64,10 @@ def test_reading_what_only_the_backing_has_is_an_error_and_never_zeros(tmp_path:
             assert caught.value.errno == errno.ENODATA
 
 
-def test_part_of_a_cluster_in_the_backing_cannot_be_written_and_nothing_changes(tmp_path: Path) -> None:
+def test_part_of_a_cluster_in_the_backing_is_not_written_and_nothing_changes(tmp_path: Path) -> None:
     make_image(tmp_path / "a", MIB + 512, backing="nbd://h/")
     with QedImage.open(tmp_path / "a", writable=True) as image:
-        attempts: list[Callable[[], None]] = [
+        attempts: list[Callable[[], bool]] = [
             lambda: image.write(0, b"x"),
             lambda: image.write(1, b"x" * (CLUSTER - 1)),
             lambda: image.write(0, b"x" * (CLUSTER + 1)),
@@ -76,11 +76,9 @@ def test_part_of_a_cluster_in_the_backing_cannot_be_written_and_nothing_changes(
             lambda: image.zero(CLUSTER - 1, CLUSTER + 1),
         ]
         for attempt in attempts:
-            with pytest.raises(OSError) as caught:
-                attempt()
-            assert caught.value.errno == errno.ENODATA
+            assert not attempt()
         assert states(image) == [(0, image.size, State.ABSENT)]
-        image.write(MIB, b"y" * 512)
+        assert image.write(MIB, b"y" * 512)
         assert image.read(MIB, 512) == b"y" * 512
     assert_clean(tmp_path / "a")
 
