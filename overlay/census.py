@@ -1,0 +1,96 @@
+"""Which absent parts of the disk are zeros in the backing: found by block status, and never fetched."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+from nbdserve.client.pipeline import STATUS_LIMIT
+from nbdserve.protocol.constants import ExtentFlags
+from nbdserve.protocol.extents import Extent
+from nbdserve.protocol.offers import BASE_ALLOCATION
+from overlay.image import Image, State
+from overlay.source import GONE, Session
+
+_AHEAD = 8
+"""Requests for block status under way at once: a sparse disk is looked over at the speed of the link."""
+_ZERO = int(ExtentFlags.ZERO)
+
+
+def fill_zeros(image: Image, session: Session, offset: int, goes_on: Callable[[int], None]) -> None:
+    """Mark as zeros what is absent from ``offset`` on and reads as zeros in the backing.
+
+    ``goes_on`` is called now and then with how far it has come, in bytes, and may raise to end it. Raises
+    OSError when the connection is lost, or the image cannot be changed.
+    """
+    if not session.export.has_extents:
+        return
+    size = image.cluster_size
+    for begin, length in _zeros(image, session, offset):
+        # What is zero only in part of a cluster is fetched with it.
+        start = -(-begin // size) * size
+        end = begin + length
+        end = end if end == image.size else end // size * size
+        if start < end:
+            image.fill_zero(start, end - start)
+        goes_on(begin + length)
+
+
+def _zeros(image: Image, session: Session, offset: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what the backing says are zeros, joined where it can be."""
+    begin = end = offset
+    for position, extent in _survey(image, session, offset):
+        if not extent.flags & _ZERO:
+            continue
+        if position != end:
+            if end > begin:
+                yield begin, end - begin
+            begin = position
+        end = position + extent.length
+    if end > begin:
+        yield begin, end - begin
+
+
+def _survey(image: Image, session: Session, offset: int) -> Iterator[tuple[int, Extent]]:
+    """What the backing says of each absent range, in order, asked for some way ahead."""
+    asked: deque[tuple[int, int, Future[list[Extent]]]] = deque()
+    for begin, length in _absent(image, offset):
+        asked.append((begin, length, _ask(session, begin, length)))
+        if len(asked) == _AHEAD:
+            yield from _told(session, *asked.popleft())
+    while asked:
+        yield from _told(session, *asked.popleft())
+
+
+def _absent(image: Image, offset: int) -> Iterator[tuple[int, int]]:
+    for run in image.runs(offset, image.size - offset):
+        if run.state is State.ABSENT:
+            for begin in range(run.offset, run.offset + run.length, STATUS_LIMIT):
+                yield begin, min(STATUS_LIMIT, run.offset + run.length - begin)
+
+
+def _told(
+    session: Session, offset: int, length: int, future: Future[list[Extent]]
+) -> Iterator[tuple[int, Extent]]:
+    """The answer for one range, asked for again from where a reply ended too early."""
+    end = offset + length
+    while True:
+        try:
+            extents = future.result()
+        except OSError as error:
+            if error.errno in GONE:
+                raise
+            return  # a server that cannot tell: it is fetched, and zeros are found then
+        for extent in extents:
+            part = min(extent.length, end - offset)
+            if part > 0:
+                yield offset, Extent(part, extent.flags)
+                offset += part
+        if offset >= end:
+            return
+        future = _ask(session, offset, end - offset)
+
+
+def _ask(session: Session, offset: int, length: int) -> Future[list[Extent]]:
+    return session.bulk().start_extents(offset, length, BASE_ALLOCATION)

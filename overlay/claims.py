@@ -1,0 +1,76 @@
+"""Who fetches which part of the disk at this moment: several who miss the same part make one fetch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+UNIT = 64 << 10
+"""Bytes that are claimed together, unless an image's clusters are larger."""
+
+
+class Claim(NamedTuple):
+    """The right to fetch a range of bytes. Whoever else needs it waits until it is released."""
+
+    offset: int
+    length: int
+    done: threading.Event
+
+
+class Claims:
+    """The claims on one disk of ``size`` bytes. Safe for several threads."""
+
+    def __init__(self, size: int, unit: int = UNIT) -> None:
+        self.unit = unit
+        self._size = size
+        self._lock = threading.Lock()
+        self._held: dict[int, Claim] = {}
+
+    def take(
+        self, offset: int, length: int, wanted: Callable[[int, int], bool], longest: int
+    ) -> tuple[list[Claim], list[Claim]]:
+        """Claim the units of a range for which ``wanted`` (offset, length) says so at this instant.
+
+        Returns our claims, none over ``longest`` bytes, and those of others that stand in the way.
+        """
+        ours: list[Claim] = []
+        others: list[Claim] = []
+        unit = self.unit
+        with self._lock:
+            begin = end = -1
+            for number in range(offset // unit, -(-(offset + length) // unit)):
+                start = number * unit
+                stop = min(start + unit, self._size)
+                other = self._held.get(number)
+                if other is not None:
+                    if not others or others[-1] is not other:
+                        others.append(other)
+                elif wanted(start, stop - start):
+                    if start != end or stop - begin > longest:
+                        if end > begin:
+                            ours.append(self._hold(begin, end))
+                        begin = start
+                    end = stop
+            if end > begin:
+                ours.append(self._hold(begin, end))
+        return ours, others
+
+    def release(self, claim: Claim) -> None:
+        """Give a claim back, whatever came of it."""
+        unit = self.unit
+        with self._lock:
+            for number in range(claim.offset // unit, -(-(claim.offset + claim.length) // unit)):
+                del self._held[number]
+        claim.done.set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody fetches anything."""
+        return not self._held
+
+    def _hold(self, begin: int, end: int) -> Claim:
+        claim = Claim(begin, end - begin, threading.Event())
+        for number in range(begin // self.unit, -(-end // self.unit)):
+            self._held[number] = claim
+        return claim

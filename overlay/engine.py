@@ -1,0 +1,246 @@
+"""The overlay as a disk that can be exported: what is local is answered in line, what is missing is fetched.
+
+Two modes. Before the cut-over (``armed``), and with copy-on-read off, reads of what is missing pass through
+and nothing of it is kept. After ``activate`` what is read is kept, and may be streamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import threading
+from collections.abc import Iterator
+
+from nbdserve.backends.base import Backend, Buffer, Capabilities
+from nbdserve.errors import ImageError
+from nbdserve.protocol.constants import Command, ExtentFlags
+from nbdserve.protocol.extents import Extent, coalesce
+from nbdserve.protocol.offers import ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSizes
+from nbdserve.splicing import FileRange
+from overlay.fetch import LONGEST, Fetcher
+from overlay.image import Image, Run, State
+from overlay.sources import Sources
+
+_LOG = logging.getLogger("nbd-overlay")
+
+_HERE, _BACKING = 1, 2
+"""Allocation depths: in the overlay itself, and in its backing."""
+_MOST_STATUS = 64 << 20
+"""Bytes of an absent range whose status is asked for at a time."""
+
+
+class Overlay(Backend):
+    """An image on top of its backing. Owns the image and the sources.
+
+    ``keep`` is copy-on-read: whether what was read is kept. ``armed`` says that the guest still runs
+    elsewhere and changes the backing, so that nothing may be kept before :meth:`activate`.
+    """
+
+    always_local = False
+    contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH)
+    # A flush is one of the whole image, so it covers what was acknowledged on every connection.
+    capabilities = Capabilities(fast_zero=True, cache=True, multi_conn=True)
+
+    def __init__(self, image: Image, sources: Sources, *, keep: bool = True, armed: bool = False) -> None:
+        self.image = image
+        self.sources = sources
+        self.fetcher = Fetcher(image, sources)
+        self.size = image.size
+        self.block_sizes = BlockSizes(preferred=max(4096, min(image.cluster_size, 64 << 10)))
+        self._keep = keep
+        self._armed = armed
+        self._guest_is_here = False
+        self._changing = threading.Lock()
+
+    @property
+    def armed(self) -> bool:
+        """Whether the cut-over is still to come, so that nothing of the backing may be kept."""
+        return self._armed
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what guests read is kept now."""
+        return self._keep and not self._armed
+
+    def activate(self) -> None:
+        """The guest runs here from now on, and the backing changes no more. May be called again."""
+        if not self._guest_is_here:
+            with self._changing:
+                self._guest_is_here, was_armed, self._armed = True, self._armed, False
+            if was_armed:
+                _LOG.info("activated: what is read from now on is kept")
+
+    def invalidate(self, offset: int, length: int) -> None:
+        """Forget a range, which the guest has changed at the source. OSError, EBUSY, once it runs here."""
+        with self._changing:
+            if self._guest_is_here:
+                raise OSError(errno.EBUSY, "the guest runs here: what it reads cannot be taken away any more")
+            self.image.invalidate(offset, length)
+            self.sources.forget()
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Serve what is local without waiting; False when it is not all local."""
+        try:
+            return self.image.read_now(offset, buffer)
+        except ImageError as error:
+            raise _as_os_error(error) from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer, fetching what is missing; OSError when no server has it."""
+        with _data_path():
+            while not self.image.read_now(offset, buffer):
+                if self.keeps:
+                    self.fetcher.bring(offset, len(buffer))
+                elif self._read_through(offset, buffer):
+                    return
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Store what needs neither a fetch nor a sync; False when it has to wait."""
+        if not self._guest_is_here:
+            self.activate()
+        try:
+            return self.image.write_now(offset, data)
+        except ImageError as error:
+            raise _as_os_error(error) from error
+
+    def write(self, offset: int, data: Buffer, fua: bool) -> None:
+        """Store all of ``data``, fetching no more than the clusters at its edges."""
+        # A guest that writes runs here.
+        self.activate()
+        with _data_path():
+            if not self.image.write_now(offset, data):
+                while not self.image.write(offset, data):
+                    self._bring_edges(offset, len(data))
+                self.image.commit()
+            if fua:
+                self.image.flush()
+
+    def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
+        """Make the range read as zeroes. Whole clusters cost no space, whatever ``may_trim`` says."""
+        self.activate()
+        with _data_path():
+            while not self.image.zero(offset, length):
+                if fast:
+                    raise OSError(errno.ENOTSUP, "the edges have to be fetched first")
+                self._bring_edges(offset, length)
+            self.image.commit()
+            if fua:
+                self.image.flush()
+
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Let the range read as zeroes, but for clusters at its edges that are not here."""
+        self.activate()
+        size = self.image.cluster_size
+        with _data_path():
+            if not self.image.zero(offset, length):
+                begin = -(-offset // size) * size
+                end = (offset + length) // size * size
+                if begin < end:
+                    self.image.zero(begin, end - begin)
+            self.image.commit()
+            if fua:
+                self.image.flush()
+
+    def cache(self, offset: int, length: int) -> None:
+        """Fetch what is missing of the range, if it is to be kept."""
+        with _data_path():
+            if self.keeps:
+                self.fetcher.bring(offset, length)
+
+    def flush(self) -> None:
+        """Make everything acknowledged durable, and what was fetched."""
+        with _data_path():
+            self.image.flush()
+
+    def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
+        """What is here, and of what is not, what a server says; data, where none says anything.
+
+        An error would be taken for the end of the disk by QEMU 7.2, so there is none.
+        """
+        with _data_path():
+            runs = list(self.image.runs(offset, length))
+        if context == ALLOCATION_DEPTH:
+            depths = (Extent(run.length, _BACKING if run.state is State.ABSENT else _HERE) for run in runs)
+            return coalesce(depths)
+        return coalesce(extent for run in runs for extent in self._allocation(run))
+
+    def is_local(self, command: Command, offset: int, length: int) -> bool:
+        """Reads of what is here; when everything is, in a plain file, also writes."""
+        if command is Command.READ:
+            return self.image.is_local(offset, length)
+        return command is Command.WRITE and self.image.raw_fd is not None
+
+    def file_range(self, offset: int) -> FileRange | None:
+        """The plain file that the image has become."""
+        fd = self.image.raw_fd
+        return None if fd is None else FileRange(fd, offset)
+
+    def close(self) -> None:
+        """Hang up, and close the image; OSError when it cannot be made durable."""
+        self.fetcher.close()
+        self.sources.close()
+        self.image.close()
+
+    def _read_through(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer from here and from the backing; False if what was here is not any more."""
+        parts: list[tuple[int, memoryview]] = []
+        for run in self.image.runs(offset, len(buffer)):
+            piece = buffer[run.offset - offset : run.offset - offset + run.length]
+            if run.state is State.ABSENT:
+                parts += [
+                    (run.offset + begin, piece[begin : begin + LONGEST])
+                    for begin in range(0, run.length, LONGEST)
+                ]
+            elif not self.image.read_now(run.offset, piece):
+                return False
+        self.sources.read(*parts)
+        return True
+
+    def _bring_edges(self, offset: int, length: int) -> None:
+        """Make the clusters local that a change covers only partly."""
+        size, end = self.image.cluster_size, offset + length
+        if offset % size:
+            self.fetcher.bring_cluster(offset)
+        if end % size and end < self.size:
+            self.fetcher.bring_cluster(end - 1)
+
+    def _allocation(self, run: Run) -> Iterator[Extent]:
+        """The status of one run in ``base:allocation``."""
+        if run.state is State.DATA:
+            return iter((Extent(run.length, 0),))
+        if run.state is State.ZERO:
+            return iter((Extent(run.length, int(ExtentFlags.HOLE | ExtentFlags.ZERO)),))
+        return self._allocation_of_backing(run.offset, run.length)
+
+    def _allocation_of_backing(self, offset: int, length: int) -> Iterator[Extent]:
+        end = offset + length
+        while offset < end:
+            if not self.sources.connected:
+                yield Extent(end - offset, 0)
+                return
+            try:
+                found = self.sources.extents(offset, min(end - offset, _MOST_STATUS))
+            except OSError:
+                yield Extent(end - offset, 0)
+                return
+            for extent in found:
+                length = min(extent.length, end - offset)
+                yield Extent(length, extent.flags)
+                offset += length
+                if offset >= end:
+                    return
+
+
+@contextlib.contextmanager
+def _data_path() -> Iterator[None]:
+    """In the data path a damaged image is an input/output error."""
+    try:
+        yield
+    except ImageError as error:
+        raise _as_os_error(error) from error
+
+
+def _as_os_error(error: ImageError) -> OSError:
+    _LOG.error("%s", error)
+    return OSError(errno.EIO, str(error))

@@ -1,0 +1,155 @@
+"""Copy-on-read: what a guest misses is fetched, once for all who miss it, and kept.
+
+The rule: claim, fetch without holding a lock, and let the image store only what is still absent then. So a
+guest's write wins over a fetch that was under way.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from overlay.claims import UNIT, Claim, Claims
+from overlay.image import Image, State
+from overlay.readahead import ReadAhead
+from overlay.sources import Sources
+
+_LOG = logging.getLogger("nbd-overlay")
+
+LONGEST = 1 << 20
+"""Bytes of one request to a server."""
+_TOGETHER = 8
+"""Requests that are under way at once for one read of a guest."""
+_WAITING_HINTS = 4
+
+
+@dataclass
+class Fetched:
+    """What was fetched so far because a guest, or read-ahead, asked for it."""
+
+    misses: int = 0
+    """Requests of guests that had to wait for a server."""
+    bytes: int = 0
+    ahead: int = 0
+    """Bytes of them that no guest had asked for yet."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Fetcher:
+    """Brings parts of the backing into the image. Safe for several threads.
+
+    ``on_miss`` is called with the offset and length of what a guest had to wait for.
+    """
+
+    def __init__(self, image: Image, sources: Sources) -> None:
+        self.claims = Claims(image.size, max(UNIT, image.cluster_size))
+        self.fetched = Fetched()
+        self.on_miss: Callable[[int, int], None] | None = None
+        self._image = image
+        self._sources = sources
+        self._ahead = ReadAhead(image.size)
+        self._hints: queue.Queue[tuple[int, int] | None] = queue.Queue(_WAITING_HINTS)
+        self._thread: threading.Thread | None = None
+
+    def bring(self, offset: int, length: int) -> None:
+        """Make a range local for a guest that waits; OSError when no server can."""
+        while True:
+            claims, others = self.claims.take(offset, length, self._is_absent, LONGEST)
+            if not claims and not others:
+                return
+            self._look_ahead(offset, length)
+            self._fetch(claims)
+            for other in others:
+                # Whoever holds it has limits of its own; the wait is short.
+                other.done.wait(1.0)
+
+    def bring_cluster(self, offset: int) -> None:
+        """Make the one cluster local that has ``offset``, and fetch no more than that."""
+        size = self._image.cluster_size
+        start = offset - offset % size
+        length = min(size, self._image.size - start)
+        while not self._image.is_local(start, length):
+            claims, others = self.claims.take(start, length, self._is_absent, LONGEST)
+            self._fetch(claims, (start, length))
+            for other in others:
+                other.done.wait(1.0)
+
+    def store(self, offset: int, data: memoryview) -> int:
+        """Keep what was fetched, as far as it is still absent; returns how many bytes became local."""
+        stored = self._image.fill(offset, data)
+        self._sources.remember(offset, data)
+        return stored
+
+    def close(self) -> None:
+        """Read ahead no more."""
+        if self._thread is not None:
+            self._hints.put(None)
+            self._thread.join(1.0)
+
+    def absent_part(self, claim: Claim) -> tuple[int, int]:
+        """Of a claimed range, from the first to the last cluster that is absent; the length may be 0."""
+        absent = [run for run in self._image.runs(claim.offset, claim.length) if run.state is State.ABSENT]
+        if not absent:
+            return claim.offset, 0
+        begin = absent[0].offset
+        return begin, absent[-1].offset + absent[-1].length - begin
+
+    def _is_absent(self, offset: int, length: int) -> bool:
+        return not self._image.is_local(offset, length)
+
+    def _fetch(self, claims: list[Claim], only: tuple[int, int] | None = None) -> None:
+        """Fetch and store what is claimed, or only a part of it, and release the claims in any case."""
+        try:
+            for first in range(0, len(claims), _TOGETHER):
+                batch = (
+                    [only]
+                    if only
+                    else [self.absent_part(claim) for claim in claims[first : first + _TOGETHER]]
+                )
+                parts = [(offset, memoryview(bytearray(length))) for offset, length in batch if length]
+                if not parts:
+                    continue
+                self._sources.read(*parts)
+                for offset, data in parts:
+                    self.store(offset, data)
+                with self.fetched.lock:
+                    self.fetched.bytes += sum(len(data) for _, data in parts)
+        finally:
+            for claim in claims:
+                self.claims.release(claim)
+
+    def _look_ahead(self, offset: int, length: int) -> None:
+        """A guest has missed something: tell whoever may want to know, and fetch what it will want next."""
+        with self.fetched.lock:
+            self.fetched.misses += 1
+        if self.on_miss is not None:
+            self.on_miss(offset, length)
+        ahead = self._ahead.after(offset, length)
+        if ahead is None:
+            return
+        try:
+            self._hints.put_nowait(ahead)
+        except queue.Full:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run_ahead, name="read-ahead", daemon=True)
+            self._thread.start()
+
+    def _run_ahead(self) -> None:
+        while (hint := self._hints.get()) is not None:
+            claims, _ = self.claims.take(*hint, self._is_absent, LONGEST)
+            before = time.monotonic()
+            try:
+                self._fetch(claims)
+            except OSError as error:
+                # Nobody waits for it; a guest that will is told by its own request.
+                _LOG.debug("read-ahead: %s", error.strerror or errno.errorcode.get(error.errno or 0))
+            else:
+                with self.fetched.lock:
+                    self.fetched.ahead += sum(claim.length for claim in claims)
+                _LOG.debug("read ahead %d bytes at %d in %.3f s", hint[1], hint[0], time.monotonic() - before)

@@ -1,0 +1,101 @@
+"""The state of the streaming job, and what the operator does to it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from enum import Enum
+
+
+class Phase(Enum):
+    """What the job is doing."""
+
+    IDLE = "idle"
+    """It was not started, or was cancelled."""
+    RUNNING = "running"
+    PAUSED = "paused"
+    FAILED = "failed"
+    """It cannot go on by itself; to resume it is to try again."""
+    DONE = "done"
+    """Everything is local."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The job runs no more: paused, cancelled, or the process ends."""
+
+
+class Job:
+    """One job at a time. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self.identifier = ""
+        self.error: str | None = None
+        """Why it failed."""
+        self._phase = Phase.IDLE
+        self._ended = False
+        self._changed = threading.Condition()
+        self.tell: Callable[[Phase], None] = lambda phase: None
+        """Called with every new phase, in whichever thread brought it about."""
+
+    @property
+    def phase(self) -> Phase:
+        """What it is doing now."""
+        return self._phase
+
+    def start(self, identifier: str) -> bool:
+        """Run, from the idle state; False in any other."""
+        return self._move({Phase.IDLE}, Phase.RUNNING, identifier)
+
+    def pause(self) -> bool:
+        """Rest until it is resumed; False if it does not run."""
+        return self._move({Phase.RUNNING}, Phase.PAUSED)
+
+    def resume(self) -> bool:
+        """Go on, or try again; False if it is neither paused nor failed."""
+        return self._move({Phase.PAUSED, Phase.FAILED}, Phase.RUNNING)
+
+    def cancel(self) -> bool:
+        """Give up; what is here stays. False if there is nothing to give up."""
+        return self._move({Phase.RUNNING, Phase.PAUSED, Phase.FAILED}, Phase.IDLE)
+
+    def complete(self) -> None:
+        """Everything is local."""
+        self._move(set(Phase), Phase.DONE)
+
+    def fail(self, error: str) -> None:
+        """It cannot go on."""
+        self.error = error
+        self._move({Phase.RUNNING}, Phase.FAILED)
+
+    def end(self) -> None:
+        """The process ends."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait_until_running(self) -> bool:
+        """Wait until there is something to do; False when the process ends instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._phase is Phase.RUNNING)
+            return not self._ended
+
+    def pause_point(self, seconds: float = 0.0) -> None:
+        """Rest for so many seconds, and raise Interrupted if the job is not to go on."""
+        if seconds:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended or self._phase is not Phase.RUNNING, seconds)
+        if self._ended or self._phase is not Phase.RUNNING:
+            raise Interrupted
+
+    def _move(self, origins: set[Phase], target: Phase, identifier: str | None = None) -> bool:
+        with self._changed:
+            if self._phase not in origins:
+                return False
+            self._phase = target
+            if identifier is not None:
+                self.identifier = identifier
+            if target is not Phase.FAILED:
+                self.error = None
+            self._changed.notify_all()
+        self.tell(target)
+        return True

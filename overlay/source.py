@@ -1,0 +1,215 @@
+"""One server that has the backing: connected, watched, and connected to again, by a thread of its own."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nbdserve.client import Client, connect
+from nbdserve.client.handle import Export
+from nbdserve.errors import OperatorError
+from nbdserve.uri import NbdUri
+
+_LOG = logging.getLogger("nbd-overlay")
+
+GONE = (errno.ENOTCONN, errno.ETIMEDOUT, errno.ESHUTDOWN)
+"""What says that a connection, not a request, is the trouble."""
+
+_DIAL_TIMEOUT = 5.0
+"""Seconds that one attempt to reach the server may take."""
+_REQUEST_TIMEOUT = 10.0
+"""Seconds that the server may take for one request: one that hangs is as good as dead."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 3.0
+"""Seconds between two attempts: they grow from the first to the longest."""
+_LOOK = 0.5
+"""Seconds between two looks at a connection that nobody uses."""
+
+
+class Session:
+    """Connections to one server that stand and fall together.
+
+    ``demand`` is for what a guest waits for, so that it never queues behind streaming.
+    """
+
+    def __init__(self, source: Source, clients: list[Client]) -> None:
+        self.source = source
+        self.demand = clients[0]
+        self.clients = clients
+        self._bulk = clients[1:] or clients
+        self._turns = itertools.count()
+
+    @property
+    def connected(self) -> bool:
+        """Whether all connections still stand, as far as is known."""
+        return all(client.connected for client in self.clients)
+
+    @property
+    def export(self) -> Export:
+        """What the server says of the disk."""
+        return self.demand.export
+
+    def bulk(self) -> Client:
+        """One of the connections for streaming, in turn."""
+        return self._bulk[next(self._turns) % len(self._bulk)]
+
+    def close(self) -> None:
+        """Hang up. May be called again."""
+        for client in self.clients:
+            client.close()
+
+
+@dataclass(frozen=True)
+class Health:
+    """How a server is doing, for ``status``."""
+
+    uri: str
+    connected: bool
+    connections: int
+    errors: int
+    latency: float
+    """Seconds that small requests took lately."""
+    trouble: str | None
+    """Why it is not connected."""
+
+
+class Source:
+    """A server at a URI. ``accept`` refuses a new session by raising OSError or OperatorError.
+
+    ``changed`` is called, in the source's thread, whenever it was connected or lost.
+    """
+
+    def __init__(
+        self,
+        uri: NbdUri,
+        connections: int,
+        accept: Callable[[Session], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.uri = uri
+        self.session: Session | None = None
+        self.errors = 0
+        self._connections = connections
+        self._accept = accept
+        self._changed = changed
+        self._latency = 0.0
+        self._trouble: str | None = "not connected yet"
+        self._closed = False
+        self._kick = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"source {uri}", daemon=True)
+
+    def start(self) -> None:
+        """Connect, and stay connected, from now on."""
+        self._thread.start()
+
+    def retry(self) -> None:
+        """Look at once whether the connection stands, and try again at once if it does not."""
+        self._kick.set()
+
+    def lost(self, session: Session) -> None:
+        """Somebody found a session out of order: it is of no more use."""
+        if self.session is session:
+            self.session = None
+        session.close()
+        self.retry()
+
+    def answered(self, seconds: float) -> None:
+        """A small request took so long."""
+        self._latency += (seconds - self._latency) / 8 if self._latency else seconds
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The healthier a server, the lower. A server that is a little slower is as good as another."""
+        return self.errors, round(self._latency, 2)
+
+    def health(self) -> Health:
+        """How it is doing now."""
+        session = self.session
+        count = len(session.clients) if session else 0
+        return Health(str(self.uri), session is not None, count, self.errors, self._latency, self._trouble)
+
+    def close(self) -> None:
+        """Hang up for good."""
+        self._closed = True
+        self._kick.set()
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
+        if self._thread.is_alive():
+            self._thread.join(_DIAL_TIMEOUT)
+
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._closed:
+            session = self.session
+            if session is not None and session.connected:
+                self._wait(_LOOK)
+                continue
+            if session is not None:
+                self.lost(session)
+            if self._trouble is None:
+                _LOG.warning("%s: the connection is lost", self.uri)
+                self._trouble = "the connection is lost"
+                self._changed()
+            if self._connect():
+                pause = _FIRST_PAUSE
+            else:
+                self._wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _wait(self, seconds: float) -> None:
+        self._kick.wait(seconds)
+        self._kick.clear()
+
+    def _connect(self) -> bool:
+        try:
+            session = self._open()
+        except (OperatorError, OSError) as error:
+            self._complain(str(error))
+            return False
+        if self._closed:
+            session.close()
+            return False
+        self.session, self._trouble = session, None
+        _LOG.info("%s: connected, %d connections", self.uri, len(session.clients))
+        self._changed()
+        return True
+
+    def _complain(self, trouble: str) -> None:
+        """Say why, once for each reason."""
+        if trouble != self._trouble:
+            _LOG.warning("%s; trying again", trouble)
+        self._trouble = trouble
+
+    def _open(self) -> Session:
+        clients = [self._dial()]
+        try:
+            export = clients[0].export
+            session = Session(self, clients)
+            began = time.monotonic()
+            self._accept(session)
+            self._latency = self._latency or time.monotonic() - began
+            # The disk does not change under us, so several connections are safe where the server says
+            # that it is read-only, too.
+            if export.multi_conn or export.read_only:
+                self._add_connections(clients)
+        except BaseException:
+            for client in clients:
+                client.close()
+            raise
+        return Session(self, clients)
+
+    def _add_connections(self, clients: list[Client]) -> None:
+        """Add connections as far as the server takes them: one is enough to go on with."""
+        try:
+            while len(clients) < self._connections:
+                clients.append(self._dial())
+        except OperatorError as error:
+            _LOG.info("%s; going on with %d connections", error, len(clients))
+
+    def _dial(self) -> Client:
+        return connect(self.uri, timeout=_DIAL_TIMEOUT, request_timeout=_REQUEST_TIMEOUT)

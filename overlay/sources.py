@@ -1,0 +1,224 @@
+"""The backing: one disk, at one or several servers, of which the healthiest is asked.
+
+Who asks waits while all are lost, for as long as patience lasts; then asking fails at once, until one is
+back. A server that comes back, or comes up late, must have the same disk: its size, and a few blocks that
+were read before, are compared.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from hashlib import blake2b
+
+from nbdserve.client.pipeline import Client
+from nbdserve.errors import ImageError
+from nbdserve.protocol.extents import Extent
+from nbdserve.protocol.offers import BASE_ALLOCATION
+from nbdserve.uri import NbdUri
+from overlay.source import GONE, Health, Session, Source
+
+_LOG = logging.getLogger("nbd-overlay")
+
+CONNECTIONS = 4
+"""Connections to each server, unless the operator says otherwise."""
+PATIENCE = 60.0
+"""Seconds for which guests wait for a lost server, unless the operator says otherwise."""
+
+_SAMPLES = 8
+_SAMPLE_BYTES = 4096
+
+
+class Sources:
+    """Servers that have the same disk of ``size`` bytes. Safe for several threads.
+
+    ``patience`` is for how many seconds after the last server was lost requests wait for one to come back.
+    """
+
+    def __init__(
+        self,
+        uris: Sequence[NbdUri],
+        size: int,
+        *,
+        connections: int = CONNECTIONS,
+        patience: float = PATIENCE,
+    ) -> None:
+        self.size = size
+        self._patience = patience
+        self._changed = threading.Condition()
+        self._lost_since: float | None = time.monotonic()
+        self._closed = False
+        self._samples: dict[int, bytes] = {}
+        self._sources = [Source(uri, connections, self._require_same_disk, self._tell) for uri in uris]
+
+    def start(self) -> None:
+        """Connect from now on; what is asked waits until that is done."""
+        for source in self._sources:
+            source.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether all servers have been lost for longer than patience lasts."""
+        since = self._lost_since
+        return since is not None and time.monotonic() >= since + self._patience
+
+    @property
+    def connected(self) -> bool:
+        """Whether a server can be asked now."""
+        return self._best() is not None
+
+    def health(self) -> list[Health]:
+        """How each server is doing."""
+        return [source.health() for source in self._sources]
+
+    def retry(self) -> None:
+        """Have patience once more, and try at once."""
+        with self._changed:
+            if self._lost_since is not None:
+                self._lost_since = time.monotonic()
+            self._changed.notify_all()
+        for source in self._sources:
+            source.retry()
+
+    def session(self) -> Session:
+        """The healthiest server; waits for one while there is none. OSError, EIO, when patience is over."""
+        best = self._best()
+        if best is not None:
+            return best
+        for source in self._sources:
+            source.retry()
+        with self._changed:
+            while (best := self._best()) is None:
+                self._note_loss()
+                left = self._seconds_left()
+                if self._closed or left <= 0:
+                    raise OSError(errno.EIO, f"the backing is lost: {self.troubles()}")
+                self._changed.wait(min(left, 1.0))
+        return best
+
+    def read(self, *parts: tuple[int, memoryview]) -> None:
+        """Fill each buffer from its offset, for somebody who waits; OSError when no server can."""
+
+        def ask(session: Session) -> None:
+            began = time.monotonic()
+            started = [session.demand.start_read(offset, buffer) for offset, buffer in parts]
+            # All must be over before a buffer may be used again, or for something else.
+            wait(started)
+            for future in started:
+                future.result()
+            session.source.answered(time.monotonic() - began)
+
+        self._ask(ask)
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """The runs of ``base:allocation`` from ``offset`` on, at least one; all data if no server knows.
+
+        They may end before or after the range. Raises OSError when no server answers.
+        """
+        found = [Extent(length, 0)]
+
+        def ask(session: Session) -> None:
+            if session.export.has_extents:
+                found[:] = session.demand.start_extents(offset, length, BASE_ALLOCATION).result()
+
+        self._ask(ask)
+        return found
+
+    def blame(self, session: Session, error: OSError) -> None:
+        """A request of a session failed: a lost connection is closed, a server that fails is asked last."""
+        if error.errno in GONE:
+            session.source.lost(session)
+        else:
+            session.source.errors += 1
+
+    def remember(self, offset: int, data: memoryview) -> None:
+        """What a server said, and will say again: a few such blocks prove that a disk is the same."""
+        if len(self._samples) < _SAMPLES and len(data) >= _SAMPLE_BYTES:
+            block = bytes(data[:_SAMPLE_BYTES])
+            if block.count(0) < len(block):
+                self._samples[offset] = _digest(block)
+
+    def forget(self) -> None:
+        """The disk may have changed since: what was said before proves nothing."""
+        self._samples.clear()
+
+    def close(self) -> None:
+        """Hang up, and let nobody wait any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for source in self._sources:
+            source.close()
+
+    def _ask(self, ask: Callable[[Session], None]) -> None:
+        """Ask the healthiest; when its connection is lost ask again, when it fails ask the others."""
+        refused: dict[Source, OSError] = {}
+        give_up = time.monotonic() + self._patience
+        while True:
+            session = self.session()
+            if session.source in refused:
+                others = [source.session for source in self._sources if source not in refused]
+                other = next((found for found in others if found is not None), None)
+                if other is None:
+                    raise refused[session.source]
+                session = other
+            try:
+                return ask(session)
+            except OSError as error:
+                self.blame(session, error)
+                if error.errno not in GONE:
+                    refused[session.source] = error
+                elif time.monotonic() >= give_up:
+                    raise OSError(errno.EIO, error.strerror) from error
+
+    def _best(self) -> Session | None:
+        ranked = sorted(
+            (source for source in self._sources if source.session is not None), key=lambda each: each.rank
+        )
+        return ranked[0].session if ranked else None
+
+    def _tell(self) -> None:
+        """A server was connected or lost."""
+        with self._changed:
+            if self._best() is not None:
+                self._lost_since = None
+            else:
+                self._note_loss()
+            self._changed.notify_all()
+
+    def _note_loss(self) -> None:
+        if self._lost_since is None:
+            self._lost_since = time.monotonic()
+
+    def _seconds_left(self) -> float:
+        since = self._lost_since
+        return self._patience if since is None else since + self._patience - time.monotonic()
+
+    def troubles(self) -> str:
+        """Why no server can be asked."""
+        return "; ".join(health.trouble or "" for health in self.health()) or "no server is named"
+
+    def _require_same_disk(self, session: Session) -> None:
+        """Refuse a server whose disk is certainly another one."""
+        name = str(session.source.uri)
+        if session.export.size != self.size:
+            raise ImageError(
+                f"{name}: not used: the disk has {self.size} bytes, what answers there {session.export.size}"
+            )
+        for offset, digest in list(self._samples.items()):
+            if _digest(_read_block(session.demand, offset)) != digest:
+                raise ImageError(f"{name}: not used: another disk than before, its bytes at {offset} differ")
+
+
+def _read_block(client: Client, offset: int) -> bytes:
+    block = bytearray(_SAMPLE_BYTES)
+    client.start_read(offset, memoryview(block)).result()
+    return bytes(block)
+
+
+def _digest(block: bytes) -> bytes:
+    return blake2b(block, digest_size=16).digest()
