@@ -174,6 +174,9 @@ class Outbox(Replies):
         """
         while self._posted and self._lock.acquire(blocking=False):
             try:
+                if not self._posted:
+                    # Somebody else was faster.
+                    continue
                 reply, over = self._posted.popleft()
                 try:
                     self._put(reply)

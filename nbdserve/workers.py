@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import weakref
 from collections.abc import Callable
 
+_LOG = logging.getLogger("nbdserve")
 Task = Callable[[], None]
 
 
@@ -51,7 +53,7 @@ class Workers:
     ``memory`` is what their requests may hold.
 
     They are daemon threads: one that hangs in a dead disk does not keep the process from ending. A task deals
-    with its own failures; one that does not ends in the log as a traceback, as in any thread.
+    with its own failures; one that does not is a defect, and ends in the log as a traceback.
     """
 
     def __init__(self, limit: int, memory: Budget | None = None) -> None:
@@ -82,9 +84,11 @@ class Workers:
         while (task := self._next()) is not None:
             try:
                 task()
-            finally:
-                with self._lock:
-                    self._idle += 1
+            except Exception:  # noqa: BLE001
+                # The thread goes on, whatever the defect is: others count on it.
+                _LOG.exception("a request could not be finished")
+            with self._lock:
+                self._idle += 1
 
     def _next(self) -> Task | None:
         """The next task; None when the thread is to end."""

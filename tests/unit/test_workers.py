@@ -139,3 +139,19 @@ def test_who_waits_in_one_pool_keeps_nobody_waiting_in_another() -> None:
     gate.set()
     assert pools.of(stuck) is pools.of(stuck)
     pools.close()
+
+
+def test_a_task_that_fails_does_not_take_a_thread_away_from_those_that_follow(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    workers = Workers(1)
+    done = threading.Event()
+
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    workers.submit(fail)
+    workers.submit(done.set)
+    assert done.wait(10), "the next task waits for a thread that has ended"
+    workers.close()
+    assert "a defect" in caplog.text
