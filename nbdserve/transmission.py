@@ -51,8 +51,6 @@ class Transmission:
         self._handover = Handover(workers, self._outbox, self._framing, traffic)
         self._finish_by: float | None = None
         self._received = time.perf_counter()
-        # The longest request that the hot loop serves itself: none where a read could wait for a network.
-        self._short = PIECE if backend.always_local else -1
         self._writable = not agreement.offer.flags & TransmissionFlags.READ_ONLY
 
     def finish_by(self, deadline: float) -> None:
@@ -81,17 +79,17 @@ class Transmission:
         """Answer what has been received, receive more, and so on until the client says goodbye or goes away.
 
         This is the hot loop. Plain reads and writes, nearly all of the traffic, are served without leaving
-        it: what is read goes from the backend straight to its place behind the reply's header, what is
-        written straight from where it was received. Everything is a local name, as attribute look-ups cost
-        about a tenth of a small read.
+        it unless they have to wait: what is read goes from the backend straight to its place behind the
+        reply's header, what is written straight from where it was received. Everything is a local name, as
+        attribute look-ups cost about a tenth of a small read.
         """
         inbox, outbox, framing = self._inbox, self._outbox, self._framing
         unpack, header, expected = framing.request.unpack_from, framing.request.size, framing.request_magic
         put_data_head, head = framing.put_data_head, framing.data_head
         put_success, success = framing.put_success, framing.success_head
         received, payloads, out, view = inbox.buffer, inbox.view, outbox.buffer, outbox.view
-        capacity, short, size = outbox.capacity, self._short, self._agreement.offer.size
-        read_into, write, writable = self._backend.read_into, self._backend.write, self._writable
+        capacity, size = outbox.capacity, self._agreement.offer.size
+        read_now, write_now, writable = self._backend.read_now, self._backend.write_now, self._writable
         while True:
             reads = read_bytes = writes = written = 0
             position, end = inbox.start, inbox.end
@@ -100,7 +98,7 @@ class Transmission:
                 if magic != expected:
                     raise ProtocolError(f"a request starts with {magic:#010x} instead of {expected:#010x}")
                 position += header
-                if not flags and 0 < length <= short and offset + length <= size:
+                if not flags and 0 < length <= PIECE and offset + length <= size:
                     start = outbox.used
                     try:
                         if command == 0:  # READ; looking up the enumeration's member costs a tenth, too
@@ -108,25 +106,26 @@ class Transmission:
                             if stop > capacity:
                                 outbox.flush()
                                 start, stop = 0, head + length
-                            read_into(offset, view[start + head : stop])
-                            put_data_head(out, start, cookie, offset, offset, length)
-                            outbox.used = stop
-                            reads += 1
-                            read_bytes += length
-                            continue
-                        if command == 1 and writable and end - position >= length:  # WRITE
+                            if read_now(offset, view[start + head : stop]):
+                                put_data_head(out, start, cookie, offset, offset, length)
+                                outbox.used = stop
+                                reads += 1
+                                read_bytes += length
+                                continue
+                        elif command == 1 and writable and end - position >= length:  # WRITE
                             stop = start + success
                             if stop > capacity:
                                 outbox.flush()
                                 start, stop = 0, success
                             payload = payloads[position : position + length]
                             position += length
-                            write(offset, payload, False)
-                            put_success(out, start, cookie, offset)
-                            outbox.used = stop
-                            writes += 1
-                            written += length
-                            continue
+                            if write_now(offset, payload):
+                                put_success(out, start, cookie, offset)
+                                outbox.used = stop
+                                writes += 1
+                                written += length
+                                continue
+                            position -= length
                     except OSError as error:
                         request = Request(flags, command, cookie, offset, length)
                         outbox.add(self._commands.failure(request, error))

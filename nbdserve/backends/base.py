@@ -42,8 +42,6 @@ class Backend(ABC):
     block_sizes: BlockSizes
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
     """The meta contexts that ``extents`` can tell of."""
-    always_local = True
-    """Whether no read or write ever waits for a network, so that ``is_local`` need not be asked for these."""
 
     @abstractmethod
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -52,6 +50,21 @@ class Backend(ABC):
     @abstractmethod
     def write(self, offset: int, data: Buffer, fua: bool) -> None:
         """Write all of ``data``; with ``fua`` return only when it is durable."""
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Do what ``read_into`` does, if that takes no waiting; False, with nothing done, if it may wait.
+
+        Short reads are tried so in the connection's own thread, with nothing asked before; what is refused
+        goes the way of all other requests. So it is with ``write_now``.
+        """
+        return False
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Do what ``write`` does without FUA, if that takes no waiting; False, with nothing done, if not.
+
+        ``data`` is valid until this returns.
+        """
+        return False
 
     @abstractmethod
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:

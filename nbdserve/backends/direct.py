@@ -32,8 +32,6 @@ class DirectBackend(FileBackend):
     Raises what FileBackend does, and ImageError where the file system has no direct access.
     """
 
-    always_local = False
-
     def __init__(
         self,
         path: Path,
@@ -79,6 +77,14 @@ class DirectBackend(FileBackend):
             self._write_through_blocks(begin, view[: border - begin], fua)
         if border < end:
             super().write(border - self._base, view[border - begin :], fua)
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Never: every access waits for the disk."""
+        return False
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Never, either."""
+        return False
 
     def _write_through_blocks(self, begin: int, data: memoryview, fua: bool) -> None:
         end = begin + len(data)

@@ -83,6 +83,18 @@ class FileBackend(Backend):
                 raise OSError(errno.EIO, f"{self.path} takes no bytes at offset {position}")
             self.write(offset + count, memoryview(data)[count:], fua)
 
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Read it: no network is waited for. What comes short is read again, which tells the reason."""
+        if os.preadv(self._fd, (buffer,), self._base + offset) < len(buffer):
+            self.read_into(offset, buffer)
+        return True
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write it: the page cache takes it. What is not taken whole is written again."""
+        if os.pwrite(self._fd, data, self._base + offset) < len(data):
+            self.write(offset, data, fua=False)
+        return True
+
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Zero by fallocate where the file system can, by writing where it cannot."""
         if length and not self._zero_by_fallocate(offset, length, may_trim):

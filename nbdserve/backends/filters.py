@@ -24,7 +24,6 @@ class Filter(Backend):
         self.capabilities = beneath.capabilities
         self.block_sizes = beneath.block_sizes
         self.contexts = beneath.contexts
-        self.always_local = beneath.always_local
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """As beneath."""
@@ -33,6 +32,14 @@ class Filter(Backend):
     def write(self, offset: int, data: Buffer, fua: bool) -> None:
         """As beneath."""
         self.beneath.write(offset, data, fua)
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """As beneath: no filter changes what is read."""
+        return self.beneath.read_now(offset, buffer)
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """As beneath."""
+        return self.beneath.write_now(offset, data)
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """As beneath."""
@@ -79,13 +86,13 @@ class Filter(Backend):
 class WriteThrough(Filter):
     """Acknowledges no change before it is durable: ``--cache=writethrough`` and ``directsync``."""
 
-    def __init__(self, beneath: Backend) -> None:
-        super().__init__(beneath)
-        self.always_local = False
-
     def write(self, offset: int, data: Buffer, fua: bool) -> None:
         """Write durably."""
         self.beneath.write(offset, data, fua=True)
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Never: it waits for the disk."""
+        return False
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Zero durably."""
@@ -193,6 +200,10 @@ class ZeroDetector(Filter):
             self.beneath.zero(offset, len(data), fua, self._may_trim, fast=False)
         else:
             self.beneath.write(offset, data, fua)
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """As beneath, but for zeroes: these go the ordinary way."""
+        return not _is_zero(memoryview(data)) and self.beneath.write_now(offset, data)
 
 
 def _is_zero(data: memoryview) -> bool:

@@ -41,8 +41,6 @@ def open_nbd(uri: NbdUri, *, read_only: bool, part: Slice = WHOLE, patience: flo
 class NbdBackend(Backend):
     """An export of another server. The backend owns the upstream."""
 
-    always_local = False
-
     def __init__(self, upstream: Upstream, *, read_only: bool, part: Slice = WHOLE) -> None:
         self._upstream = upstream
         self._export = export = upstream.export

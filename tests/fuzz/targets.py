@@ -58,8 +58,6 @@ def offer_of(backend: Backend, *, read_only: bool) -> Offer:
 class FarBackend(MemoryBackend):
     """A disk whose requests are all served by the workers."""
 
-    always_local = False
-
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """Nothing is."""
         return False

@@ -25,7 +25,7 @@ class GatedBackend(MemoryBackend):
 
     def __init__(self, size: int, *, local: bool, slow: bytes = b"old") -> None:
         super().__init__(size)
-        self.always_local = self._local = local
+        self._local = local
         self._slow = slow
         self.gate = threading.Event()
         self.waiting = 0

@@ -31,6 +31,20 @@ class MemoryBackend(Backend):
         self._touch(offset, len(data))
         self.content[offset : offset + len(data)] = data
 
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer, unless a subclass has it wait."""
+        if not self.is_local(Command.READ, offset, len(buffer)):
+            return False
+        self.read_into(offset, buffer)
+        return True
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Store the data, unless a subclass has it wait."""
+        if not self.is_local(Command.WRITE, offset, len(data)):
+            return False
+        self.write(offset, data, fua=False)
+        return True
+
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Store zeroes."""
         self._touch(offset, length)

@@ -130,6 +130,15 @@ def test_it_does_go_past_the_page_cache(image: Path) -> None:
     assert not any(os.path.realpath(link) == str(image) for link in Path("/proc/self/fd").iterdir())
 
 
+def test_nothing_is_served_at_once(backend: DirectBackend) -> None:
+    before = read(backend, 0, 4096)
+    buffer = bytearray(4096)
+    assert not backend.read_now(0, memoryview(buffer))
+    assert not backend.write_now(0, b"x" * 4096)
+    assert not any(buffer)
+    assert read(backend, 0, 4096) == before
+
+
 def test_who_wants_to_be_alone_waits_for_the_others_and_they_for_him() -> None:
     held = Ranges()
     order: list[str] = []

@@ -14,6 +14,7 @@ from nbdserve.backends.file import DATA, HOLE, FileBackend
 from nbdserve.backends.slices import Slice
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.protocol.extents import Extent, coalesce
+from tests.support.disks import KIB, random_disk
 
 MIB = 1 << 20
 
@@ -125,4 +126,29 @@ def test_any_history_leaves_the_file_as_a_byte_array_would_be(
             model[offset : offset + length] = bytes(length)
     assert read(backend, 0, 50_000) == model
     assert path.read_bytes() == model
+    backend.close()
+
+
+def test_reading_and_writing_at_once_are_exact_to_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    random_disk(path, 10_001)
+    backend = FileBackend(path, read_only=False, part=Slice(1, 9_000))
+    wanted = bytearray(path.read_bytes())
+    assert backend.write_now(4_000, memoryview(b"x" * 1_000))
+    wanted[4_001:5_001] = b"x" * 1_000
+    buffer = bytearray(9_000)
+    assert backend.read_now(0, memoryview(buffer))
+    backend.close()
+    assert buffer == wanted[1:9_001]
+    assert path.read_bytes() == wanted
+
+
+def test_reading_at_once_past_the_end_of_a_file_that_has_shrunk_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    random_disk(path, 64 * KIB)
+    backend = FileBackend(path, read_only=True)
+    os.truncate(path, 6_000)
+    with pytest.raises(OSError, match="ends before") as caught:
+        backend.read_now(4096, memoryview(bytearray(4096)))
+    assert caught.value.errno == errno.EIO
     backend.close()

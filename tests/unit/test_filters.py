@@ -57,7 +57,7 @@ def change_everything(backend: Filter) -> None:
 def test_a_filter_shows_the_disk_beneath(file: Watched) -> None:
     through = Filter(file)
     assert (through.size, through.capabilities) == (file.size, file.capabilities)
-    assert (through.contexts, through.always_local) == (file.contexts, True)
+    assert through.contexts == file.contexts
     buffer = bytearray(512)
     through.read_into(1000, memoryview(buffer))
     assert bytes(buffer) == file.path.read_bytes()[1000:1512]
@@ -78,8 +78,10 @@ def test_write_through_makes_everything_durable(file: Watched) -> None:
 
 def test_write_through_waits_for_the_disk_with_the_workers(file: Watched) -> None:
     filtered = WriteThrough(file)
-    assert not filtered.always_local
+    assert not filtered.write_now(0, b"x" * 512)
     assert not filtered.is_local(Command.WRITE, 0, 512)
+    assert not file.asked
+    assert filtered.read_now(0, memoryview(bytearray(512)))
     assert filtered.is_local(Command.READ, 0, 512)
 
 
@@ -125,6 +127,17 @@ def test_only_writes_of_nothing_but_zeroes_are_taken_for_zeroing(
     filtered.write(512, kind(data), fua=True)
     assert file.asked[0] == (("zero", len(data), True, True) if zeroes else ("write", len(data), True))
     assert file.path.read_bytes()[512 : 512 + len(data)] == data
+
+
+@pytest.mark.parametrize(("data", "zeroes"), NEARLY)
+def test_at_once_are_written_only_data_that_are_not_all_zeroes(
+    file: Watched, data: bytes, zeroes: bool
+) -> None:
+    before = file.path.read_bytes()
+    assert ZeroDetector(file, may_trim=True).write_now(512, data) is not zeroes
+    assert not [asked for asked in file.asked if asked[0] == "zero"]
+    wanted = before if zeroes else before[:512] + data + before[512 + len(data) :]
+    assert file.path.read_bytes() == wanted
 
 
 def test_the_kinds_of_caching_are_qemus() -> None:
