@@ -11,7 +11,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 
 PACKAGES := python3-venv python3-libnbd libnbd-bin qemu-system-x86 qemu-utils nbdkit nbd-client nbd-server \
 	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3 openssl
 
-.PHONY: setup packages demo test unit lint types bench fuzz chaos docs clean
+.PHONY: setup packages demo test unit lint types bench fuzz soak chaos docs clean
 
 setup: packages $(VENV)/.installed
 
@@ -59,6 +59,11 @@ fuzz: setup
 	for target in haggle transmit; do \
 	    $(BIN)/python -m tests.fuzz.coverage $$target build/corpus/$$target -runs=$(RUNS) -rss_limit_mb=1024; \
 	done
+
+# MILLIONS of requests to one server, whose memory, descriptors and threads must stay as they were.
+MILLIONS := 20
+soak: setup
+	$(BIN)/python -m tests.soak --millions $(MILLIONS)
 
 # ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run.
 ROUNDS := 50
