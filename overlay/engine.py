@@ -10,7 +10,7 @@ import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.errors import ImageError
@@ -42,7 +42,15 @@ class Overlay(Backend):
     # A flush is one of the whole image, so it covers what was acknowledged on every connection.
     capabilities = Capabilities(fast_zero=True, cache=True, multi_conn=True)
 
-    def __init__(self, image: Image, sources: Sources, *, keep: bool = True, armed: bool = False) -> None:
+    def __init__(
+        self,
+        image: Image,
+        sources: Sources,
+        *,
+        keep: bool = True,
+        armed: bool = False,
+        on_activation: Callable[[], None] = lambda: None,
+    ) -> None:
         self.image = image
         self.sources = sources
         self.fetcher = Fetcher(image, sources)
@@ -51,6 +59,7 @@ class Overlay(Backend):
         self._keep = keep
         self._armed = armed
         self._guest_is_here = False
+        self._on_activation = on_activation
         self._changing = threading.Lock()
 
     @property
@@ -67,9 +76,11 @@ class Overlay(Backend):
         """The guest runs here from now on, and the backing changes no more. May be called again."""
         if not self._guest_is_here:
             with self._changing:
-                self._guest_is_here, was_armed, self._armed = True, self._armed, False
-            if was_armed:
-                _LOG.info("activated: what is read from now on is kept")
+                if self._guest_is_here:
+                    return
+                self._guest_is_here, self._armed = True, False
+            _LOG.info("the guest runs here: what is read from now on is kept")
+            self._on_activation()
 
     def invalidate(self, offset: int, length: int) -> None:
         """Forget a range, which the guest has changed at the source. OSError, EBUSY, once it runs here."""

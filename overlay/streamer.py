@@ -72,7 +72,8 @@ class Streamer:
         self._finished = finished
         self._hints: deque[int] = deque(maxlen=_HINTS)
         self._answers: queue.SimpleQueue[tuple[_Read, Future[None]]] = queue.SimpleQueue()
-        self._in_flight = 0
+        self.in_flight = 0
+        """Bytes that were asked for and have not come yet."""
         self._reads = 0
         self._spare: list[bytearray] = []
         self._refused: OSError | None = None
@@ -197,7 +198,7 @@ class Streamer:
             return
         self.limit.passed(length)
         share.reads += 1
-        self._in_flight += length
+        self.in_flight += length
         self._reads += 1
         future.add_done_callback(lambda done: self._answers.put((read, done)))
 
@@ -206,7 +207,7 @@ class Streamer:
         while True:
             self._job.pause_point()
             delay = self.limit.delay()
-            if self._in_flight < self.window.size and delay <= 0:
+            if self.in_flight < self.window.size and delay <= 0:
                 return
             if not self._reads:
                 self.window.idle()
@@ -231,7 +232,7 @@ class Streamer:
             read, future = self._answers.get(timeout=seconds)
         except queue.Empty:
             return
-        self._in_flight -= len(read.data)
+        self.in_flight -= len(read.data)
         self._reads -= 1
         try:
             error = future.exception()

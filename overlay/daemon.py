@@ -1,0 +1,99 @@
+"""The parts of a running overlay, put together and taken apart in an order in which nothing is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdserve.uri import NbdUri
+from overlay.checkpoint import Checkpoints
+from overlay.engine import Overlay
+from overlay.image import Image
+from overlay.job import Job
+from overlay.sources import CONNECTIONS, PATIENCE, Sources
+from overlay.streamer import Streamer
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line of ``serve`` says."""
+
+    image: Path
+    socket: str
+    name: str = ""
+    """Of the export."""
+    monitor: str | None = None
+    backings: tuple[NbdUri, ...] = ()
+    """Instead of those that the image names."""
+    keep: bool = True
+    """Copy-on-read."""
+    stream: bool = False
+    speed: int = 0
+    """Bytes a second at which to stream; 0 means no limit."""
+    armed: bool = False
+    connections: int = CONNECTIONS
+    patience: float = PATIENCE
+    """Seconds for which guests wait for a lost backing."""
+    metrics: tuple[str, int] | None = None
+    structured_replies: bool = True
+    daemonize: bool = False
+    pid_file: Path | None = None
+    verbose: bool = False
+    json_log: bool = False
+
+
+class Daemon:
+    """One overlay at work. Owns the image and the sources; the Overlay is closed with its export."""
+
+    def __init__(self, image: Image, sources: Sources, options: Options) -> None:
+        self.image = image
+        self.sources = sources
+        self.options = options
+        self.job = Job()
+        self.overlay = Overlay(
+            image, sources, keep=options.keep, armed=options.armed, on_activation=self._activated
+        )
+        self.streamer = Streamer(image, sources, self.overlay.fetcher, self.job, self._finished)
+        self.streamer.limit.speed = options.speed
+        self.window_began: float | None = None
+        """When the guest came here, by the monotonic clock; from then on it depends on the source."""
+        self.window_ended: float | None = None
+        """When nothing of the source was needed any more."""
+        self.on_finish: Callable[[], None] = lambda: None
+        """Called when the image needs its backing no more."""
+        self._checkpoints = Checkpoints(image)
+
+    def start(self) -> None:
+        """Connect to the backing, and stream if that was asked for."""
+        self._checkpoints.start()
+        self.streamer.start()
+        if self.image.backings:
+            self.sources.start()
+            if not self.overlay.armed:
+                self._stream_if_asked()
+        else:
+            self._finished()
+
+    def stop(self) -> None:
+        """End what goes on beside the guests' requests."""
+        self.sources.close()
+        self.streamer.close()
+        self._checkpoints.close()
+
+    def _activated(self) -> None:
+        self.window_began = time.monotonic()
+        if self.image.backings:
+            self._stream_if_asked()
+
+    def _stream_if_asked(self) -> None:
+        if self.options.stream:
+            self.job.start("stream")
+
+    def _finished(self) -> None:
+        """Everything is here: whoever takes over may open the image, and the source may go."""
+        self.window_ended = time.monotonic()
+        self.image.share()
+        self.sources.close()
+        self.on_finish()

@@ -1,0 +1,118 @@
+"""``nbd-overlay serve``: an overlay as an NBD export, until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+from nbdserve import command, daemonize, logs
+from nbdserve.errors import UsageError
+from nbdserve.exports import Export, Exports
+from nbdserve.handshake import Terms
+from nbdserve.listeners import Listener, listen_unix
+from nbdserve.notify import ServiceManager
+from nbdserve.policy import Policy
+from nbdserve.server import Server
+from nbdserve.uri import parse_uri
+from overlay.daemon import Daemon, Options
+from overlay.image import Image
+from overlay.open import open_image
+from overlay.sources import Sources
+
+PROGRAM = "nbd-overlay"
+_LOG = logging.getLogger(PROGRAM)
+
+
+def serve(options: Options) -> int:
+    """Serve the overlay; returns the exit code when the server has ended in good order.
+
+    Raises OperatorError when the image cannot be opened, or nobody can listen on the socket.
+    """
+    _start_log(options, logging.StreamHandler())
+    with contextlib.ExitStack() as stack:
+        announce = _detach(stack, options)
+        exports = Exports()
+        stack.callback(exports.close)
+        daemon = _put_together(options)
+        exports.add(Export(options.name, daemon.overlay))
+        stack.callback(daemon.stop)
+        listener = _listen(stack, options.socket)
+        monitor = None if options.monitor is None else _listen(stack, options.monitor)
+        policy = Policy(
+            timed=options.metrics is not None, terms=Terms(structured_replies=options.structured_replies)
+        )
+        manager = ServiceManager(os.environ)
+        server = Server(exports, [listener], policy, manager)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda _number, _frame: server.stop())
+        _attach(stack, server, daemon, monitor)
+        daemon.start()
+        _LOG.info("serving %s on %s", options.image, listener)
+        announce()
+        manager.tell("READY=1", f"MAINPID={os.getpid()}", f"STATUS=serving {options.image}")
+        server.run()
+    return command.EXIT_DONE
+
+
+def _put_together(options: Options) -> Daemon:
+    """Open the image and prepare what it needs; nothing is connected to yet."""
+    image = open_image(options.image, writable=True)
+    try:
+        sources = _sources(image, options)
+    except BaseException:
+        image.close()
+        raise
+    return Daemon(image, sources, options)
+
+
+def _sources(image: Image, options: Options) -> Sources:
+    backings = [parse_uri(backing.name) for backing in image.backings]
+    if options.backings and not image.backings:
+        raise UsageError(f"{options.image}: everything is in the image: leave out --backing")
+    return Sources(
+        options.backings or backings,
+        image.size,
+        connections=options.connections,
+        patience=options.patience,
+    )
+
+
+def _listen(stack: contextlib.ExitStack, path: str) -> Listener:
+    listener = listen_unix(path)
+    stack.callback(listener.close)
+    return listener
+
+
+def _attach(stack: contextlib.ExitStack, server: Server, daemon: Daemon, monitor: Listener | None) -> None:
+    """What goes on beside the server. Their modules cost memory where they are not used."""
+    options = daemon.options
+    if options.metrics is not None:
+        from nbdserve import metrics
+        from overlay.metrics import Collector
+
+        stack.enter_context(metrics.served(Collector(server, daemon), *options.metrics))
+    stack.enter_context(daemonize.pid_file(options.pid_file))
+    if monitor is not None:
+        from overlay import control
+
+        stack.enter_context(control.served(server, daemon, monitor))
+
+
+def _detach(stack: contextlib.ExitStack, options: Options) -> Callable[[], None]:
+    """Go to the background, if asked to; returns what lets the command that the operator typed return."""
+    if not options.daemonize:
+        return lambda: None
+    background = stack.enter_context(daemonize.background([]))
+
+    def announce() -> None:
+        _start_log(options, logs.system_log())
+        background.ready()
+
+    return announce
+
+
+def _start_log(options: Options, handler: logging.Handler) -> None:
+    logs.start(PROGRAM, handler, as_json=options.json_log, verbose=options.verbose)
