@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from nbdserve.errors import ConnectionLostError
 from nbdserve.exports import Export
 
+SILENCE = 0.1
+"""Seconds that every client has to answer the greeting, also when others wait to come in."""
+GRACE = 1.0
+"""Seconds that every client that answers has to choose an export, also when others wait to."""
 PATIENCE = 30.0
 """Seconds that the work of a client that has gone is waited for; then its successor is refused."""
 
@@ -20,6 +25,12 @@ class Client(Protocol):
 
     export: Export | None
     """What it uses; None while it is haggling."""
+    host: str | None
+    """Its host's address, if it came over IP."""
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds for which it has not answered the server's greeting; 0 if it has. From any thread."""
 
     def has_gone(self) -> bool:
         """Whether its end of the connection is closed. May be called from any thread."""
@@ -79,11 +90,22 @@ class Clients(Generic[C]):
         """How many have not chosen an export yet."""
         return len(self._haggling)
 
-    def slowest_haggler(self) -> tuple[C, float] | None:
-        """Who has been choosing an export for the longest time, and for how many seconds."""
+    def who_gives_way(self) -> tuple[C, float] | None:
+        """Which of those that haggle goes first where there are too many, and in how many seconds.
+
+        It is one from the host that most come from: there the oldest of those who have not even answered
+        the greeting, which takes a round trip, or else the one who has taken the longest to choose.
+        """
         with self._condition:
-            for client, arrival in self._haggling.items():
-                return client, time.monotonic() - arrival
+            arrivals = dict(self._haggling)
+        crowd = Counter(client.host for client in arrivals)
+        most = max(crowd.values(), default=0)
+        crowded = [client for client in arrivals if crowd[client.host] == most]
+        for client in crowded:
+            if seconds := client.silent_for:
+                return client, max(0.0, SILENCE - seconds)
+        for client in crowded:
+            return client, max(0.0, GRACE - (time.monotonic() - arrivals[client]))
         return None
 
     def wait_for_predecessors(self, newcomer: C) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from nbdserve.clients import Clients
 from nbdserve.errors import ConnectionLostError, ProtocolError
 from nbdserve.exports import Export, Exports
-from nbdserve.handshake import Outcome, Terms, shake_hands
+from nbdserve.handshake import Outcome, Terms, TimedSocket, shake_hands
 from nbdserve.listeners import Visitor
 from nbdserve.logs import ClientLog
 from nbdserve.protocol.constants import TransmissionFlags
@@ -57,6 +57,7 @@ class Connection:
     ) -> None:
         self.number = number
         self.peer = visitor.name
+        self.host = visitor.host
         self.since = time.time()
         """When it was accepted, in seconds since the epoch."""
         self.agreement: Agreement | None = None
@@ -70,6 +71,7 @@ class Connection:
         self._exports = shared.exports
         self._pools = shared.pools
         self._terms = terms
+        self._timed = TimedSocket(sock, terms.time_limit)
         self._transmission: Transmission | None = None
         self._draining = False
 
@@ -105,11 +107,23 @@ class Connection:
         """Whether the client speaks TLS."""
         return isinstance(self._stream, TlsStream)
 
+    @property
+    def silent_for(self) -> float:
+        """Seconds for which it has not answered the server's greeting; 0 if it has. From any thread."""
+        since = self._timed.silent_since
+        if since is None or self._shows(select.POLLIN):
+            return 0.0
+        return time.monotonic() - since
+
     def has_gone(self) -> bool:
         """Whether the client has closed the connection, or its half of it. May be called from any thread."""
+        return self._shows(select.POLLRDHUP)
+
+    def _shows(self, event: int) -> bool:
+        """Whether poll() tells of the event, or of the connection's end."""
         poll = select.poll()
         try:
-            poll.register(self._sock, select.POLLRDHUP)
+            poll.register(self._sock, event)
         except ValueError:
             # Closed on this side already.
             return True
@@ -132,7 +146,7 @@ class Connection:
 
     def _talk(self) -> None:
         try:
-            outcome = shake_hands(self._sock, self._exports, self._terms)
+            outcome = shake_hands(self._timed, self._exports, self._terms)
             self._stream = outcome.stream
             self.agreement = outcome.agreement
             if outcome.agreement is not None:

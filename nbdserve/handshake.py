@@ -56,12 +56,17 @@ class TimedSocket:
         self._sock = sock
         self._seconds = seconds
         self._deadline: float | None = time.monotonic() + seconds
+        self.silent_since: float | None = None
+        """When the peer was sent something, by time.monotonic(), if nothing at all has come from it."""
+        self._heard = False
 
     def recv(self, length: int) -> bytes:
         """As socket.recv; ConnectionLostError when time is up."""
         self._set_timeout()
         try:
-            return self._sock.recv(length)
+            data = self._sock.recv(length)
+            self._heard, self.silent_since = True, None
+            return data
         except TimeoutError as error:
             raise self._too_slow() from error
 
@@ -72,11 +77,14 @@ class TimedSocket:
             self._sock.sendall(data)
         except TimeoutError as error:
             raise self._too_slow() from error
+        if not self._heard:
+            self.silent_since = time.monotonic()
 
-    def release(self) -> None:
-        """Let operations take their time from now on."""
+    def release(self) -> socket.socket:
+        """Let operations take their time from now on; the socket as it is."""
         self._deadline = None
         self._sock.settimeout(None)
+        return self._sock
 
     def _set_timeout(self) -> None:
         if self._deadline is not None:
@@ -89,13 +97,12 @@ class TimedSocket:
         return ConnectionLostError(f"no export chosen within {self._seconds:g} s")
 
 
-def shake_hands(sock: socket.socket, catalog: Catalog, terms: Terms) -> Outcome:
+def shake_hands(timed: TimedSocket, catalog: Catalog, terms: Terms) -> Outcome:
     """Haggle with a client until it has chosen an export or said goodbye.
 
     Raises ProtocolError when it makes no sense, ConnectionLostError when it goes away or is too slow, OSError
     when the connection breaks.
     """
-    timed = TimedSocket(sock, terms.time_limit)
     tls: TlsStream | None = None
     haggling = Haggling(catalog, structured_replies=terms.structured_replies, encryption=terms.encryption)
     timed.sendall(haggling.greeting())
@@ -112,8 +119,8 @@ def shake_hands(sock: socket.socket, catalog: Catalog, terms: Terms) -> Outcome:
             tls.sendall(replies)
         else:
             timed.sendall(replies)
-    timed.release()
-    return Outcome(haggling.agreement, tls or sock, haggling.leftover)
+    plain = timed.release()
+    return Outcome(haggling.agreement, tls or plain, haggling.leftover)
 
 
 def _receive(tls: TlsStream) -> bytes:

@@ -26,8 +26,6 @@ WORKERS = 64
 """The most threads for requests that have to wait, of all clients of an export together."""
 _DRAIN = 10.0
 """Seconds that requests in flight are given when the server stops."""
-GRACE = 1.0
-"""Seconds that every client has to choose an export, also when others wait to."""
 _PAUSE = 0.2
 """Seconds to wait when no client can be accepted for lack of descriptors or memory."""
 
@@ -139,18 +137,18 @@ class Server:
     def _make_room_to_haggle(self) -> bool:
         """Whether one more client may haggle.
 
-        A client needs milliseconds to choose an export. Where many do not choose, the one that has taken the
-        longest goes, if it had its time; the next one comes in when it has gone.
+        A client needs milliseconds to choose an export. Where many do not choose, one of those that had their
+        time goes; the next one comes in when it has gone.
         """
         if self.clients.haggling < self._policy.max_handshakes:
             return True
-        slowest = self.clients.slowest_haggler()
-        if slowest is None:
+        first = self.clients.who_gives_way()
+        if first is None:
             return True
-        client, seconds = slowest
+        client, seconds = first
         self._crowded_until = math.inf
-        if seconds < GRACE:
-            self._crowded_until = time.monotonic() + GRACE - seconds
+        if seconds:
+            self._crowded_until = time.monotonic() + seconds
         elif client.cut("cut off: it was slow to choose an export, and others wait to"):
             self.turned_away["slow to choose"] += 1
         return False

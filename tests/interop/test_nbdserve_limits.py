@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import socket
 import struct
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,62 @@ def test_idle_handshakes_do_not_keep_honest_clients_out(image: Path, tmp_path: P
         assert server.process.output().count("slow to choose an export") > 10
         for connection in flood:
             connection.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9"])
+def test_a_flood_of_clients_that_say_nothing_keeps_honest_ones_out_for_seconds_at_most(
+    image: Path, tmp_path: Path, host: str
+) -> None:
+    """4,000 of them, from the honest client's own host or from another one, all before it in the queue.
+
+    If each had the second that those have who answer, 128 at a time, it would take 31 s.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    address = free_tcp_address()
+    with nbdserve("-f", "raw", image, directory=tmp_path, at=address) as server, ExitStack() as flood:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            for _ in range(4000):
+                silent = flood.enter_context(socket.socket())
+                silent.bind((host, 0))
+                silent.setblocking(False)
+                silent.connect_ex((address.host, address.port))
+            assert check("nbdinfo", "--size", server.uri(), seconds=25) == f"{MIB}\n"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_who_answers_the_greeting_stays_when_those_who_do_not_have_to_go(image: Path, tmp_path: Path) -> None:
+    address = free_tcp_address()
+    with (
+        nbdserve("-f", "raw", "--max-handshakes=4", image, directory=tmp_path, at=address) as server,
+        Wire(address) as patient,
+        ExitStack() as flood,
+    ):
+        patient.greet()
+        for _ in range(12):
+            flood.enter_context(server.connect())
+        wait_until(lambda: server.log.read_text().count("slow to choose") >= 9, "the silent ones go", 5)
+        assert patient.haggle(Option.GO, export_query(""))[-1].kind == Reply.ACK
+
+
+def test_hosts_that_many_clients_come_from_give_way_first(image: Path, tmp_path: Path) -> None:
+    address = free_tcp_address()
+    with (
+        nbdserve("-f", "raw", "--max-handshakes=4", image, directory=tmp_path, at=address) as server,
+        Wire(address) as lonely,
+        ExitStack() as flood,
+    ):
+        lonely.receive(18)
+        for _ in range(8):
+            many = flood.enter_context(socket.socket())
+            many.bind(("127.0.0.9", 0))
+            many.connect((address.host, address.port))
+        wait_until(lambda: server.log.read_text().count("slow to choose") >= 5, "room for the last ones", 5)
+        cut = re.findall(r"nbdserve: (\S+):\d+: cut off", server.log.read_text())
+        assert set(cut) == {"127.0.0.9"}
+        lonely.send(struct.pack(">I", 3))
+        assert lonely.haggle(Option.GO, export_query(""))[-1].kind == Reply.ACK
 
 
 def test_clients_that_have_chosen_do_not_count_as_handshakes(image: Path, tmp_path: Path) -> None:
