@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +60,6 @@ class Daemon:
         """When the guest came here, by the monotonic clock; from then on it depends on the source."""
         self.window_ended: float | None = None
         """When nothing of the source was needed any more."""
-        self.on_finish: Callable[[], None] = lambda: None
-        """Called when the image needs its backing no more."""
         self._checkpoints = Checkpoints(image)
 
     def start(self) -> None:
@@ -75,6 +72,7 @@ class Daemon:
                 self._stream_if_asked()
         else:
             self._finished()
+            self.sources.close()
 
     def stop(self) -> None:
         """End what goes on beside the guests' requests."""
@@ -95,5 +93,3 @@ class Daemon:
         """Everything is here: whoever takes over may open the image, and the source may go."""
         self.window_ended = time.monotonic()
         self.image.share()
-        self.sources.close()
-        self.on_finish()

@@ -31,6 +31,8 @@ _LOG = logging.getLogger("nbd-overlay")
 
 _HINTS = 16
 """Places where guests missed something, that are remembered."""
+_MOST_REFUSED = 64
+"""Parts that no server can read, before it is given up."""
 _TICK = 0.2
 """Seconds in which a pause, a change of speed or an end is noticed at the latest."""
 
@@ -55,7 +57,7 @@ class _Share:
 class Streamer:
     """Streams the backing into the image as long as its job runs.
 
-    ``finished`` is called once the image needs its backing no more.
+    ``finished`` is called once the image needs its backing no more, before anybody else is told.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Streamer:
         """Bytes that were asked for and have not come yet."""
         self._reads = 0
         self._spare: list[bytearray] = []
-        self._refused: OSError | None = None
+        self._refused = 0
+        """Parts that no server can read, in this pass."""
+        self._refusal: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="streamer", daemon=True)
         fetcher.on_miss = self._hint
 
@@ -106,27 +110,32 @@ class Streamer:
                 self._abandon()
             except (OSError, ImageError) as error:
                 self._abandon()
-                _LOG.error("streaming has stopped: %s", error)
-                self._job.fail(str(error))
+                reason = (isinstance(error, OSError) and error.strerror) or str(error)
+                _LOG.error("streaming has stopped: %s", reason)
+                self._job.fail(reason)
 
     def _stream(self) -> None:
         """Go over the disk until nothing is absent; OSError when it cannot go on."""
         self._mark_zeros()
         while not self._image.complete:
             before = self._image.local_bytes
-            self._refused = None
+            self._refused, self._refusal = 0, None
             for claims in self._next_claims():
                 self._ask_for(claims)
+                if self._refused > _MOST_REFUSED:
+                    break
             self._drain()
+            if self._refusal is not None and not self._image.complete:
+                # What can be copied has been.
+                raise self._refusal
             if self._image.local_bytes == before and not self._image.complete:
-                if self._refused is not None:
-                    raise self._refused
                 # What is missing is being fetched for a guest, or its connection was lost.
                 self._job.pause_point(_TICK)
         self._image.finish()
         _LOG.info("everything is here: the backing is needed no more")
-        self._job.complete()
         self._finished()
+        self._job.complete()
+        self._sources.close()
 
     def _mark_zeros(self) -> None:
         """Ask for the zeros of the whole disk; again from where it came to when the connection is lost."""
@@ -251,12 +260,25 @@ class Streamer:
         self.streamed += len(read.data)
 
     def _note(self, read: _Read, error: OSError) -> None:
-        """A request failed: what it was for stays absent, and is asked for in the next pass."""
+        """A request failed. What a lost connection leaves absent is asked for again in the next pass."""
         self._sources.blame(read.session, error)
         if error.errno not in GONE:
-            where = f"{len(read.data)} bytes at {read.offset}"
-            self._refused = OSError(error.errno, f"{where} cannot be read: {error.strerror}")
-            _LOG.warning("%s", self._refused.strerror)
+            unit = self._fetcher.claims.unit
+            for begin in range(0, len(read.data), unit):
+                self._try_again(read.offset + begin, read.data[begin : begin + unit])
+
+    def _try_again(self, offset: int, data: memoryview) -> None:
+        """Ask every server for a small part of what one of them could not read."""
+        if self._refused > _MOST_REFUSED:
+            return
+        try:
+            self._sources.read((offset, data))
+        except OSError as error:
+            self._refused += 1
+            self._refusal = OSError(error.errno, f"the backing at {offset} cannot be read: {error.strerror}")
+            _LOG.warning("%s", self._refusal.strerror)
+        else:
+            self._fetcher.store(offset, data)
 
     def _release(self, share: _Share) -> None:
         share.reads -= 1
