@@ -49,6 +49,9 @@ class Storage(Protocol):
     def sync(self) -> None:
         """Return when everything written before is durable (fdatasync)."""
 
+    def fileno(self) -> int | None:
+        """The file's descriptor, if there is one."""
+
     def share(self) -> None:
         """Give back the locks that keep other processes away."""
 

@@ -82,6 +82,9 @@ class SimulatedDisk:
         self.durable = bytes(self.content)
         self.pending.clear()
 
+    def fileno(self) -> None:
+        return None
+
     def share(self) -> None:
         pass
 

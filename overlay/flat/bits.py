@@ -1,0 +1,51 @@
+"""Ranges of bits in a bitmap whose bit ``i`` is bit ``i % 8`` of byte ``i // 8``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def get(bitmap: bytearray | bytes, begin: int, end: int) -> int:
+    """The bits from ``begin`` to ``end`` as a number, the first one lowest."""
+    first = begin >> 3
+    value = int.from_bytes(bitmap[first : (end + 7) >> 3], "little") >> (begin & 7)
+    return value & ((1 << (end - begin)) - 1)
+
+
+def set_all(bitmap: bytearray, begin: int, end: int) -> int:
+    """Set the bits from ``begin`` to ``end``; how many were not set before."""
+    new = (end - begin) - get(bitmap, begin, end).bit_count()
+    if new:
+        mask = ((1 << (end - begin)) - 1) << (begin & 7)
+        first, last = begin >> 3, (end + 7) >> 3
+        value = int.from_bytes(bitmap[first:last], "little") | mask
+        bitmap[first:last] = value.to_bytes(last - first, "little")
+    return new
+
+
+def clear_all(bitmap: bytearray, begin: int, end: int) -> int:
+    """Clear the bits from ``begin`` to ``end``; how many were set before."""
+    old = get(bitmap, begin, end).bit_count()
+    if old:
+        mask = ((1 << (end - begin)) - 1) << (begin & 7)
+        first, last = begin >> 3, (end + 7) >> 3
+        value = int.from_bytes(bitmap[first:last], "little") & ~mask
+        bitmap[first:last] = value.to_bytes(last - first, "little")
+    return old
+
+
+def count(bitmap: bytearray | bytes) -> int:
+    """How many bits are set."""
+    return int.from_bytes(bitmap, "little").bit_count()
+
+
+def runs(value: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    """(begin, end, whether they are set) for the equal neighbours among the lowest ``length`` bits."""
+    digits = format(value, f"0{length}b")[::-1]
+    begin = 0
+    while begin < length:
+        is_set = digits[begin] == "1"
+        end = digits.find("0" if is_set else "1", begin)
+        end = length if end < 0 else end
+        yield begin, end, is_set
+        begin = end
