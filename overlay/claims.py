@@ -34,7 +34,8 @@ class Claims:
 
         Returns our claims, none over ``longest`` bytes, and those of others that stand in the way.
         """
-        ours: list[Claim] = []
+        # Nothing is held before all is decided: ``wanted`` raises where an image is damaged.
+        free: list[tuple[int, int]] = []
         others: list[Claim] = []
         unit = self.unit
         with self._lock:
@@ -48,13 +49,11 @@ class Claims:
                         others.append(other)
                 elif wanted(start, stop - start):
                     if start != end or stop - begin > longest:
-                        if end > begin:
-                            ours.append(self._hold(begin, end))
+                        free.append((begin, end))
                         begin = start
                     end = stop
-            if end > begin:
-                ours.append(self._hold(begin, end))
-        return ours, others
+            free.append((begin, end))
+            return [self._hold(*part) for part in free if part[1] > part[0]], others
 
     def release(self, claim: Claim) -> None:
         """Give a claim back, whatever came of it."""

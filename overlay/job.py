@@ -20,6 +20,15 @@ class Phase(Enum):
     """Everything is local."""
 
 
+class OnError(Enum):
+    """What becomes of a job that cannot go on; QEMU's names."""
+
+    STOP = "stop"
+    """It waits until it is resumed."""
+    REPORT = "report"
+    """It ends; what is here stays."""
+
+
 class Interrupted(Exception):  # noqa: N818 - it is no error
     """The job runs no more: paused, cancelled, or the process ends."""
 
@@ -30,21 +39,25 @@ class Job:
     def __init__(self) -> None:
         self.identifier = ""
         self.error: str | None = None
-        """Why it failed."""
+        """Why it failed; until it goes on, or is started again."""
         self._phase = Phase.IDLE
         self._ended = False
         self._changed = threading.Condition()
+        self._on_error = OnError.STOP
         self.tell: Callable[[Phase], None] = lambda phase: None
-        """Called with every new phase, in whichever thread brought it about."""
+        """Called with every new phase, in their order, in whichever thread brought it about; must be quick."""
 
     @property
     def phase(self) -> Phase:
         """What it is doing now."""
         return self._phase
 
-    def start(self, identifier: str) -> bool:
+    def start(self, identifier: str, on_error: OnError = OnError.STOP) -> bool:
         """Run, from the idle state; False in any other."""
-        return self._move({Phase.IDLE}, Phase.RUNNING, identifier)
+        with self._changed:
+            if self._phase is Phase.IDLE:
+                self.identifier, self._on_error = identifier, on_error
+            return self._move({Phase.IDLE}, Phase.RUNNING)
 
     def pause(self) -> bool:
         """Rest until it is resumed; False if it does not run."""
@@ -63,9 +76,8 @@ class Job:
         self._move(set(Phase), Phase.DONE)
 
     def fail(self, error: str) -> None:
-        """It cannot go on."""
-        self.error = error
-        self._move({Phase.RUNNING}, Phase.FAILED)
+        """It cannot go on. What is no longer running does not fail."""
+        self._move({Phase.RUNNING}, Phase.FAILED, error=error)
 
     def end(self) -> None:
         """The process ends."""
@@ -87,15 +99,11 @@ class Job:
         if self._ended or self._phase is not Phase.RUNNING:
             raise Interrupted
 
-    def _move(self, origins: set[Phase], target: Phase, identifier: str | None = None) -> bool:
+    def _move(self, origins: set[Phase], target: Phase, error: str | None = None) -> bool:
         with self._changed:
             if self._phase not in origins:
                 return False
-            self._phase = target
-            if identifier is not None:
-                self.identifier = identifier
-            if target is not Phase.FAILED:
-                self.error = None
+            self._phase, self.error = target, error
             self._changed.notify_all()
-        self.tell(target)
-        return True
+            self.tell(target)
+            return True

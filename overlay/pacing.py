@@ -30,14 +30,18 @@ class Window:
         """Seconds that a request takes when nothing stands before it, as far as was seen."""
         self._clock = clock
         self._rates: list[float] = []
-        self._latency_seen = 0.0
+        self._latency_seen = clock()
         self._began = clock()
         self._bytes = 0
 
     def answered(self, length: int, seconds: float) -> None:
         """A request of so many bytes was answered after so many seconds."""
         now = self._clock()
-        if not self.latency or seconds < self.latency or now - self._latency_seen > _FORGET:
+        if now - self._latency_seen > _FORGET:
+            # Our own requests stand before one another now: with few of them the link shows what it can do.
+            self.latency, self._latency_seen, self.size = seconds, now, SMALLEST
+            self._began, self._bytes = now, 0
+        elif not self.latency or seconds < self.latency:
             self.latency, self._latency_seen = seconds, now
         self._bytes += length
         elapsed = now - self._began
