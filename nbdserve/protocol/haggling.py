@@ -94,6 +94,7 @@ class Haggling:
         self._offer_structured = structured_replies
         self._mode = Mode.SIMPLE
         self._no_zeroes = False
+        self._fixed_newstyle = False
         self._options = 0
         self._inbox = bytearray()
         self._outbox = bytearray()
@@ -152,6 +153,7 @@ class Haggling:
         if flags & ~int(ClientFlags.FIXED_NEWSTYLE | ClientFlags.NO_ZEROES):
             raise ProtocolError(f"unknown client flags {flags:#x}")
         self._no_zeroes = bool(flags & ClientFlags.NO_ZEROES)
+        self._fixed_newstyle = bool(flags & ClientFlags.FIXED_NEWSTYLE)
         self.state = State.OPTIONS
         return True
 
@@ -203,7 +205,7 @@ class Haggling:
 
     def _handle(self, option: int, payload: bytes) -> None:
         if self._needs_tls(option):
-            if option == Option.EXPORT_NAME:
+            if option == Option.EXPORT_NAME or not self._fixed_newstyle:
                 raise ProtocolError("the client wants an export without TLS, which is required")
             self._reply(option, OptionReply.ERR_TLS_REQD, b"this server requires TLS")
             return
@@ -244,6 +246,10 @@ class Haggling:
         Reader(payload).end()
         if self._encryption is Encryption.NONE:
             self._reply(option, OptionReply.ERR_UNSUP, b"this server has no certificate for TLS")
+            return
+        if not self._fixed_newstyle:
+            # Without it there must be no TLS (proto.md, "Server-side requirements").
+            self._reply(option, OptionReply.ERR_POLICY, b"TLS is for clients of fixed newstyle only")
             return
         if self._encryption is Encryption.ACTIVE:
             raise ProtocolError("TLS is active already")

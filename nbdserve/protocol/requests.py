@@ -69,6 +69,10 @@ def refusal(agreement: Agreement, request: Request) -> tuple[NbdError, str] | No
     if offset + length > offer.size:
         past_end = NbdError.ENOSPC if command in (Command.WRITE, Command.WRITE_ZEROES) else NbdError.EINVAL
         return past_end, f"the request ends at {offset + length}, the export at {offer.size}"
+    minimum = offer.block_sizes.minimum
+    # The last block of an odd size could not be reached otherwise.
+    if offset % minimum or (length % minimum and offset + length < offer.size):
+        return NbdError.EINVAL, f"offset {offset} and length {length} are no multiples of {minimum}"
     if command == Command.BLOCK_STATUS and not (agreement.contexts and length):
         return NbdError.EINVAL, "block status needs a negotiated meta context and a length"
     needed = _NEEDED_FLAG.get(command)

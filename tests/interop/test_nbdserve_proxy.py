@@ -15,9 +15,10 @@ import nbd
 import pytest
 
 from tests.support.disks import KIB, MIB, ODD_SIZE, random_disk, sparse_disk, sparse_runs
-from tests.support.processes import check, is_alive, wait_until
+from tests.support.processes import Argument, check, is_alive, wait_until
 from tests.support.servers import NBDSERVE, Server, UnixAddress, nbdkit, nbdserve, qemu_nbd
 from tests.support.tls import Identities
+from tests.support.wire import Command, Wire, request
 
 
 def connected(uri: str, *contexts: str) -> nbd.NBD:
@@ -118,6 +119,38 @@ def test_what_the_server_can_do_is_taken_over(tmp_path: Path, kind: str) -> None
                         for uri in (upstream.uri(), proxy.uri())
                     ]
                     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_whether_the_disk_rotates_is_known_from_the_server_only(tmp_path: Path, rotates: bool) -> None:
+    """Of a file it is not told: what is in the page cache does not rotate, whatever lies below."""
+    answer = f"is_rotational=exit {0 if rotates else 3}"
+    plugin: list[Argument] = ["eval", "get_size=echo 1M", "pread=head -c $3 /dev/zero", answer]
+    with (
+        nbdkit(*plugin, directory=tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+    ):
+        assert described(proxy.uri())["is_rotational"] is rotates
+
+
+def test_requests_that_do_not_fit_the_servers_blocks_are_refused_here(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    random_disk(image, MIB)
+    with (
+        upstream_of("nbdkit with large blocks", image, tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as proxy,
+        Wire(proxy.address) as wire,
+    ):
+        wire.go(structured=True)
+        for command in (Command.READ, Command.WRITE, Command.WRITE_ZEROES, Command.TRIM):
+            for offset, length in ((512, 4096), (4096, 512)):
+                data = bytes(length) if command == Command.WRITE else b""
+                wire.send(request(command, offset, length, data=data))
+                (refused,) = wire.chunks()
+                assert refused.error == errno.EINVAL
+                assert "no multiples of 4096" in refused.message
+        wire.send(request(Command.READ, 4096, 4096))
+        assert wire.chunks()[-1].error == 0
 
 
 def test_dirty_bitmaps_of_the_server_can_be_read_here(tmp_path: Path) -> None:

@@ -30,8 +30,12 @@ WORKERS = 6
 SIZE = WORKERS * REGION
 TOLERANCES = Sample(memory=1 * MIB, descriptors=0, threads=0)
 """What may be more at the end than at the beginning, over the whole run."""
-IDLE_THREADS = 31.0
-"""Seconds after which threads that have nothing to do have ended."""
+GIVES_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+}
+"""Lets the C library keep nothing for later, so that what the server holds itself can be seen."""
 
 
 class Client(Protocol):
@@ -62,6 +66,7 @@ class Scene:
                 f"--qmp=unix:{monitor}",
                 directory=directory,
                 at=unix,
+                env=GIVES_BACK,
             )
         )  # fmt: skip
         kinds: list[tuple[Address, Mode, ssl.SSLContext | None]] = [

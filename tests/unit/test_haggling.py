@@ -268,6 +268,20 @@ def test_where_tls_is_required_an_oversize_option_needs_it_too() -> None:
     assert kinds(ask(haggling, Option.STARTTLS)) == [Reply.ACK]
 
 
+@pytest.mark.parametrize("flags", [0, 2])
+def test_a_client_without_fixed_newstyle_gets_no_tls_and_is_not_served_where_it_is_required(
+    flags: int,
+) -> None:
+    offered = Haggling(TwoExports(), encryption=Encryption.OFFERED)
+    offered.receive(struct.pack(">I", flags))
+    assert kinds(ask(offered, Option.STARTTLS)) == [Reply.ERR_POLICY]
+    for option in (Option.LIST, Option.GO, Option.EXPORT_NAME, 99):
+        required = Haggling(TwoExports(), encryption=Encryption.REQUIRED)
+        required.receive(struct.pack(">I", flags))
+        with pytest.raises(ProtocolError, match="TLS"):
+            ask(required, option)
+
+
 def test_an_option_too_long_to_skip_ends_the_handshake() -> None:
     with pytest.raises(ProtocolError, match="announces"):
         begun().receive(wire.option(Option.GO, length=MAX_SKIPPED_OPTION + 1))

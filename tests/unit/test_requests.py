@@ -49,6 +49,17 @@ RANGED = [
 
 
 @pytest.mark.parametrize("command", RANGED)
+def test_a_request_must_fit_the_smallest_block_but_for_the_rest_of_an_odd_size(command: Command) -> None:
+    offer = Offer("disk", SIZE, ALL, block_sizes=BlockSizes(512, 4096, LONGEST))
+    agreement = Agreement(offer, Mode.STRUCTURED, ((1, BASE_ALLOCATION),))
+    assert error_of(agreement, command, 0, 1024, 512) == 0
+    assert error_of(agreement, command, 0, 1025, 512) == NbdError.EINVAL
+    assert error_of(agreement, command, 0, 1024, 513) == NbdError.EINVAL
+    last = SIZE // 512 * 512
+    assert error_of(agreement, command, 0, last, SIZE - last) == 0
+
+
+@pytest.mark.parametrize("command", RANGED)
 def test_a_request_may_end_at_the_last_byte_and_not_one_further(command: Command) -> None:
     beyond = NbdError.ENOSPC if command in (Command.WRITE, Command.WRITE_ZEROES) else NbdError.EINVAL
     assert error_of(agreed(), command, 0, SIZE - 10, 10) == 0
