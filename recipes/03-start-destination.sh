@@ -52,7 +52,7 @@ if ! why=$(timeout 60 "$@" \
     -blockdev "node-name=$NODE-overlay,driver=qed,file.driver=file,file.filename=${OVERLAY//,/,,},backing=$NODE-backing" \
     -blockdev "node-name=$NODE,driver=copy-on-read,file=$NODE-overlay" \
     -incoming defer \
-    -qmp "unix:$DESTINATION_QMP,server=on,wait=off" \
+    -qmp "unix:${DESTINATION_QMP//,/,,},server=on,wait=off" \
     -daemonize -pidfile "$DESTINATION_PID_FILE" 2>&1); then
     # A QEMU that hangs while it opens the export is already a daemon.
     [ ! -s "$DESTINATION_PID_FILE" ] || kill "$(cat "$DESTINATION_PID_FILE")" 2>/dev/null || true

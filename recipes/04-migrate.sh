@@ -28,6 +28,14 @@ need_programs nbd-migrate setsid
 
 qmp() { nbd-migrate qmp "$SOURCE_QMP" "$@"; }
 
+# waiting: qmp in the background, as the shell does not see a signal before a command in the foreground has ended.
+waiting() {
+    nbd-migrate qmp "$SOURCE_QMP" "$@" >/dev/null 2>&1 &
+    waiter=$!
+    wait "$waiter"
+}
+waiter='' cause=''
+
 # raise_fence: from now on nobody writes to DISK here. Where that fails, A's QEMU is ended instead.
 raise_fence() {
     setsid nbd-migrate fence "$FENCE_FILE" "$DISK" </dev/null >"$FENCE_FILE.log" 2>&1 &
@@ -44,13 +52,14 @@ raise_fence() {
 # give_up: after a failure, cancel what is under way and say where the guest is.
 give_up() {
     local why
-    trap - INT TERM HUP
+    trap '' INT TERM HUP
+    [ -z "$waiter" ] || kill "$waiter" 2>/dev/null || true
     if [ "$(qmp query-migrate --get status)" = completed ]; then
         raise_fence
         die "interrupted, but the guest had arrived: it runs on B"
     fi
     why=$(qmp query-migrate --get error-desc 2>/dev/null) || die "A's QEMU does not answer any more"
-    [ -n "$why" ] || why="it took longer than $MIGRATE_TIMEOUT s"
+    why=${cause:-${why:-it took longer than $MIGRATE_TIMEOUT s}}
     qmp migrate_cancel >/dev/null
     qmp query-migrate --get status --until 'cancelled|failed' --timeout 30 >/dev/null
     if qmp query-status --get status --until running --timeout 5 >/dev/null 2>&1; then
@@ -70,13 +79,13 @@ if ! { rm -f "$FENCE_FILE" && : >"$FENCE_FILE.log"; } 2>/dev/null; then
 fi
 # Without the return path A reports success even if B could not load the guest.
 qmp migrate-set-capabilities "$(capabilities events return-path pause-before-switchover)" >/dev/null
-trap give_up INT TERM HUP
+trap 'cause=interrupted; give_up' INT TERM HUP
 qmp migrate "{\"uri\": \"$MIGRATION\"}" >/dev/null
-qmp query-migrate --get status --until pre-switchover --unless 'failed|cancelled' \
-    --timeout "$MIGRATE_TIMEOUT" >/dev/null 2>&1 || give_up
+waiting query-migrate --get status --until pre-switchover --unless 'failed|cancelled' \
+    --timeout "$MIGRATE_TIMEOUT" || give_up
 qmp migrate-continue '{"state": "pre-switchover"}' >/dev/null 2>&1 || give_up
-qmp query-migrate --get status --until completed --unless 'failed|cancelled' \
-    --timeout 300 >/dev/null 2>&1 || give_up
-trap - INT TERM HUP
+waiting query-migrate --get status --until completed --unless 'failed|cancelled' --timeout 300 || give_up
+# Nothing may come between the guest's leaving and the fence.
+trap '' INT TERM HUP
 raise_fence
 echo "$me: the guest runs on B; it stood still for $(qmp query-migrate --get downtime) ms"

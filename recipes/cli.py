@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from nbdserve import command, sizes
 from recipes import fence, keeper, monitor_cli, probe
 from recipes.console import choose_report
 from recipes.demo import run as demo
+from recipes.interruption import interruptible
 from recipes.migrate import migrate
 from recipes.plan import Plan, is_host_and_port, load
 from recipes.report import Report
@@ -110,12 +110,9 @@ def run_plan(given: argparse.Namespace) -> int:
 
 
 async def until_signal(plan: Plan, report: Report) -> int:
-    """Migrate; SIGINT, SIGTERM and SIGHUP interrupt it in good order, once."""
-    task = asyncio.create_task(migrate(plan, report))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    """Migrate, unless a signal interrupts it; then in good order."""
     try:
-        await task
+        await interruptible(migrate(plan, report))
     except asyncio.CancelledError:
         return command.EXIT_INTERRUPTED
     return command.EXIT_DONE

@@ -12,7 +12,7 @@ from nbdserve.errors import MigrationError
 from recipes.migration import READY, Arrival, Migration
 from recipes.report import Moment
 from recipes.source import LOOK, WANTED, set_capabilities
-from recipes.vm import Vm, VmGoneError
+from recipes.vm import CommandError, Vm, VmGoneError
 
 ARRIVE = 5.0
 """Seconds until the guest must run on B, once everything of it is there."""
@@ -25,7 +25,14 @@ async def cut_over(m: Migration) -> str:
     await set_capabilities(b, ("events", "return-path"))
     await set_capabilities(a, WANTED)
     with a.events("MIGRATION") as news:
-        await a.execute("migrate", uri=m.plan.destination.migration)
+        m.guard.migrating()
+        # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
+        m.migrating = True
+        try:
+            await a.execute("migrate", uri=m.plan.destination.migration)
+        except CommandError:
+            m.migrating = False
+            raise
         await m.during(reaching("pre-switchover", a, news), m.plan.limits.migrate, "sending the RAM")
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
 
 from nbdserve import command
 from nbdserve.backends.imagelocks import ImageLocks
+from nbdserve.errors import ImageError
 
 
 def fence(image: str, ready: Path) -> int:
@@ -23,7 +25,11 @@ def fence(image: str, ready: Path) -> int:
     ended = {signal.SIGTERM, signal.SIGINT}
     # Blocked first, so that a signal that comes early is not lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, ended)
-    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    # Without O_NONBLOCK a FIFO would be waited for.
+    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ImageError(f"{image}: neither a file nor a block device, so it is no disk to fence")
     ImageLocks(fd, image).fence()
     ready.write_text(f"{os.getpid()}\n")
     try:

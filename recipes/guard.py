@@ -25,7 +25,7 @@ from nbdserve import command
 from nbdserve.errors import ConnectError, MigrationError, OperatorError
 from recipes.children import Child, stream
 from recipes.host import Host
-from recipes.source import Side, give_back
+from recipes.source import Side, give_back, leave_alone
 from recipes.vm import VmGoneError, connect
 
 MESSAGE = 1 << 16
@@ -76,6 +76,10 @@ class Guard:
         """When the guest is given back to A, run this command, which removes what the migration has made."""
         self._send("remove", list(argv))
 
+    def migrating(self) -> None:
+        """From now on A's QEMU may be migrating for us; before, a migration there is somebody else's."""
+        self._send("migrating", None)
+
     async def wait(self) -> str:
         """Wait until the guard has ended, which it does not do by itself; return how, in words."""
         status = await self._process.wait()
@@ -88,7 +92,7 @@ class Guard:
             self._channel.close()
 
     async def close(self) -> None:
-        """Dismiss the guard and wait until it has ended."""
+        """Dismiss the guard and wait until it has ended. The orchestrator has decided where the guest is."""
         self.dismiss()
         await self._process.wait()
 
@@ -114,6 +118,7 @@ class Watch:
     orders: Orders
     lifelines: list[tuple[int, int]] = field(default_factory=list)
     removals: list[list[str]] = field(default_factory=list)
+    migrating: bool = False
 
     def listen(self, channel: socket.socket) -> bool:
         """Take messages; True when the orchestrator has died, False when it has dismissed us."""
@@ -126,6 +131,8 @@ class Watch:
                 self.lifelines.append((fds[0], fds[1]))
             elif kind == "remove":
                 self.removals.append(value)
+            elif kind == "migrating":
+                self.migrating = True
             else:
                 return False
 
@@ -139,6 +146,10 @@ class Watch:
         except ConnectError as error:
             return await self._without_source(error)
         try:
+            if not self.migrating:
+                await self.end_children()
+                await self.remove()
+                return await leave_alone(a, self.orders.capabilities)
             side = await give_back(a, self.end_children, self.orders.capabilities, settle=SETTLE)
             if side is Side.DESTINATION:
                 self.release_children()

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, suppress
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 from nbdserve.errors import MigrationError, OperatorError
 from recipes import preflight, steps
 from recipes.children import Children
 from recipes.cutover import cut_over, fence_source
 from recipes.guard import Orders, start_guard
+from recipes.interruption import undisturbed
 from recipes.migration import Migration
 from recipes.plan import Plan
 from recipes.report import Outcome, Report, Step, StepResult
-from recipes.source import Side, capabilities_on, give_back
+from recipes.source import Side, capabilities_on, give_back, leave_alone
 from recipes.stream import stream
 from recipes.vm import connect
-
-T = TypeVar("T")
 
 STEPS: tuple[tuple[Step, Callable[[Migration], Awaitable[str]]], ...] = (
     (Step.EXPORT, steps.export),
@@ -107,7 +105,10 @@ async def retreat(m: Migration, orders: Orders) -> str:
     if m.arrived is not None:
         return await after_cut_over(m)
     try:
-        if m.a.connected:
+        if m.a.connected and not m.migrating:
+            await end_children(m)
+            where = await leave_alone(m.a, orders.capabilities)
+        elif m.a.connected:
             side = await give_back(m.a, lambda: end_children(m), orders.capabilities)
             if side is Side.DESTINATION:
                 m.arrived = time.monotonic()
@@ -120,7 +121,7 @@ async def retreat(m: Migration, orders: Orders) -> str:
         if m.created:
             await m.host_b.run(*steps.remove_overlay(m.plan), limit=m.plan.limits.command)
         return where
-    except MigrationError as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, nothing that may carry the guest ends with us
         m.release()
         return f"it is not known where the guest is: {error}; look at query-migrate on A before anything else"
 
@@ -143,12 +144,3 @@ async def after_cut_over(m: Migration) -> str:
         f"the guest has stopped; its disk is {overlay} on B together with {image} on A, which is still "
         "served: keep both, and start B's QEMU again without -incoming"
     )
-
-
-async def undisturbed(work: Coroutine[None, None, T]) -> T:
-    """Finish the work even if we are cancelled, again, in the middle of it."""
-    task = asyncio.create_task(work)
-    while not task.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.shield(task)
-    return task.result()

@@ -38,6 +38,7 @@ class Migration:
     size     of the disk in bytes
     owned    the processes end with this one in any case: they are never released
     server   nbdserve on A; fence: recipes.fence on A; qemu: the QEMU on B
+    migrating  A's QEMU has taken our command to migrate
     created  the overlay was created by this migration
     arrival  what the source said of the RAM's migration, when it is complete
     arrived  when the guest began to run on B (monotonic clock in seconds), None while it belongs to A
@@ -59,6 +60,7 @@ class Migration:
         self.fence: Child | None = None
         self.qemu: Child | None = None
         self.created = False
+        self.migrating = False
         self.arrived: float | None = None
         self.arrival: Arrival | None = None
         self.recoveries = 0

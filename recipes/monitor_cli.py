@@ -11,6 +11,7 @@ from typing import Any
 
 from nbdserve.command import EXIT_DONE
 from nbdserve.errors import MigrationError, UsageError
+from recipes.plan import check_monitor
 from recipes.vm import VmSilentError, connect
 
 INTERVAL = 0.1  # seconds between two looks
@@ -49,6 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     if (arguments.until or arguments.unless) and not arguments.get:
         raise UsageError("--until and --unless look at what --get yields: add it")
+    check_monitor("MONITOR", arguments.monitor)
     work = _repeat(arguments) if arguments.until else _execute(arguments)
     print("\n".join(asyncio.run(work)))
     return EXIT_DONE
@@ -58,7 +60,7 @@ async def _execute(given: argparse.Namespace) -> list[str]:
     """Execute the command once; return the lines to print."""
     vm = await connect("QEMU", given.monitor, limit=given.timeout, command_limit=given.timeout)
     try:
-        value = await vm.execute(given.command, **given.arguments)
+        value = await vm.call(given.command, given.arguments)
     finally:
         await vm.disconnect()
     return list(_parts(value, given.get)) if given.get else [json.dumps(value)]

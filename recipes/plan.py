@@ -25,6 +25,7 @@ directory = "/var/log/nbd-migrate"        where what is started writes, on A and
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -36,6 +37,12 @@ from nbdserve.errors import UsageError
 from nbdserve.uri import NbdUri, parse_uri
 
 Command = tuple[str, ...]
+
+MAX_WAIT = 1_000_000
+"""The longest wait in seconds, some eleven days."""
+
+MAX_SPEED = (1 << 63) - 1
+"""The most bytes per second that a block job can be told."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +151,16 @@ class Limits:
     speed: int = 0
 
     def check(self) -> None:
-        """Raise UsageError for a negative limit, or a wait of no time at all."""
+        """Raise UsageError for a negative limit, a wait of no time at all, and what is out of all range."""
         for each in fields(self):
             value = getattr(self, each.name)
+            most, unit = (MAX_SPEED, "bytes per second") if each.name == "speed" else (MAX_WAIT, "seconds")
+            if math.isnan(value):
+                raise UsageError(f"limits.{each.name}: nan is not a number of {unit}")
             if value < 0 or (value == 0 and isinstance(each.default, float)):
                 raise UsageError(f"limits.{each.name}: {value} is too small")
+            if value > most:
+                raise UsageError(f"limits.{each.name}: {value} is too large: at most {most} {unit}")
 
 
 @dataclass(frozen=True)
@@ -203,6 +215,9 @@ def load(path: Path, overrides: Mapping[str, Mapping[str, object]] | None = None
 
     Raises UsageError for a file that is not TOML, an unknown or missing key, a wrong type or a wrong value.
     """
+    if path.exists() and not path.is_file():
+        # Reading a FIFO could take for ever.
+        raise UsageError(f"{path}: not a regular file; write the plan to one")
     try:
         document = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -243,6 +258,10 @@ def section_of(kind: type, section: str, values: Mapping[str, object]) -> Any:
 
 def typed(where: str, kind: object, value: object) -> object:
     """Return the value as a str, an int, a float or a tuple of str, whichever the key wants."""
+    words = value if isinstance(value, (list, tuple)) else [value]
+    nul = next((word for word in words if isinstance(word, str) and "\0" in word), None)
+    if nul is not None:
+        raise UsageError(f"{where}: {nul!r} has a NUL in it, which no path and no command line can have")
     if kind == Command:
         if isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
             return tuple(value)

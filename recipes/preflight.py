@@ -56,7 +56,7 @@ async def disk_size(plan: Plan, a: Vm) -> int:
     if name:
         formats = [each for each in formats if each["node-name"] == name]
     if not formats:
-        raise UsageError(f"source.image: {wanted} is not the file of {node or 'any disk'} in A's QEMU")
+        raise UsageError(unknown_image(wanted, node, nodes))
     if formats[0]["drv"] != "raw":
         raise UsageError(
             f"source.image: {wanted} is {formats[0]['drv']}; only raw images can be exported while in use"
@@ -64,6 +64,18 @@ async def disk_size(plan: Plan, a: Vm) -> int:
     if formats[0]["ro"]:
         raise UsageError(f"source.image: {wanted} is read-only in A's QEMU; it needs no migration")
     return int(formats[0]["image"]["virtual-size"])
+
+
+def unknown_image(wanted: str, node: str, nodes: list[dict[str, Any]]) -> str:
+    """Say that A's QEMU does not have this image, and what it has instead."""
+    known = {each["file"]: each["node-name"] for each in nodes if each["drv"] not in ("file", "host_device")}
+    names = ", ".join(f"{file} ({name})" for file, name in known.items())
+    reason = f"source.image: {wanted} is not the file of {node or 'any disk'} in A's QEMU"
+    if any(not file.startswith(("/", "json:")) for file in known):
+        # Relative to a working directory that the monitor does not tell.
+        remedy = "which cannot be found from here; start the guest with absolute paths"
+        return f"{reason}: A's QEMU knows its disks as {names}, {remedy}"
+    return f"{reason}, which has {names or 'none'}; name it as QEMU does"
 
 
 async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:

@@ -47,14 +47,27 @@ async def give_back(
         await asyncio.sleep(LOOK)
     if await has_left(a):
         return Side.DESTINATION
+    # One that comes to its end from here on was on its way to the destination that is ended now.
+    ours = await migration_status(a) in UNDER_WAY
     await end_destination()
-    await resume(a)
+    await resume(a, ours=ours)
     await restore_capabilities(a, capabilities)
     return Side.SOURCE
 
 
-async def resume(a: Vm) -> None:
+async def leave_alone(a: Vm, capabilities: Sequence[str]) -> str:
+    """Where the guest is, one phrase, when our migration of it has not begun; another one is not touched."""
+    if await migration_status(a) not in UNDER_WAY and not await has_left(a):
+        await restore_capabilities(a, capabilities)
+        if (await a.execute("query-status"))["running"]:
+            return "the guest runs on A as before"
+    return "the guest is still on A, where somebody else's migration may be under way: look at query-migrate"
+
+
+async def resume(a: Vm, *, ours: bool = False) -> None:
     """Bring the source from any state of a migration back to a running guest. The destination must be dead.
+
+    ``ours`` says that a migration which is complete now was one to that destination, and no other.
 
     Raises MigrationError when the guest does not run again within RESUME seconds.
     """
@@ -65,6 +78,9 @@ async def resume(a: Vm) -> None:
         running = (await a.execute("query-status"))["running"]
         if running and not under_way:
             return
+        if not ours and await has_left(a):
+            # Not to our destination, which is dead: to somebody else's, where it runs.
+            raise MigrationError("the guest has left A by another migration, so it was not told to go on")
         try:
             await a.execute("migrate_cancel" if under_way else "cont")
         except CommandError as error:

@@ -12,9 +12,13 @@ from contextlib import suppress
 
 from nbdserve.errors import ConnectError, MigrationError
 from recipes.children import Child
+from recipes.interruption import completed
 from recipes.migration import READY, Migration
 from recipes.plan import Plan
 from recipes.vm import CommandError, Vm, connect
+
+SECTOR = 512
+"""Bytes of which QEMU's disks are multiples; it rounds a longer file up."""
 
 LOOK = 0.05
 """Seconds between two looks at what no event announces."""
@@ -50,6 +54,11 @@ async def check_export(m: Migration) -> None:
     uri = str(m.plan.export.address)
     answer = await m.host_b.run(*m.host_b.own("probe", uri), limit=m.plan.limits.connect)
     facts = json.loads(answer)
+    if facts["size"] != m.size and -(-facts["size"] // SECTOR) * SECTOR == m.size:
+        raise MigrationError(
+            f"source.image: {m.plan.source.image} has {facts['size']} bytes, no multiple of {SECTOR}; "
+            f"lengthen it on A, the guest will not notice: truncate --size {m.size} {m.plan.source.image}"
+        )
     if facts["size"] != m.size:
         raise MigrationError(
             f"{uri} has {facts['size']} bytes, the disk of the guest {m.size}; is it another disk?"
@@ -66,15 +75,14 @@ async def create_overlay(m: Migration) -> str:
     image, uri, limit = m.plan.destination.image, str(m.plan.export.address), m.plan.limits.start
     tool = m.host_b.tool("nbd-overlay")
     argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", "qed", image]
-    creating = asyncio.create_task(m.host_b.run(*argv, limit=limit))
-    try:
-        await asyncio.shield(creating)
-    finally:
-        # To its end in any case: only then it is known whether the image is ours to remove.
-        await asyncio.wait({creating})
-        m.created = creating.exception() is None
-        if m.created:
-            m.guard.remove_later(m.host_b.argv(remove_overlay(m.plan)))
+
+    async def create() -> None:
+        await m.host_b.run(*argv, limit=limit)
+        m.created = True
+        m.guard.remove_later(m.host_b.argv(remove_overlay(m.plan)))
+
+    # To its end in any case: only then it is known whether the image is ours to remove.
+    await completed(create())
     m.refuse_the_dead()
     return f"{image} over {uri}"
 
@@ -88,7 +96,7 @@ async def launch(m: Migration) -> str:
     """Step 3: start the QEMU on B that waits for the guest."""
     destination, limits = m.plan.destination, m.plan.limits
     kind = "unix" if destination.qmp.startswith("/") else "tcp"
-    monitor = f"{kind}:{destination.qmp},server=on,wait=off"
+    monitor = f"{kind}:{destination.qmp.replace(',', ',,')},server=on,wait=off"
     argv = [*destination.qemu, *overlay_nodes(m.plan), "-incoming", "defer", "-qmp", monitor]
     m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
     m.need("B's QEMU", m.qemu.wait())

@@ -53,12 +53,16 @@ class Vm:
         self._lost = asyncio.create_task(lost(client))
 
     async def execute(self, command: str, *, limit: float | None = None, **arguments: object) -> Any:
-        """Execute a QMP command and return its value; ``_`` in a keyword stands for ``-``.
+        """Execute a QMP command and return its value, as call() does; ``_`` in a keyword stands for ``-``."""
+        given = {key.replace("_", "-"): value for key, value in arguments.items()}
+        return await self.call(command, given, limit=limit)
+
+    async def call(self, command: str, given: Mapping[str, object], *, limit: float | None = None) -> Any:
+        """Execute a QMP command with these arguments and return its value.
 
         Waits ``limit`` seconds, or else the limit given to connect(). Raises CommandError when QEMU refuses,
         VmGoneError when it ends, VmSilentError when it does not answer.
         """
-        given: Mapping[str, object] = {key.replace("_", "-"): value for key, value in arguments.items()}
         seconds = self._limit if limit is None else limit
         try:
             # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the answer.

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.command import EXIT_DONE, EXIT_FAILED
+from nbdserve.command import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from nbdserve.errors import MigrationError
 from nbdserve.sizes import format_size, parse_size
 from recipes.children import Child, Children
@@ -21,6 +21,7 @@ from recipes.demo.stage import Stage, prepare
 from recipes.demo.verdict import Phases, Verdict
 from recipes.demo.workplace import kept_directory, temporary_directory
 from recipes.host import Host
+from recipes.interruption import interruptible
 from recipes.migrate import migrate
 from recipes.plan import Limits
 from recipes.report import Moment, Outcome, Progress, Report, Step, StepResult
@@ -65,7 +66,8 @@ class Witness(Report):
     def step_done(self, result: StepResult) -> None:
         """When every block is local, A is not needed any more."""
         if result.step is Step.STREAM:
-            self.streamed = self.stage.guest_on_b.announced
+            # On B it may not have announced anything yet.
+            self.streamed = self.stage.guest_on_b.announced or self.cut_over
         self.audience.step_done(result)
 
     def note(self, text: str) -> None:
@@ -150,8 +152,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run the demo and return the exit code: 0 only when the verdict holds."""
     # A kill ends the demo as Ctrl-C does, and nothing is left behind.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    size, speed = parse_size(arguments.size, "--size"), parse_size(arguments.speed, "--speed")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    size, limits = parse_size(arguments.size, "--size"), Limits(speed=parse_size(arguments.speed, "--speed"))
+    limits.check()
     with ExitStack() as stack:
         sockets = stack.enter_context(temporary_directory())
         keep = arguments.keep
@@ -160,7 +163,11 @@ def main(arguments: argparse.Namespace) -> int:
         stack.callback(report.close)
         report.note(f"a disk of {format_size(size)}, a guest, and two QEMUs, in {directory}")
         stage = prepare(directory, sockets, size, arguments.cache)
-        evidence = asyncio.run(play(stage, report, seconds=arguments.seconds, limits=Limits(speed=speed)))
+        try:
+            playing = play(stage, report, seconds=arguments.seconds, limits=limits)
+            evidence = asyncio.run(interruptible(playing))
+        except asyncio.CancelledError:
+            return EXIT_INTERRUPTED
         report.note("the host compares what the guest did not write")
         verdict = judge(stage, evidence)
         print("\n".join(["", *verdict.lines()]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.support.processes import run
-from tests.support.recipes import RECIPES, Operator, variables_of
+from tests.support.recipes import COMMANDS, RECIPES, Operator, variables_of
 
 # Enough for each recipe to get as far as its checks.
 OPERATOR = Operator(
@@ -72,6 +73,15 @@ def test_a_variable_that_is_not_set_is_one_line(number: int, name: str) -> None:
 )
 def test_a_value_that_cannot_be_right_is_one_line(number: int, name: str, value: str, complaint: str) -> None:
     assert complaint in OPERATOR.refuses(number, "qemu", **{name: value})
+
+
+def test_what_is_no_disk_is_not_fenced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "disk")
+    for image in (tmp_path / "disk", tmp_path, Path("/dev/null")):
+        done = run(COMMANDS / "nbd-migrate", "fence", tmp_path / "ready", image, seconds=10)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert f"{image}: neither a file nor a block device" in done.stderr
+    assert not (tmp_path / "ready").exists()
 
 
 def test_the_destinations_command_line_must_be_given() -> None:

@@ -42,8 +42,8 @@ class Operator:
         return run(RECIPES[number - 1], *arguments, seconds=LIMIT, env=self.environment(changes))
 
     def start(self, number: int, log: Path, **changes: str) -> Process:
-        """Start recipe ``number`` and do not wait for it."""
-        return Process([RECIPES[number - 1]], log, env=self.environment(changes))
+        """Start recipe ``number``, in a process group of its own, and do not wait for it."""
+        return Process(["setsid", RECIPES[number - 1]], log, env=self.environment(changes))
 
     def qmp(self, host: str, *words: str) -> CompletedProcess[str]:
         """Execute a QMP command on host ``a`` or ``b``."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from recipes.demo.disk import Comparison
+from recipes.demo.disk import Comparison, Original
 from recipes.demo.guest import Memory
 from recipes.demo.records import cells_on, newest
+from recipes.demo.run import Witness
+from recipes.demo.stage import Stage
 from recipes.demo.verdict import Phases, Verdict
+from recipes.report import Report, Step, StepResult
 
 CELLS = cells_on(64 << 20)
 LIVE = len(newest(480, CELLS))
@@ -46,6 +50,17 @@ def test_the_verdict_fails_and_says_why(reason: str) -> None:
     text = "\n".join(verdict.lines())
     assert reason in text
     assert text.endswith("verdict  the migration FAILED")
+
+
+def test_a_guest_that_announced_nothing_on_b_before_the_stream_ended_has_not_fallen_back(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.console").write_text("")
+    stage = Stage(tmp_path, tmp_path, Original(1 << 20), tmp_path)
+    witness = Witness(stage, Report())
+    witness.before, witness.cut_over = 16, 32
+    witness.step_done(StepResult(Step.STREAM, 0.1, ""))
+    assert witness.phases(64).in_order
 
 
 def test_every_record_that_still_counts_belongs_to_one_phase() -> None:

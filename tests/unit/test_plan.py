@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,24 @@ def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> Non
         ("[destination]", '[destination]\nnode = "0"', "destination.node: '0' is not usable"),
         ("[source]", "[limits]\nspeed = -1\n[source]", "limits.speed: -1 is too small"),
         ("[source]", "[limits]\nstop = 0\n[source]", "limits.stop: 0.0 is too small"),
+        (
+            "[source]",
+            "[limits]\nspeed = 9223372036854775808\n[source]",
+            "limits.speed: 9223372036854775808 is too large",
+        ),
+        (
+            "[source]",
+            "[limits]\nstop = inf\n[source]",
+            "limits.stop: inf is too large: at most 1000000 seconds",
+        ),
+        ("[source]", "[limits]\nstop = nan\n[source]", "limits.stop: nan is not a number of seconds"),
+        (
+            "[source]",
+            "[limits]\nreconnect_delay = 5000000000\n[source]",
+            "limits.reconnect_delay: 5000000000 is too",
+        ),
+        ("/images/vm.raw", "/images/\\u0000", "source.image: '/images/\\x00' has a NUL in it"),
+        ('"-device"', '"\\u0000"', "destination.qemu: '\\x00' has a NUL in it"),
         ("[source]", "[limits]\nspeed = 1.5\n[source]", "limits.speed: a whole number is wanted, not 1.5"),
         ("[source]", "[limits]\nstop = true\n[source]", "limits.stop: a number is wanted, not True"),
         (
@@ -122,6 +141,16 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match=r"plan\.toml: not a TOML file"):
         load(path)
+
+
+@pytest.mark.timeout(5)
+def test_a_plan_that_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "plan.toml"
+    os.mkfifo(fifo)
+    with pytest.raises(UsageError, match=r"plan\.toml: not a regular file; write the plan to one"):
+        load(fifo)
+    with pytest.raises(UsageError, match="not a regular file"):
+        load(tmp_path)
 
 
 def test_a_plan_that_is_built_by_a_program_is_checked_as_well(tmp_path: Path) -> None:

@@ -51,7 +51,19 @@ def test_the_demo_migrates_a_guest_and_leaves_nothing_behind(temporary: Path) ->
 def test_a_demo_that_is_ended_takes_everything_with_it(
     temporary: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    argv: list[str | Path] = [NBD_MIGRATE, "demo", "--size", "32M", "--speed", "4M", "--seconds", "0"]
+    """A script's shell starts what it runs in the background with SIGINT ignored."""
+    ignoring: list[str | Path] = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+    argv: list[str | Path] = [
+        *ignoring,
+        NBD_MIGRATE,
+        "demo",
+        "--size",
+        "32M",
+        "--speed",
+        "4M",
+        "--seconds",
+        "0",
+    ]
     with Process(argv, tmp_path / "demo.log") as process:
         process.wait_for_line(" left  window", seconds=60)
         process.signal(number)

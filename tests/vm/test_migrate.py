@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import check
-from tests.support.vms import Role, Scene, scene
+from tests.support.processes import Process, check
+from tests.support.vms import NBD_MIGRATE, Role, Scene, scene
 
 
 @pytest.fixture
@@ -31,6 +32,29 @@ def test_a_guest_and_its_disk_move_while_it_writes(stage: Scene) -> None:
     assert stage.wrong_sectors() == []
     info = json.loads(check("qemu-img", "info", "--output=json", stage.overlay))
     assert "backing-filename" not in info
+
+
+def test_a_migration_goes_on_when_nobody_reads_what_it_prints(stage: Scene) -> None:
+    words = shlex.join([str(NBD_MIGRATE), "run", str(stage.plan_file())])
+    shell = ["bash", "-o", "pipefail", "-c", f"{words} | head -n 1"]
+    with Process(shell, stage.directory / "run.log") as run:
+        assert run.wait(60.0) == 0, run.output()
+    assert "Traceback" not in run.output()
+    stage.wait_until_guest_works("b")
+    assert stage.started() == {Role.B}
+    stage.quit_b()
+    assert stage.wrong_sectors() == []
+
+
+def test_commas_in_paths_are_not_taken_for_options(stage: Scene) -> None:
+    stage.overlay = stage.directory / "b,1.qed"
+    stage.monitor_b = stage.directory / "b,1.qmp"
+    stage.change("destination", qmp=str(stage.monitor_b), image=str(stage.overlay))
+    with stage.run() as run:
+        assert run.wait(60.0) == 0, run.output()
+    stage.wait_until_guest_works("b")
+    stage.quit_b()
+    assert stage.wrong_sectors() == []
 
 
 def test_the_outcome_is_one_json_object(stage: Scene) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import Process, check, wait_until
-from tests.support.vms import QEMU, Scene, monitor, scene
+from tests.support.vms import QEMU, Scene, monitor, running, scene
 
 
 @pytest.fixture
@@ -88,6 +88,29 @@ def test_a_destination_that_is_another_machine_gives_the_guest_back(stage: Scene
     stage.change("destination", qemu=tuple("q35" if word == "pc" else word for word in qemu))
     assert_refused(stage, "the guest runs on A as before")
     assert not stage.overlay.exists()
+
+
+def test_a_disk_that_does_not_end_with_a_sector_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    stage = Scene(tmp_path)
+    with stage.image.open("ab") as image:
+        image.write(b"x")
+    with running(stage):
+        size, wanted = len(stage.original) + 1, len(stage.original) + 512
+        assert_refused(stage, f"has {size} bytes, no multiple of 512")
+        check("truncate", "--size", str(wanted), stage.image)
+        with stage.run() as run:
+            assert run.wait(60.0) == 0, run.output()
+
+
+def test_a_disk_that_was_opened_by_a_relative_path_is_named_as_qemu_names_it(tmp_path: Path) -> None:
+    stage = Scene(tmp_path)
+    argv = [word.replace(f"filename={stage.image}", "filename=a.raw") for word in stage.source_qemu()]
+    with Process(argv, tmp_path / "a.log", cwd=tmp_path) as source:
+        source.wait_for(stage.monitor_a.exists, "a monitor")
+        with stage.run() as run:
+            assert run.wait(30.0) == 2
+    assert "A's QEMU knows its disks as a.raw (disk0)" in run.output()
+    assert "start the guest with absolute paths" in run.output()
 
 
 def test_a_paused_guest_is_not_migrated(stage: Scene) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.processes import wait_until
-from tests.support.vms import Role, Scene, scene
+from tests.support.vms import NBD_MIGRATE, Role, Scene, scene
 
 SECONDS = 20.0
 """More than any of these migrations takes, with its failure, even on a busy machine."""
@@ -53,6 +54,25 @@ def test_an_interrupted_migration_leaves_the_guest_on_a(
         assert run.wait(SECONDS) == 130, run.output()
     assert "interrupted in step" in run.output()
     assert "the guest runs on A as before" in run.output()
+    assert_as_before(stage)
+
+
+def test_two_interruptions_while_the_overlay_is_created_leave_none(stage: Scene, tmp_path: Path) -> None:
+    slow, made = tmp_path / "bin", tmp_path / "made"
+    slow.mkdir()
+    tool = slow / "nbd-overlay"
+    real = NBD_MIGRATE.with_name("nbd-overlay")
+    tool.write_text(f'#!/bin/sh\ncase $1 in create) sleep 0.5; {real} "$@" && touch {made}; sleep 1;; esac\n')
+    tool.chmod(0o755)
+    stage.change("destination", bin=str(slow))
+    with stage.run() as run:
+        run.wait_for_line("step 2")
+        for _ in range(2):
+            run.signal(signal.SIGTERM)
+            time.sleep(0.2)
+        assert run.wait(SECONDS) == 130, run.output()
+    time.sleep(2.0)
+    assert made.exists()
     assert_as_before(stage)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdserve.errors import MigrationError
+from recipes.source import resume
+from recipes.vm import connect
 from tests.support.disks import MIB, random_disk
 from tests.support.processes import Process, check, wait_until
 from tests.support.servers import nbdserve
-from tests.support.vms import QEMU, Monitor, Role, Scene, lives, monitor, scene
+from tests.support.vms import QEMU, Monitor, Role, Scene, lives, monitor, running, scene
 
 
 @pytest.fixture
@@ -245,6 +249,53 @@ def test_a_guest_that_came_by_a_migration_is_not_taken_for_one_that_has_left(sta
         assert run.output().splitlines()[-1].endswith("the guest runs on A as before")
         assert not stage.overlay.exists()
         stage.wait_until_guest_works("b")
+
+
+def test_a_guest_that_has_left_is_not_told_to_go_on(stage: Scene) -> None:
+    """As by an orchestrator whose own migration failed, while another one's was successful."""
+    with migrated_by_hand(stage):
+        with pytest.raises(MigrationError, match="the guest has left A"):
+            asyncio.run(resume_source(stage))
+        with monitor(stage.monitor_a) as a:
+            assert a.state == "postmigrate"
+
+
+async def resume_source(stage: Scene) -> None:
+    """What an orchestrator does to give the guest back."""
+    a = await connect("A's QEMU", str(stage.monitor_a), limit=5.0, command_limit=5.0)
+    try:
+        await resume(a)
+    finally:
+        await a.disconnect()
+
+
+class TwoMonitors(Scene):
+    """A guest whose QEMU has a second monitor on A."""
+
+    @property
+    def second(self) -> Path:
+        """The second monitor's socket."""
+        return self.directory / "second.qmp"
+
+    def source_qemu(self) -> list[str]:
+        """A's command line."""
+        return [*super().source_qemu(), "-qmp", f"unix:{self.second},server=on,wait=off"]
+
+
+def test_a_failure_does_not_cancel_somebody_elses_migration(tmp_path: Path) -> None:
+    stage = TwoMonitors(tmp_path)
+    with running(stage), stage.run_doomed("MIGRATE", Role.ORCHESTRATOR, signal.SIGSTOP) as run:
+        run.wait_for_line("step 4")
+        with monitor(stage.second) as a:
+            a.execute("migrate-set-parameters", max_bandwidth=65536)
+            a.execute("migrate", uri="exec:cat >/dev/null")
+        run.signal(signal.SIGCONT)
+        assert run.wait(30.0) == 1
+        with monitor(stage.second) as a:
+            assert a.execute("query-migrate")["status"] == "active"
+        assert "the guest is still on A, where somebody else's migration may be under way" in run.output()
+        assert not stage.overlay.exists()
+        stage.wait_until_guest_works("a")
 
 
 def test_a_destination_without_space_pauses_the_guest_and_says_so(stage: Scene, tmp_path: Path) -> None:

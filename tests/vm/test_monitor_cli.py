@@ -87,6 +87,15 @@ def test_wrong_usage_is_one_line(monitor: Path) -> None:
     assert "more than 0 seconds" in complaint(monitor, "quit", "--timeout", "0", code=2)
     assert "add it" in complaint(monitor, "query-status", "--until", "running", code=2)
     assert "no monitor at" in complaint(monitor, "quit")
+    for address in ("b.qmp", "localhost", "localhost:qmp", "localhost:0", ""):
+        refused = complaint(Path(address), "quit", code=2)
+        assert f"MONITOR: {str(Path(address))!r} is not usable: write a socket's absolute path" in refused
+
+
+@pytest.mark.usefixtures("machine")
+def test_arguments_reach_qemu_under_the_names_that_were_given(monitor: Path) -> None:
+    for name in ("command", "self", "limit", "a_b"):
+        assert f"Parameter '{name}' is unexpected" in complaint(monitor, "query-status", f'{{"{name}": 1}}')
 
 
 @pytest.mark.usefixtures("machine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,8 +68,16 @@ def test_the_six_recipes_migrate_a_guest_and_its_disk(
     operator.must(1)
     operator.must(2)
     operator.must(3, *stage.guest_on_b.qemu)
+    # Run again, they do not touch what the first run has left.
+    assert "a QEMU answers at" in operator.fails(3, *stage.guest_on_b.qemu)
+    fence = Path(operator.variables["FENCE_FILE"])
+    fence.write_text(f"{source.pid}\n")
+    assert f"process {source.pid} of {fence} runs; is that a fence of another" in operator.fails(4)
+    assert operator.qmp("a", "query-status", "--get", "status").stdout == "running\n"
+    fence.write_text(f"{dead_process()}\n")
     before = stage.guest_on_a.announced
     assert "the guest runs on B; it stood still for" in operator.must(4)
+    assert "a QEMU answers at" in operator.fails(3, *stage.guest_on_b.qemu)
     cut_over = stage.guest_on_a.announced
     # From now on the fence keeps the guest from running on A's stale disk.
     refused = operator.qmp("a", "cont")
@@ -129,6 +138,33 @@ def test_a_destination_that_fails_leaves_the_guest_running_on_a(
         assert "the guest runs on here, on A, as the migration failed" in migrating.output()
     asyncio.run(demo.write_for(0, stage.guest_on_a))
     assert asyncio.run(stage.guest_on_a.verify()).bad == 0
+
+
+def dead_process() -> int:
+    """The id of a process that has ended."""
+    ended = subprocess.Popen(["true"])
+    ended.wait(10.0)
+    return ended.pid
+
+
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_an_interrupted_recipe_gives_the_guest_back(
+    stage: Stage, operator: Operator, tmp_path: Path, number: signal.Signals, group: bool
+) -> None:
+    """As by Ctrl-C, which all of the terminal's processes get, or by a kill of the recipe alone."""
+    operator.must(1)
+    operator.must(2)
+    operator.must(3, *stage.guest_on_b.qemu)
+    assert operator.qmp("a", "migrate-set-parameters", '{"max-bandwidth": 1000000}').returncode == 0
+    with operator.start(4, tmp_path / "migrate.log") as migrating:
+        migrating.wait_for(lambda: ram_moves(operator), "the RAM to move", seconds=30)
+        if group:
+            os.killpg(migrating.pid, number)
+        else:
+            migrating.signal(number)
+        assert migrating.wait(30) == 1
+        assert "the guest runs on here, on A, as the migration failed: interrupted" in migrating.output()
+    asyncio.run(demo.write_for(0, stage.guest_on_a))
 
 
 def ram_moves(operator: Operator) -> bool:

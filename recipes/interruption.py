@@ -1,0 +1,50 @@
+"""Interruptions by a signal: how they become a cancellation, and what must not be left half done by one."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+async def interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Do the work; SIGINT, SIGTERM and SIGHUP cancel it, also where the shell has us ignore them.
+
+    Raises CancelledError when one of them did. Afterwards the signals do what they did before.
+    """
+    task = asyncio.create_task(work)
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        return await task
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+
+
+async def undisturbed(work: Coroutine[Any, Any, T]) -> T:
+    """Finish the work even if we are cancelled, again, in the middle of it: that is forgotten."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    return task.result()
+
+
+async def completed(work: Coroutine[Any, Any, T]) -> T:
+    """Finish the work even if we are cancelled in the middle of it; then raise that CancelledError."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await undisturbed(asyncio.wait({task}))
+        raise
