@@ -47,7 +47,7 @@ def test_on_a_link_that_becomes_slow_requests_do_not_wait_for_one_another_for_ev
     fill(window, clock, 1000 * MIB, 0.01, 2.0)
     fill(window, clock, 10 * MIB, 0.01, 40.0)
     assert window.rate == pytest.approx(10 * MIB, rel=0.1)
-    assert window.size <= 2 * SMALLEST
+    assert window.size <= 3 * SMALLEST
 
 
 def bytes_let_through(limit: RateLimit, clock: Clock, step: int, seconds: float) -> int:
