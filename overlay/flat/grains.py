@@ -148,16 +148,16 @@ class Grains:
     def set(self, first: int, end: int, *, written: bool) -> None:
         """Grains are present, and perhaps written by the guest."""
         for chunk, begin, stop in _parts(first, end):
-            index = 2 * chunk
+            index, full = 2 * chunk, self._grains_of(chunk)
             before = self._directory[index]
-            full = self._grains_of(chunk)
             if stop - begin == full and (written or not self._directory[index + 1]):
                 self._directory[index] = full
                 if written:
                     self._directory[index + 1] = full
                 self._pairs.pop(chunk, None)
             else:
-                pair = self._pair(chunk)
+                pair = self._pair(chunk)  # which may correct the counts
+                before = self._directory[index]
                 self._directory[index] += bits.set_all(pair.present, begin, stop)
                 if written:
                     self._directory[index + 1] += bits.set_all(pair.written, begin, stop)
@@ -174,6 +174,7 @@ class Grains:
                 self._pairs.pop(chunk, None)
             else:
                 pair = self._pair(chunk)
+                before = self._directory[index]
                 self._directory[index] -= bits.clear_all(pair.present, begin, stop)
                 self._directory[index + 1] -= bits.clear_all(pair.written, begin, stop)
             self.present += self._directory[index] - before

@@ -23,6 +23,7 @@ class Map:
         """
         self._file, self._path = file, path
         self.grains = Grains(file, header, path)
+        self._closed = False
         self.failed = False
         """Whether a sync has failed, of the data or the map."""
         if header.flags & Flag.FAILED and writable:
@@ -46,8 +47,8 @@ class Map:
 
     @property
     def is_full(self) -> bool:
-        """Whether a flush must come before the next change."""
-        return self._log.is_full or self.grains.is_full
+        """Whether a flush must come before the next change. Not once the map has been given up."""
+        return not self._closed and (self._log.is_full or self.grains.is_full)
 
     def note(self, first: int, end: int) -> None:
         """The guest wrote grains: the log first, so that the write outlives us, then the bitmaps."""
@@ -98,7 +99,8 @@ class Map:
         self._file.share()
 
     def close(self) -> None:
-        """Free the file."""
+        """Give the map up."""
+        self._closed = True
         self._file.close()
 
     def _write_header(self) -> None:

@@ -1,0 +1,117 @@
+"""Images of both layouts on simulated disks, and what becomes of them when a process or the power dies."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+import pytest
+
+from overlay.flat import grains, header, log
+from overlay.flat import image as flat_image
+from overlay.flat.create import new_header as new_flat_header
+from overlay.flat.create import write_map, write_trailer
+from overlay.flat.open import assemble
+from overlay.image import Backing, Image
+from overlay.qed import tables
+from overlay.qed.create import new_header as new_qed_header
+from overlay.qed.image import QedImage
+from tests.support.simulation import SECTOR, SimulatedDisk
+
+CLUSTER = 4096
+CLUSTERS = 75
+SIZE = CLUSTERS * CLUSTER - 3 * SECTOR
+"""The last cluster is not whole. So small that its sectors can all be looked at after each crash."""
+
+BACKING = Backing("nbd://h/disk", raw=True)
+
+
+class World(ABC):
+    """The disks of one image."""
+
+    disks: list[SimulatedDisk]
+
+    @abstractmethod
+    def open(self) -> Image:
+        """A new process opens the image to write to it."""
+
+    def kill(self) -> None:
+        """The process is gone, what it wrote is not."""
+        self.disks = [disk.reopened() for disk in self.disks]
+
+    def cut_power(self, chance: random.Random) -> None:
+        """What was not synced may be lost."""
+        self.disks = [SimulatedDisk.holding(disk.after_power_cut(chance)) for disk in self.disks]
+
+    def watch(self, before_change: Callable[[], None], torn_pages: int) -> None:
+        """Call something at each instant at which the world may end."""
+        for disk in self.disks:
+            disk.before_change, disk.torn_pages = before_change, torn_pages
+
+
+class QedWorld(World):
+    """A QED image whose tables are small and fall out of the caches all the time."""
+
+    def __init__(self) -> None:
+        made = new_qed_header(SIZE, BACKING, CLUSTER, 2)
+        content = (made.pack() + BACKING.name.encode()).ljust(made.l1_table_offset + made.table_bytes, b"\0")
+        self.disks = [SimulatedDisk.holding(content)]
+
+    def open(self) -> Image:
+        return QedImage(self.disks[0], "disk", writable=True)
+
+
+class FlatWorld(World):
+    """A flat image with many small chunks and a short log."""
+
+    def __init__(self) -> None:
+        self.disks = [SimulatedDisk(), SimulatedDisk()]
+        made = new_flat_header(SIZE, (BACKING,))
+        write_trailer(self.disks[0], made)
+        write_map(self.disks[1], made)
+        self.boot = 0
+
+    def open(self) -> Image:
+        data, *maps = self.disks
+        return assemble(
+            data,
+            maps[0] if maps else None,
+            "disk",
+            writable=True,
+            boot=UUID(int=self.boot),
+            remove_map=self._remove_map,
+        )
+
+    def cut_power(self, chance: random.Random) -> None:
+        super().cut_power(chance)
+        self.boot += 1
+
+    def _remove_map(self) -> None:
+        self.disks[1].before_change()
+        del self.disks[1:]
+
+
+@contextmanager
+def small_tables() -> Iterator[None]:
+    """Everything that is cached, cut up or filled up is so small that it happens on 75 clusters."""
+    log_half = 4 * log.RECORD_BYTES
+    directory = header.LOG_AT + 2 * log_half
+    pair = 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "SLICE_ENTRIES", 16)
+        patch.setattr(tables, "CACHED_SLICES", 2)
+        patch.setattr(tables, "DIRTY_SLICES", 3)
+        for module in (header, grains):
+            patch.setattr(module, "CHUNK_GRAINS", 8 * pair // 2)
+            patch.setattr(module, "PAIR_BYTES", pair)
+            patch.setattr(module, "DIRECTORY_AT", directory)
+        patch.setattr(grains, "_HALF", pair // 2)
+        patch.setattr(grains, "CACHED_PAIRS", 2)
+        patch.setattr(grains, "DIRTY_PAIRS", 3)
+        patch.setattr(log, "LOG_HALF_BYTES", log_half)
+        patch.setattr(log, "HALF_RECORDS", 4)
+        patch.setattr(flat_image, "_STEP", 24 * CLUSTER)
+        yield
