@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from overlay.image import Image, State
-from tests.crash.worlds import CLUSTER, CLUSTERS, SIZE, FlatWorld, QedWorld, World, small_tables
+from tests.crash.worlds import CHUNK, CLUSTER, CLUSTERS, SIZE, FlatWorld, QedWorld, World, small_tables
 from tests.support.simulation import SECTOR, KilledError
 
 HISTORIES = int(os.environ.get("CRASH_HISTORIES", "1200"))
@@ -26,6 +26,8 @@ ACTIONS = (
     ["write_now"] * 5 + ["write"] * 5 + ["zero"] * 3 + ["fill"] * 6 + ["fill_zero"] * 2
     + ["commit", "flush", "flush", "invalidate", "reopen", "finish"]
 )  # fmt: skip
+
+BEFORE_CUT_OVER = ["fill"] * 4 + ["invalidate"] * 3 + ["flush"] * 2 + ["fill_zero", "reopen"]
 
 Sectors = dict[int, bytes]
 
@@ -47,6 +49,7 @@ class History:
         """Clusters that the guest has written to."""
         self.image = world.open()
         self.instants = 0
+        self.actions = BEFORE_CUT_OVER if chance.random() < 0.3 else ACTIONS
 
     def new_sector(self) -> bytes:
         return self.chance.randbytes(8) * (SECTOR // 8)
@@ -58,7 +61,7 @@ class History:
                 self.instants = self.chance.choice([0, 0, 0, 1, 1, 2, 3, 5, 8, 13])
                 self.world.watch(self.count_down, self.chance.choice([0, 0, 1, 2, 7]))
             try:
-                self.step(self.chance.choice(ACTIONS))
+                self.step(self.chance.choice(self.actions))
             except KilledError:
                 pass
             if doomed:
@@ -92,7 +95,8 @@ class History:
             case "fill_zero":
                 self.fill_zeros(*self.clusters(40))
             case "invalidate":
-                self.invalidate(*self.clusters(20))
+                whole = (self.chance.randrange(CLUSTERS // CHUNK) * CHUNK, CHUNK)
+                self.invalidate(*self.chance.choice([whole, self.clusters(20)]))
             case _:
                 self.change(action)
 

@@ -26,6 +26,9 @@ CLUSTERS = 75
 SIZE = CLUSTERS * CLUSTER - 3 * SECTOR
 """The last cluster is not whole. So small that its sectors can all be looked at after each crash."""
 
+CHUNK = 16
+"""Clusters that an entry of a flat map's directory tells of, as long as the tables are small."""
+
 BACKING = Backing("nbd://h/disk", raw=True)
 
 
@@ -99,13 +102,13 @@ def small_tables() -> Iterator[None]:
     """Everything that is cached, cut up or filled up is so small that it happens on 75 clusters."""
     log_half = 4 * log.RECORD_BYTES
     directory = header.LOG_AT + 2 * log_half
-    pair = 4
+    pair = 2 * CHUNK // 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "SLICE_ENTRIES", 16)
         patch.setattr(tables, "CACHED_SLICES", 2)
         patch.setattr(tables, "DIRTY_SLICES", 3)
         for module in (header, grains):
-            patch.setattr(module, "CHUNK_GRAINS", 8 * pair // 2)
+            patch.setattr(module, "CHUNK_GRAINS", CHUNK)
             patch.setattr(module, "PAIR_BYTES", pair)
             patch.setattr(module, "DIRECTORY_AT", directory)
         patch.setattr(grains, "_HALF", pair // 2)
