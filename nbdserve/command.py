@@ -46,3 +46,42 @@ def run(program: str, body: Callable[[], int]) -> int:
 def complain(program: str, message: str) -> None:
     """Print one line on standard error."""
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def count(text: str) -> int:
+    """A whole number of 0 or more, as an argument's type."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    value = count(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return value
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 lets the kernel choose."""
+    value = count(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port, 0 to 65535")
+    return value
+
+
+def patience(text: str) -> float:
+    """A time in seconds, up to a day; 0 is none."""
+    return 0.0 if text == "0" else seconds(text)
+
+
+def seconds(text: str) -> float:
+    """A time in seconds, more than 0 and up to a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time, more than 0 and up to 86400 seconds")
+    return value

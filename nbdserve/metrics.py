@@ -96,11 +96,12 @@ def _latencies(traffic: dict[str, Traffic]) -> Metric:
     )
     for name, counted in traffic.items():
         for command, histogram in counted.latencies():
-            family.add_metric((name, command.name.lower()), _buckets(histogram), histogram.seconds)
+            family.add_metric((name, command.name.lower()), buckets(histogram), histogram.seconds)
     return family
 
 
-def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+def buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """What prometheus-client wants: each bound with how many took no longer."""
     return list(zip(_BOUNDS, itertools.accumulate(histogram.counts), strict=True))
 
 

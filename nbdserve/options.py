@@ -10,7 +10,7 @@ from nbdserve import __version__
 from nbdserve.access import AllowList, parse_network
 from nbdserve.backends.filters import Caching, DetectZeroes
 from nbdserve.backends.probe import FORMATS
-from nbdserve.command import Parser
+from nbdserve.command import Parser, count, patience, port, positive, seconds
 from nbdserve.config import (
     ImageOptions,
     Options,
@@ -139,7 +139,7 @@ def _add_export_options(parser: Parser) -> None:
     group.add_argument("-D", "--description", default="", metavar="TEXT", help="what FILE's export is")
     group.add_argument("-f", "--format", choices=FORMATS, help="FILE's format (default: probe)")
     group.add_argument("-r", "--read-only", action="store_true", help="allow no writes")
-    group.add_argument("-o", "--offset", type=_count, default=0, help="serve FILE from this offset on")
+    group.add_argument("-o", "--offset", type=count, default=0, help="serve FILE from this offset on")
     group.add_argument(
         "--discard",
         choices=("ignore", "off", "unmap", "on"),
@@ -169,7 +169,7 @@ def _add_export_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--reconnect-timeout",
-        type=_patience,
+        type=patience,
         default=10.0,
         metavar="S",
         help="how long requests wait for another server that is lost (%(default)g)",
@@ -184,7 +184,7 @@ def _add_export_options(parser: Parser) -> None:
 
 def _add_listen_options(parser: Parser) -> None:
     group = parser.add_argument_group("where")
-    group.add_argument("-p", "--port", type=_port, help=f"TCP port (default {DEFAULT_PORT})")
+    group.add_argument("-p", "--port", type=port, help=f"TCP port (default {DEFAULT_PORT})")
     group.add_argument("-b", "--bind", metavar="ADDRESS", help="TCP address (default: all)")
     group.add_argument("-k", "--socket", metavar="PATH", help="Unix socket instead of TCP")
     group.add_argument("--stdio", action="store_true", help="serve one client on standard input and output")
@@ -200,20 +200,20 @@ def _add_listen_options(parser: Parser) -> None:
 def _add_client_options(parser: Parser) -> None:
     group = parser.add_argument_group("whom")
     group.add_argument(
-        "-e", "--shared", type=_count, default=0, help="clients at a time, others wait (0: any)"
+        "-e", "--shared", type=count, default=0, help="clients at a time, others wait (0: any)"
     )
     group.add_argument(
-        "--max-connections", type=_count, default=0, metavar="N", help="turn away clients beyond N (0: none)"
+        "--max-connections", type=count, default=0, metavar="N", help="turn away clients beyond N (0: none)"
     )
     group.add_argument(
         "--max-handshakes",
-        type=_positive,
+        type=positive,
         default=Policy.max_handshakes,
         metavar="N",
         help="clients that have not chosen an export; beyond N the slowest is cut off (%(default)s)",
     )
     group.add_argument(
-        "--handshake-timeout", type=_seconds, default=10.0, metavar="S", help="to choose an export (10)"
+        "--handshake-timeout", type=seconds, default=10.0, metavar="S", help="to choose an export (10)"
     )
     group.add_argument(
         "--request-memory",
@@ -265,37 +265,3 @@ def _add_tls_options(parser: Parser) -> None:
     group.add_argument(
         "--tls-verify-peer", action="store_true", help="clients must show a certificate of the authority"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    value = _count(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
-    return value
-
-
-def _port(text: str) -> int:
-    value = _count(text)
-    if value > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port, 0 to 65535")
-    return value
-
-
-def _patience(text: str) -> float:
-    return 0.0 if text == "0" else _seconds(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time, more than 0 and up to 86400 seconds")
-    return value

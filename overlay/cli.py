@@ -16,6 +16,7 @@ from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, run
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.sizes import format_size, parse_size
 from nbdserve.uri import NbdUri, parse_uri
+from overlay import control_cli, serve_cli
 from overlay.image import Backing
 from overlay.qed.check import check
 from overlay.qed.create import DEFAULT_CLUSTER_SIZE, create, new_header
@@ -101,6 +102,8 @@ def _parser() -> Parser:
             action="store_true",
             help="read an image that is in use; the answer may be wrong",
         )
+    for module in (serve_cli, control_cli):
+        module.register(commands, _EPILOG)
     return parser
 
 

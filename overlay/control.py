@@ -1,44 +1,45 @@
-"""What the monitor of ``nbd-overlay serve`` can do: QEMU's block jobs, for the one job that there is."""
+"""What the monitor of ``nbd-overlay serve`` can do: QEMU's block jobs, for the one job that there is.
+
+Names, answers, refusals and the order of events are those of QEMU 7.2 (qapi/block-core.json, qapi/job.json),
+but for what docs/overlay.md lists.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-import time
+import re
 from collections.abc import Iterator
 
 from nbdserve.config import ImageOptions
 from nbdserve.control import Control as ServerControl
+from nbdserve.errors import ImageError
 from nbdserve.listeners import Listener
 from nbdserve.qmp.commands import CommandError, Handler
 from nbdserve.qmp.monitor import Monitor
 from nbdserve.server import Server
 from overlay.daemon import Daemon
-from overlay.job import Phase
+from overlay.events import STATUS, JobEvents
+from overlay.job import OnError, Phase
 
 _LOG = logging.getLogger("nbd-overlay")
 
 JOB = "stream"
 """What the job is called by who does not say."""
 _LARGEST = (1 << 63) - 1
-_STATUS = {
-    Phase.RUNNING: "running",
-    Phase.PAUSED: "paused",
-    # As in QEMU a job that an error has stopped is a paused one with an io-status.
-    Phase.FAILED: "paused",
-    Phase.DONE: "concluded",
-    Phase.IDLE: "null",
-}
 _ACTIVE = (Phase.RUNNING, Phase.PAUSED, Phase.FAILED)
+_RESTING = (Phase.PAUSED, Phase.FAILED)
+_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _OF_SERVER = ("query-block-exports", "x-query-clients", "x-disconnect-client", "quit")
 
 
 class Control:
-    """The commands, with QEMU's names and answers where QEMU has them."""
+    """The commands, and the events that they lead to."""
 
     def __init__(self, server: Server, daemon: Daemon) -> None:
         self.server = ServerControl(server, ImageOptions())
+        self.events = JobEvents(daemon)
         self._daemon = daemon
         self._job = daemon.job
         self.commands: dict[str, Handler] = {
@@ -57,42 +58,48 @@ class Control:
 
     def _block_stream(
         self,
-        device: str = "",
+        device: str,
         job_id: str | None = None,
         speed: int | None = None,
-        on_error: str = "stop",
+        on_error: str = OnError.STOP.value,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
     ) -> None:
         """Stream everything. The device is whatever the caller calls the disk: there is only one."""
-        if on_error != "stop":
-            raise CommandError(f"Invalid parameter '{on_error}': after an error the job waits (stop)")
+        if job_id is not None and not _JOB_ID.fullmatch(job_id):
+            raise CommandError(f"Invalid job ID '{job_id}'")
+        if on_error not in [each.value for each in OnError]:
+            raise CommandError(f"Parameter 'on-error' does not accept value '{on_error}': stop or report")
         if not (auto_finalize and auto_dismiss):
             raise CommandError("a job is always finalized and dismissed by itself here")
         if self._daemon.overlay.armed:
             raise CommandError("the guest is not here yet, and changes the backing: overlay-activate first")
-        if not self._daemon.image.backings:
-            raise CommandError("everything is in the image already: there is nothing to stream")
+        if self._job.phase in _ACTIVE:
+            raise CommandError(f"Node '{device}' is busy: block device is in use by block job: stream")
         if speed is not None:
             self._change_speed(speed)
-        if not self._job.start(job_id or device or JOB):
-            raise CommandError(f"job '{self._job.identifier}' is {self._job.phase.value} already")
+        identifier = job_id or device or JOB
+        if self._daemon.finished:
+            self.events.tell_of_nothing_to_do(identifier)
+        elif not self._job.start(identifier, OnError(on_error)):
+            raise CommandError(f"Node '{device}' is busy: its last block job is about to end")
 
     def _query_block_jobs(self) -> object:
-        return [self.told_of_job()] if self._job.phase in _ACTIVE else []
+        return [self._block_job()] if self._job.phase in _ACTIVE else []
 
     def _query_jobs(self) -> object:
         if self._job.phase not in _ACTIVE:
             return []
-        image = self._daemon.image
-        told: dict[str, object] = {
-            "id": self._job.identifier,
-            "type": "stream",
-            "status": _STATUS[self._job.phase],
-            "current-progress": image.local_bytes,
-            "total-progress": image.size,
-        }
-        return [told | ({"error": self._job.error} if self._job.error else {})]
+        done, total = self._daemon.progress.look()
+        return [
+            {
+                "id": self._job.identifier,
+                "type": "stream",
+                "status": STATUS[self._job.phase],
+                "current-progress": done,
+                "total-progress": total,
+            }
+        ]
 
     def _set_speed(self, device: str, speed: int) -> None:
         self._require(device)
@@ -100,22 +107,25 @@ class Control:
 
     def _change_speed(self, speed: int) -> None:
         if not 0 <= speed <= _LARGEST:
-            raise CommandError(f"Invalid parameter '{speed}': a speed is 0 or more bytes per second")
+            raise CommandError("Parameter 'speed' expects a non-negative value")
         self._daemon.streamer.limit.speed = speed
 
     def _pause(self, device: str) -> None:
         self._require(device)
         if not self._job.pause():
-            raise CommandError(f"job '{device}' is {self._job.phase.value}: it does not run")
+            raise CommandError("Job is already paused")
 
     def _resume(self, device: str) -> None:
         self._require(device)
+        if self._job.phase not in _RESTING:
+            raise CommandError("Can't resume a job that was not paused")
         self._daemon.sources.retry()
-        if not self._job.resume():
-            raise CommandError(f"job '{device}' is {self._job.phase.value}: there is nothing to resume")
+        self._job.resume()
 
     def _cancel(self, device: str, force: bool = False) -> None:
         self._require(device)
+        if self._job.phase in _RESTING and not force:
+            raise CommandError(f"The block job for device '{device}' is currently paused")
         self._job.cancel()
 
     def _require(self, device: str) -> None:
@@ -129,54 +139,62 @@ class Control:
         size = self._daemon.image.size
         if not (0 <= offset <= size and 0 <= length <= size - offset):
             raise CommandError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
-        self._daemon.overlay.invalidate(offset, length)
+        try:
+            self._daemon.invalidate(offset, length)
+        except (OSError, ImageError) as error:
+            raise CommandError((isinstance(error, OSError) and error.strerror) or str(error)) from error
 
-    def told_of_job(self) -> dict[str, object]:
+    def _block_job(self) -> dict[str, object]:
         """QEMU's BlockJobInfo."""
-        job, image = self._job, self._daemon.image
+        job = self._job
+        done, total = self._daemon.progress.look()
         return {
             "type": "stream",
             "device": job.identifier,
-            "len": image.size,
-            "offset": image.local_bytes,
+            "len": total,
+            "offset": done,
             "speed": self._daemon.streamer.limit.speed,
             "busy": job.phase is Phase.RUNNING,
-            "paused": job.phase in (Phase.PAUSED, Phase.FAILED),
+            "paused": job.phase in _RESTING,
             "ready": False,
             "io-status": "failed" if job.phase is Phase.FAILED else "ok",
-            "status": _STATUS[job.phase],
+            "status": STATUS[job.phase],
             "auto-finalize": True,
             "auto-dismiss": True,
-        } | ({"error": job.error} if job.error else {})
+        }
 
     def _query_overlay(self) -> object:
         """Everything that ``status`` shows. Sizes in bytes, times in seconds, rates in bytes per second."""
         daemon, job = self._daemon, self._job
-        image, streamer, fetched = daemon.image, daemon.streamer, daemon.overlay.fetcher.fetched
-        now = time.monotonic()
-        ended = daemon.window_ended or now
-        left = image.size - image.local_bytes
-        rate = streamer.window.rate if job.phase is Phase.RUNNING else 0.0
+        image, streamer, fetcher = daemon.image, daemon.streamer, daemon.overlay.fetcher
+        done, total = daemon.progress.look()
+        fetched, copied = fetcher.fetched, fetcher.copied
         return {
             "image": str(daemon.options.image),
             "size": image.size,
             "local": image.local_bytes,
-            "complete": image.complete,
+            "done": done,
+            "total": total,
+            "complete": daemon.finished,
             "armed": daemon.overlay.armed,
             "copy-on-read": daemon.overlay.keeps,
             "phase": job.phase.value,
+            "job": job.identifier or None,
             "error": job.error,
+            "streams-when-activated": daemon.overlay.armed and daemon.options.stream,
             "speed": streamer.limit.speed,
-            "rate": rate,
-            "seconds-left": left / rate if rate and left else None,
+            "rate": daemon.rate,
+            "seconds-left": daemon.seconds_left,
             "latency": streamer.window.latency,
             "in-flight": streamer.in_flight,
             "in-flight-limit": streamer.window.size,
+            "copied": copied.total,
             "streamed": streamer.streamed,
             "fetched": fetched.bytes,
             "fetched-ahead": fetched.ahead,
             "misses": fetched.misses,
-            "window": ended - daemon.window_began if daemon.window_began is not None else None,
+            "miss-seconds": fetched.waits.seconds,
+            "window": daemon.window,
             "sources": [dataclasses.asdict(health) for health in daemon.sources.health()],
         }
 
@@ -186,21 +204,8 @@ def served(server: Server, daemon: Daemon, listener: Listener) -> Iterator[None]
     """Serve the monitor on this socket until the server has ended."""
     control = Control(server, daemon)
     monitor = Monitor(listener, "nbd-overlay", control.commands)
-
-    def tell(new: Phase) -> None:
-        """QEMU's events for what becomes of a job."""
-        job = daemon.job.identifier
-        monitor.emit("JOB_STATUS_CHANGE", {"id": job, "status": _STATUS[new]})
-        info = control.told_of_job()
-        summary = {key: info[key] for key in ("type", "device", "len", "offset", "speed")}
-        if new is Phase.DONE:
-            monitor.emit("BLOCK_JOB_COMPLETED", summary)
-        elif new is Phase.FAILED:
-            monitor.emit("BLOCK_JOB_ERROR", {"device": job, "operation": "read", "action": "stop"})
-        elif new is Phase.IDLE:
-            monitor.emit("BLOCK_JOB_CANCELLED", summary)
-
-    daemon.job.tell = tell
+    control.events.emit = monitor.emit
+    daemon.job.tell = control.events.tell
     monitor.start()
     _LOG.info("monitor on %s", listener)
     try:

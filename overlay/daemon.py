@@ -10,7 +10,8 @@ from nbdserve.uri import NbdUri
 from overlay.checkpoint import Checkpoints
 from overlay.engine import Overlay
 from overlay.image import Image
-from overlay.job import Job
+from overlay.job import Job, Phase
+from overlay.progress import Progress
 from overlay.sources import CONNECTIONS, PATIENCE, Sources
 from overlay.streamer import Streamer
 
@@ -56,6 +57,7 @@ class Daemon:
         )
         self.streamer = Streamer(image, sources, self.overlay.fetcher, self.job, self._finished)
         self.streamer.limit.speed = options.speed
+        self.progress = Progress(image)
         self.window_began: float | None = None
         """When the guest came here, by the monotonic clock; from then on it depends on the source."""
         self.window_ended: float | None = None
@@ -79,6 +81,40 @@ class Daemon:
         self.sources.close()
         self.streamer.close()
         self._checkpoints.close()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the source is needed no more, and another process may take the image over."""
+        return self.window_ended is not None
+
+    @property
+    def window(self) -> float | None:
+        """Seconds for which the guest has depended on the source, or did; None before it came here."""
+        if self.window_began is None:
+            return None
+        return max(0.0, (self.window_ended or time.monotonic()) - self.window_began)
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes a second at which the disk becomes local by copying; None while that is not known."""
+        if self.job.phase is not Phase.RUNNING or not self.streamer.has_surveyed:
+            return None
+        return self.overlay.fetcher.copied.rate()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until everything is here; None while that cannot be known."""
+        if self.finished:
+            return 0.0
+        rate = self.rate
+        # Once the zeros have been marked all that is absent is data.
+        if not rate or not self.sources.connected:
+            return None
+        return (self.image.size - self.image.local_bytes) / rate
+
+    def invalidate(self, offset: int, length: int) -> None:
+        """Forget a range, which the guest has changed at the source; OSError, EBUSY, once it runs here."""
+        self.progress.take_away(lambda: self.overlay.invalidate(offset, length))
 
     def _activated(self) -> None:
         self.window_began = time.monotonic()

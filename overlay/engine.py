@@ -205,7 +205,8 @@ class Overlay(Backend):
                 ]
             elif not self.image.read_now(run.offset, piece):
                 return False
-        self.sources.read(*parts)
+        with self.fetcher.miss():
+            self.sources.read(*parts)
         return True
 
     def _bring_edges(self, offset: int, length: int) -> None:

@@ -6,16 +6,19 @@ guest's write wins over a fetch that was under way.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from nbdserve.traffic import Histogram
 from overlay.claims import UNIT, Claim, Claims
 from overlay.image import Image, State
+from overlay.progress import Meter
 from overlay.readahead import ReadAhead
 from overlay.sources import Sources
 
@@ -37,6 +40,8 @@ class Fetched:
     bytes: int = 0
     ahead: int = 0
     """Bytes of them that no guest had asked for yet."""
+    waits: Histogram = field(default_factory=Histogram)
+    """How long those requests of guests waited, in seconds."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -49,6 +54,8 @@ class Fetcher:
     def __init__(self, image: Image, sources: Sources) -> None:
         self.claims = Claims(image.size, max(UNIT, image.cluster_size))
         self.fetched = Fetched()
+        self.copied = Meter()
+        """The bytes that became local by copying, whoever they were copied for."""
         self.on_miss: Callable[[int, int], None] | None = None
         self._image = image
         self._sources = sources
@@ -58,30 +65,45 @@ class Fetcher:
 
     def bring(self, offset: int, length: int) -> None:
         """Make a range local for a guest that waits; OSError when no server can."""
-        while True:
+        if self._image.is_local(offset, length):
+            return
+        with self.miss():
             claims, others = self.claims.take(offset, length, self._is_absent, LONGEST)
-            if not claims and not others:
-                return
+            # Only now that we have claimed ours may others claim what is around.
             self._look_ahead(offset, length)
-            self._fetch(claims)
-            for other in others:
-                # Whoever holds it has limits of its own; the wait is short.
-                other.done.wait(1.0)
+            while claims or others:
+                self._fetch(claims)
+                _wait_for(others)
+                claims, others = self.claims.take(offset, length, self._is_absent, LONGEST)
 
     def bring_cluster(self, offset: int) -> None:
         """Make the one cluster local that has ``offset``, and fetch no more than that."""
         size = self._image.cluster_size
         start = offset - offset % size
         length = min(size, self._image.size - start)
-        while not self._image.is_local(start, length):
-            claims, others = self.claims.take(start, length, self._is_absent, LONGEST)
-            self._fetch(claims, (start, length))
-            for other in others:
-                other.done.wait(1.0)
+        if self._image.is_local(start, length):
+            return
+        with self.miss():
+            while not self._image.is_local(start, length):
+                claims, others = self.claims.take(start, length, self._is_absent, LONGEST)
+                self._fetch(claims, (start, length))
+                _wait_for(others)
+
+    @contextlib.contextmanager
+    def miss(self) -> Iterator[None]:
+        """Within this a guest waits for a server."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            with self.fetched.lock:
+                self.fetched.misses += 1
+                self.fetched.waits.observe(time.monotonic() - began)
 
     def store(self, offset: int, data: memoryview) -> int:
         """Keep what was fetched, as far as it is still absent; returns how many bytes became local."""
         stored = self._image.fill(offset, data)
+        self.copied.passed(stored)
         self._sources.remember(offset, data)
         return stored
 
@@ -125,8 +147,6 @@ class Fetcher:
 
     def _look_ahead(self, offset: int, length: int) -> None:
         """A guest has missed something: tell whoever may want to know, and fetch what it will want next."""
-        with self.fetched.lock:
-            self.fetched.misses += 1
         if self.on_miss is not None:
             self.on_miss(offset, length)
         ahead = self._ahead.after(offset, length)
@@ -153,3 +173,9 @@ class Fetcher:
                 with self.fetched.lock:
                     self.fetched.ahead += sum(claim.length for claim in claims)
                 _LOG.debug("read ahead %d bytes at %d in %.3f s", hint[1], hint[0], time.monotonic() - before)
+
+
+def _wait_for(others: list[Claim]) -> None:
+    for other in others:
+        # Whoever holds it has limits of its own; the wait is short.
+        other.done.wait(1.0)

@@ -45,7 +45,7 @@ class Job:
         self._changed = threading.Condition()
         self._on_error = OnError.STOP
         self.tell: Callable[[Phase], None] = lambda phase: None
-        """Called with every new phase, in their order, in whichever thread brought it about; must be quick."""
+        """Called with every new phase, in their order, in whichever thread brought it about; is quick."""
 
     @property
     def phase(self) -> Phase:

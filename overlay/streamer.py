@@ -67,6 +67,8 @@ class Streamer:
         self.limit = RateLimit()
         self.streamed = 0
         """Bytes that came over the network for it."""
+        self.has_surveyed = False
+        """Whether what is absent is known to be data: what is zeros in the backing has been marked."""
         self._image = image
         self._sources = sources
         self._fetcher = fetcher
@@ -116,7 +118,10 @@ class Streamer:
 
     def _stream(self) -> None:
         """Go over the disk until nothing is absent; OSError when it cannot go on."""
+        self.has_surveyed = False
         self._mark_zeros()
+        self.has_surveyed = True
+        self._fetcher.copied.restart()
         while not self._image.complete:
             before = self._image.local_bytes
             self._refused, self._refusal = 0, None
