@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from nbdserve.errors import ConnectionLostError
-from nbdserve.splicing import FileRange, Pipe
+from nbdserve.splicing import FileRange, Pipe, open_pipe
 from nbdserve.stream import Stream
 
 _LOG = logging.getLogger("nbdserve")
@@ -92,7 +92,8 @@ class Outbox(Replies):
         self._stream = stream
         self._lock = threading.Lock()
         self._posted: deque[tuple[memoryview, Callable[[], None]]] = deque()
-        self._lost: ConnectionLostError | None = None
+        # Why nothing is sent any more. Not the error itself, whose traceback would keep this alive.
+        self._lost: str | None = None
         # Only a plain socket takes pages as they are.
         self._socket = stream if isinstance(stream, socket.socket) else None
         self._pipe: Pipe | None = None
@@ -131,8 +132,8 @@ class Outbox(Replies):
         if self._socket is None:
             return 0
         if self._pipe is None:
-            self._pipe = Pipe()
-        return self._pipe.most(source.offset)
+            self._pipe = open_pipe()
+        return self._pipe.most(source.offset) if self._pipe else 0
 
     def splice(self, head: bytearray, source: FileRange, length: int) -> bool:
         """Send the head of a reply and its data, which goes from the file to the socket without being copied.
@@ -191,12 +192,12 @@ class Outbox(Replies):
     def _put(self, data: Data) -> None:
         if self._lost is not None:
             # A reply may have been sent by half: nothing that follows would be understood.
-            raise ConnectionLostError(str(self._lost))
+            raise ConnectionLostError(self._lost)
         try:
             self._stream.sendall(data)
         except OSError as error:
             raise self._lose(error) from error
 
     def _lose(self, error: OSError) -> ConnectionLostError:
-        self._lost = ConnectionLostError(f"the client takes no replies: {error.strerror or error}")
-        return self._lost
+        self._lost = f"the client takes no replies: {error.strerror or error}"
+        return ConnectionLostError(self._lost)

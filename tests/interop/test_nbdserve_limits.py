@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import re
 import resource
 import socket
 import struct
 import threading
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from nbdserve.connection import Connection
 from nbdserve.policy import Policy
 from tests.support.activation import activated
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.inprocess import GatedBackend, one_export, running
+from tests.support.memory import MemoryBackend
 from tests.support.processes import check, wait_until
 from tests.support.servers import TcpAddress, free_tcp_address, nbdserve
 from tests.support.wire import Command, Option, Reply, Wire, export_query, request
@@ -207,6 +212,29 @@ def test_a_thousand_idle_clients_are_held_in_little_memory(image: Path, tmp_path
                     wire.socket.close()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _is_dead(reference: weakref.ref[Connection]) -> bool:
+    return reference() is None
+
+
+def test_a_client_that_breaks_off_leaves_no_buffers_behind(tmp_path: Path) -> None:
+    """They must not wait for the collector of cyclic garbage: half a megabyte each way for every client."""
+    memory = MemoryBackend(16 * MIB)
+    gc.disable()
+    try:
+        with running(one_export(memory), tmp_path) as (server, address):
+            for sent in (b"", b"half", b"x" * 28, request(Command.READ, 0, MIB) * 20):
+                with Wire(address) as wire:
+                    wire.go(structured=True)
+                    wire.send(sent)
+                    (connection,) = server.clients.everyone()
+                    kept = weakref.ref(connection)
+                    del connection
+                wait_until(lambda: not server.clients, "the client has gone")
+                wait_until(functools.partial(_is_dead, kept), f"its buffers too, after {sent[:9]!r}", 2)
+    finally:
+        gc.enable()
 
 
 EXTENDED_HEADERS = 11
