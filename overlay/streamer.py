@@ -168,8 +168,11 @@ class Streamer:
             offset, end = run.offset, run.offset + run.length
             while offset < end:
                 step = self._step()
+                # A guest that wants what is claimed waits for it, but never for room.
+                self._make_room()
                 while self._hints:
                     yield self._claim(self._hints.popleft(), LONGEST)
+                    self._make_room()
                 stop = min(offset // step * step + step, end)
                 yield self._claim(offset, stop - offset)
                 offset = stop
@@ -189,13 +192,12 @@ class Streamer:
         return max(step, unit)
 
     def _ask_for(self, claims: list[Claim]) -> None:
-        """Ask for what is absent of claimed ranges, when there is room for it."""
+        """Ask for what is absent of claimed ranges."""
         shares = [_Share(claim, 1) for claim in claims]
         try:
             for share in shares:
                 for run in list(self._image.runs(share.claim.offset, share.claim.length)):
                     if run.state is State.ABSENT:
-                        self._make_room()
                         self._send(share, run.offset, run.length)
         finally:
             for share in shares:
