@@ -127,8 +127,8 @@ def qemu(layout: str) -> Start:
             "qemu-img", "create", "-q", "-f", layout, "-u", "-F", "raw", "-b", backing, str(image), str(size)
         )
         argv: list[str | Path] = ["qemu-storage-daemon"]
-        argv += ["--blockdev", f"nbd,node-name=far,server.type=unix,server.path={source.path}"]
-        argv += ["--blockdev", "raw,node-name=backing,file=far"]
+        argv += ["--blockdev", f"nbd,node-name=far,read-only=on,server.type=unix,server.path={source.path}"]
+        argv += ["--blockdev", "raw,node-name=backing,read-only=on,file=far"]
         argv += ["--blockdev", f"file,node-name=file,filename={image}"]
         argv += ["--blockdev", f"{layout},node-name=image,file=file,backing=backing"]
         argv += ["--blockdev", "copy-on-read,node-name=disk,file=image"]
