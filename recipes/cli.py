@@ -86,7 +86,9 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
     parser.add_argument(
-        "--engine", choices=["qemu"], default="qemu", help="who copies: B's QEMU (the default)"
+        "--engine",
+        choices=["qemu", "overlay"],
+        help="who copies: B's QEMU, into a QED image (the default), or nbd-overlay, into a raw file",
     )
     parser.add_argument(
         "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
@@ -123,6 +125,8 @@ def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = {"source": {}, "destination": {}, "limits": {}, "finish": {}}
     if given.source is not None:
         found["source"]["qmp"] = given.source
+    if given.engine is not None:
+        found["destination"]["engine"] = given.engine
     if given.to is not None:
         address = given.to if is_host_and_port(given.to) else f"{given.to}:{MIGRATION_PORT}"
         found["destination"]["migration"] = f"tcp:{address}"

@@ -11,6 +11,7 @@ from nbdserve.errors import MigrationError, OperatorError
 from recipes import preflight, steps
 from recipes.children import Children
 from recipes.cutover import cut_over, fence_source
+from recipes.engines import engine_of
 from recipes.guard import Orders, start_guard
 from recipes.interruption import undisturbed
 from recipes.migration import Migration
@@ -56,7 +57,7 @@ async def migrate(plan: Plan, report: Report, *, children: Children | None = Non
         ours = await stack.enter_async_context(Children()) if children is None else children
         guard = await start_guard(orders)
         stack.push_async_callback(guard.close)
-        m = Migration(plan, report, ours, guard, a, size, owned=children is not None)
+        m = Migration(plan, engine_of(plan), report, ours, guard, a, size, owned=children is not None)
         stack.push_async_callback(m.close)
         return await run(m, orders)
 
@@ -127,8 +128,8 @@ async def retreat(m: Migration, orders: Orders) -> str:
 
 
 async def end_children(m: Migration) -> None:
-    """End B's QEMU, then the server."""
-    for child in (m.qemu, m.server):
+    """End B's QEMU, then what it reads from."""
+    for child in (m.qemu, m.overlay, m.server):
         if child and child.running:
             await child.stop(m.plan.limits.stop)
 

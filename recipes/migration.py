@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nbdserve.errors import MigrationError
 from recipes.children import Child, Children
@@ -15,6 +15,9 @@ from recipes.host import Host
 from recipes.plan import Plan
 from recipes.report import Report
 from recipes.vm import Vm, VmGoneError
+
+if TYPE_CHECKING:
+    from recipes.engines import Engine
 
 T = TypeVar("T")
 
@@ -39,15 +42,26 @@ class Migration:
     owned    the processes end with this one in any case: they are never released
     server   nbdserve on A; fence: recipes.fence on A; qemu: the QEMU on B
     migrating  A's QEMU has taken our command to migrate
+    overlay  nbd-overlay on B, with its monitor, where that is the engine
     created  the overlay was created by this migration
     arrival  what the source said of the RAM's migration, when it is complete
     arrived  when the guest began to run on B (monotonic clock in seconds), None while it belongs to A
     """
 
     def __init__(
-        self, plan: Plan, report: Report, children: Children, guard: Guard, a: Vm, size: int, *, owned: bool
+        self,
+        plan: Plan,
+        engine: Engine,
+        report: Report,
+        children: Children,
+        guard: Guard,
+        a: Vm,
+        size: int,
+        *,
+        owned: bool,
     ) -> None:
         self.plan = plan
+        self.engine = engine
         self.report = report
         self.children = children
         self.guard = guard
@@ -59,6 +73,8 @@ class Migration:
         self.server: Child | None = None
         self.fence: Child | None = None
         self.qemu: Child | None = None
+        self.overlay: Child | None = None
+        self.overlay_monitor: Vm | None = None
         self.created = False
         self.migrating = False
         self.arrived: float | None = None
@@ -138,7 +154,7 @@ class Migration:
     def release(self) -> None:
         """The children carry the guest from now on: they live on when we end."""
         if not self.owned:
-            for child in (self.server, self.fence, self.qemu):
+            for child in (self.server, self.fence, self.qemu, self.overlay):
                 if child:
                     child.release()
 
@@ -146,8 +162,9 @@ class Migration:
         """Stop watching, and leave B's monitor to others."""
         for name in list(self._needed):
             self.no_longer_need(name)
-        if self.b:
-            await self.b.disconnect()
+        for monitor in (self.b, self.overlay_monitor):
+            if monitor:
+                await monitor.disconnect()
 
 
 READY = "READY"

@@ -133,12 +133,22 @@ async def _switch(vm: Vm, what: Pivot) -> None:
 async def _leave(vm: Vm, what: Pivot) -> None:
     """Close the NBD node; a guest that an NBD server's end has stopped goes on with the local file."""
     if what.node in await _nodes(vm, what):
-        try:
-            await vm.call("blockdev-del", {"node-name": what.node}, limit=what.limit)
-        except CommandError as error:
-            raise MigrationError(f"the guest's disk is {what.image}, but {error}") from error
+        await _close(vm, what)
     if (await vm.call("query-status", {}, limit=what.limit))["status"] == "io-error":
         await vm.call("cont", {}, limit=what.limit)
+
+
+async def _close(vm: Vm, what: Pivot) -> None:
+    """Delete the NBD node, which the job may hold for a moment longer than it is seen."""
+    deadline = time.monotonic() + what.limit
+    while True:
+        try:
+            await vm.call("blockdev-del", {"node-name": what.node}, limit=what.limit)
+            return
+        except CommandError as error:
+            if "in use" not in error.reason or time.monotonic() > deadline:
+                raise MigrationError(f"the guest's disk is {what.image}, but {error}") from error
+        await asyncio.sleep(LOOK)
 
 
 async def _withdraw(vm: Vm, what: Pivot) -> None:

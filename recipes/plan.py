@@ -14,6 +14,7 @@ uri = "nbd://192.0.2.1:10809/vm"          where A serves the disk and B finds it
 qemu = ["qemu-system-x86_64", ..., "-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"]
 node = "disk0"                            the block node that this -device refers to
 image = "/var/lib/images/vm.qed"          the overlay that is made there
+engine = "qemu"                           who copies: B's "qemu", or "overlay" (nbd-overlay)
 qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is started there
 migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOST:PORT" or "unix:PATH"
 
@@ -26,6 +27,7 @@ directory = "/var/log/nbd-migrate"        where what is started writes, on A and
 from __future__ import annotations
 
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -40,6 +42,9 @@ Command = tuple[str, ...]
 
 MAX_WAIT = 1_000_000
 """The longest wait in seconds, some eleven days."""
+
+MAX_SOCKET = 107
+"""The longest path of a Unix socket, in bytes."""
 
 MAX_SPEED = (1 << 63) - 1
 """The most bytes per second that a block job can be told."""
@@ -99,10 +104,28 @@ class Destination:
     node: str = "disk0"
     shell: Command = ()
     bin: str = ""
+    engine: str = "qemu"
+
+    @property
+    def overlay_socket(self) -> str:
+        """Where nbd-overlay serves the disk to B's QEMU."""
+        return f"{self.image}.nbd"
+
+    @property
+    def overlay_monitor(self) -> str:
+        """nbd-overlay's own QMP socket."""
+        return f"{self.image}.qmp"
 
     def check(self) -> None:
         """Raise UsageError if a value cannot be right."""
         check_monitor("destination.qmp", self.qmp)
+        if self.engine not in ("qemu", "overlay"):
+            raise UsageError(f"destination.engine: {self.engine!r} is neither qemu nor overlay")
+        if self.engine == "overlay" and len(os.fsencode(self.overlay_monitor)) > MAX_SOCKET:
+            raise UsageError(
+                f"destination.image: {self.image!r} is too long for the sockets beside it; choose one "
+                f"with which {self.overlay_monitor!r} has at most {MAX_SOCKET} bytes"
+            )
         check_absolute("destination.image", self.image)
         if not self.qemu:
             raise UsageError("destination.qemu: give the QEMU command line of host B")

@@ -6,22 +6,18 @@ that fails raises MigrationError or ConnectError and leaves the clearing up to m
 
 from __future__ import annotations
 
-import asyncio
 import json
-from contextlib import suppress
 
-from nbdserve.errors import ConnectError, MigrationError
+from nbdserve.errors import MigrationError
 from recipes.children import Child
+from recipes.engines import blockdev_options, engine_of, reached
 from recipes.interruption import completed
 from recipes.migration import READY, Migration
 from recipes.plan import Plan
-from recipes.vm import CommandError, Vm, connect
+from recipes.vm import CommandError, Vm
 
 SECTOR = 512
 """Bytes of which QEMU's disks are multiples; it rounds a longer file up."""
-
-LOOK = 0.05
-"""Seconds between two looks at what no event announces."""
 
 
 async def export(m: Migration) -> str:
@@ -45,8 +41,8 @@ def server_command(m: Migration) -> list[str]:
     """The server's command line, without the image."""
     address = m.plan.export.address
     where = ["-k", address.socket] if address.socket else ["-b", address.host, "-p", str(address.port)]
-    # QEMU 7.2 takes a block status that fails for the end of the disk and stores garbage: offer it none.
-    return [m.host_a.tool("nbdserve"), "-r", "-f", "raw", "--simple-replies", "-x", address.export, *where]
+    replies = [] if m.engine.structured_replies else ["--simple-replies"]
+    return [m.host_a.tool("nbdserve"), "-r", "-f", "raw", *replies, "-x", address.export, *where]
 
 
 async def check_export(m: Migration) -> None:
@@ -63,7 +59,7 @@ async def check_export(m: Migration) -> None:
         raise MigrationError(
             f"{uri} has {facts['size']} bytes, the disk of the guest {m.size}; is it another disk?"
         )
-    if facts["structured-replies"]:
+    if facts["structured-replies"] and not m.engine.structured_replies:
         raise MigrationError(
             f"{uri} offers structured replies, with which QEMU stores garbage when the server fails; "
             "serve it with nbdserve --simple-replies"
@@ -71,10 +67,10 @@ async def check_export(m: Migration) -> None:
 
 
 async def create_overlay(m: Migration) -> str:
-    """Step 2: create the QED image on B whose backing is the export."""
+    """Step 2: create the image on B whose backing is the export."""
     image, uri, limit = m.plan.destination.image, str(m.plan.export.address), m.plan.limits.start
     tool = m.host_b.tool("nbd-overlay")
-    argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", "qed", image]
+    argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", m.engine.layout, image]
 
     async def create() -> None:
         await m.host_b.run(*argv, limit=limit)
@@ -89,7 +85,7 @@ async def create_overlay(m: Migration) -> str:
 
 def remove_overlay(plan: Plan) -> list[str]:
     """The command for B that undoes step 2."""
-    return ["rm", "-f", "--", plan.destination.image]
+    return ["rm", "-f", "--", *engine_of(plan).files(plan)]
 
 
 async def launch(m: Migration) -> str:
@@ -97,53 +93,15 @@ async def launch(m: Migration) -> str:
     destination, limits = m.plan.destination, m.plan.limits
     kind = "unix" if destination.qmp.startswith("/") else "tcp"
     monitor = f"{kind}:{destination.qmp.replace(',', ',,')},server=on,wait=off"
-    argv = [*destination.qemu, *overlay_nodes(m.plan), "-incoming", "defer", "-qmp", monitor]
+    await m.engine.prepare(m)
+    argv = [*destination.qemu, *blockdev_options(m.plan), "-incoming", "defer", "-qmp", monitor]
     m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
     m.need("B's QEMU", m.qemu.wait())
-    m.b = await m.during(first_answer(m.plan), limits.start, "starting B's QEMU")
+    m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
     await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
     listen = m.b.execute("migrate-incoming", uri=destination.migration)
     await m.during(listen, limits.command, "listening for the RAM")
     return f"process {m.qemu.pid} waits at {destination.migration}"
-
-
-def overlay_nodes(plan: Plan) -> list[str]:
-    """B's disk as -blockdev options: copy-on-read over the overlay over the export.
-
-    The export is a node of its own, not an option of the overlay. So it replaces the backing file that the
-    image's header names, with a reconnect-delay, and can be closed when it is not needed any more.
-    """
-    node, seconds, address = plan.destination.node, plan.limits.reconnect_delay, plan.export.address
-    nodes: list[dict[str, object]] = [
-        {
-            "node-name": f"{node}-export",
-            "driver": "nbd",
-            "server": address.qemu_server(),
-            "export": address.export,
-            "read-only": True,
-            "reconnect-delay": seconds,
-            "open-timeout": seconds,
-        },
-        {"node-name": f"{node}-backing", "driver": "raw", "read-only": True, "file": f"{node}-export"},
-        {
-            "node-name": f"{node}-overlay",
-            "driver": "qed",
-            "file": {"driver": "file", "filename": plan.destination.image},
-            "backing": f"{node}-backing",
-        },
-        {"node-name": node, "driver": "copy-on-read", "file": f"{node}-overlay"},
-    ]
-    return [word for each in nodes for word in ("-blockdev", json.dumps(each))]
-
-
-async def first_answer(plan: Plan) -> Vm:
-    """Connect to B's monitor as soon as it is there."""
-    limits = plan.limits
-    while True:
-        with suppress(ConnectError):
-            address = plan.destination.qmp
-            return await connect("B's QEMU", address, limit=limits.connect, command_limit=limits.command)
-        await asyncio.sleep(LOOK)
 
 
 async def check_device(plan: Plan, b: Vm) -> None:
@@ -171,7 +129,7 @@ async def check_device(plan: Plan, b: Vm) -> None:
 async def shut_down(m: Migration) -> str:
     """Step 6: close the export, end the server, put the old disk out of reach, take the fence down."""
     limits, image, target = m.plan.limits, m.plan.source.image, m.plan.finish.move_aside
-    await m.during(close_export(m), limits.command, "closing the export on B")
+    await m.engine.detach(m)
     assert m.server
     await m.server.stop(limits.stop)
     if m.server.status:
@@ -194,16 +152,3 @@ async def shut_down(m: Migration) -> str:
         await m.fence.stop(limits.stop)
     end = f"{image} was moved to {target}" if target else f"{image} is out of date: never start a guest on it"
     return f"the server and A's QEMU have ended; {end}"
-
-
-async def close_export(m: Migration) -> None:
-    """Let B's QEMU hang up. The stream's job holds the nodes for a moment longer than its last event."""
-    for node in (f"{m.plan.destination.node}-backing", f"{m.plan.destination.node}-export"):
-        while True:
-            try:
-                await m.monitor_b.execute("blockdev-del", node_name=node)
-                break
-            except CommandError as error:
-                if "in use" not in error.reason:
-                    raise
-            await asyncio.sleep(LOOK)

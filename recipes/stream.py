@@ -21,7 +21,7 @@ from recipes.children import Child
 from recipes.migration import Migration
 from recipes.report import Progress
 from recipes.steps import check_export, server_command, start_server
-from recipes.vm import CommandError, VmSilentError
+from recipes.vm import CommandError, Vm, VmGoneError, VmSilentError
 
 JOB = "stream"
 """The block job's name."""
@@ -41,7 +41,7 @@ RESTART_PAUSE = 1.0
 
 async def stream(m: Migration) -> str:
     """Step 5: until every block is in the overlay, and on stable storage there."""
-    await Stream(m).run()
+    await Stream(m, await m.engine.monitor(m)).run()
     # From here on nothing on A is needed: make sure that a power failure on B does not change that.
     image, limit = m.plan.destination.image, m.plan.limits.stall
     await m.during(
@@ -82,9 +82,11 @@ class Meter:
 class Stream:
     """The block job on B, and the export that feeds it."""
 
-    def __init__(self, m: Migration) -> None:
+    def __init__(self, m: Migration, jobs: Vm) -> None:
+        """``jobs`` is the monitor that the stream is told to: B's QEMU, or nbd-overlay."""
         self._m = m
         self._b = m.monitor_b
+        self._jobs = jobs
         self._limits = m.plan.limits
         # A monitor can be blocked while a node waits for its connection.
         self._patience = self._limits.command + self._limits.reconnect_delay
@@ -93,17 +95,33 @@ class Stream:
 
     async def run(self) -> None:
         """Stream to the end; MigrationError says what to do when that cannot be reached."""
-        node = f"{self._m.plan.destination.node}-overlay"
-        with self._b.events("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR") as news:
+        while True:
+            try:
+                await self._stream()
+                return
+            except VmGoneError as error:
+                if self._jobs is self._b or not self._b.connected or self._restarts >= self._limits.restarts:
+                    raise
+                self._restarts += 1
+                self._m.recoveries += 1
+                self._m.report.note(f"{error}; it is started again, and the guest waits")
+                self._jobs = await self._m.engine.monitor(self._m)
+
+    async def _stream(self) -> None:
+        """Start the job, and follow it to its end. VmGoneError when what streams has died."""
+        device = self._m.engine.streamed(self._m.plan)
+        with self._jobs.events("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR") as news:
             speed = self._m.plan.limits.speed
-            await self._execute("block-stream", job_id=JOB, device=node, speed=speed, on_error="stop")
+            if await self._job() is None:
+                start = {"job_id": JOB, "device": device, "speed": speed, "on_error": "stop"}
+                await self._execute("block-stream", self._jobs, **start)
             while not await self._advance(await self._next(news)):
                 pass
 
     async def _next(self, news: EventListener) -> dict[str, Any]:
         """The next event, or an empty one when it is time to look at the job."""
         try:
-            return await self._m.during(self._b.next_event(news, LOOK, "an event"), LOOK * 4, "an event")
+            return await self._m.during(self._jobs.next_event(news, LOOK, "an event"), LOOK * 4, "an event")
         except VmSilentError:
             return {}
 
@@ -127,12 +145,14 @@ class Stream:
         if not self._server.running:
             return f"{self._server.name} {await self._server.wait()}"
         ours = (self._m.plan.destination.node, JOB)
-        if event.get("node-name") not in ours and event.get("device") not in ours:
+        told = event.get("node-name") in ours or event.get("device") in ours
+        # Of the guest's errors another monitor than the job's tells.
+        if not told and self._jobs is self._b:
             return ""
         # An event may be older than the last recovery.
         if not await self._guest_waits() and not await self._job_waits():
             return ""
-        return f"B's QEMU cannot {event['operation']} ({event.get('reason', 'the stream')})"
+        return f"B's QEMU cannot {event.get('operation', 'go on')} ({event.get('reason', 'the stream')})"
 
     async def _look(self) -> None:
         """Report how far the job is; MigrationError when it has not moved for too long."""
@@ -206,7 +226,7 @@ class Stream:
             if guest:
                 await self._execute("cont")
             if job:
-                await self._execute("block-job-resume", device=JOB)
+                await self._execute("block-job-resume", self._jobs, device=JOB)
         return not guest and not job
 
     async def _guest_waits(self) -> bool:
@@ -228,11 +248,12 @@ class Stream:
 
     async def _job(self) -> dict[str, Any] | None:
         """The block job, or None when it has ended."""
-        jobs: list[dict[str, Any]] = await self._execute("query-block-jobs")
+        jobs: list[dict[str, Any]] = await self._execute("query-block-jobs", self._jobs)
         return next((job for job in jobs if job["device"] == JOB), None)
 
-    async def _execute(self, command: str, **arguments: object) -> Any:
-        work = self._b.execute(command, limit=self._patience, **arguments)
+    async def _execute(self, command: str, vm: Vm | None = None, **arguments: object) -> Any:
+        """Execute a command, on B's QEMU unless another monitor is given."""
+        work = (vm or self._b).execute(command, limit=self._patience, **arguments)
         return await self._m.during(work, self._patience * 2, command)
 
     async def _advice(self, reason: str) -> str:

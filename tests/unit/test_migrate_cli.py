@@ -37,7 +37,7 @@ def test_a_plan_can_be_checked_without_touching_a_host(
 def test_mistakes_are_one_line(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nbd-migrate: " in refusal(capsys)
     assert "unrecognized arguments: --fast" in refusal(capsys, "--fast", str(plan))
-    assert "'overlay'" in refusal(capsys, "--engine", "overlay", str(plan))
+    assert "'nbdkit'" in refusal(capsys, "--engine", "nbdkit", str(plan))
     assert "--speed 'quick' is not a size" in refusal(capsys, "--speed", "quick", "--check", str(plan))
     assert "destination.migration: 'tcp:a b:4444'" in refusal(capsys, "--to", "a b", "--check", str(plan))
     assert "source.qmp: 'x' is not usable" in refusal(capsys, "--source", "x", "--check", str(plan))

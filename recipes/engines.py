@@ -1,0 +1,232 @@
+"""Who has the guest's disk on B until it is complete: B's QEMU itself, or nbd-overlay at a Unix socket.
+
+    qemu      a QED image that QEMU opens, with copy-on-read, over the export; QEMU streams
+    overlay   a raw file and its map, which nbd-overlay serves to QEMU; nbd-overlay streams, and when all is
+              there QEMU pivots to the file
+
+Both are told to stream by the same commands, on one monitor or the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from typing import ClassVar
+
+from nbdserve.errors import ConnectError, MigrationError
+from recipes.migration import READY, Migration
+from recipes.pivot import Pivot, pivot
+from recipes.plan import Plan
+from recipes.vm import CommandError, Vm, VmGoneError, connect
+
+LOOK = 0.05
+"""Seconds between two looks at what no event announces."""
+
+
+class Engine(ABC):
+    """What is different between the two in steps 1, 2, 3, 5 and 6.
+
+    layout              of the image that step 2 makes
+    structured_replies  whether the export may offer them
+    """
+
+    layout: ClassVar[str]
+    structured_replies: ClassVar[bool]
+
+    @abstractmethod
+    def files(self, plan: Plan) -> list[str]:
+        """What step 2 has made on B."""
+
+    @abstractmethod
+    def nodes(self, plan: Plan) -> list[dict[str, object]]:
+        """The guest's disk in B's QEMU, as -blockdev options; the last one is what the -device refers to."""
+
+    @abstractmethod
+    def streamed(self, plan: Plan) -> str:
+        """The device that block-stream is told."""
+
+    @abstractmethod
+    async def prepare(self, m: Migration) -> None:
+        """Step 3, before B's QEMU is started."""
+
+    @abstractmethod
+    async def monitor(self, m: Migration) -> Vm:
+        """Step 5: the monitor that streaming is told to."""
+
+    @abstractmethod
+    async def detach(self, m: Migration) -> None:
+        """Step 6: every block is local; part B's QEMU from all that is not its own file."""
+
+
+class QemuEngine(Engine):
+    """B's QEMU does everything."""
+
+    layout = "qed"
+    # QEMU 7.2 takes a block status that fails for the end of the disk and stores garbage.
+    structured_replies = False
+
+    def files(self, plan: Plan) -> list[str]:
+        """The image."""
+        return [plan.destination.image]
+
+    def nodes(self, plan: Plan) -> list[dict[str, object]]:
+        """Copy-on-read over the overlay over the export.
+
+        The export is a node of its own, not an option of the overlay. So it replaces the backing file that
+        the image's header names, with a reconnect-delay, and can be closed when it is not needed any more.
+        """
+        node, seconds, address = plan.destination.node, plan.limits.reconnect_delay, plan.export.address
+        return [
+            {
+                "node-name": f"{node}-export",
+                "driver": "nbd",
+                "server": address.qemu_server(),
+                "export": address.export,
+                "read-only": True,
+                "reconnect-delay": seconds,
+                "open-timeout": seconds,
+            },
+            {"node-name": f"{node}-backing", "driver": "raw", "read-only": True, "file": f"{node}-export"},
+            {
+                "node-name": f"{node}-overlay",
+                "driver": "qed",
+                "file": {"driver": "file", "filename": plan.destination.image},
+                "backing": f"{node}-backing",
+            },
+            {"node-name": node, "driver": "copy-on-read", "file": f"{node}-overlay"},
+        ]
+
+    def streamed(self, plan: Plan) -> str:
+        """The overlay's node."""
+        return f"{plan.destination.node}-overlay"
+
+    async def prepare(self, m: Migration) -> None:
+        """Nothing: QEMU opens the image itself."""
+
+    async def monitor(self, m: Migration) -> Vm:
+        """QEMU's own."""
+        return m.monitor_b
+
+    async def detach(self, m: Migration) -> None:
+        """Delete the nodes that lead to A, which the overlay has let go of."""
+        node, limits = m.plan.destination.node, m.plan.limits
+        for name in (f"{node}-backing", f"{node}-export"):
+            await m.during(close_node(m.monitor_b, name), limits.command, "closing the export on B")
+
+
+class OverlayEngine(Engine):
+    """nbd-overlay has the disk, and B's QEMU is its client."""
+
+    layout = "flat"
+    structured_replies = True
+
+    def files(self, plan: Plan) -> list[str]:
+        """The raw file and its map."""
+        return [plan.destination.image, f"{plan.destination.image}.map"]
+
+    def nodes(self, plan: Plan) -> list[dict[str, object]]:
+        """The socket of nbd-overlay."""
+        destination, seconds = plan.destination, plan.limits.reconnect_delay
+        return [
+            {
+                "node-name": destination.node,
+                "driver": "nbd",
+                "server": {"type": "unix", "path": destination.overlay_socket},
+                "reconnect-delay": seconds,
+                "open-timeout": seconds,
+                "discard": "unmap",
+            }
+        ]
+
+    def streamed(self, plan: Plan) -> str:
+        """nbd-overlay has only one disk."""
+        return plan.destination.node
+
+    async def prepare(self, m: Migration) -> None:
+        """Start nbd-overlay, which keeps nothing until the guest has come."""
+        await self._start(m, "--armed")
+        assert m.overlay
+        m.need("nbd-overlay on B", m.overlay.wait())
+
+    async def monitor(self, m: Migration) -> Vm:
+        """nbd-overlay's, which is told that the guest is here, and is started again if it has died."""
+        assert m.overlay
+        m.no_longer_need("nbd-overlay on B")
+        if m.overlay_monitor and not m.overlay_monitor.connected:
+            await m.overlay_monitor.disconnect()
+            m.overlay_monitor = None
+        if not m.overlay.running:
+            await self._start(m)
+        if m.overlay_monitor is None:
+            m.overlay_monitor = await m.during(
+                reached("nbd-overlay", m.plan.destination.overlay_monitor, m.plan),
+                m.plan.limits.start,
+                "reaching nbd-overlay's monitor",
+            )
+        await m.overlay_monitor.execute("overlay-activate")
+        return m.overlay_monitor
+
+    async def detach(self, m: Migration) -> None:
+        """Let QEMU pivot to the file, then end nbd-overlay."""
+        destination, limits = m.plan.destination, m.plan.limits
+        if await m.host_b.test("-e", f"{destination.image}.map", limits.command):
+            raise MigrationError(
+                f"{destination.image} is not a plain raw disk yet: there is {destination.image}.map"
+            )
+        what = Pivot(destination.node, destination.image, limits.command + limits.reconnect_delay)
+        await pivot(m.monitor_b, what)
+        assert m.overlay
+        if m.overlay_monitor:
+            with suppress(VmGoneError):
+                await m.overlay_monitor.execute("quit")
+        await m.overlay.stop(limits.stop)
+
+    async def _start(self, m: Migration, *options: str) -> None:
+        destination = m.plan.destination
+        argv = [
+            *(m.host_b.tool("nbd-overlay"), "serve", destination.image),
+            *("-k", destination.overlay_socket, "--qmp", f"unix:{destination.overlay_monitor}"),
+            # What QEMU 7.2 does with a failed block status, see QemuEngine, it does here too.
+            *("--copy-on-read", "on", "--simple-replies", "--pid-file", READY, *options),
+        ]
+        m.overlay = await m.start(
+            "nbd-overlay on B", m.host_b, destination.image, "overlay", argv, ready=True
+        )
+        limit = m.plan.limits.start
+        await m.during(m.overlay.ready(limit), limit, "starting nbd-overlay on B")
+
+
+async def close_node(vm: Vm, node: str) -> None:
+    """Delete a block node. A job holds its nodes for a moment longer than its last event."""
+    while True:
+        try:
+            await vm.execute("blockdev-del", node_name=node)
+            return
+        except CommandError as error:
+            if "in use" not in error.reason:
+                raise
+        await asyncio.sleep(LOOK)
+
+
+async def reached(name: str, address: str, plan: Plan) -> Vm:
+    """Connect to a monitor as soon as it is there; the time limit is the caller's."""
+    limits = plan.limits
+    while True:
+        with suppress(ConnectError):
+            return await connect(name, address, limit=limits.connect, command_limit=limits.command)
+        await asyncio.sleep(LOOK)
+
+
+ENGINES: dict[str, Engine] = {"qemu": QemuEngine(), "overlay": OverlayEngine()}
+
+
+def engine_of(plan: Plan) -> Engine:
+    """The engine that the plan names."""
+    return ENGINES[plan.destination.engine]
+
+
+def blockdev_options(plan: Plan) -> list[str]:
+    """The guest's disk in B's QEMU, as words of its command line."""
+    return [word for node in engine_of(plan).nodes(plan) for word in ("-blockdev", json.dumps(node))]
