@@ -183,15 +183,19 @@ class Image(ABC):
 
 def zero_runs(data: memoryview, step: int) -> Iterator[tuple[int, memoryview, bool]]:
     """(offset, part, whether it is all zeros): data cut up where pieces of ``step`` bytes begin to differ."""
+    # Only a piece that begins with a zero can be all zeros: most data is not looked at any further.
+    heads = bytes(data[::step])
+    is_zero = bytearray(len(heads))
     zeros = bytearray(step)
-    begin, was_zero = 0, False
-    for offset in range(0, len(data), step):
-        piece = data[offset : offset + step]
+    number = heads.find(0)
+    while number >= 0:
+        piece = data[number * step : (number + 1) * step]
         # Compared from a bytearray it is one memcmp; memoryviews compare number by number.
-        is_zero = not piece[0] and not piece[-1] and zeros[: len(piece)] == piece
-        if offset and is_zero is not was_zero:
-            yield begin, data[begin:offset], was_zero
-            begin = offset
-        was_zero = is_zero
-    if len(data):
-        yield begin, data[begin:], was_zero
+        is_zero[number] = not piece[-1] and zeros[: len(piece)] == piece
+        number = heads.find(0, number + 1)
+    begin = 0
+    while begin < len(is_zero):
+        end = is_zero.find(not is_zero[begin], begin)
+        end = len(is_zero) if end < 0 else end
+        yield begin * step, data[begin * step : end * step], bool(is_zero[begin])
+        begin = end
