@@ -17,11 +17,14 @@ from nbdserve.errors import ImageError, UsageError
 from nbdserve.sizes import format_size, parse_size
 from nbdserve.uri import NbdUri, parse_uri
 from overlay import control_cli, serve_cli
+from overlay.flat import create as flat
+from overlay.flat import report as flat_report
+from overlay.flat.check import check_flat
 from overlay.image import Backing
+from overlay.open import layout_of, open_image, real_path
+from overlay.qed import create as qed
 from overlay.qed.check import check
-from overlay.qed.create import DEFAULT_CLUSTER_SIZE, create, new_header
 from overlay.qed.header import read_header
-from overlay.qed.image import QedImage
 from overlay.report import check_json, check_text, info_json, info_text, map_json, map_text
 from overlay.storage import open_file
 
@@ -38,9 +41,12 @@ _CHECK_HELP = """\
 Look for references that are wrong (corruptions) and for clusters that nothing refers to (leaks).
 Leaks waste space and do no harm: they alone are no failure, unlike with qemu-img, whose exit code is 3.
 
---repair clears references to what is no cluster of the file (that part of the disk comes from the
+QED: --repair clears references to what is no cluster of the file (that part of the disk comes from the
 backing afterwards), cuts leaked clusters off the end of the file and marks the image as closed cleanly.
 Clusters that two references claim cannot be repaired: nobody knows to whom their data belongs.
+
+Flat: that data file and map belong together, and the map's counts agree with its bitmaps. --repair corrects
+the counts, and lets the image be used again after a failed sync, without what the log told of.
 """
 
 _MAP_HELP = """\
@@ -108,10 +114,21 @@ def _parser() -> Parser:
 
 
 def _add_create_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backing", metavar="BACKING", required=True, help="where the disk is now")
+    parser.add_argument(
+        "--backing",
+        metavar="BACKING",
+        required=True,
+        action="append",
+        help="where the disk is now; flat: may be repeated, for the same disk at several places",
+    )
     parser.add_argument("--size", metavar="SIZE", help="the disk's size (default: ask the backing)")
-    parser.add_argument("--layout", choices=["qed"], default="qed", help="the image's format (default: qed)")
-    parser.add_argument("--cluster-size", metavar="SIZE", help="4K to 2M (default: 64K)")
+    parser.add_argument(
+        "--layout",
+        choices=["flat", "qed"],
+        default="flat",
+        help="flat: a raw file with a map beside it, IMAGE.map; qed: QEMU's format (default: flat)",
+    )
+    parser.add_argument("--cluster-size", metavar="SIZE", help="qed: 4K to 2M (default: 64K)")
     parser.add_argument("--force", action="store_true", help="overwrite an existing IMAGE")
 
 
@@ -120,35 +137,66 @@ def _create(arguments: argparse.Namespace) -> int:
         raise ImageError(
             f"{arguments.image}: the file exists; choose another name, or --force to overwrite it"
         )
-    uri = parse_uri(arguments.backing)
-    if uri.socket is not None and not uri.socket.startswith("\0"):
-        # The image outlives our working directory.
-        uri = replace(uri, socket=os.path.abspath(uri.socket))
-    cluster_size = DEFAULT_CLUSTER_SIZE
-    if arguments.cluster_size is not None:
-        cluster_size = parse_size(arguments.cluster_size, "--cluster-size")
-    size = parse_size(arguments.size, "--size") if arguments.size is not None else _size_of(uri)
-    backing = Backing(str(uri), raw=True)
-    header = new_header(size, backing, cluster_size)
-    create(arguments.image, header, backing, replace=arguments.force)
-    print(f"{arguments.image}: {format_size(header.image_size)} ({header.image_size} bytes), backing {uri}")
-    if uri.tls:
+    uris = [_lasting(parse_uri(backing)) for backing in arguments.backing]
+    size = parse_size(arguments.size, "--size") if arguments.size is not None else _size_of(uris)
+    make = _create_qed if arguments.layout == "qed" else _create_flat
+    size = make(arguments, size, tuple(Backing(str(uri), raw=True) for uri in uris))
+    backing = ", ".join(map(str, uris))
+    print(f"{arguments.image}: {format_size(size)} ({size} bytes), backing {backing}")
+    if arguments.layout == "qed" and uris[0].tls:
         print("QEMU's file names have no TLS: to QEMU, give the backing with -blockdev")
     return EXIT_DONE
 
 
-def _size_of(uri: NbdUri) -> int:
-    with connect(uri) as client:
-        return client.size
+def _create_flat(arguments: argparse.Namespace, size: int, backings: tuple[Backing, ...]) -> int:
+    if arguments.cluster_size is not None:
+        raise UsageError("--cluster-size is for --layout qed: a flat image has grains of 4K")
+    header = flat.new_header(size, backings)
+    flat.create(real_path(arguments.image), header, replace=arguments.force)
+    return header.size
+
+
+def _create_qed(arguments: argparse.Namespace, size: int, backings: tuple[Backing, ...]) -> int:
+    if len(backings) > 1:
+        raise UsageError("a QED image has one --backing: --layout flat takes several")
+    cluster_size = qed.DEFAULT_CLUSTER_SIZE
+    if arguments.cluster_size is not None:
+        cluster_size = parse_size(arguments.cluster_size, "--cluster-size")
+    header = qed.new_header(size, backings[0], cluster_size)
+    qed.create(arguments.image, header, backings[0], replace=arguments.force)
+    return header.image_size
+
+
+def _lasting(uri: NbdUri) -> NbdUri:
+    """The image outlives our working directory, to which a socket's path may be relative."""
+    if uri.socket is None or uri.socket.startswith("\0"):
+        return uri
+    return replace(uri, socket=os.path.abspath(uri.socket))
+
+
+def _size_of(uris: list[NbdUri]) -> int:
+    sizes = {}
+    for uri in uris:
+        with connect(uri) as client:
+            sizes[client.size] = uri
+    if len(sizes) > 1:
+        found = ", ".join(f"{size} bytes at {uri}" for size, uri in sizes.items())
+        raise ImageError(f"the backings are not the same disk: {found}")
+    return next(iter(sizes))
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    storage = open_file(arguments.image, force_share=arguments.force_share)
+    path = real_path(arguments.image)
+    if layout_of(path) == "flat":
+        show_flat = flat_report.info_json if arguments.json else flat_report.info_text
+        with open_image(path, force_share=arguments.force_share, layout="flat") as image:
+            print(show_flat(str(arguments.image), image, path.stat().st_blocks * 512))
+        return EXIT_DONE
+    storage = open_file(path, force_share=arguments.force_share)
     try:
-        path = str(arguments.image)
-        header, backing = read_header(storage, path)
+        header, backing = read_header(storage, str(arguments.image))
         show = info_json if arguments.json else info_text
-        print(show(path, header, backing, storage.allocated()))
+        print(show(str(arguments.image), header, backing, storage.allocated()))
     finally:
         storage.close()
     return EXIT_DONE
@@ -158,18 +206,22 @@ def _check(arguments: argparse.Namespace) -> int:
     repair = arguments.repair
     if repair and arguments.force_share:
         raise UsageError("an image in use cannot be repaired: --force-share and --repair exclude each other")
-    storage = open_file(arguments.image, writable=repair, force_share=arguments.force_share)
+    path, name = real_path(arguments.image), str(arguments.image)
+    if layout_of(path) == "flat":
+        found = check_flat(path, repair=repair, force_share=arguments.force_share)
+        print((flat_report.check_json if arguments.json else flat_report.check_text)(name, found))
+        return EXIT_FAILED if found.corruptions else EXIT_DONE
+    storage = open_file(path, writable=repair, force_share=arguments.force_share)
     try:
-        path = str(arguments.image)
-        header, _ = read_header(storage, path)
+        header, _ = read_header(storage, name)
         report = check(storage, header, repair=repair)
     finally:
         storage.close()
-    print(check_json(path, report) if arguments.json else check_text(path, report))
+    print(check_json(name, report) if arguments.json else check_text(name, report))
     return EXIT_FAILED if report.corruptions else EXIT_DONE
 
 
 def _map(arguments: argparse.Namespace) -> int:
-    with QedImage.open(arguments.image, force_share=arguments.force_share) as image:
+    with open_image(arguments.image, force_share=arguments.force_share) as image:
         sys.stdout.writelines(map_json(image) if arguments.json else map_text(image))
     return EXIT_DONE

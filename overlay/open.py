@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from nbdserve.backends.probe import looks_like
+from nbdserve.errors import ImageError
 from overlay.flat.create import map_path
 from overlay.flat.header import read_trailer
 from overlay.flat.open import open_flat
@@ -43,6 +45,14 @@ def layout_of(path: Path) -> Layout:
     try:
         if os.path.lexists(map_path(path)) or read_trailer(storage, str(path)):
             return "flat"
-        return "qed" if storage.read(0, len(QED_MAGIC)) == QED_MAGIC else "flat"
+        first = storage.read(0, 512)
+        if first.startswith(QED_MAGIC):
+            return "qed"
+        if kind := looks_like(first):
+            raise ImageError(
+                f"{path}: looks like a {kind} image, not like an overlay: check the path; if it is a whole "
+                "disk, and the guest keeps such an image at its start, serve it with nbdserve -f raw"
+            )
+        return "flat"
     finally:
         storage.close()

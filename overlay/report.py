@@ -40,7 +40,7 @@ def info_text(path: str, header: Header, backing: Backing | None, actual_size: i
     ]
     if backing:
         kind = "raw" if backing.raw else "its format is probed"
-        lines.append(f"backing: {_printable(backing.name)} ({kind})")
+        lines.append(f"backing: {printable(backing.name)} ({kind})")
     else:
         lines.append("backing: none")
     if header.features & Feature.NEED_CHECK:
@@ -127,6 +127,6 @@ def _map_entry(run: Run, backings: tuple[Backing, ...]) -> dict[str, object]:
             return entry | {"depth": 1, "zero": False, "data": True} | place
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text with what a terminal would act on, or cannot show, as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -80,6 +80,11 @@ class Grains:
         """Whether so much waits for a flush that it should come before the next change."""
         return len(self._changed) >= DIRTY_PAIRS
 
+    @property
+    def written(self) -> int:
+        """How many grains the guest wrote."""
+        return sum(self._directory[1::2])
+
     def has(self, first: int, end: int) -> bool:
         """Whether all grains of a range are present. Needs no lock."""
         chunk, begin = divmod(first, CHUNK_GRAINS)

@@ -63,14 +63,10 @@ def assemble(
     """What a data file and a map, if there is one, make. Raises ImageError, OSError."""
     trailer = read_trailer(data, path)
     if file is None:
-        if trailer is not None:
-            raise ImageError(
-                f"{path}: not a whole disk, and its map {path}.map is missing: put it back beside the file"
-            )
-        return RawImage(data, _raw_size(data, path), path, writable=writable)
+        return RawImage(data, raw_size(data, trailer, path), path, writable=writable)
     header = read_header(file, f"{path}.map")
     if trailer is None:
-        _check_finished(data, file, header, path)
+        check_finished(data, file, header, path)
         if writable:
             remove_map()
         file.close()
@@ -89,7 +85,7 @@ def check_pair(trailer: Trailer, header: Header, path: str) -> None:
         )
 
 
-def _check_finished(data: Storage, file: Storage, header: Header, path: str) -> None:
+def check_finished(data: Storage, file: Storage, header: Header, path: str) -> None:
     """Raises ImageError unless a file without a trailer can be the disk of a map."""
     if data.size() != header.size:
         raise ImageError(
@@ -103,7 +99,12 @@ def _check_finished(data: Storage, file: Storage, header: Header, path: str) -> 
         )
 
 
-def _raw_size(data: Storage, path: str) -> int:
+def raw_size(data: Storage, trailer: Trailer | None, path: str) -> int:
+    """The size of a disk that has no map. Raises ImageError unless it can be a whole one."""
+    if trailer is not None:
+        raise ImageError(
+            f"{path}: not a whole disk, and its map {path}.map is missing: put it back beside the file"
+        )
     size = data.size()
     if not size or size % SECTOR:
         raise ImageError(

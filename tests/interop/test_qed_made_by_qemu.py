@@ -154,7 +154,18 @@ def test_an_image_in_use_is_neither_repaired_nor_overwritten(
     image = made(tmp_path / "x.qed", MIB)
     poke(image, 16, 2)
     before = image.read_bytes()
-    create = (NBD_OVERLAY, "create", "--force", "--backing", "nbd://h/", "--size", "1M", image)
+    create = (
+        NBD_OVERLAY,
+        "create",
+        "--layout",
+        "qed",
+        "--force",
+        "--backing",
+        "nbd://h/",
+        "--size",
+        "1M",
+        image,
+    )
     with qemu_holding(image, *options):
         held = image.read_bytes()
         for command in ((NBD_OVERLAY, "check", "--repair", image), create):

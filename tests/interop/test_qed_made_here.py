@@ -73,7 +73,7 @@ def storage_daemon(nodes: list[dict[str, Any]], disk: str, directory: Path) -> I
 @pytest.mark.parametrize("size", [512, 1000, CLUSTER - 512, CLUSTER, MIB + 512, 5 * GIB, TIB])
 def test_qemu_accepts_an_empty_image_of_any_size(tmp_path: Path, size: int) -> None:
     image = tmp_path / "x.qed"
-    check(NBD_OVERLAY, "create", "--backing", UNREACHABLE, "--size", str(size), image)
+    check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", UNREACHABLE, "--size", str(size), image)
     info = qemu_info(image)
     assert info["format"] == "qed"
     assert info["virtual-size"] == -(-size // 512) * 512
@@ -85,7 +85,7 @@ def test_qemu_accepts_an_empty_image_of_any_size(tmp_path: Path, size: int) -> N
 
 def test_our_image_is_qemus_to_the_byte(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    check(NBD_OVERLAY, "create", "--backing", UNREACHABLE, "--size", "1000001", ours)
+    check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", UNREACHABLE, "--size", "1000001", ours)
     check("qemu-img", "create", "-q", "-f", "qed", "-u", "-F", "raw", "-b", UNREACHABLE, theirs, "1000001")
     assert ours.read_bytes() == theirs.read_bytes()
 
@@ -172,7 +172,7 @@ def test_qemu_reads_through_to_the_backing_that_the_header_names(tmp_path: Path)
     content = bytearray(random_disk(tmp_path / "disk", 3 * MIB + 512))
     with nbdkit("--no-sr", "-r", "file", tmp_path / "disk", directory=tmp_path) as server:
         image = tmp_path / "x.qed"
-        check(NBD_OVERLAY, "create", "--backing", server.uri("any name"), image)
+        check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", server.uri("any name"), image)
         assert qemu_info(image)["virtual-size"] == len(content)
         assert_same_disk(image, tmp_path / "disk")
         with QedImage.open(image, writable=True) as opened:
@@ -192,7 +192,17 @@ def test_qemu_reads_through_to_the_backing_that_the_header_names(tmp_path: Path)
 def test_a_backing_node_given_to_qemu_overrides_the_one_in_the_header(tmp_path: Path) -> None:
     content = random_disk(tmp_path / "disk", MIB)
     image = tmp_path / "x.qed"
-    check(NBD_OVERLAY, "create", "--backing", "nbds://unreachable.invalid/disk", "--size", "1M", image)
+    check(
+        NBD_OVERLAY,
+        "create",
+        "--layout",
+        "qed",
+        "--backing",
+        "nbds://unreachable.invalid/disk",
+        "--size",
+        "1M",
+        image,
+    )
     with nbdkit("--no-sr", "-r", "file", tmp_path / "disk", directory=tmp_path) as server:
         address = parse_uri(server.uri()).qemu_server()
         nodes: list[dict[str, Any]] = [
@@ -215,7 +225,7 @@ def test_the_backing_is_never_probed_for_a_format(tmp_path: Path) -> None:
     content = (tmp_path / "disk").read_bytes()
     with nbdkit("-r", "file", tmp_path / "disk", directory=tmp_path) as server:
         image = tmp_path / "x.qed"
-        check(NBD_OVERLAY, "create", "--backing", server.uri(), image)
+        check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", server.uri(), image)
         assert qemu_info(image)["virtual-size"] == -(-len(content) // 512) * 512
         check("qemu-img", "convert", "-O", "raw", image, tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes().startswith(content)
@@ -228,7 +238,7 @@ def test_qemu_and_libnbd_ask_for_the_export_that_was_meant(tmp_path: Path, name:
     """The server's content is the export's name that the client asked for."""
     with nbdkit("info", "mode=exportname", directory=tmp_path) as server:
         image = tmp_path / "x.qed"
-        check(NBD_OVERLAY, "create", "--backing", server.uri(name), image)
+        check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", server.uri(name), image)
         assert check("nbdcopy", qemu_info(image)["backing-filename"], "-").rstrip("\0") == name
         check("qemu-img", "convert", "-O", "raw", image, tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes().rstrip(b"\0").decode() == name
@@ -246,7 +256,7 @@ def test_qemu_reaches_backings_over_tcp_however_they_were_written(
         old = f"nbd:{bracketed}:{address.port}:exportname=a"
         backing = TcpAddress(host, address.port).uri("a") if form == "uri" else old
         image = tmp_path / "x.qed"
-        check(NBD_OVERLAY, "create", "--backing", backing, image)
+        check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", backing, image)
         check("qemu-img", "convert", "-O", "raw", image, tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == content
 
@@ -255,7 +265,7 @@ def test_a_backing_shorter_than_the_disk_ends_in_zeros(tmp_path: Path) -> None:
     content = random_disk(tmp_path / "disk", 100_001)
     with nbdkit("-r", "file", tmp_path / "disk", directory=tmp_path) as server:
         image = tmp_path / "x.qed"
-        check(NBD_OVERLAY, "create", "--backing", server.uri(), "--size", "1M", image)
+        check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", server.uri(), "--size", "1M", image)
         check("qemu-img", "convert", "-O", "raw", image, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == content.ljust(MIB, b"\0")
 
@@ -265,7 +275,7 @@ def test_a_half_filled_image_is_finished_by_the_other(tmp_path: Path, finisher: 
     content = random_disk(tmp_path / "disk", 4 * MIB + 1024)
     image = tmp_path / "x.qed"
     with nbdkit("--no-sr", "-r", "file", tmp_path / "disk", directory=tmp_path) as server:
-        check(NBD_OVERLAY, "create", "--backing", server.uri(), image)
+        check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", server.uri(), image)
         odd = [offset for offset in range(0, len(content), CLUSTER) if offset // CLUSTER % 2]
 
         def fill_by_qemu(offsets: list[int]) -> None:
@@ -301,11 +311,11 @@ def test_qemu_hangs_at_the_end_of_an_odd_sized_backing_without_structured_replie
     served = ("--no-sr", "-r", "--filter=truncate", "file", tmp_path / "disk")
     read_last_sector = ("qemu-io", "-r", "-f", "qed", "-c", "read 99840 512")
     with nbdkit(*served, directory=tmp_path) as server:
-        check(NBD_OVERLAY, "create", "--backing", server.uri(), tmp_path / "odd.qed")
+        check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", server.uri(), tmp_path / "odd.qed")
         with pytest.raises(subprocess.TimeoutExpired):
             run(*read_last_sector, tmp_path / "odd.qed", seconds=1)
     with nbdkit(*served, "round-up=512", directory=tmp_path) as server:
-        check(NBD_OVERLAY, "create", "--backing", server.uri(), tmp_path / "even.qed")
+        check(NBD_OVERLAY, "create", "--layout", "qed", "--backing", server.uri(), tmp_path / "even.qed")
         check(*read_last_sector, tmp_path / "even.qed")
 
 

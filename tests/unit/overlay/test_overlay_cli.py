@@ -18,6 +18,7 @@ from tests.support.qed import make_image, poke
 
 MIB = 1 << 20
 BACKING = ("--backing", "nbd://h/disk")
+QED = ("--layout", "qed")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -36,7 +37,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_create_makes_an_image_whose_backing_is_raw(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("create", "--backing", "nbd:h:99:exportname=a b", "--size", "1.5G", tmp_path / "x")
+    code, out, err = run(
+        "create", *QED, "--backing", "nbd:h:99:exportname=a b", "--size", "1.5G", tmp_path / "x"
+    )
     assert (code, err) == (0, "")
     assert "1.5 GiB (1610612736 bytes), backing nbd://h:99/a%20b" in out
     storage = open_file(tmp_path / "x")
@@ -77,12 +80,33 @@ def test_an_existing_file_is_overwritten_only_by_force(run: Run, tmp_path: Path)
         (["create", "--backing", "/a/file", "x"], "not an NBD address"),
         (["create", *BACKING, "--size", "1Q", "x"], "is not a size"),
         (["create", *BACKING, "--size", "0", "x"], "a disk of 0 bytes"),
-        (["create", *BACKING, "--size", "65T", "x"], "to 64 TiB"),
-        (["create", *BACKING, "--size", "1G", "--cluster-size", "100K", "x"], "power of two"),
-        (["create", *BACKING, "--size", "1G", "--cluster-size", "64M", "x"], "no QEMU opens"),
+        (["create", *QED, *BACKING, "--size", "0", "x"], "a disk of 0 bytes"),
+        (["create", *BACKING, "--size", "2P", "x"], "to 1 PiB"),
+        (
+            ["create", *BACKING, "--size", "1G", "--cluster-size", "64K", "x"],
+            "--cluster-size is for --layout qed",
+        ),
+        (["create", *QED, *BACKING, *BACKING, "--size", "1G", "x"], "--layout flat takes several"),
+        (
+            ["create", *8 * ("--backing", "nbd://h/" + "x" * 4000), "--size", "1G", "x"],
+            "too many for the map",
+        ),
+        (["create", *QED, *BACKING, "--size", "65T", "x"], "to 64 TiB"),
+        (["create", *QED, *BACKING, "--size", "1G", "--cluster-size", "100K", "x"], "power of two"),
+        (["create", *QED, *BACKING, "--size", "1G", "--cluster-size", "64M", "x"], "no QEMU opens"),
         (["create", *BACKING, "--size", "1G", "--layout", "qcow2", "x"], "invalid choice"),
         (
-            ["create", "--backing", "nbd://h/" + "x" * 4090, "--size", "1G", "--cluster-size", "4K", "x"],
+            [
+                "create",
+                *QED,
+                "--backing",
+                "nbd://h/" + "x" * 4090,
+                "--size",
+                "1G",
+                "--cluster-size",
+                "4K",
+                "x",
+            ],
             "too many",
         ),
         (["check", "--repair", "-U", "x"], "exclude each other"),
@@ -128,7 +152,8 @@ def test_a_full_disk_leaves_no_image(run: Run, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("command", ["info", "check", "map"])
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(None, "no such file"), (b"", "not a QED image"), (b"QFI\xfb" + bytes(600), "not a QED image"),
+    [(None, "no such file"), (b"", "neither an overlay image"), (b"x" * 700, "neither an overlay image"),
+     (b"QFI\xfb" + bytes(600), "looks like a qcow2 image"),
      (b"QED\0" + bytes(30), "ends within the header"), (b"QED\0" + bytes(600), "cluster size")],
 )  # fmt: skip
 def test_what_is_no_image_is_refused_in_one_line(
