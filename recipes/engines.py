@@ -37,7 +37,7 @@ class Engine(ABC):
 
     @abstractmethod
     def files(self, plan: Plan) -> list[str]:
-        """What step 2 has made on B."""
+        """What the migration makes on B, and what of it a failure before the cut-over has to remove."""
 
     @abstractmethod
     def nodes(self, plan: Plan) -> list[dict[str, object]]:
@@ -123,8 +123,9 @@ class OverlayEngine(Engine):
     structured_replies = True
 
     def files(self, plan: Plan) -> list[str]:
-        """The raw file and its map."""
-        return [plan.destination.image, f"{plan.destination.image}.map"]
+        """The raw file and its map, and the sockets, which nbd-overlay leaves behind when it is killed."""
+        there = plan.destination
+        return [there.image, f"{there.image}.map", there.overlay_socket, there.overlay_monitor]
 
     def nodes(self, plan: Plan) -> list[dict[str, object]]:
         """The socket of nbd-overlay."""

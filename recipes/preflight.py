@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from nbdserve.errors import ConnectError, MigrationError, UsageError
+from recipes.engines import engine_of
 from recipes.host import Host
 from recipes.migration import hosts
 from recipes.plan import Plan
@@ -96,10 +97,11 @@ async def check_destination(plan: Plan, host_b: Host) -> None:
     limit = plan.limits.command
     if not await host_b.test("-d", str(PurePosixPath(image).parent), limit):
         raise MigrationError(f"destination.image: there is no directory for {image} on B")
-    if await host_b.test("-e", image, limit):
-        raise MigrationError(
-            f"destination.image: {image} exists on B; remove it if it is left from an interrupted run"
-        )
+    for path in engine_of(plan).files(plan):
+        if await host_b.test("-e", path, limit):
+            raise MigrationError(
+                f"destination.image: {path} exists on B; remove it if it is left from an interrupted run"
+            )
     if await answers(monitor, plan.limits.connect):
         raise MigrationError(
             f"destination.qmp: something answers at {monitor} already; end it or choose another"

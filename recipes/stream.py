@@ -262,9 +262,10 @@ class Stream:
         with suppress(MigrationError):
             state = (await self._execute("query-status"))["status"]
         image, there = self._m.plan.source.image, self._m.plan.destination
+        jobs = "it" if self._jobs is self._b else f"nbd-overlay's, {there.overlay_monitor},"
         server = shlex.join([*self._m.host_a.argv(server_command(self._m)), image])
         return (
             f"{reason}; the guest on B (state {state}) waits as soon as it needs A, and nothing is lost: its "
             f"disk is {there.image} on B together with {image} on A; see that this runs on A: {server}; then "
-            f"give B's monitor, {there.qmp}, cont until it holds, and block-job-resume for {JOB}"
+            f"give B's monitor, {there.qmp}, cont until it holds, and {jobs} block-job-resume for {JOB}"
         )

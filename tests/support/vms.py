@@ -94,8 +94,10 @@ class Role(Enum):
     SERVER = ("nbdserve", ("recipes.keeper",))
     FENCE = ("recipes.fence", ("recipes.keeper",))
     GUARD = ("recipes.guard", ())
-    KEEPER_OF_B = ("recipes.keeper", ("nbdserve", "recipes.fence"))
-    KEEPER_OF_SERVER = ("recipes.keeper", ("-incoming", "recipes.fence"))
+    OVERLAY = ("nbd-overlay serve", ("recipes.keeper",))
+    KEEPER_OF_B = ("recipes.keeper", ("nbdserve", "recipes.fence", "nbd-overlay"))
+    KEEPER_OF_OVERLAY = ("recipes.keeper", ("nbdserve", "recipes.fence", "-incoming"))
+    KEEPER_OF_SERVER = ("recipes.keeper", ("-incoming", "recipes.fence", "nbd-overlay"))
     ORCHESTRATOR = ("plan.toml", ())
 
     def find(self, directory: Path) -> list[psutil.Process]:
@@ -180,6 +182,12 @@ class Scene:
         changed = dataclasses.replace(getattr(self.plan, section), **values)
         self.plan = dataclasses.replace(self.plan, **{section: changed})
 
+    def use_engine(self, engine: str) -> None:
+        """Let this engine move the disk."""
+        if engine == "overlay":
+            self.overlay = self.directory / "b.raw"
+        self.change("destination", image=str(self.overlay), engine=engine)
+
     def source_qemu(self) -> list[str]:
         """A's command line."""
         return [
@@ -241,11 +249,12 @@ class Scene:
         A QEMU that was killed, or that failed to copy a cluster, may have left clusters in the overlay that
         nothing points to, but no damage.
         """
-        leaks = 3
-        checked = run("qemu-img", "check", "-f", "qed", self.overlay)
-        assert checked.returncode in ((0, leaks) if interrupted else (0,)), checked.stdout
-        copy = self.directory / "copy.raw"
-        check("qemu-img", "convert", "-f", "qed", "-O", "raw", self.overlay, copy)
+        layout, copy = self.overlay.suffix.removeprefix("."), self.directory / "copy.raw"
+        if layout == "qed":
+            leaks = 3
+            checked = run("qemu-img", "check", "-f", "qed", self.overlay)
+            assert checked.returncode in ((0, leaks) if interrupted else (0,)), checked.stdout
+        check("qemu-img", "convert", "-f", layout, "-O", "raw", self.overlay, copy)
         moved, original = copy.read_bytes(), self.original
         copy.unlink()
         assert len(moved) == len(original)

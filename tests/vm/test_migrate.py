@@ -20,7 +20,9 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
         yield made
 
 
-def test_a_guest_and_its_disk_move_while_it_writes(stage: Scene) -> None:
+@pytest.mark.parametrize("engine", ["qemu", "overlay"])
+def test_a_guest_and_its_disk_move_while_it_writes(stage: Scene, engine: str) -> None:
+    stage.use_engine(engine)
     with stage.run() as run:
         assert run.wait(60.0) == 0, run.output()
     stage.wait_until_guest_works("b")

@@ -1,0 +1,98 @@
+"""nbd-migrate run --engine overlay: what dies on the way, and what becomes of the guest and of its disk."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import wait_until
+from tests.support.vms import Role, Scene, monitor, scene
+
+SECONDS = 40.0
+"""More than any of these migrations takes, with its failure, even on a busy machine."""
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Scene]:
+    """A guest that runs on A, and a plan in which nbd-overlay moves its disk, not too fast."""
+    with scene(tmp_path) as made:
+        made.use_engine("overlay")
+        made.change("limits", speed=32 << 20)
+        yield made
+
+
+def files_of_overlay(stage: Scene) -> list[str]:
+    """What there is on B of the disk and beside it, but logs and process ids."""
+    return sorted(path.name for path in stage.directory.glob("b.raw*") if path.suffix not in (".log", ".pid"))
+
+
+def assert_as_before(stage: Scene) -> None:
+    """Nothing is left of the migration, and the guest works on A."""
+    wait_until(lambda: not stage.started(), "everything that was started has ended", 10.0)
+    assert files_of_overlay(stage) == []
+    stage.wait_until_guest_works("a")
+
+
+def assert_complete(stage: Scene) -> None:
+    """The guest works on B, with nothing but its file."""
+    assert stage.started() == {Role.B}
+    stage.wait_until_guest_works("b")
+    with monitor(stage.monitor_b) as b:
+        nodes = b.execute("query-named-block-nodes", flat=True)
+    assert {each["drv"] for each in nodes} == {"raw", "file"}
+    stage.quit_b()
+    assert stage.wrong_sectors() == []
+    assert files_of_overlay(stage) == ["b.raw"]
+
+
+@pytest.mark.parametrize("moment", ["LAUNCH", "MIGRATE"])
+@pytest.mark.parametrize("victim", [Role.ORCHESTRATOR, Role.SERVER])
+def test_before_the_cut_over_the_guest_stays_on_a(stage: Scene, moment: str, victim: Role) -> None:
+    with stage.run_doomed(moment, victim) as run:
+        assert run.wait(SECONDS) == (-signal.SIGKILL if victim is Role.ORCHESTRATOR else 1), run.output()
+        wait_until(lambda: "the guest runs on A as before" in run.output(), "the guest's way back", 10.0)
+    assert_as_before(stage)
+
+
+@pytest.mark.parametrize("moment", ["MIGRATE", "SWITCHOVER"])
+def test_the_guest_stays_on_a_when_nbd_overlay_dies_before_it_was_needed(stage: Scene, moment: str) -> None:
+    with stage.run_doomed(moment, Role.OVERLAY) as run:
+        status = run.wait(SECONDS)
+    if moment == "SWITCHOVER" and status == 0:
+        # The switch-over was faster; then it is started again.
+        assert_complete(stage)
+        return
+    assert status == 1
+    assert "nbd-overlay on B was ended by signal 9" in run.output().splitlines()[-1]
+    assert_as_before(stage)
+
+
+@pytest.mark.parametrize("victim", [Role.SERVER, Role.OVERLAY, Role.KEEPER_OF_OVERLAY])
+def test_the_stream_goes_on_when_what_feeds_it_dies(stage: Scene, victim: Role) -> None:
+    with stage.run_doomed("PROGRESS", victim) as run:
+        assert run.wait(SECONDS) == 0, run.output()
+    assert ("it is started again" in run.output()) == (victim is Role.OVERLAY)
+    assert_complete(stage)
+
+
+def test_what_is_in_the_place_of_the_disk_or_of_its_sockets_is_not_touched(stage: Scene) -> None:
+    for name in ("b.raw", "b.raw.map", "b.raw.nbd", "b.raw.qmp"):
+        path = stage.directory / name
+        path.write_text("mine")
+        with stage.run() as run:
+            assert run.wait(SECONDS) == 1
+        assert f"{path} exists on B; remove it" in run.output()
+        assert path.read_text() == "mine"
+        path.unlink()
+
+
+def test_the_guest_survives_on_b_when_the_orchestrator_is_killed_while_the_disk_is_streamed(
+    stage: Scene,
+) -> None:
+    with stage.run_doomed("PROGRESS", Role.ORCHESTRATOR) as run:
+        assert run.wait(SECONDS) == -signal.SIGKILL
+    stage.wait_until_guest_works("b")
+    assert stage.started() == {Role.B, Role.SERVER, Role.OVERLAY, Role.FENCE}
