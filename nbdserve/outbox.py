@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from nbdserve.errors import ConnectionLostError
-from nbdserve.splicing import FileRange, Pipe
+from nbdserve.splicing import FileRange, Pipe, open_pipe
 from nbdserve.stream import Stream
 
 _LOG = logging.getLogger("nbdserve")
@@ -132,8 +132,8 @@ class Outbox(Replies):
         if self._socket is None:
             return 0
         if self._pipe is None:
-            self._pipe = Pipe()
-        return self._pipe.most(source.offset)
+            self._pipe = open_pipe()
+        return self._pipe.most(source.offset) if self._pipe else 0
 
     def splice(self, head: bytearray, source: FileRange, length: int) -> bool:
         """Send the head of a reply and its data, which goes from the file to the socket without being copied.

@@ -11,6 +11,7 @@ from nbdserve.errors import ProtocolError
 from nbdserve.handover import Handover
 from nbdserve.inbox import Inbox
 from nbdserve.outbox import CAPACITY, Outbox
+from nbdserve.payloads import Payloads
 from nbdserve.protocol.constants import Command, CommandFlags, NbdError, TransmissionFlags
 from nbdserve.protocol.framing import Request, framing_of
 from nbdserve.protocol.offers import Agreement, Mode
@@ -46,8 +47,9 @@ class Transmission:
         self._traffic = traffic = traffic or Traffic()
         self._in_line = (0, 0)
         self._commands = Commands(agreement, self._framing, backend, traffic)
-        self._inbox = Inbox(stream, early)
+        self._inbox = Inbox(stream, early, self._framing.request.size)
         self._outbox = Outbox(stream)
+        self._payloads = Payloads(self._inbox, self._outbox)
         self._handover = Handover(workers, self._outbox, self._framing, traffic)
         self._finish_by: float | None = None
         self._received = time.perf_counter()
@@ -74,6 +76,7 @@ class Transmission:
             # An old write must not land after this client has come back with a newer one.
             self._handover.wait_until_none()
             self._outbox.close()
+            self._payloads.close()
 
     def _serve_received(self) -> None:
         """Answer what has been received, receive more, and so on until the client says goodbye or goes away.
@@ -221,35 +224,30 @@ class Transmission:
             self._check_payload(request)
         refused = refusal(self._agreement, request)
         if refused is not None:
-            self._skip(request.length)
+            self._payloads.skip(request.length)
             self._refuse(request, *refused)
         elif not self._backend.is_local(Command.WRITE, request.offset, request.length):
             self._handover.admit(request)
             try:
-                payload = self._collect(request.length)
+                payload = self._payloads.collect(request.length)
             except BaseException:
                 self._handover.dismiss(request)
                 raise
             self._handover.submit(request, lambda replies: self._commands.store(request, payload, replies))
             return False
-        elif request.length <= PIECE:
-            self._commands.store(request, self._payload(request.length), self._outbox)
+        elif request.length < PIECE:
+            self._commands.store(request, self._payloads.take(request.length), self._outbox)
         else:
-            self._store_in_pieces(request)
+            self._store_as_it_arrives(request)
         return True
 
-    def _store_in_pieces(self, request: Request) -> None:
-        """Store a long write as it arrives. It is acknowledged when all of it is stored."""
-        position, end = request.offset, request.offset + request.length
+    def _store_as_it_arrives(self, request: Request) -> None:
+        """Serve a long write. It is acknowledged when all of it is stored."""
         try:
-            while position < end:
-                piece = self._payload(min(PIECE, end - position))
-                position += len(piece)
-                self._backend.write(position - len(piece), piece, fua=False)
+            self._payloads.store(self._backend, request.offset, request.length)
             if request.flags & CommandFlags.FUA:
                 self._backend.flush()
         except OSError as error:
-            self._skip(end - position)
             self._outbox.add(self._commands.failure(request, error))
         else:
             self._outbox.add(self._framing.success(request))
@@ -258,10 +256,10 @@ class Transmission:
         """Serve a request other than WRITE that carries a payload: a block status of some contexts only."""
         self._check_payload(request)
         if request.length > MAX_STATUS_PAYLOAD:
-            self._skip(request.length)
+            self._payloads.skip(request.length)
             chosen = None
         else:
-            chosen = choose_contexts(self._agreement, request, bytes(self._collect(request.length)))
+            chosen = choose_contexts(self._agreement, request, bytes(self._payloads.collect(request.length)))
         if chosen is None:
             self._refuse(request, NbdError.EINVAL, "this payload does not fit")
             return True
@@ -280,23 +278,3 @@ class Transmission:
         """
         if request.length > self._agreement.offer.block_sizes.maximum:
             raise ProtocolError(f"request type {request.command} with a payload of {request.length} bytes")
-
-    def _payload(self, length: int) -> memoryview:
-        """Receive and consume up to PIECE bytes; valid until the next call."""
-        if not self._inbox.holds(length):
-            # What was answered already shall not wait for a payload that takes its time.
-            self._outbox.flush()
-        return self._inbox.take(length)
-
-    def _collect(self, length: int) -> bytearray:
-        """Receive and consume a whole payload."""
-        payload = bytearray(length)
-        for position in range(0, length, PIECE):
-            stop = min(position + PIECE, length)
-            payload[position:stop] = self._payload(stop - position)
-        return payload
-
-    def _skip(self, length: int) -> None:
-        """Receive and forget a payload."""
-        while length:
-            length -= len(self._payload(min(length, PIECE)))

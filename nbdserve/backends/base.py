@@ -105,6 +105,10 @@ class Backend(ABC):
         """Where the bytes from ``offset`` on lie in a file, if reading that file is all that a read does."""
         return None
 
+    def write_range(self, offset: int) -> FileRange | None:
+        """Where writes from ``offset`` on go in a file, if that is all that they do, apart from FUA."""
+        return None
+
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """Whether a request can be served at once, without waiting for a network or a slow device."""
         return True

@@ -194,6 +194,10 @@ class FileBackend(Backend):
         """The file as it is."""
         return FileRange(self._fd, self._base + offset)
 
+    def write_range(self, offset: int) -> FileRange | None:
+        """The same file."""
+        return self.file_range(offset)
+
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """All but a flush, which waits for the disk while reads from the page cache could go on."""
         return command != Command.FLUSH

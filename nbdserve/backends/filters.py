@@ -74,6 +74,10 @@ class Filter(Backend):
         """As beneath: no filter changes what is read."""
         return self.beneath.file_range(offset)
 
+    def write_range(self, offset: int) -> FileRange | None:
+        """As beneath."""
+        return self.beneath.write_range(offset)
+
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """As beneath."""
         return self.beneath.is_local(command, offset, length)
@@ -101,6 +105,10 @@ class WriteThrough(Filter):
     def trim(self, offset: int, length: int, fua: bool) -> None:
         """Trim durably."""
         self.beneath.trim(offset, length, fua=True)
+
+    def write_range(self, offset: int) -> FileRange | None:
+        """None: writing is not all."""
+        return None
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """Only what waits for no disk."""
@@ -204,6 +212,10 @@ class ZeroDetector(Filter):
     def write_now(self, offset: int, data: Buffer) -> bool:
         """As beneath, but for zeroes: these go the ordinary way."""
         return not _is_zero(memoryview(data)) and self.beneath.write_now(offset, data)
+
+    def write_range(self, offset: int) -> FileRange | None:
+        """None: what is written has to be looked at."""
+        return None
 
 
 def _is_zero(data: memoryview) -> bool:

@@ -64,6 +64,7 @@ def test_a_filter_shows_the_disk_beneath(file: Watched) -> None:
     for context in (BASE_ALLOCATION, ALLOCATION_DEPTH):
         assert list(through.extents(0, 2 * MIB, context)) == list(file.extents(0, 2 * MIB, context))
     assert through.file_range(5) == file.file_range(5)
+    assert through.write_range(5) == file.write_range(5) is not None
     change_everything(through)
     through.cache(0, 4096)
     through.flush()
@@ -83,6 +84,11 @@ def test_write_through_waits_for_the_disk_with_the_workers(file: Watched) -> Non
     assert not file.asked
     assert filtered.read_now(0, memoryview(bytearray(512)))
     assert filtered.is_local(Command.READ, 0, 512)
+
+
+def test_nothing_is_written_past_a_filter_that_has_to_see_it(file: Watched) -> None:
+    assert WriteThrough(file).write_range(0) is None
+    assert ZeroDetector(file, may_trim=False).write_range(0) is None
 
 
 def test_unsafe_makes_nothing_durable(file: Watched) -> None:
