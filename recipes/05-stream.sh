@@ -38,21 +38,29 @@ guest_runs() {
 }
 
 qmp query-status --get status --until 'running|paused|io-error' >/dev/null
-ids=$(jobs '*.id')
-if ! grep -qx stream <<<"$ids"; then
+
+# start_stream: start the job; where every block is local already it has nothing to do.
+start_stream() {
     qmp block-stream "{\"job-id\": \"stream\", \"device\": \"$NODE-overlay\", \"speed\": $SPEED,
         \"on-error\": \"stop\", \"auto-dismiss\": false}" >/dev/null
-fi
+}
 
 last='' since=$SECONDS
 while :; do
-    status=$(jobs stream.status)
+    # A job of nbd-migrate run dismisses itself: another one then tells whether every block is local.
+    known=$(jobs '*')
+    if [[ $known != *'"id": "stream"'* ]]; then
+        start_stream
+        continue
+    fi
+    status=$(jobs stream.status 2>/dev/null) || continue
     [ "$status" != concluded ] || break
     # What an I/O error has stopped goes on, or stops again as long as A is away.
     guest_runs || true
-    [ "$status" != paused ] || qmp block-job-resume '{"device": "stream"}' >/dev/null
-    now=$(jobs stream.current-progress)
-    echo "$me: $((now >> 20)) of $(($(jobs stream.total-progress) >> 20)) MiB, job $status, guest $guest"
+    [ "$status" != paused ] || qmp block-job-resume '{"device": "stream"}' >/dev/null 2>&1 || continue
+    now=$(jobs stream.current-progress 2>/dev/null) || continue
+    total=$(jobs stream.total-progress 2>/dev/null) || continue
+    echo "$me: $((now >> 20)) of $((total >> 20)) MiB, job $status, guest $guest"
     [ "$now" = "$last" ] || since=$SECONDS
     [ $((SECONDS - since)) -lt "$STALL_TIMEOUT" ] ||
         die "no progress for $STALL_TIMEOUT s; see to the server of step 1, then run this recipe again"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import wait_until
+from tests.support.recipes import Operator
 from tests.support.vms import NBD_MIGRATE, Role, Scene, scene
 
 SECONDS = 20.0
@@ -172,6 +173,22 @@ def test_an_interrupted_stream_leaves_the_guest_on_b(stage: Scene) -> None:
     assert "the guest is on B and stays there" in run.output()
     stage.wait_until_guest_works("b")
     assert stage.started() == {Role.B, Role.SERVER, Role.FENCE}
+    # What docs/migrate.md says about ending it by hand.
+    operator = Operator(
+        {
+            "DISK": str(stage.image),
+            "SOURCE_QMP": "ended",
+            "DESTINATION_QMP": str(stage.monitor_b),
+            "NBD_PID_FILE": f"{stage.image}.nbdserve.pid",
+            "FENCE_FILE": f"{stage.image}.fence.pid",
+            "MOVE_TO": str(stage.moved),
+        }
+    )
+    assert "every block is local" in operator.must(5)
+    assert f"{stage.image} is now {stage.moved}" in operator.must(6)
+    assert stage.started() == {Role.B}
+    stage.quit_b()
+    assert stage.wrong_sectors() == []
 
 
 def test_both_halves_of_the_disk_are_kept_when_the_destination_dies_while_streaming(stage: Scene) -> None:
