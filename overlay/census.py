@@ -31,7 +31,7 @@ def fill_zeros(image: Image, session: Session, offset: int, goes_on: Callable[[i
         # What is zero only in part of a cluster is fetched with it.
         start = -(-begin // size) * size
         end = begin + length
-        end = end if end == image.size else end // size * size
+        end = image.size if end >= session.export.size else end // size * size
         if start < end:
             image.fill_zero(start, end - start)
         goes_on(begin + length)
@@ -55,7 +55,7 @@ def _zeros(image: Image, session: Session, offset: int) -> Iterator[tuple[int, i
 def _survey(image: Image, session: Session, offset: int) -> Iterator[tuple[int, Extent]]:
     """What the backing says of each absent range, in order, asked for some way ahead."""
     asked: deque[tuple[int, int, Future[list[Extent]]]] = deque()
-    for begin, length in _absent(image, offset):
+    for begin, length in _absent(image, offset, session.export.size):
         asked.append((begin, length, _ask(session, begin, length)))
         if len(asked) == _AHEAD:
             yield from _told(session, *asked.popleft())
@@ -63,8 +63,9 @@ def _survey(image: Image, session: Session, offset: int) -> Iterator[tuple[int, 
         yield from _told(session, *asked.popleft())
 
 
-def _absent(image: Image, offset: int) -> Iterator[tuple[int, int]]:
-    for run in image.runs(offset, image.size - offset):
+def _absent(image: Image, offset: int, size: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what is absent, as far as the backing goes, in pieces to ask for."""
+    for run in image.runs(offset, max(0, min(size, image.size) - offset)):
         if run.state is State.ABSENT:
             for begin in range(run.offset, run.offset + run.length, STATUS_LIMIT):
                 yield begin, min(STATUS_LIMIT, run.offset + run.length - begin)

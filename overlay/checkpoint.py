@@ -35,6 +35,7 @@ class Checkpoints:
 
     def _run(self) -> None:
         flushed = self._image.local_bytes
+        trouble = ""
         while not self._end.wait(self._interval):
             local = self._image.local_bytes
             if local == flushed:
@@ -43,6 +44,9 @@ class Checkpoints:
                 self._image.flush()
             except (OSError, ImageError) as error:
                 # Guests are told by their own requests; here nobody waits for an answer.
-                _LOG.error("what was fetched could not be made durable: %s", error)
-                return
-            flushed = local
+                # It is tried again, as there may be room some day.
+                if str(error) != trouble:
+                    _LOG.error("what was fetched could not be made durable: %s", error)
+                trouble = str(error)
+            else:
+                flushed, trouble = local, ""

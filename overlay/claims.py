@@ -63,6 +63,13 @@ class Claims:
                 del self._held[number]
         claim.done.set()
 
+    def within(self, offset: int, length: int) -> list[Claim]:
+        """Those on a range at this instant, each once."""
+        numbers = range(offset // self.unit, -(-(offset + length) // self.unit))
+        with self._lock:
+            held = (claim for number, claim in self._held.items() if number in numbers)
+            return list(dict.fromkeys(held))
+
     @property
     def idle(self) -> bool:
         """Whether nobody fetches anything."""

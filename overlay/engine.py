@@ -26,6 +26,8 @@ _LOG = logging.getLogger("nbd-overlay")
 
 _HERE, _BACKING = 1, 2
 """Allocation depths: in the overlay itself, and in its backing."""
+_FETCH_TIMEOUT = 30.0
+"""Seconds that what was being fetched may take until a range can be invalidated."""
 _MOST_STATUS = 64 << 20
 """Bytes of an absent range whose status is asked for at a time."""
 
@@ -87,6 +89,12 @@ class Overlay(Backend):
         with self._changing:
             if self._guest_is_here:
                 raise OSError(errno.EBUSY, "the guest runs here: what it reads cannot be taken away any more")
+            # What is on its way may have been read before the guest changed it.
+            for claim in self.fetcher.claims.within(offset, length):
+                if not claim.done.wait(_FETCH_TIMEOUT):
+                    raise OSError(
+                        errno.ETIMEDOUT, f"{claim.length} bytes at {claim.offset} are being fetched"
+                    )
             self.image.invalidate(offset, length)
             self.sources.forget()
 
@@ -101,9 +109,9 @@ class Overlay(Backend):
         """Fill the whole buffer, fetching what is missing; OSError when no server has it."""
         with _data_path():
             while not self.image.read_now(offset, buffer):
-                if self.keeps:
-                    self.fetcher.bring(offset, len(buffer))
-                elif self._read_through(offset, buffer):
+                if self.keeps and self._bring(offset, len(buffer)):
+                    continue
+                if self._read_through(offset, buffer):
                     return
 
     def write_now(self, offset: int, data: Buffer) -> bool:
@@ -192,6 +200,19 @@ class Overlay(Backend):
         self.fetcher.close()
         self.sources.close()
         self.image.close()
+
+    def _bring(self, offset: int, length: int) -> bool:
+        """Fetch and keep a range; False if that fails although a server is there.
+
+        Either a place near it cannot be read, or what was fetched cannot be kept.
+        """
+        try:
+            self.fetcher.bring(offset, length)
+        except OSError:
+            if not self.sources.connected:
+                raise
+            return False
+        return True
 
     def _read_through(self, offset: int, buffer: memoryview) -> bool:
         """Fill the buffer from here and from the backing; False if what was here is not any more."""

@@ -7,7 +7,6 @@ guest's write wins over a fetch that was under way.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import queue
 import threading
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from nbdserve.errors import ImageError
 from nbdserve.traffic import Histogram
 from overlay.claims import UNIT, Claim, Claims
 from overlay.image import Image, State
@@ -62,6 +62,7 @@ class Fetcher:
         self._ahead = ReadAhead(image.size)
         self._hints: queue.Queue[tuple[int, int] | None] = queue.Queue(_WAITING_HINTS)
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def bring(self, offset: int, length: int) -> None:
         """Make a range local for a guest that waits; OSError when no server can."""
@@ -110,7 +111,9 @@ class Fetcher:
     def close(self) -> None:
         """Read ahead no more."""
         if self._thread is not None:
-            self._hints.put(None)
+            self._closed = True
+            with contextlib.suppress(queue.Full):
+                self._hints.put_nowait(None)
             self._thread.join(1.0)
 
     def absent_part(self, claim: Claim) -> tuple[int, int]:
@@ -161,14 +164,14 @@ class Fetcher:
             self._thread.start()
 
     def _run_ahead(self) -> None:
-        while (hint := self._hints.get()) is not None:
-            claims, _ = self.claims.take(*hint, self._is_absent, LONGEST)
+        while (hint := self._hints.get()) is not None and not self._closed:
             before = time.monotonic()
             try:
+                claims, _ = self.claims.take(*hint, self._is_absent, LONGEST)
                 self._fetch(claims)
-            except OSError as error:
+            except (OSError, ImageError) as error:
                 # Nobody waits for it; a guest that will is told by its own request.
-                _LOG.debug("read-ahead: %s", error.strerror or errno.errorcode.get(error.errno or 0))
+                _LOG.debug("read-ahead: %s", error)
             else:
                 with self.fetched.lock:
                     self.fetched.ahead += sum(claim.length for claim in claims)

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from hashlib import blake2b
 
 from nbdserve.client.pipeline import Client
@@ -20,6 +20,7 @@ from nbdserve.errors import ImageError
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
 from nbdserve.uri import NbdUri
+from overlay.reads import sectors, start_read
 from overlay.source import GONE, Health, Session, Source
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -105,9 +106,13 @@ class Sources:
 
         def ask(session: Session) -> None:
             began = time.monotonic()
-            started = [session.demand.start_read(offset, buffer) for offset, buffer in parts]
-            # All must be over before a buffer may be used again, or for something else.
-            wait(started)
+            started: list[Future[None]] = []
+            try:
+                for offset, buffer in parts:
+                    started.append(start_read(session.demand, offset, buffer))
+            finally:
+                # All must be over before a buffer may be used again, or for something else.
+                wait(started)
             for future in started:
                 future.result()
             session.source.answered(time.monotonic() - began)
@@ -122,8 +127,9 @@ class Sources:
         found = [Extent(length, 0)]
 
         def ask(session: Session) -> None:
-            if session.export.has_extents:
-                found[:] = session.demand.start_extents(offset, length, BASE_ALLOCATION).result()
+            there = min(length, session.export.size - offset)
+            if session.export.has_extents and there > 0:
+                found[:] = session.demand.start_extents(offset, there, BASE_ALLOCATION).result()
 
         self._ask(ask)
         return found
@@ -205,7 +211,7 @@ class Sources:
     def _require_same_disk(self, session: Session) -> None:
         """Refuse a server whose disk is certainly another one."""
         name = str(session.source.uri)
-        if session.export.size != self.size:
+        if sectors(session.export.size) != self.size:
             raise ImageError(
                 f"{name}: not used: the disk has {self.size} bytes, what answers there {session.export.size}"
             )
@@ -216,7 +222,7 @@ class Sources:
 
 def _read_block(client: Client, offset: int) -> bytes:
     block = bytearray(_SAMPLE_BYTES)
-    client.start_read(offset, memoryview(block)).result()
+    start_read(client, offset, memoryview(block)).result()
     return bytes(block)
 
 

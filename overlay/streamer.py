@@ -24,6 +24,7 @@ from overlay.fetch import LONGEST, Fetcher
 from overlay.image import Image, State
 from overlay.job import Interrupted, Job, Phase
 from overlay.pacing import RateLimit, Window
+from overlay.reads import start_read
 from overlay.source import GONE, Session
 from overlay.sources import Sources
 
@@ -208,7 +209,7 @@ class Streamer:
         data = memoryview(self._buffer(length))[:length]
         read = _Read(session, offset, data, time.monotonic(), share)
         try:
-            future = session.bulk().start_read(offset, data)
+            future = start_read(session.bulk(), offset, data)
         except OSError as error:
             self._sources.blame(session, error)
             return

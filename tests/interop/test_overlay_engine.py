@@ -31,7 +31,7 @@ from tests.support.processes import Argument, wait_until
 from tests.support.servers import Server, UnixAddress, nbdkit
 
 SIZE = 4 * MIB
-LATER = 0.3
+LATER = 0.15
 """Seconds by which answers of the source come late."""
 
 both = pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,7 +67,7 @@ def late_overlay(
         assert isinstance(server.address, UnixAddress)
         link = stack.enter_context(delayed(server.address, LATER, directory))
         image = make_overlay(directory / "overlay", layout, SIZE, link.uri())
-        daemon = stack.enter_context(overlay(image, *arguments, directory=directory))
+        daemon = stack.enter_context(overlay(image, "--connections=2", *arguments, directory=directory))
         daemon.wait_until_connected()
         yield content, log, daemon
 

@@ -1,11 +1,7 @@
-"""Overlay images and their daemon, in front of real sources.
-
-``python -m tests.support.overlays IMAGE --socket PATH ...`` is the daemon without the command's own parser.
-"""
+"""Overlay images and their daemon, in front of real sources."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import signal
 import sys
@@ -15,20 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nbdserve import command
 from nbdserve.client import Client, connect
 from nbdserve.protocol.constants import CommandFlags
 from nbdserve.uri import parse_uri
-from overlay.daemon import Options
 from overlay.flat import create as flat
 from overlay.image import Backing
 from overlay.qed import create as qed
-from overlay.serve import serve
 from tests.support.disks import KIB
 from tests.support.monitors import Qmp, monitor
 from tests.support.processes import Argument, Process, wait_until
 from tests.support.servers import Server, UnixAddress, fresh_path
 
+NBD_OVERLAY = Path(sys.executable).with_name("nbd-overlay")
 Layout = Literal["flat", "qed"]
 LAYOUTS: tuple[Layout, ...] = ("flat", "qed")
 CLUSTER = {"flat": 4 * KIB, "qed": 64 * KIB}
@@ -145,10 +139,10 @@ def overlay(
     """
     socket, qmp = fresh_path(directory, "overlay", ".sock"), fresh_path(directory, "overlay", ".qmp")
     pid_file = fresh_path(directory, "overlay", ".pid")
-    argv: list[Argument] = [*wrapper, sys.executable, "-m", "tests.support.overlays", image]
-    argv += ["--socket", socket, "--qmp", qmp, "--pid-file", pid_file, *arguments]
+    argv: list[Argument] = [*wrapper, NBD_OVERLAY, "serve", image, "--verbose"]
+    argv += ["--socket", socket, "--qmp", f"unix:{qmp}", "--pid-file", pid_file, *arguments]
     log = fresh_path(directory, "overlay", ".log")
-    with Process(argv, log, cwd=Path(__file__).parents[2]) as process:
+    with Process(argv, log) as process:
         process.wait_for_pid_file(pid_file, 20.0)
         try:
             yield Daemon(process, UnixAddress(socket), qmp, image)
@@ -189,39 +183,3 @@ def end(server: Server, number: signal.Signals = signal.SIGKILL) -> None:
     server.process.wait()
     if isinstance(server.address, UnixAddress):
         server.address.path.unlink(missing_ok=True)
-
-
-def main() -> int:
-    """The daemon."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("image", type=Path)
-    parser.add_argument("--socket", required=True)
-    parser.add_argument("--qmp")
-    parser.add_argument("--pid-file", type=Path)
-    parser.add_argument("--backing", action="append", default=[], type=parse_uri)
-    parser.add_argument("--copy-on-read", choices=["on", "off"], default="on")
-    parser.add_argument("--stream", action="store_true")
-    parser.add_argument("--armed", action="store_true")
-    parser.add_argument("--speed", type=int, default=0)
-    parser.add_argument("--connections", type=int, default=4)
-    parser.add_argument("--reconnect-timeout", type=float, default=60.0)
-    said = parser.parse_args()
-    options = Options(
-        image=said.image,
-        socket=said.socket,
-        monitor=said.qmp,
-        backings=tuple(said.backing),
-        keep=said.copy_on_read == "on",
-        stream=said.stream,
-        speed=said.speed,
-        armed=said.armed,
-        connections=said.connections,
-        patience=said.reconnect_timeout,
-        pid_file=said.pid_file,
-        verbose=True,
-    )
-    return command.run("nbd-overlay", lambda: serve(options))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
