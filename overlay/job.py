@@ -76,8 +76,9 @@ class Job:
         self._move(set(Phase), Phase.DONE)
 
     def fail(self, error: str) -> None:
-        """It cannot go on. What is no longer running does not fail."""
-        self._move({Phase.RUNNING}, Phase.FAILED, error=error)
+        """It cannot go on: it waits, or ends, as was said at the start. What runs no more does not fail."""
+        ends = self._on_error is OnError.REPORT
+        self._move({Phase.RUNNING}, Phase.IDLE if ends else Phase.FAILED, error)
 
     def end(self) -> None:
         """The process ends."""

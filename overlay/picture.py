@@ -99,7 +99,7 @@ def colour_of(share: tuple[int, int, int, int]) -> Colour:
 
 
 def leading_kind(share: tuple[int, int, int, int]) -> Kind:
-    """What a block is shown as where colours cannot be mixed: written if any of it is, else the most of it."""
+    """What a block is where colours cannot be mixed: written if any of it is, else what most of it is."""
     written = share[_KINDS.index(Kind.WRITTEN)]
     return Kind.WRITTEN if written else _KINDS[share.index(max(share))]
 
