@@ -87,8 +87,8 @@ class Grains:
 
     def has(self, first: int, end: int) -> bool:
         """Whether all grains of a range are present. Needs no lock."""
-        chunk, begin = divmod(first, CHUNK_GRAINS)
         if end - first == 1:  # the most frequent case
+            chunk, begin = divmod(first, CHUNK_GRAINS)
             present = self._directory[2 * chunk]
             if present == CHUNK_GRAINS or not present:
                 return present != 0
@@ -107,6 +107,13 @@ class Grains:
 
     def has_written(self, first: int, end: int) -> bool:
         """Whether all grains of a range are present and were written by the guest. Needs no lock."""
+        if end - first == 1:
+            chunk, begin = divmod(first, CHUNK_GRAINS)
+            written = self._directory[2 * chunk + 1]
+            if written == CHUNK_GRAINS or not written:
+                return written != 0
+            pair = self._pairs.get(chunk) or self._load(chunk)
+            return bool(pair.written[begin >> 3] >> (begin & 7) & 1)
         for chunk, begin, stop in _parts(first, end):
             written = self._directory[2 * chunk + 1]
             if written == CHUNK_GRAINS:
@@ -152,6 +159,9 @@ class Grains:
 
     def set(self, first: int, end: int, *, written: bool) -> None:
         """Grains are present, and perhaps written by the guest."""
+        if end - first == 1:  # the most frequent case
+            self._set_one(first, written)
+            return
         for chunk, begin, stop in _parts(first, end):
             index, full = 2 * chunk, self._grains_of(chunk)
             before = self._directory[index]
@@ -168,6 +178,19 @@ class Grains:
                     self._directory[index + 1] += bits.set_all(pair.written, begin, stop)
             self.present += self._directory[index] - before
             self._changed.add(chunk)
+
+    def _set_one(self, grain: int, written: bool) -> None:
+        chunk, number = divmod(grain, CHUNK_GRAINS)
+        pair = self._pairs.get(chunk) or self._load(chunk)
+        byte, bit = number >> 3, 1 << (number & 7)
+        if not pair.present[byte] & bit:
+            pair.present[byte] |= bit
+            self._directory[2 * chunk] += 1
+            self.present += 1
+        if written and not pair.written[byte] & bit:
+            pair.written[byte] |= bit
+            self._directory[2 * chunk + 1] += 1
+        self._changed.add(chunk)
 
     def clear(self, first: int, end: int) -> None:
         """Grains are absent again."""

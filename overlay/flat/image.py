@@ -118,14 +118,16 @@ class FlatImage(Image):
         end = offset + length
         if offset < 0 or end > self.size or not self._writable or self._map.failed:
             self._check_change(offset, length)
-        if self._grains.has_written(offset // GRAIN, (end + GRAIN - 1) // GRAIN):
+        first, last = offset // GRAIN, (end + GRAIN - 1) // GRAIN
+        if self._grains.has_written(first, last):
             self._data.write(offset, data)
             return True
         with self._lock:
-            if self._map.is_full or self._is_part_absent(offset, end):
+            if self._map.is_full or ((offset | length) % GRAIN and self._is_part_absent(offset, end)):
                 return False
             self._data.write(offset, data)
-            self._note(offset, end)
+            if not self._is_raw:
+                self._map.note(first, last)
         return True
 
     def write(self, offset: int, data: Buffer) -> bool:
@@ -155,7 +157,9 @@ class FlatImage(Image):
                 if self._is_part_absent(offset, stop):
                     return False
                 self._data.zero(offset, stop - offset)
-                self._note(offset, stop)
+                first, last = offset // GRAIN, -(-stop // GRAIN)
+                if not self._grains.has_written(first, last):
+                    self._map.note(first, last)
             offset = stop
         return True
 
@@ -301,12 +305,6 @@ class FlatImage(Image):
         """Flush if the log or the memory for changes is full. Not under the lock."""
         if self._map.is_full:
             self.flush()
-
-    def _note(self, offset: int, end: int) -> None:
-        """The guest wrote a range: the log first, so that the write outlives us, then the bitmaps."""
-        first, last = offset // GRAIN, -(-end // GRAIN)
-        if not self._grains.has_written(first, last):
-            self._map.note(first, last)
 
     def _is_part_absent(self, offset: int, end: int) -> bool:
         """Whether a grain is absent of which a range is only a part; for who holds the lock."""

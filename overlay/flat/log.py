@@ -45,8 +45,9 @@ class Log:
 
     def append(self, first: int, count: int) -> None:
         """Note a write. Raises OSError; then it is not noted."""
-        place = LOG_AT + self._half * LOG_HALF_BYTES + self._length * RECORD_BYTES
-        record = first | count << 48 | self.generations[self._half] << 80
+        half = self._half
+        record = first | count << 48 | self.generations[half] << 80
+        place = LOG_AT + half * LOG_HALF_BYTES + self._length * RECORD_BYTES
         self._file.write(place, record.to_bytes(RECORD_BYTES, "little"))
         self._length += 1
 

@@ -21,7 +21,7 @@ from overlay.image import Image, State
 from tests.crash.worlds import CHUNK, CLUSTER, CLUSTERS, SIZE, FlatWorld, QedWorld, World, small_tables
 from tests.support.simulation import SECTOR, KilledError
 
-HISTORIES = int(os.environ.get("CRASH_HISTORIES", "1200"))
+HISTORIES = int(os.environ.get("CRASH_HISTORIES", "3000"))
 ACTIONS = (
     ["write_now"] * 5 + ["write"] * 5 + ["zero"] * 3 + ["fill"] * 6 + ["fill_zero"] * 2
     + ["commit", "flush", "flush", "invalidate", "reopen", "finish"]
