@@ -16,7 +16,7 @@ from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, run
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.sizes import format_size, parse_size
 from nbdserve.uri import NbdUri, parse_uri
-from overlay import control_cli, serve_cli
+from overlay import control_cli, map_cli, serve_cli, verify_cli
 from overlay.flat import create as flat
 from overlay.flat import report as flat_report
 from overlay.flat.check import check_flat
@@ -25,7 +25,7 @@ from overlay.open import layout_of, open_image, real_path
 from overlay.qed import create as qed
 from overlay.qed.check import check
 from overlay.qed.header import read_header
-from overlay.report import check_json, check_text, info_json, info_text, map_json, map_text
+from overlay.report import check_json, check_text, info_json, info_text
 from overlay.storage import open_file
 
 PROGRAM = "nbd-overlay"
@@ -34,7 +34,7 @@ _EPILOG = """\
 BACKING is nbd://HOST[:PORT]/EXPORT, nbds://..., nbd+unix:///EXPORT?socket=PATH, nbds+unix:///...,
 nbd:HOST:PORT[:exportname=EXPORT] or nbd:unix:PATH[:exportname=EXPORT].
 SIZE is a number of bytes, or one with K, M, G, T, P or E (powers of 1024), as in 64K or 1.5T.
-Exit codes: 0 done; 1 failed, or check found corruptions; 2 wrong usage.
+Exit codes: 0 done; 1 failed, check found corruptions, or verify a difference; 2 wrong usage.
 """
 
 _CHECK_HELP = """\
@@ -47,12 +47,6 @@ Clusters that two references claim cannot be repaired: nobody knows to whom thei
 
 Flat: that data file and map belong together, and the map's counts agree with its bitmaps. --repair corrects
 the counts, and lets the image be used again after a failed sync, without what the log told of.
-"""
-
-_MAP_HELP = """\
-List which parts of the disk the image has: data, zeros, or absent, that is, left to the backing.
-The JSON is that of qemu-img map: depth 0 is the image, depth 1 the backing, which is not asked and
-counts as data.
 """
 
 Command = Callable[[argparse.Namespace], int]
@@ -99,7 +93,8 @@ def _parser() -> Parser:
     info = add("info", _info, "show what an image says of itself", "Show what an image says of itself.")
     checker = add("check", _check, "look for corruptions and leaks", _CHECK_HELP)
     checker.add_argument("--repair", action="store_true", help="repair what can be repaired")
-    mapper = add("map", _map, "show which parts of the disk are here", _MAP_HELP)
+    mapper = add("map", map_cli.main, "show which parts of the disk are here", map_cli.DESCRIPTION)
+    map_cli.configure(mapper)
     for reader in (info, checker, mapper):
         reader.add_argument("--json", action="store_true", help="answer with qemu-img's JSON")
         reader.add_argument(
@@ -108,7 +103,7 @@ def _parser() -> Parser:
             action="store_true",
             help="read an image that is in use; the answer may be wrong",
         )
-    for module in (serve_cli, control_cli):
+    for module in (serve_cli, control_cli, verify_cli):
         module.register(commands, _EPILOG)
     return parser
 
@@ -219,9 +214,3 @@ def _check(arguments: argparse.Namespace) -> int:
         storage.close()
     print(check_json(name, report) if arguments.json else check_text(name, report))
     return EXIT_FAILED if report.corruptions else EXIT_DONE
-
-
-def _map(arguments: argparse.Namespace) -> int:
-    with open_image(arguments.image, force_share=arguments.force_share) as image:
-        sys.stdout.writelines(map_json(image) if arguments.json else map_text(image))
-    return EXIT_DONE

@@ -61,7 +61,7 @@ class Talk:
 
 def _matches(message: Message, wanted: Message) -> bool:
     data = message.get("data", {})
-    return message.get("event") == wanted["event"] and wanted["data"].items() <= data.items()
+    return bool(message.get("event") == wanted["event"] and wanted["data"].items() <= data.items())
 
 
 @contextmanager
