@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-SMALLEST, LARGEST = 2 << 20, 16 << 20
+SMALLEST, LARGEST = 2 << 20, 24 << 20
 """Bytes in flight, at least and at most."""
 
 _ROUNDS = 10
