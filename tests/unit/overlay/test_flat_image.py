@@ -6,10 +6,12 @@ import errno
 import os
 import random
 import struct
+import sys
 import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -26,7 +28,9 @@ from overlay.flat.open import open_flat
 from overlay.flat.raw import RawImage
 from overlay.image import Backing, Image, Run, State
 from overlay.open import open_image
+from overlay.qed.image import QedImage
 from overlay.storage import FileStorage, open_file
+from tests.support.qed import make_image
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 BACKING = Backing("nbd://h/disk", raw=True)
@@ -411,9 +415,49 @@ def test_sixteen_tebibytes_cost_little_memory_and_no_space(path: Path) -> None:
     assert path.stat().st_blocks * 512 < 64 * MIB
 
 
-def test_a_guests_write_wins_over_the_fetch_of_the_same_grains_from_many_threads(path: Path) -> None:
+@pytest.mark.parametrize("layout", ["flat", "qed"])
+def test_no_write_comes_between_a_fetch_s_look_and_its_storing(
+    path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fetch gives the write all the time it needs, just after it has looked what is absent."""
+    image: FlatImage | QedImage
+    if layout == "flat":
+        make(path)
+        image = flat(path)
+        table: object = image._grains
+        look = "absent"
+    else:
+        make_image(path, MIB, backing="nbd://h/", cluster_size=GRAIN)
+        image = QedImage.open(path, writable=True)
+        table, look = image, "_entries"
+    looked, written = threading.Event(), threading.Event()
+    original = getattr(table, look)
+
+    def look_and_wait(first: int, second: int) -> object:
+        found = original(first, second)
+        if threading.current_thread() is fetch:
+            looked.set()
+            written.wait(0.5)
+        return found
+
+    monkeypatch.setattr(table, look, look_and_wait)
+    fetch = threading.Thread(target=lambda: image.fill(0, b"f" * GRAIN))
+    fetch.start()
+    assert looked.wait(20)
+    image.write(0, b"w" * GRAIN)
+    written.set()
+    fetch.join(20)
+    assert image.read(0, GRAIN) == b"w" * GRAIN
+    image.close()
+
+
+def test_a_guests_write_wins_over_the_fetch_of_the_same_grains_from_many_threads(
+    path: Path, request: pytest.FixtureRequest
+) -> None:
     """Without the recheck under the lock some writes would be undone."""
-    grains = 3000
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-5)
+    grains = 6000
     make(path, grains * GRAIN)
     barrier = threading.Barrier(2)
     wrong: list[int] = []
