@@ -53,6 +53,7 @@ class Server:
         self._pools = Pools(WORKERS, self.memory)
         self._shared = Shared(exports, self.clients, self._pools)
         self._stopping = False
+        # By time.monotonic(); 0 when there is room to haggle, infinity until somebody has left or settled.
         self._crowded_until = 0.0
         self._had_client = False
         self._alarm, self._bell = socket.socketpair()
@@ -100,8 +101,11 @@ class Server:
 
     def _seconds_left(self) -> float | None:
         """How long to wait for something to happen, in seconds; None for ever."""
-        limits = (self._manager.watchdog.seconds_left(), self._crowded_until - time.monotonic())
-        return min((limit for limit in limits if limit is not None and 0 <= limit < math.inf), default=None)
+        limits = [self._manager.watchdog.seconds_left()]
+        if self._crowded_until:
+            # It may have come meanwhile.
+            limits.append(max(0.0, self._crowded_until - time.monotonic()))
+        return min((limit for limit in limits if limit is not None and limit < math.inf), default=None)
 
     def _finished(self) -> bool:
         if self._stopping:
@@ -113,6 +117,7 @@ class Server:
     def _has_room(self) -> bool:
         if time.monotonic() < self._crowded_until:
             return False
+        self._crowded_until = 0.0
         return not self._policy.shared or len(self.clients) < self._policy.shared
 
     def _accept(self, listener: Listener) -> None:
