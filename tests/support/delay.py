@@ -96,7 +96,8 @@ def delayed(
 ) -> Iterator[UnixAddress]:
     """The address behind a link that delays answers; what it passed is in ``count`` at the end."""
     near = UnixAddress(fresh_path(directory, "delay", ".sock"))
-    argv: list[Argument] = [sys.executable, "-m", "tests.support.delay", near.path, address.path, str(seconds)]
+    module: list[Argument] = [sys.executable, "-m", "tests.support.delay"]
+    argv = [*module, near.path, address.path, str(seconds)]
     argv += [] if count is None else [count]
     with Process(argv, fresh_path(directory, "delay", ".log"), cwd=Path(__file__).parents[2]) as process:
         process.wait_for(near.path.exists, "the link's socket")
