@@ -18,7 +18,7 @@ from qemu.qmp import ExecuteError
 from tests.support.delay import delayed
 from tests.support.disks import KIB, MIB, Run, random_bytes, random_disk, sparse_disk
 from tests.support.overlays import LAYOUTS, Daemon, Layout, end, make_overlay, overlay, requests
-from tests.support.processes import check, wait_until
+from tests.support.processes import Argument, check, wait_until
 from tests.support.servers import Server, UnixAddress, nbdkit
 
 SIZE = 4 * MIB
@@ -30,7 +30,7 @@ def source(directory: Path, size: int = SIZE) -> Iterator[tuple[bytes, Path, Ser
     """A random disk, in the file ``disk``, at an nbdkit with a log: content, log, server."""
     content = random_disk(directory / "disk", size)
     log = directory / "requests.log"
-    argv = ["--filter=log", "file", directory / "disk", f"logfile={log}"]
+    argv: list[Argument] = ["--filter=log", "file", directory / "disk", f"logfile={log}"]
     with nbdkit(*argv, directory=directory) as server:
         yield content, log, server
 
