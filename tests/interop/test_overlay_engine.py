@@ -163,7 +163,9 @@ def test_what_was_read_once_is_never_fetched_again(layout: Layout, tmp_path: Pat
         for _ in range(2):
             with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
                 assert guest.read(0, SIZE) == content
-        assert sum(asked.length for asked in requests(log)) == SIZE
+        # After the restart a few blocks are compared, to know that it is still the same disk.
+        again = sum(asked.length for asked in requests(log)) - SIZE
+        assert 0 <= again <= 8 * 4 * KIB
 
 
 @contextmanager
