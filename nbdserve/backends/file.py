@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,10 @@ DATA = int(ExtentFlags.DATA)
 _ZEROES = bytes(1 << 20)
 # EINVAL: a block device refuses ranges that its sectors do not divide.
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
+
+_REMEMBERED = 0.5
+"""Seconds for which the end of a run of data is remembered."""
+_NO_RUN = (0, 0, 0.0)
 
 
 class FileBackend(Backend):
@@ -47,6 +52,8 @@ class FileBackend(Backend):
         # A pipe must not be waited for: it is no image.
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
         self._fd = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
+        self._run_of_data = _NO_RUN
+        self._holes_made = 0
         try:
             self._base = part.offset
             self.size = _size_of(self._fd, path, part)
@@ -115,6 +122,7 @@ class FileBackend(Backend):
                 if error.errno not in _UNSUPPORTED:
                     raise
             else:
+                self._note_hole()
                 return True
         return False
 
@@ -130,6 +138,7 @@ class FileBackend(Backend):
         if length and self._discard:
             try:
                 fallocate(self._fd, Mode.PUNCH_HOLE | Mode.KEEP_SIZE, self._base + offset, length)
+                self._note_hole()
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
@@ -154,16 +163,41 @@ class FileBackend(Backend):
             return
         position, end = self._base + offset, self._base + offset + length
         while position < end:
-            data = self._seek(position, os.SEEK_DATA, default=position)
-            if data is None or data >= end:
-                self._require(end)
-                yield Extent(end - position, HOLE)
-                return
-            if data > position:
-                yield Extent(data - position, HOLE)
-            hole = self._seek(data, os.SEEK_HOLE, default=end)
-            position = end if hole is None else min(hole, end)
-            yield Extent(position - data, DATA)
+            begin, stop, until = self._run_of_data
+            if not begin <= position < stop or time.monotonic() > until:
+                run = self._find_data(position, end)
+                if run is None or run[0] >= end:
+                    self._require(end)
+                    yield Extent(end - position, HOLE)
+                    return
+                begin, stop = run
+            if begin > position:
+                yield Extent(begin - position, HOLE)
+                position = begin
+            yield Extent(min(stop, end) - position, DATA)
+            position = min(stop, end)
+
+    def _find_data(self, position: int, end: int) -> tuple[int, int] | None:
+        """Where the next data begins and ends; None when there is none.
+
+        Remembered for a moment, until this server makes a hole: clients ask for one small part after the
+        other, and on tmpfs finding the end takes as long as the data is long. A hole that somebody else makes
+        meanwhile is told as data, which is always true.
+        """
+        holes = self._holes_made
+        begin = self._seek(position, os.SEEK_DATA, default=position)
+        if begin is None or begin >= end:
+            return None
+        found = self._seek(begin, os.SEEK_HOLE, default=end)
+        stop = end if found is None else found
+        if holes == self._holes_made:
+            self._run_of_data = (begin, stop, time.monotonic() + _REMEMBERED)
+        return begin, stop
+
+    def _note_hole(self) -> None:
+        """There may be holes where data was."""
+        self._holes_made += 1
+        self._run_of_data = _NO_RUN
 
     def _require(self, end: int) -> None:
         """Raise EIO unless the file still reaches to ``end``."""

@@ -82,6 +82,21 @@ def test_a_trim_gives_space_back_unless_discard_is_off(image: Path) -> None:
     assert image.stat().st_blocks < before
 
 
+@pytest.mark.parametrize("make_hole", ["trim", "zero"])
+def test_a_hole_that_was_made_here_is_told_at_once(tmp_path: Path, make_hole: str) -> None:
+    random_disk(tmp_path / "disk", 256 * KIB)
+    backend = FileBackend(tmp_path / "disk", read_only=False)
+    context = "base:allocation"
+    assert list(backend.extents(0, backend.size, context)) == [Extent(256 * KIB, DATA)]
+    if make_hole == "trim":
+        backend.trim(64 * KIB, 64 * KIB, fua=False)
+    else:
+        backend.zero(64 * KIB, 64 * KIB, fua=False, may_trim=True, fast=False)
+    assert list(backend.extents(64 * KIB, 64 * KIB, context)) == [Extent(64 * KIB, HOLE)]
+    assert list(backend.extents(128 * KIB, 4 * KIB, context)) == [Extent(4 * KIB, DATA)]
+    backend.close()
+
+
 def test_a_slice_is_served_as_if_it_were_the_whole(image: Path) -> None:
     whole = image.read_bytes()
     backend = FileBackend(image, read_only=False, part=Slice(MIB + 5, 4096))
