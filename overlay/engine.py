@@ -28,8 +28,8 @@ _HERE, _BACKING = 1, 2
 """Allocation depths: in the overlay itself, and in its backing."""
 _FETCH_TIMEOUT = 30.0
 """Seconds that what was being fetched may take until a range can be invalidated."""
-_MOST_STATUS = 64 << 20
-"""Bytes of an absent range whose status is asked for at a time."""
+_MOST_STATUS, _MOST_QUESTIONS = 1 << 30, 64
+"""Bytes, and absent ranges, whose status is asked for in one reply: it must not take for ever."""
 
 
 class Overlay(Backend):
@@ -182,7 +182,7 @@ class Overlay(Backend):
         if context == ALLOCATION_DEPTH:
             depths = (Extent(run.length, _BACKING if run.state is State.ABSENT else _HERE) for run in runs)
             return coalesce(depths)
-        return coalesce(extent for run in runs for extent in self._allocation(run))
+        return coalesce(self._allocation(runs))
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """Reads of what is here; when everything is, in a plain file, also writes."""
@@ -238,13 +238,20 @@ class Overlay(Backend):
         if end % size and end < self.size:
             self.fetcher.bring_cluster(end - 1)
 
-    def _allocation(self, run: Run) -> Iterator[Extent]:
-        """The status of one run in ``base:allocation``."""
-        if run.state is State.DATA:
-            return iter((Extent(run.length, 0),))
-        if run.state is State.ZERO:
-            return iter((Extent(run.length, int(ExtentFlags.HOLE | ExtentFlags.ZERO)),))
-        return self._allocation_of_backing(run.offset, run.length)
+    def _allocation(self, runs: list[Run]) -> Iterator[Extent]:
+        """The status of runs in ``base:allocation``, as far as a few questions to the backing tell."""
+        questions = _MOST_QUESTIONS
+        for run in runs:
+            if run.state is State.DATA:
+                yield Extent(run.length, 0)
+            elif run.state is State.ZERO:
+                yield Extent(run.length, int(ExtentFlags.HOLE | ExtentFlags.ZERO))
+            else:
+                length = min(run.length, _MOST_STATUS)
+                yield from self._allocation_of_backing(run.offset, length)
+                questions -= 1
+                if length < run.length or not questions:
+                    return
 
     def _allocation_of_backing(self, offset: int, length: int) -> Iterator[Extent]:
         end = offset + length
@@ -253,7 +260,7 @@ class Overlay(Backend):
                 yield Extent(end - offset, 0)
                 return
             try:
-                found = self.sources.extents(offset, min(end - offset, _MOST_STATUS))
+                found = self.sources.extents(offset, end - offset)
             except OSError:
                 yield Extent(end - offset, 0)
                 return
