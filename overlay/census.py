@@ -15,6 +15,8 @@ from overlay.source import GONE, Session
 
 _AHEAD = 8
 """Requests for block status under way at once: a sparse disk is looked over at the speed of the link."""
+_LONGEST = 1 << 40
+"""Bytes of zeros that are marked together: a pause is heard in between."""
 _ZERO = int(ExtentFlags.ZERO)
 
 
@@ -38,16 +40,18 @@ def fill_zeros(image: Image, session: Session, offset: int, goes_on: Callable[[i
 
 
 def _zeros(image: Image, session: Session, offset: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what the backing says are zeros, joined where it can be."""
+    """(offset, length) of what the backing says are zeros, joined where it can be; length 0 after data."""
     begin = end = offset
     for position, extent in _survey(image, session, offset):
-        if not extent.flags & _ZERO:
-            continue
-        if position != end:
-            if end > begin:
-                yield begin, end - begin
-            begin = position
+        is_zero = extent.flags & _ZERO
+        if end > begin and (not is_zero or position != end or end - begin >= _LONGEST):
+            yield begin, end - begin
+            begin = end
+        if position != end or not is_zero:
+            begin = position if is_zero else position + extent.length
         end = position + extent.length
+        if not is_zero:
+            yield end, 0
     if end > begin:
         yield begin, end - begin
 

@@ -173,7 +173,7 @@ class Source:
         try:
             session = self._open()
         except (OperatorError, OSError) as error:
-            self._complain(str(error))
+            self._complain((isinstance(error, OSError) and error.strerror) or str(error))
             return False
         if self._closed:
             session.close()

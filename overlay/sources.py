@@ -215,9 +215,20 @@ class Sources:
             raise ImageError(
                 f"{name}: not used: the disk has {self.size} bytes, what answers there {session.export.size}"
             )
-        for offset, digest in list(self._samples.items()):
-            if _digest(_read_block(session.demand, offset)) != digest:
+        samples, unreadable = list(self._samples.items()), list[OSError]()
+        for offset, digest in samples:
+            try:
+                block = _read_block(session.demand, offset)
+            except OSError as error:
+                if error.errno in GONE:
+                    raise
+                unreadable.append(error)
+                continue
+            if _digest(block) != digest:
                 raise ImageError(f"{name}: not used: another disk than before, its bytes at {offset} differ")
+        # One place that has gone bad since says nothing of the others.
+        if unreadable and len(unreadable) == len(samples):
+            raise unreadable[0]
 
 
 def _read_block(client: Client, offset: int) -> bytes:
