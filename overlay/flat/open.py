@@ -68,6 +68,7 @@ def assemble(
     if trailer is None:
         check_finished(data, file, header, path)
         if writable:
+            data.sync()  # who cut the trailer off may not have come so far
             remove_map()
         file.close()
         return RawImage(data, header.size, path, writable=writable)

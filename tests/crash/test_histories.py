@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from overlay.image import Image, State
 from tests.crash.worlds import CHUNK, CLUSTER, CLUSTERS, SIZE, FlatWorld, QedWorld, World, small_tables
-from tests.support.simulation import SECTOR, KilledError
+from tests.support.simulation import SECTOR, KilledError, SimulatedDisk
 
 HISTORIES = int(os.environ.get("CRASH_HISTORIES", "3000"))
 ACTIONS = (
@@ -262,3 +262,30 @@ def test_whatever_dies_each_sector_holds_an_allowed_value(world: type[World]) ->
 
     with small_tables():
         some_history()
+
+
+def test_who_ends_an_interrupted_finish_waits_for_its_beginning() -> None:
+    """Otherwise, after a power cut, the trailer is back and the map is gone."""
+    with small_tables():
+        world = FlatWorld()
+        image = world.open()
+        image.fill_zero(0, SIZE)
+        image.flush()
+        syncs = 0
+
+        def die_before_the_second_sync() -> None:
+            nonlocal syncs
+            syncs += 1
+            if syncs == 3:  # a sync, the truncation, a sync
+                raise KilledError
+
+        world.disks[0].before_change = die_before_the_second_sync
+        with pytest.raises(KilledError):
+            image.finish()
+        assert world.disks[0].size() == SIZE
+        world.kill()
+        assert world.open().complete
+        assert len(world.disks) == 1
+        for seed in range(8):
+            left = SimulatedDisk.holding(world.disks[0].after_power_cut(random.Random(seed)))
+            assert left.size() == SIZE
