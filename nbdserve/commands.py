@@ -16,8 +16,8 @@ from nbdserve.traffic import Traffic
 PIECE = 256 << 10
 """Bytes of a long read that are read and sent at a time: small enough to stay in the processor's cache."""
 
-WORTH_SPLICING = 64 << 10
-"""Bytes from which on it is cheaper to pass pages on than to copy them."""
+WORTH_SPLICING = 128 << 10
+"""Bytes of a request from which on it is cheaper to pass pages on than to copy them."""
 
 MAX_EXTENTS = 8192
 """The most extents that one block status reply tells of: 64 KiB of descriptors."""
