@@ -37,6 +37,8 @@ class Fetched:
 
     misses: int = 0
     """Requests of guests that had to wait for a server."""
+    waiting: int = 0
+    """Requests of guests that wait now."""
     bytes: int = 0
     ahead: int = 0
     """Bytes of them that no guest had asked for yet."""
@@ -94,10 +96,13 @@ class Fetcher:
     def miss(self) -> Iterator[None]:
         """Within this a guest waits for a server."""
         began = time.monotonic()
+        with self.fetched.lock:
+            self.fetched.waiting += 1
         try:
             yield
         finally:
             with self.fetched.lock:
+                self.fetched.waiting -= 1
                 self.fetched.misses += 1
                 self.fetched.waits.observe(time.monotonic() - began)
 

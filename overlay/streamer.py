@@ -224,11 +224,15 @@ class Streamer:
         while True:
             self._job.pause_point()
             delay = self.limit.delay()
-            if self.in_flight < self.window.size and delay <= 0:
+            if self.in_flight < self._room() and delay <= 0:
                 return
             if not self._reads:
                 self.window.idle()
             self._store_next(min(_TICK, delay) if delay > 0 else _TICK)
+
+    def _room(self) -> int:
+        """How many bytes may be in flight: few while a guest waits, which needs the link and us."""
+        return LONGEST if self._fetcher.fetched.waiting else self.window.size
 
     def _drain(self) -> None:
         """Store, or give up, everything that is under way. It ends, as every request has a time limit."""
