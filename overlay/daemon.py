@@ -11,6 +11,7 @@ from overlay.checkpoint import Checkpoints
 from overlay.engine import Overlay
 from overlay.image import Image
 from overlay.job import Job, Phase
+from overlay.open import Layout
 from overlay.progress import Progress
 from overlay.sources import CONNECTIONS, PATIENCE, Sources
 from overlay.streamer import Streamer
@@ -24,6 +25,8 @@ class Options:
     socket: str
     name: str = ""
     """Of the export."""
+    layout: Layout | None = None
+    """None: as the file looks."""
     monitor: str | None = None
     backings: tuple[NbdUri, ...] = ()
     """Instead of those that the image names."""

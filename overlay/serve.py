@@ -63,7 +63,7 @@ def serve(options: Options) -> int:
 
 def _put_together(options: Options) -> Daemon:
     """Open the image and prepare what it needs; nothing is connected to yet."""
-    image = open_image(options.image, writable=True)
+    image = open_image(options.image, writable=True, layout=options.layout)
     try:
         sources = _sources(image, options)
     except BaseException:

@@ -38,6 +38,12 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     add = parser.add_argument
     add("-k", "--socket", required=True, metavar="PATH", help="the Unix socket to serve on")
     add("-x", "--export-name", default="", metavar="NAME", help="name of the export (default: empty)")
+    add(
+        "--layout",
+        choices=("flat", "qed"),
+        help="the image's layout (default: as the file looks; give it where guests are not trusted, as the "
+        "guest of a complete flat image can write what looks like QED)",
+    )
     add("--qmp", metavar="unix:PATH", help="live control: stream, status, pause, ... over QEMU's protocol")
     add(
         "--backing",
@@ -104,6 +110,7 @@ def read_options(given: argparse.Namespace) -> Options:
         patience=given.reconnect_timeout,
         metrics=None if given.metrics is None else host_and_port(given.metrics),
         structured_replies=not given.simple_replies,
+        layout=given.layout,
         daemonize=given.daemonize,
         pid_file=given.pid_file,
         verbose=given.verbose,

@@ -311,3 +311,11 @@ def test_a_monitor_of_something_else_is_no_daemon(tmp_path: Path) -> None:
         other.listen()
         other.close()
         assert "no monitor" in one_line(run(PROGRAM, "status", "--qmp", f"unix:{path}"), 1)
+
+
+def test_a_guest_that_writes_what_looks_like_an_image_gets_it_back_as_it_is(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    run("qemu-img", "create", "-q", "-f", "qed", "-u", "-F", "raw", "-b", "nbd://127.0.0.1/", disk, str(SIZE))
+    written = disk.read_bytes()
+    with served(disk, "--layout", "flat") as daemon:
+        assert daemon.read(0, len(written)) == written
