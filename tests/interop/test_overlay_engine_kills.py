@@ -23,7 +23,7 @@ from tests.support.overlays import LAYOUTS, NONE, Guest, Layout, make_overlay, o
 from tests.support.processes import check, run
 from tests.support.servers import nbdserve
 
-KILLS = int(os.environ.get("OVERLAY_KILLS", "12"))
+KILLS = int(os.environ.get("OVERLAY_KILLS", "8"))
 SIZE = 64 * MIB
 SECTOR = 512
 AT_ONCE = 8

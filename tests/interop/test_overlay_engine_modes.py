@@ -59,7 +59,8 @@ def test_an_armed_overlay_keeps_nothing_until_the_guest_is_there(layout: Layout,
             assert guest.read(0, MIB) == new + content[64 * KIB : MIB]
             before = len(requests(log))
             assert guest.read(0, MIB) == new + content[64 * KIB : MIB]
-            assert len(requests(log)) == before
+            # There may be more, of what is read ahead.
+            assert all(asked.offset >= MIB for asked in requests(log)[before:])
             told = daemon.status()
             assert not told["armed"]
             assert told["local"] >= MIB
