@@ -50,6 +50,7 @@ types: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench.overlay
 
 # The fuzzer is installed only here. RUNS counts inputs to each of the two targets.
 RUNS := 1000000
