@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from tests.bench.contenders import CONTENDERS, OURS
 from tests.bench.machine import LoadOfOthers, describe_machine
 from tests.bench.measure import Result, measure
+from tests.bench.memory import measure_memory
 from tests.bench.rows import ROWS
-from tests.bench.table import NOTES, introduction, section
+from tests.bench.table import NOTES, introduction, memory_section, section, summary
+from tests.bench.trust import Trust
 from tests.support.disks import MIB
 
 MEMORY = Path("/dev/shm")
+BY_HAND = "## What was tried, and what it gave"
 
 
 def arguments() -> argparse.Namespace:
@@ -29,9 +33,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--row", default="", help="only rows whose name contains this")
     parser.add_argument("--server", default="", help="only compare with servers whose name contains this")
     parser.add_argument("--output", type=Path, help="write the page to this file as well")
+    parser.add_argument(
+        "--real-time", action="store_true", help="servers and fio go before all other programs (needs root)"
+    )
     chosen = parser.parse_args()
+    chosen.idle = None
     if chosen.quick:
-        chosen.rounds, chosen.seconds, chosen.size = 1, 0.1, 16
+        chosen.rounds, chosen.seconds, chosen.size, chosen.idle = 1, 0.1, 16, 20
     return chosen
 
 
@@ -49,20 +57,31 @@ def main() -> None:
     contenders = [OURS, *(other for other in CONTENDERS if other is not OURS and chosen.server in other.name)]
     size = chosen.size * MIB
     with tempfile.TemporaryDirectory(dir=image_directory(size, chosen.directory)) as scratch:
-        image = Path(scratch) / "disk.img"
+        directory = Path(scratch)
+        # Who is not root looks for what to trust in here.
+        directory.chmod(0o755)
+        image = directory / "disk.img"
         write_image(image, chosen.size)
-        page = [introduction(contenders, describe_machine(image))]
-        print(page[0], flush=True)
-        load, results = LoadOfOthers(), list[Result]()
+        start = introduction(contenders, describe_machine(image))
+        trust = Trust.create(directory / "pki")
+        if chosen.real_time:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        load, results = LoadOfOthers(), list[list[Result]]()
         for row in rows:
-            measured = measure(row, contenders, image, Path(scratch), chosen.rounds, chosen.seconds)
-            results += measured
-            page.append(section(measured))
-            print(page[-1], flush=True)
-    page.append(f"{NOTES}\n{conditions(chosen, results, load)}")
-    print(page[-1])
+            print(row.name, file=sys.stderr, flush=True)
+            results.append(measure(row, contenders, image, directory, trust, chosen.rounds, chosen.seconds))
+        how = conditions(chosen, results, load)
+        memory = memory_section(measure_memory(contenders, image, directory, chosen.idle))
+    page = "\n".join([start, summary(results), NOTES, how, "", memory, *map(section, results)])
+    print(page)
     if chosen.output:
-        chosen.output.write_text("\n".join([*page, ""]))
+        chosen.output.write_text(f"{page}\n{written_by_hand(chosen.output)}")
+
+
+def written_by_hand(page: Path) -> str:
+    """What stands on the page since before, from the heading BY_HAND on."""
+    _, heading, rest = (page.read_text() if page.exists() else "").partition(BY_HAND)
+    return f"\n{heading}{rest}" if heading else ""
 
 
 def write_image(path: Path, mebibytes: int) -> None:
@@ -72,12 +91,13 @@ def write_image(path: Path, mebibytes: int) -> None:
             image.write(os.urandom(MIB))
 
 
-def conditions(chosen: argparse.Namespace, results: list[Result], load: LoadOfOthers) -> str:
+def conditions(chosen: argparse.Namespace, results: list[list[Result]], load: LoadOfOthers) -> str:
     """How often and how long was measured, and how busy the machine was with something else."""
-    samples = [sample for result in results for sample in result.samples]
+    samples = [sample for row in results for result in row for sample in result.samples]
     others = load.share(sum(sample.server_seconds + sample.fio_seconds for sample in samples))
+    priority = "real-time priority for servers and fio" if chosen.real_time else "the usual priority"
     return (
-        f"Rounds: {chosen.rounds}, of {chosen.seconds:g} s for each server. "
+        f"Rounds: {chosen.rounds}, of {chosen.seconds:g} s for each server, with {priority}. "
         f"Other programs, and starting fio, took {others:.0%} of the processors' time."
     )
 

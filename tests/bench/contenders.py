@@ -1,7 +1,7 @@
 """The servers that are compared, under the same conditions.
 
 One raw image in the page cache, writing allowed only in the rows that write, write-back caching, any number
-of clients.
+of clients. None flushes unless it is asked to, and fio does not ask.
 """
 
 from __future__ import annotations
@@ -12,45 +12,70 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import servers
-from tests.support.processes import check
+from tests.support.processes import Argument, check
 from tests.support.servers import Address, Server
 
-Start = Callable[[Path, bool, Path, Address], AbstractContextManager[Server]]
+
+@dataclass(frozen=True)
+class Task:
+    """What a server is to serve, and where. Its files lie in ``directory``."""
+
+    image: Path
+    writable: bool
+    directory: Path
+    at: Address
+    identity: Path | None = None
+    """The directory of its certificate, if it must speak TLS."""
+
+    def options(self, read_only: Argument, *tls: Argument) -> list[Argument]:
+        """The options for what is asked for: the one to forbid writing, those to require TLS."""
+        return [*([] if self.writable else [read_only]), *(tls if self.identity else [])]
+
+
+Running = AbstractContextManager[Server]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A server and how it is started: ``start(image, writable, directory, address)``."""
+    """A server and how it is started."""
 
     name: str
     remark: str
     version: Callable[[], str]
-    start: Start
+    start: Callable[[Task], Running]
     export: str = ""
+    idle: int = 1000
+    """How many idle clients it is given when its memory is measured."""
 
 
-def _read_only(writable: bool) -> list[str]:
-    return [] if writable else ["--read-only"]
+def _nbdserve(task: Task) -> Running:
+    options = task.options("--read-only", f"--tls-certificates={task.identity}", "--tls-require")
+    return servers.nbdserve("--format=raw", *options, task.image, directory=task.directory, at=task.at)
 
 
-def _nbdserve(image: Path, writable: bool, directory: Path, at: Address) -> AbstractContextManager[Server]:
-    return servers.nbdserve("--format=raw", *_read_only(writable), image, directory=directory, at=at)
-
-
-def _qemu_nbd(aio: str) -> Start:
-    def start(image: Path, writable: bool, directory: Path, at: Address) -> AbstractContextManager[Server]:
-        options = ["--format=raw", "--cache=writeback", f"--aio={aio}", *_read_only(writable)]
-        return servers.qemu_nbd(*options, image, directory=directory, at=at)
+def _qemu_nbd(aio: str) -> Callable[[Task], Running]:
+    def start(task: Task) -> Running:
+        credentials = f"tls-creds-x509,id=tls,endpoint=server,verify-peer=no,dir={task.identity}"
+        options = [
+            "--format=raw",
+            "--cache=writeback",
+            f"--aio={aio}",
+            *task.options("--read-only", "--object", credentials, "--tls-creds=tls"),
+        ]
+        return servers.qemu_nbd(*options, task.image, directory=task.directory, at=task.at)
 
     return start
 
 
-def _nbdkit(image: Path, writable: bool, directory: Path, at: Address) -> AbstractContextManager[Server]:
-    return servers.nbdkit(*_read_only(writable), "file", image, directory=directory, at=at)
+def _nbdkit(task: Task) -> Running:
+    options = task.options("--read-only", "--tls=require", f"--tls-certificates={task.identity}")
+    return servers.nbdkit(*options, "file", task.image, directory=task.directory, at=task.at)
 
 
-def _nbd_server(image: Path, writable: bool, directory: Path, at: Address) -> AbstractContextManager[Server]:
-    return servers.nbd_server(image, directory=directory, at=at, read_only=not writable)
+def _nbd_server(task: Task) -> Running:
+    return servers.nbd_server(
+        task.image, directory=task.directory, at=task.at, read_only=not task.writable, identity=task.identity
+    )
 
 
 def _first_line(*argv: str) -> Callable[[], str]:
@@ -78,6 +103,7 @@ CONTENDERS = [
         "its `file` plugin, 16 threads: its defaults",
         _first_line("nbdkit", "--version"),
         _nbdkit,
+        idle=100,
     ),
     Contender(
         "nbd-server",
@@ -85,5 +111,6 @@ CONTENDERS = [
         lambda: check("nbd-server", "-V").split(maxsplit=2)[2].strip(),
         _nbd_server,
         export="disk",
+        idle=100,
     ),
 ]

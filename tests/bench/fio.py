@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.bench.rows import Row
 from tests.support.processes import check
@@ -22,9 +24,10 @@ class FioRun:
     """The processor time of all its connections together."""
 
 
-def run_fio(uri: str, row: Row, seconds: float) -> FioRun:
-    """Run the row's job against an export for so many seconds."""
+def run_fio(uri: str, row: Row, seconds: float, before: Sequence[str] = ()) -> FioRun:
+    """Run the row's job against an export for so many seconds; ``before`` stands before the command."""
     output = check(
+        *before,
         "fio",
         "--name=bench",
         "--ioengine=nbd",
@@ -38,6 +41,8 @@ def run_fio(uri: str, row: Row, seconds: float) -> FioRun:
         f"--runtime={round(seconds * 1000)}ms",
         "--output-format=json",
         seconds=seconds + 60,
+        # Where anybody may be.
+        cwd=Path("/"),
     )
     # libnbd's warnings may stand before the report.
     jobs = json.loads(output[output.index("{") :])["jobs"]

@@ -47,4 +47,4 @@ class LoadOfOthers:
         # The kernel counts guests' time in user time already.
         total = sum(seconds for name, seconds in spent.items() if not name.startswith("guest"))
         busy = total - spent["idle"] - spent["iowait"]
-        return float(max(0.0, (busy - ours) / total))
+        return float(max(0.0, (busy - ours) / total)) if total else 0.0

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.bench.contenders import Contender
+from tests.bench.contenders import Contender, Task
 from tests.bench.fio import run_fio
 from tests.bench.rows import Row, Unit
+from tests.bench.trust import Trust
 from tests.support.servers import Server, UnixAddress, free_tcp_address, fresh_path
 
 # From this share of one processor on, a single-threaded program is taken to be what limits the rate.
@@ -71,16 +72,24 @@ class Result:
 
 
 def measure(
-    row: Row, contenders: Sequence[Contender], image: Path, directory: Path, rounds: int, seconds: float
+    row: Row,
+    contenders: Sequence[Contender],
+    image: Path,
+    directory: Path,
+    trust: Trust,
+    rounds: int,
+    seconds: float,
 ) -> list[Result]:
     """Start the contenders on the image, and measure each once per round, in turn."""
+    client = trust.client() if row.tls else []
     with contextlib.ExitStack() as stack:
         running = [
-            (contender, stack.enter_context(_start(contender, row, image, directory)))
+            (contender, stack.enter_context(_start(contender, row, image, directory, trust)))
             for contender in contenders
         ]
         samples = [
-            [_sample(row, contender, server, seconds) for contender, server in running] for _ in range(rounds)
+            [_sample(row, contender, server, seconds, client) for contender, server in running]
+            for _ in range(rounds)
         ]
     return [
         Result(row, contender, of_contender)
@@ -89,15 +98,17 @@ def measure(
 
 
 def _start(
-    contender: Contender, row: Row, image: Path, directory: Path
+    contender: Contender, row: Row, image: Path, directory: Path, trust: Trust
 ) -> contextlib.AbstractContextManager[Server]:
     address = free_tcp_address() if row.tcp else UnixAddress(fresh_path(directory, "bench", ".sock"))
-    return contender.start(image, row.writes, directory, address)
+    identity = trust.identity if row.tls else None
+    return contender.start(Task(image, row.writes, directory, address, identity))
 
 
-def _sample(row: Row, contender: Contender, server: Server, seconds: float) -> Sample:
+def _sample(row: Row, contender: Contender, server: Server, seconds: float, client: Sequence[str]) -> Sample:
     before = _processor_seconds(server.pid)
-    run = run_fio(server.uri(contender.export), row, seconds)
+    uri = server.uri(contender.export)
+    run = run_fio(uri.replace("nbd://", "nbds://") if row.tls else uri, row, seconds, client)
     spent = _processor_seconds(server.pid) - before
     if row.unit is Unit.OPERATIONS:
         rate, cost = run.operations / run.seconds / 1000, spent / run.operations * 1e6

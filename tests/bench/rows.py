@@ -28,6 +28,8 @@ class Row:
     connections: int = 1
     tcp: bool = False
     """Over TCP on the loopback instead of a Unix socket."""
+    tls: bool = False
+    """Encrypted, with certificates."""
     targets: Mapping[str, float] = field(default_factory=dict)
     """What nbdserve's figure divided by this contender's must be at least."""
 
@@ -52,25 +54,26 @@ def against_all(least: float) -> dict[str, float]:
     return dict.fromkeys(PEERS, least)
 
 
-def transport_rows(where: str, *, tcp: bool) -> list[Row]:
+def transport_rows(where: str, *, tcp: bool, tls: bool = False) -> list[Row]:
     """Small requests at three depths and large ones, over one transport."""
     rows = []
     for kind, access in (("read", "randread"), ("write", "randwrite")):
         for depth, least in ((1, 1.0), (16, 1.4), (64, 1.6)):
-            targets = against_all(least)
+            targets = against_all(1.0 if tls else least)
             if (kind, depth, tcp) == ("read", 16, False):
                 targets["qemu-nbd"] = 3.0
             name = f"4 KiB random {kind}, depth {depth}, {where}"
-            rows.append(Row(name, access, KIB4, depth, tcp=tcp, targets=targets))
+            rows.append(Row(name, access, KIB4, depth, tcp=tcp, tls=tls, targets=targets))
     for kind in ("read", "write"):
         name = f"1 MiB sequential {kind}, depth 8, {where}"
-        rows.append(Row(name, kind, MIB1, 8, tcp=tcp, targets=against_all(1.5)))
+        rows.append(Row(name, kind, MIB1, 8, tcp=tcp, tls=tls, targets=against_all(1.0 if tls else 1.5)))
     return rows
 
 
 ROWS = [
     *transport_rows("Unix socket", tcp=False),
     *transport_rows("TCP", tcp=True),
+    *transport_rows("TLS", tcp=True, tls=True),
     Row("4 KiB random read, depth 16, 8 connections", "randread", KIB4, 16, 8, targets=against_all(1.0)),
     Row("4 KiB random write, depth 16, 8 connections", "randwrite", KIB4, 16, 8, targets=against_all(1.0)),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tests.bench.contenders import Contender
 from tests.bench.measure import Result
+from tests.bench.memory import KIB, MOST, MOST_FOR_ONE_MORE, Memory
 from tests.bench.rows import Row, Unit
 
 INTRODUCTION = """\
@@ -55,6 +56,56 @@ def section(results: Sequence[Result]) -> str:
         for result in results
     ]
     return "\n".join([f"\n## {row.name}\n", _table(header, lines), "", *targets(results)])
+
+
+def summary(rows: Sequence[Sequence[Result]]) -> str:
+    """All rows at a glance: nbdserve against the better peer of each, in speed and in processor time."""
+    header = ["row", "target", "×", "", "better peer", "processor time ×", "of"]
+    lines = []
+    for results in rows:
+        ours, row = results[0], results[0].row
+        peers = [result for result in results[1:] if result.contender.name in row.targets]
+        if not peers:
+            continue
+        best = max(peers, key=lambda result: result.rate)
+        cheapest = min(results[1:], key=_cost)
+        ratio, least = ours.rate / best.rate, row.targets[best.contender.name]
+        mark = "met" if ratio >= least else "MISSED †" if ours.is_limited_by_fio else "MISSED"
+        saved = f"{_cost(ours) / _cost(cheapest):.2f}"
+        name = best.contender.name
+        lines.append([row.name, f"{least:g}", f"{ratio:.2f}", mark, name, saved, cheapest.contender.name])
+    return "\n".join(["## All rows\n", _table(header, lines), ""])
+
+
+def _cost(result: Result) -> float:
+    return result.median(lambda sample: sample.server_cost)
+
+
+def memory_section(measured: Sequence[Memory]) -> str:
+    """What clients cost in memory, and whether nbdserve's targets are met."""
+    header = ["server", "one client, MiB", "idle clients", "each, KiB", "answered in the end"]
+    lines = [
+        [
+            memory.contender.name,
+            f"{memory.with_one / (KIB * KIB):.1f}",
+            str(memory.idle),
+            f"{memory.for_one_more / KIB:.0f}",
+            str(memory.answered),
+        ]
+        for memory in measured
+    ]
+    ours = measured[0]
+    held = ours.answered == ours.idle
+    verdicts = [
+        (f"below {MOST >> 20} MiB with one client", ours.with_one < MOST),
+        (
+            f"below {MOST_FOR_ONE_MORE >> 20} MiB for each idle one more",
+            ours.for_one_more < MOST_FOR_ONE_MORE,
+        ),
+        (f"{ours.idle} idle clients hold", held),
+    ]
+    told = [f"Target {what}: {'met' if kept else 'MISSED'}.\n" for what, kept in verdicts]
+    return "\n".join(["## Memory\n", _table(header, lines), "", *told])
 
 
 def targets(results: Sequence[Result]) -> list[str]:

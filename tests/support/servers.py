@@ -151,15 +151,27 @@ def nbdkit(*arguments: Argument, directory: Path, at: Address | None = None) -> 
 
 @contextmanager
 def nbd_server(
-    image: Path, *, directory: Path, at: Address | None = None, export: str = "disk", read_only: bool = False
+    image: Path,
+    *,
+    directory: Path,
+    at: Address | None = None,
+    export: str = "disk",
+    read_only: bool = False,
+    identity: Path | None = None,
 ) -> Iterator[Server]:
-    """``nbd-server`` with one export. It knows no default export: clients must name it."""
+    """``nbd-server`` with one export. It knows no default export: clients must name it.
+
+    ``identity`` is the directory of its certificate, if it is to require TLS.
+    """
     address = at or UnixAddress(fresh_path(directory, "nbd-server", ".sock"))
     match address:
         case UnixAddress(path):
             listen = f"unixsock = {path}"
         case TcpAddress(host, port):
             listen = f"listenaddr = {host}\nport = {port}"
+    if identity is not None:
+        listen += f"\nforce_tls = true\ncertfile = {identity}/server-cert.pem"
+        listen += f"\nkeyfile = {identity}/server-key.pem\ncacertfile = {identity}/ca-cert.pem"
     config = fresh_path(directory, "nbd-server", ".conf")
     config.write_text(
         f"[generic]\n{listen}\n[{export}]\nexportname = {image}\nreadonly = {str(read_only).lower()}\n"
