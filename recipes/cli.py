@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbdserve import command, sizes
-from recipes import fence, keeper, monitor_cli, probe
+from recipes import fence, keeper, monitor_cli, pivot_cli, probe
 from recipes.console import choose_report
 from recipes.demo import run as demo
 from recipes.interruption import interruptible
 from recipes.migrate import migrate
-from recipes.plan import Plan, is_host_and_port, load
+from recipes.plan import Plan, is_host_and_port
+from recipes.planfile import load
 from recipes.report import Report
 
 PROGRAM = "nbd-migrate"
@@ -64,6 +65,9 @@ def make_parser() -> command.Parser:
     show = subcommands.add_parser("demo", help="the whole sequence on this machine, with a real guest")
     demo.configure(show)
     show.set_defaults(body=demo.main)
+    move = subcommands.add_parser("pivot", help="let QEMU use a complete image instead of nbd-overlay")
+    pivot_cli.configure(move)
+    move.set_defaults(body=pivot_cli.main)
     qmp = subcommands.add_parser("qmp")
     monitor_cli.configure(qmp)
     qmp.set_defaults(body=monitor_cli.main)
@@ -87,8 +91,8 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
     parser.add_argument(
         "--engine",
-        choices=["qemu", "overlay"],
-        help="who copies: B's QEMU, into a QED image (the default), or nbd-overlay, into a raw file",
+        choices=["overlay", "qemu"],
+        help="who copies: nbd-overlay, into a raw file (the default), or B's QEMU, into a QED image",
     )
     parser.add_argument(
         "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"

@@ -56,6 +56,10 @@ class Engine(ABC):
         """Step 5: the monitor that streaming is told to."""
 
     @abstractmethod
+    async def confirm(self, m: Migration) -> None:
+        """Step 5, when the job has ended well: see that the image says so too."""
+
+    @abstractmethod
     async def detach(self, m: Migration) -> None:
         """Step 6: every block is local; part B's QEMU from all that is not its own file."""
 
@@ -108,6 +112,9 @@ class QemuEngine(Engine):
     async def monitor(self, m: Migration) -> Vm:
         """QEMU's own."""
         return m.monitor_b
+
+    async def confirm(self, m: Migration) -> None:
+        """Nothing: its job's last event comes when the image has let go of its backing."""
 
     async def detach(self, m: Migration) -> None:
         """Delete the nodes that lead to A, which the overlay has let go of."""
@@ -169,15 +176,25 @@ class OverlayEngine(Engine):
         await m.overlay_monitor.execute("overlay-activate")
         return m.overlay_monitor
 
+    async def confirm(self, m: Migration) -> None:
+        """The map must be gone: what is left is the raw disk."""
+        image = m.plan.destination.image
+        if await m.host_b.test("-e", f"{image}.map", m.plan.limits.command):
+            raise MigrationError(f"{image} is not a plain raw disk yet: there is {image}.map")
+
     async def detach(self, m: Migration) -> None:
         """Let QEMU pivot to the file, then end nbd-overlay."""
         destination, limits = m.plan.destination, m.plan.limits
-        if await m.host_b.test("-e", f"{destination.image}.map", limits.command):
-            raise MigrationError(
-                f"{destination.image} is not a plain raw disk yet: there is {destination.image}.map"
-            )
         what = Pivot(destination.node, destination.image, limits.command + limits.reconnect_delay)
-        await pivot(m.monitor_b, what)
+        try:
+            await pivot(m.monitor_b, what)
+        except VmGoneError:
+            raise
+        except MigrationError as error:
+            again = f"nbd-migrate pivot --qmp {destination.qmp} --node {destination.node} {destination.image}"
+            raise MigrationError(
+                f"{error}; until B's QEMU uses the file itself leave nbd-overlay running; try {again}"
+            ) from error
         assert m.overlay
         if m.overlay_monitor:
             with suppress(VmGoneError):
@@ -185,18 +202,19 @@ class OverlayEngine(Engine):
         await m.overlay.stop(limits.stop)
 
     async def _start(self, m: Migration, *options: str) -> None:
-        destination = m.plan.destination
+        destination, limits = m.plan.destination, m.plan.limits
         argv = [
-            *(m.host_b.tool("nbd-overlay"), "serve", destination.image),
+            *(m.host_b.tool("nbd-overlay"), "serve", "--layout", "flat", destination.image),
             *("-k", destination.overlay_socket, "--qmp", f"unix:{destination.overlay_monitor}"),
             # What QEMU 7.2 does with a failed block status, see QemuEngine, it does here too.
-            *("--copy-on-read", "on", "--simple-replies", "--pid-file", READY, *options),
+            *("--layout", self.layout, "--copy-on-read", "on", "--simple-replies", "--pid-file", READY),
+            *("--connections", str(limits.connections)),
+            *("--reconnect-timeout", f"{limits.reconnect_timeout:g}", *options),
         ]
         m.overlay = await m.start(
             "nbd-overlay on B", m.host_b, destination.image, "overlay", argv, ready=True
         )
-        limit = m.plan.limits.start
-        await m.during(m.overlay.ready(limit), limit, "starting nbd-overlay on B")
+        await m.during(m.overlay.ready(limits.start), limits.start, "starting nbd-overlay on B")
 
 
 async def close_node(vm: Vm, node: str) -> None:

@@ -139,6 +139,9 @@ async def after_cut_over(m: Migration) -> str:
     if m.a.connected:
         await fence_source(m)
     image, overlay = m.plan.source.image, m.plan.destination.image
+    if m.complete:
+        where = "is on B and stays there" if m.qemu and m.qemu.running else "has stopped"
+        return f"the guest {where}; its disk, {overlay} on B, is complete and needs nothing on A"
     if m.qemu and m.qemu.running:
         return f"the guest is on B and stays there; until {overlay} is complete, keep {image} and A's server"
     return (

@@ -45,6 +45,7 @@ class Migration:
     overlay  nbd-overlay on B, with its monitor, where that is the engine
     created  the overlay was created by this migration
     arrival  what the source said of the RAM's migration, when it is complete
+    complete every block is on B, on stable storage: nothing on A is needed
     arrived  when the guest began to run on B (monotonic clock in seconds), None while it belongs to A
     """
 
@@ -76,6 +77,7 @@ class Migration:
         self.overlay: Child | None = None
         self.overlay_monitor: Vm | None = None
         self.created = False
+        self.complete = False
         self.migrating = False
         self.arrived: float | None = None
         self.arrival: Arrival | None = None

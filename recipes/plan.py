@@ -1,39 +1,11 @@
-"""What to migrate, from where to where: the plan, its TOML file and every check that needs no I/O.
-
-[source]                                  the guest as it runs now
-qmp = "/run/vm/a.qmp"                     QMP address of its QEMU: a socket's path, or "HOST:PORT"
-image = "/var/lib/images/vm.raw"          its disk, raw, as host A sees it
-node = "disk0"                            its block node or device; default: found by the image's name
-shell = ["ssh", "a.example"]              prefix of every command that must run on A; default: this host
-bin = "/opt/nbd-migrate/bin"              where A has nbdserve; default: beside this command, or A's PATH
-
-[export]
-uri = "nbd://192.0.2.1:10809/vm"          where A serves the disk and B finds it; or "nbd+unix:///vm?socket=/run/x"
-
-[destination]                             the guest as it is going to run
-qemu = ["qemu-system-x86_64", ..., "-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"]
-node = "disk0"                            the block node that this -device refers to
-image = "/var/lib/images/vm.qed"          the overlay that is made there
-engine = "qemu"                           who copies: B's "qemu", or "overlay" (nbd-overlay)
-qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is started there
-migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOST:PORT" or "unix:PATH"
-
-[limits]                                  seconds, unless said otherwise; see Limits
-[finish]                                  see Finish
-[log]
-directory = "/var/log/nbd-migrate"        where what is started writes, on A and B; default: beside the disk
-"""
+"""What to migrate, from where to where, and every check of it that needs no I/O. Its file: planfile.py."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field, fields
 
 from nbdserve.errors import UsageError
 from nbdserve.uri import NbdUri, parse_uri
@@ -46,8 +18,16 @@ MAX_WAIT = 1_000_000
 MAX_SOCKET = 107
 """The longest path of a Unix socket, in bytes."""
 
-MAX_SPEED = (1 << 63) - 1
-"""The most bytes per second that a block job can be told."""
+MOST = {
+    "speed": ((1 << 63) - 1, "bytes per second"),
+    "connections": (64, "connections"),
+    "restarts": (MAX_WAIT, "restarts"),
+    "reconnect_timeout": (86400, "seconds"),
+}
+"""The largest value of a limit where that is not MAX_WAIT seconds, as QEMU and nbd-overlay have it."""
+
+MAY_BE_ZERO = ("reconnect_delay", "restarts", "speed")
+"""The limits that may be 0."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +84,7 @@ class Destination:
     node: str = "disk0"
     shell: Command = ()
     bin: str = ""
-    engine: str = "qemu"
+    engine: str = "overlay"
 
     @property
     def overlay_socket(self) -> str:
@@ -157,7 +137,9 @@ class Limits:
     recover          until a guest that waits for the export goes on, once the export is back
     stop             until a process that was told to end has ended
     reconnect_delay  how long B's QEMU holds a guest's request while the export is away (whole seconds)
+    reconnect_timeout  how long nbd-overlay holds what it is asked for while the export is away
     restarts         how often a server that died while streaming is started again (a number)
+    connections      that nbd-overlay makes to the export (a number)
     speed            bandwidth of the stream in bytes per second; 0 is no limit
     """
 
@@ -170,17 +152,19 @@ class Limits:
     recover: float = 60.0
     stop: float = 30.0
     reconnect_delay: int = 10
+    reconnect_timeout: float = 60.0
     restarts: int = 5
+    connections: int = 4
     speed: int = 0
 
     def check(self) -> None:
         """Raise UsageError for a negative limit, a wait of no time at all, and what is out of all range."""
         for each in fields(self):
             value = getattr(self, each.name)
-            most, unit = (MAX_SPEED, "bytes per second") if each.name == "speed" else (MAX_WAIT, "seconds")
+            most, unit = MOST.get(each.name, (MAX_WAIT, "seconds"))
             if math.isnan(value):
                 raise UsageError(f"limits.{each.name}: nan is not a number of {unit}")
-            if value < 0 or (value == 0 and isinstance(each.default, float)):
+            if value < 0 or (value == 0 and each.name not in MAY_BE_ZERO):
                 raise UsageError(f"limits.{each.name}: {value} is too small")
             if value > most:
                 raise UsageError(f"limits.{each.name}: {value} is too large: at most {most} {unit}")
@@ -231,72 +215,6 @@ class Plan:
             raise UsageError(f"destination.qmp: {self.destination.qmp} is the source's monitor")
         if self.finish.move_aside and self.finish.move_aside == self.source.image:
             raise UsageError("finish.move_aside: this is the image's own path")
-
-
-def load(path: Path, overrides: Mapping[str, Mapping[str, object]] | None = None) -> Plan:
-    """Read a plan file; ``overrides`` (section, then key) win over what the file says.
-
-    Raises UsageError for a file that is not TOML, an unknown or missing key, a wrong type or a wrong value.
-    """
-    if path.exists() and not path.is_file():
-        # Reading a FIFO could take for ever.
-        raise UsageError(f"{path}: not a regular file; write the plan to one")
-    try:
-        document = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from error
-    try:
-        return build(document, overrides or {})
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-
-
-def build(document: Mapping[str, Any], overrides: Mapping[str, Mapping[str, object]]) -> Plan:
-    """Make a Plan from nested mappings; see load()."""
-    sections = get_type_hints(Plan)
-    for name in document:
-        if name not in sections:
-            raise UsageError(f"[{name}]: no such section; there are {', '.join(sections)}")
-    made = {}
-    for name, kind in sections.items():
-        values = document.get(name, {})
-        if not isinstance(values, Mapping):
-            raise UsageError(f"{name}: write it as a section, [{name}]")
-        made[name] = section_of(kind, name, {**values, **overrides.get(name, {})})
-    return Plan(**made)
-
-
-def section_of(kind: type, section: str, values: Mapping[str, object]) -> Any:
-    """Make one section's dataclass, checking its keys and their types."""
-    assert is_dataclass(kind)
-    hints = get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            raise UsageError(f"{section}.{key}: no such key; there are {', '.join(hints)}")
-    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
-    if missing:
-        raise UsageError(f"{section}.{missing[0]}: this is missing")
-    return kind(**{key: typed(f"{section}.{key}", hints[key], value) for key, value in values.items()})
-
-
-def typed(where: str, kind: object, value: object) -> object:
-    """Return the value as a str, an int, a float or a tuple of str, whichever the key wants."""
-    words = value if isinstance(value, (list, tuple)) else [value]
-    nul = next((word for word in words if isinstance(word, str) and "\0" in word), None)
-    if nul is not None:
-        raise UsageError(f"{where}: {nul!r} has a NUL in it, which no path and no command line can have")
-    if kind == Command:
-        if isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
-            return tuple(value)
-        raise UsageError(f"{where}: a list of strings is wanted")
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str):
-        return value
-    names = {float: "a number", int: "a whole number", str: "a string"}
-    raise UsageError(f"{where}: {names[kind]} is wanted, not {value!r}")  # type: ignore[index]
 
 
 def is_host_and_port(text: str) -> bool:

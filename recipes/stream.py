@@ -42,11 +42,13 @@ RESTART_PAUSE = 1.0
 async def stream(m: Migration) -> str:
     """Step 5: until every block is in the overlay, and on stable storage there."""
     await Stream(m, await m.engine.monitor(m)).run()
+    await m.engine.confirm(m)
     # From here on nothing on A is needed: make sure that a power failure on B does not change that.
     image, limit = m.plan.destination.image, m.plan.limits.stall
     await m.during(
         m.host_b.run("sync", "--", image, limit=limit), limit, f"writing {image} to stable storage"
     )
+    m.complete = True
     again = f", interrupted {m.recoveries} times" if m.recoveries else ""
     return f"every block of {m.size} bytes is in {image}{again}"
 

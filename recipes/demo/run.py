@@ -126,7 +126,7 @@ async def write_for(seconds: float, guest: Guest) -> None:
 def judge(stage: Stage, evidence: Evidence) -> Verdict:
     """Compare on the host what the guest did not write, and join this with what the guest says."""
     extents = records.extents(evidence.memory.written, stage.cells)
-    comparison = disk.compare(stage.original, stage.overlay, "qed", extents)
+    comparison = disk.compare(stage.original, stage.overlay, stage.layout, extents)
     return Verdict(evidence.memory, evidence.phases, comparison, evidence.leftovers, stage.cells)
 
 
@@ -144,6 +144,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long the guest writes before and after the migration (default: %(default)g)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=["overlay", "qemu"],
+        default="overlay",
+        help="who copies the disk: nbd-overlay (the default), or the second QEMU",
+    )
     parser.add_argument("--speed", default="0", metavar="BYTES", help="stream at most so much per second")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave images, consoles and logs in DIR")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where the guest's kernel is kept")
@@ -153,7 +159,9 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the demo and return the exit code: 0 only when the verdict holds."""
     # A kill ends the demo as Ctrl-C does, and nothing is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    size, limits = parse_size(arguments.size, "--size"), Limits(speed=parse_size(arguments.speed, "--speed"))
+    # A QEMU whose server is gone ends only after this delay, and after a kill everything is to end soon.
+    limits = Limits(speed=parse_size(arguments.speed, "--speed"), reconnect_delay=1)
+    size = parse_size(arguments.size, "--size")
     limits.check()
     with ExitStack() as stack:
         sockets = stack.enter_context(temporary_directory())
@@ -162,7 +170,7 @@ def main(arguments: argparse.Namespace) -> int:
         report = choose_report()
         stack.callback(report.close)
         report.note(f"a disk of {format_size(size)}, a guest, and two QEMUs, in {directory}")
-        stage = prepare(directory, sockets, size, arguments.cache)
+        stage = prepare(directory, sockets, size, engine=arguments.engine, cache=arguments.cache)
         try:
             playing = play(stage, report, seconds=arguments.seconds, limits=limits)
             evidence = asyncio.run(interruptible(playing))

@@ -29,12 +29,14 @@ class Stage:
     sockets    another directory, with a path short enough for Unix sockets
     original   what is on the disk before the guest runs
     kernel     the guest's
+    engine     what copies the disk: overlay, into a raw file, or qemu, into a QED image
     """
 
     directory: Path
     sockets: Path
     original: Original
     kernel: Path
+    engine: str = "overlay"
 
     @property
     def cells(self) -> int:
@@ -54,7 +56,12 @@ class Stage:
     @property
     def overlay(self) -> Path:
         """The disk on B."""
-        return self.directory / "b.qed"
+        return self.directory / f"b.{self.layout}"
+
+    @property
+    def layout(self) -> str:
+        """QEMU's name of the format that the disk on B has in the end."""
+        return "qed" if self.engine == "qemu" else "raw"
 
     @property
     def guest_on_a(self) -> Guest:
@@ -99,6 +106,7 @@ class Stage:
                 qmp=str(self.monitor("b")),
                 migration=f"unix:{self.sockets / 'migration'}",
                 node=NODE,
+                engine=self.engine,
             ),
             limits=limits,
             finish=Finish(move_aside=str(self.moved)),
@@ -113,12 +121,15 @@ class Stage:
             yield f"the source's server still listens on {self.export_socket}"
         if _is_listened_on(self.monitor("a")):
             yield "the source's QEMU still runs"
-        backing = _backing(self.overlay)
+        backing = _backing(self.overlay, self.layout)
         if backing:
             yield f"the overlay still has a backing file: {backing}"
+        yield from (f"the copy is not a whole disk: there is {path}" for path in _remains_of(self.overlay))
 
 
-def prepare(directory: Path, sockets: Path, size: int, cache: Path | None = None) -> Stage:
+def prepare(
+    directory: Path, sockets: Path, size: int, *, engine: str = "overlay", cache: Path | None = None
+) -> Stage:
     """Fetch the kernel, build the initramfs and make a disk of ``size`` bytes.
 
     Raises UsageError for a size that does not suit the guest, OperatorError if there is too little space or
@@ -132,7 +143,9 @@ def prepare(directory: Path, sockets: Path, size: int, cache: Path | None = None
             "set TMPDIR, or choose --keep or --size"
         )
     fetched = kernel.fetch(cache)
-    stage = Stage(directory, sockets, Original(size), fetched.image)
+    stage = Stage(directory, sockets, Original(size), fetched.image, engine)
+    # Before anything is made: a path may be too long for the sockets beside it.
+    stage.plan(Limits())
     initramfs.build(stage.guest_on_a.initramfs, fetched)
     stage.original.write(stage.image)
     return stage
@@ -149,9 +162,14 @@ def _is_listened_on(path: Path) -> bool:
         return True
 
 
-def _backing(image: Path) -> str:
+def _remains_of(image: Path) -> Iterator[Path]:
+    """The map and the sockets of nbd-overlay, as far as they are there."""
+    yield from (path for suffix in ("map", "nbd", "qmp") if (path := Path(f"{image}.{suffix}")).exists())
+
+
+def _backing(image: Path, layout: str) -> str:
     """The image's backing file as qemu-img sees it, or nothing; does not disturb a QEMU that has it open."""
-    argv = ["qemu-img", "info", "--force-share", "--output=json", "-f", "qed", str(image)]
+    argv = ["qemu-img", "info", "--force-share", "--output=json", "-f", layout, str(image)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=INSPECT_LIMIT)
     if done.returncode != 0:
         raise OperatorError(f"{image}: qemu-img cannot read it: {done.stderr.strip()}")

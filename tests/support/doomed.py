@@ -17,7 +17,7 @@ from pathlib import Path
 from nbdserve import command
 from recipes.cli import until_signal
 from recipes.console import PlainReport
-from recipes.plan import load
+from recipes.planfile import load
 from recipes.report import Moment, Progress, Step
 from tests.support.processes import wait_until
 from tests.support.vms import Role, lives

@@ -25,10 +25,10 @@ def short_directory() -> Iterator[Path]:
 
 
 @contextmanager
-def staged(directory: Path, size: int) -> Iterator[Stage]:
+def staged(directory: Path, size: int, engine: str = "overlay") -> Iterator[Stage]:
     """The demo's stage: kernel, initramfs and a disk of ``size`` bytes; nothing runs yet."""
     with short_directory() as sockets:
-        yield prepare(directory, sockets, size)
+        yield prepare(directory, sockets, size, engine=engine)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ COMMANDS = (
     ("nbd-migrate",),
     ("nbd-migrate", "run"),
     ("nbd-migrate", "demo"),
+    ("nbd-migrate", "pivot"),
     ("nbd-migrate", "qmp"),
 )
 

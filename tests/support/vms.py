@@ -153,11 +153,11 @@ def monitor(address: Path) -> Iterator[Monitor]:
 class Scene:
     """Hosts A and B in one directory, a guest that runs on A, and the plan to move it to B."""
 
-    def __init__(self, directory: Path, disk_size: int = DISK_SIZE) -> None:
+    def __init__(self, directory: Path, engine: str = "overlay", disk_size: int = DISK_SIZE) -> None:
         self.directory = directory
         self.image = directory / "a.raw"
         self.moved = directory / "a.moved"
-        self.overlay = directory / "b.qed"
+        self.overlay = directory / ("b.qed" if engine == "qemu" else "b.raw")
         self.monitor_a = directory / "a.qmp"
         self.monitor_b = directory / "b.qmp"
         self.export = directory / "nbd"
@@ -172,6 +172,7 @@ class Scene:
                 image=str(self.overlay),
                 qmp=str(self.monitor_b),
                 migration=f"unix:{directory / 'migration'}",
+                engine=engine,
             ),
             limits=limits,
             finish=Finish(move_aside=str(self.moved)),
@@ -181,12 +182,6 @@ class Scene:
         """Change keys of one section of the plan."""
         changed = dataclasses.replace(getattr(self.plan, section), **values)
         self.plan = dataclasses.replace(self.plan, **{section: changed})
-
-    def use_engine(self, engine: str) -> None:
-        """Let this engine move the disk."""
-        if engine == "overlay":
-            self.overlay = self.directory / "b.raw"
-        self.change("destination", image=str(self.overlay), engine=engine)
 
     def source_qemu(self) -> list[str]:
         """A's command line."""
@@ -275,9 +270,9 @@ def is_record(sector: int, content: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def scene(directory: Path) -> Iterator[Scene]:
+def scene(directory: Path, engine: str = "overlay") -> Iterator[Scene]:
     """A guest that runs on A, on a disk of DISK_SIZE bytes, with everything on this host."""
-    made = Scene(directory)
+    made = Scene(directory, engine)
     with running(made):
         yield made
 

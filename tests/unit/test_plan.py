@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nbdserve.errors import UsageError
-from recipes.plan import Plan, build, load
+from recipes.plan import Plan
+from recipes.planfile import build, load
 from tests.support.vms import as_toml
 
 MINIMAL = """
@@ -38,7 +39,7 @@ def test_a_plan_needs_no_more_than_what_cannot_be_guessed(tmp_path: Path) -> Non
     assert plan.source.shell == ()
     assert plan.destination.node == "disk0"
     assert plan.export.address.port == 10809
-    assert plan.limits.speed == 0
+    assert (plan.limits.speed, plan.limits.connections, plan.destination.engine) == (0, 4, "overlay")
     assert plan.finish.move_aside == ""
 
 
@@ -48,6 +49,22 @@ def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
     )
     assert plan.limits.migrate == 5.0
     assert plan_of(tmp_path, as_toml(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("limit", "complaint"),
+    [
+        ("connections = 0", "limits.connections: 0 is too small"),
+        ("connections = 65", "limits.connections: 65 is too large: at most 64 connections"),
+        ("reconnect_timeout = 0", "limits.reconnect_timeout: 0.0 is too small"),
+        ("reconnect_timeout = 86401", "is too large: at most 86400 seconds"),
+    ],
+)
+def test_nbd_overlay_is_not_asked_for_what_it_would_refuse(
+    tmp_path: Path, limit: str, complaint: str
+) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        plan_of(tmp_path, f"{MINIMAL}[limits]\n{limit}\n")
 
 
 def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> None:

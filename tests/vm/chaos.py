@@ -52,7 +52,9 @@ def judge(stage: Scene, victim: Role | None, status: int, said: str) -> str:
     assert not (on_a and on_b), f"the guest runs twice: {said}"
     if on_b:
         return judge_destination(stage, status, said)
-    wait_until(lambda: not stage.started() - {Role.FENCE, Role.SERVER}, "what was started has ended", 15.0)
+    # What holds the disk of a guest that has arrived stays.
+    kept = {Role.FENCE, Role.SERVER, Role.OVERLAY, Role.KEEPER_OF_OVERLAY}
+    wait_until(lambda: not stage.started() - kept, "what was started has ended", 15.0)
     if on_a:
         assert status != 0, said
         assert not stage.started(), stage.started()

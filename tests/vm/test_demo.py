@@ -36,8 +36,12 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield directory
 
 
-def test_the_demo_migrates_a_guest_and_leaves_nothing_behind(temporary: Path) -> None:
-    done = run(NBD_MIGRATE, "demo", "--size", "64M", "--speed", "32M", "--seconds", "1", seconds=110)
+@pytest.mark.parametrize("options", [(), ("--engine", "qemu")], ids=["overlay", "qemu"])
+def test_the_demo_migrates_a_guest_and_leaves_nothing_behind(
+    temporary: Path, options: tuple[str, ...]
+) -> None:
+    small = ("--size", "64M", "--speed", "32M", "--seconds", "1")
+    done = run(NBD_MIGRATE, "demo", *small, *options, seconds=110)
     assert done.returncode == 0, done.stdout + done.stderr
     for step in range(1, 7):
         assert f"step {step}  " in done.stdout
@@ -96,17 +100,19 @@ def test_too_little_space_is_one_line_before_anything_is_written(temporary: Path
     assert done.stderr.count("\n") == 1
 
 
-def where_it_lies(overlay: Path, offset: int) -> int:
-    """Where in a QED file a byte of the guest's disk lies, as qemu-img sees it; QEMU may have it open."""
-    for extent in json.loads(check("qemu-img", "map", "-U", "-f", "qed", "--output=json", overlay)):
+def where_it_lies(stage: Stage, offset: int) -> int:
+    """Where in B's image a byte of the guest's disk lies, as qemu-img sees it; QEMU may have it open."""
+    layout, image = stage.layout, stage.overlay
+    for extent in json.loads(check("qemu-img", "map", "-U", "-f", layout, "--output=json", image)):
         distance = offset - int(extent["start"])
         if 0 <= distance < int(extent["length"]):
             return int(extent["offset"]) + distance
     raise AssertionError(f"{offset} lies nowhere")
 
 
-def test_a_byte_changed_in_the_copy_makes_the_verdict_fail(tmp_path: Path) -> None:
-    with staged(tmp_path, 64 * MIB) as stage:
+@pytest.mark.parametrize("engine", ["overlay", "qemu"])
+def test_a_byte_changed_in_the_copy_makes_the_verdict_fail(tmp_path: Path, engine: str) -> None:
+    with staged(tmp_path, 64 * MIB, engine) as stage:
         tampered, memory, phases = asyncio.run(migrate_and_tamper(stage))
         assert tampered.bad == 1
         assert memory.bad == 0
@@ -118,7 +124,7 @@ def test_a_byte_changed_in_the_copy_makes_the_verdict_fail(tmp_path: Path) -> No
         assert good.holds, list(good.lines())
         assert not verdict(tampered).holds
         end = sum(next(extents(memory.written, stage.cells)))
-        flip(stage.overlay, where_it_lies(stage.overlay, end + 4096))
+        flip(stage.overlay, where_it_lies(stage, end + 4096))
         bad = verdict(memory)
         assert (bad.comparison.different, bad.comparison.first) == (1, end + 4096)
         assert not bad.holds
@@ -134,7 +140,7 @@ async def migrate_and_tamper(stage: Stage) -> tuple[Memory, Memory, Phases]:
         await migrate(stage.plan(Limits(speed=32 * MIB)), witness, children=children)
         await demo.write_for(1, guest)
         await guest.command("pause")
-        inside = where_it_lies(stage.overlay, place(3, stage.cells).offset + 100)
+        inside = where_it_lies(stage, place(3, stage.cells).offset + 100)
         flip(stage.overlay, inside)
         tampered = await guest.verify()
         flip(stage.overlay, inside)

@@ -21,19 +21,20 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("engine", ["qemu", "overlay"])
-def test_a_guest_and_its_disk_move_while_it_writes(stage: Scene, engine: str) -> None:
-    stage.use_engine(engine)
-    with stage.run() as run:
-        assert run.wait(60.0) == 0, run.output()
-    stage.wait_until_guest_works("b")
-    assert stage.started() == {Role.B}
-    assert stage.moved.exists()
-    assert not stage.image.exists()
-    assert stage.moved.read_bytes()[:512] == stage.original[:512]
-    stage.quit_b()
-    assert stage.wrong_sectors() == []
-    info = json.loads(check("qemu-img", "info", "--output=json", stage.overlay))
-    assert "backing-filename" not in info
+def test_a_guest_and_its_disk_move_while_it_writes(tmp_path: Path, engine: str) -> None:
+    with scene(tmp_path, engine) as stage:
+        with stage.run() as run:
+            assert run.wait(60.0) == 0, run.output()
+        stage.wait_until_guest_works("b")
+        assert stage.started() == {Role.B}
+        assert stage.moved.exists()
+        assert not stage.image.exists()
+        assert stage.moved.read_bytes()[:512] == stage.original[:512]
+        stage.quit_b()
+        assert stage.wrong_sectors() == []
+        info = json.loads(check("qemu-img", "info", "--output=json", stage.overlay))
+        assert info["format"] == ("qed" if engine == "qemu" else "raw")
+        assert "backing-filename" not in info
 
 
 def test_a_migration_goes_on_when_nobody_reads_what_it_prints(stage: Scene) -> None:
@@ -49,7 +50,7 @@ def test_a_migration_goes_on_when_nobody_reads_what_it_prints(stage: Scene) -> N
 
 
 def test_commas_in_paths_are_not_taken_for_options(stage: Scene) -> None:
-    stage.overlay = stage.directory / "b,1.qed"
+    stage.overlay = stage.directory / "b,1.raw"
     stage.monitor_b = stage.directory / "b,1.qmp"
     stage.change("destination", qmp=str(stage.monitor_b), image=str(stage.overlay))
     with stage.run() as run:

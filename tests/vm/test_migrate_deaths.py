@@ -22,8 +22,8 @@ BEFORE = ("EXPORT", "OVERLAY", "LAUNCH", "MIGRATE", "SWITCHOVER")
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Scene]:
-    """A guest that runs on A."""
-    with scene(tmp_path) as made:
+    """A guest that runs on A, and a plan in which B's QEMU copies its disk."""
+    with scene(tmp_path, "qemu") as made:
         yield made
 
 

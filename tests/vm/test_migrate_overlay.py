@@ -1,4 +1,4 @@
-"""nbd-migrate run --engine overlay: what dies on the way, and what becomes of the guest and of its disk."""
+"""nbd-migrate run with nbd-overlay: what dies on the way, and what becomes of the guest and of its disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ SECONDS = 40.0
 def stage(tmp_path: Path) -> Iterator[Scene]:
     """A guest that runs on A, and a plan in which nbd-overlay moves its disk, not too fast."""
     with scene(tmp_path) as made:
-        made.use_engine("overlay")
         made.change("limits", speed=32 << 20)
         yield made
 
@@ -76,6 +75,20 @@ def test_the_stream_goes_on_when_what_feeds_it_dies(stage: Scene, victim: Role) 
         assert run.wait(SECONDS) == 0, run.output()
     assert ("it is started again" in run.output()) == (victim is Role.OVERLAY)
     assert_complete(stage)
+
+
+def test_a_failure_behind_the_stream_does_not_say_that_the_source_is_needed(stage: Scene) -> None:
+    with stage.run() as run:
+        run.wait_for_line(" of 64 MiB")
+        stage.moved.write_text("mine")
+        assert run.wait(SECONDS) == 1
+    last = run.output().splitlines()[-1]
+    assert f"could not be moved to {stage.moved}; the guest is on B and stays there; its disk" in last
+    assert last.endswith("is complete and needs nothing on A")
+    assert stage.moved.read_text() == "mine"
+    stage.wait_until_guest_works("b")
+    stage.quit_b()
+    assert stage.wrong_sectors() == []
 
 
 def test_what_is_in_the_place_of_the_disk_or_of_its_sockets_is_not_touched(stage: Scene) -> None:

@@ -26,8 +26,8 @@ from tests.support.vms import QEMU, Monitor, Role, Scene, lives, monitor, runnin
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Scene]:
-    """A guest that runs on A."""
-    with scene(tmp_path) as made:
+    """A guest that runs on A, and a plan in which B's QEMU copies its disk."""
+    with scene(tmp_path, "qemu") as made:
         yield made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,12 +21,15 @@ from recipes.pivot import Pivot, pivot
 from recipes.vm import Vm, connect
 from tests.support.delay import delayed
 from tests.support.disks import MIB
-from tests.support.processes import Process, wait_until
+from tests.support.processes import Process, check, run, wait_until
 from tests.support.servers import Server, UnixAddress, nbdkit
 from tests.support.vms import DISK_SIZE, QEMU, RECORDS, SECTOR, is_record, monitor, original_disk
 
 NODE = "disk0"
 BACKEND = "/machine/peripheral/vd0/virtio-backend"
+
+
+NBD_MIGRATE = Path(sys.executable).with_name("nbd-migrate")
 
 
 class Killed(BaseException):
@@ -153,6 +157,31 @@ def test_a_guest_moves_to_the_local_file_while_it_writes(machine: Machine) -> No
     assert machine.server.process.terminate() == 0
     machine.wait_until_it_works()
     assert machine.lost() == []
+
+
+def test_the_command_pivots_and_may_be_given_again(machine: Machine) -> None:
+    for _ in range(2):
+        done = run(NBD_MIGRATE, "pivot", "--qmp", machine.monitor, "--node", NODE, machine.disk)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"the guest's disk is {machine.disk}; ")
+        assert machine.nodes == {f"{NODE}-local"}
+    assert machine.server.process.terminate() == 0
+    machine.wait_until_it_works()
+    assert machine.lost() == []
+
+
+def test_the_command_refuses_an_image_that_is_not_complete(tmp_path: Path) -> None:
+    """Nobody needs to be asked for that."""
+    image = tmp_path / "b.raw"
+    overlay = NBD_MIGRATE.with_name("nbd-overlay")
+    check(overlay, "create", "--backing", "nbd://192.0.2.1/vm", "--size", "1M", image)
+    done = run(NBD_MIGRATE, "pivot", "--qmp", tmp_path / "qmp", image)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"{image}: 0 of {MIB} bytes are local; complete it first" in done.stderr
+    (tmp_path / "b.raw.map").unlink()
+    done = run(NBD_MIGRATE, "pivot", "--qmp", tmp_path / "qmp", image)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert str(image) in done.stderr
 
 
 def test_whoever_comes_after_an_orchestrator_that_died_between_two_commands_goes_on(machine: Machine) -> None:

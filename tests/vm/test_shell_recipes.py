@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(300)  # a guest boots under TCG, and other test
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
-    with staged(tmp_path, 64 * MIB) as stage:
+    with staged(tmp_path, 64 * MIB, "qemu") as stage:
         yield stage
 
 

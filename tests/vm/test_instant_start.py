@@ -1,0 +1,180 @@
+"""recipes/instant-start.sh: a guest boots from a template far away, while its disk fills behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.delay import delayed
+from tests.support.disks import MIB
+from tests.support.processes import Process, check, run, wait_until
+from tests.support.recipes import COMMANDS, DIRECTORY
+from tests.support.servers import Server, UnixAddress, nbdserve
+from tests.support.vms import DISK_SIZE, QEMU, SECTOR, is_record, original_disk
+
+RECIPE = DIRECTORY / "instant-start.sh"
+LATE = 0.01
+"""Seconds by which the template's answers are late."""
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Iterator[Server]:
+    """The server of the template, on this host."""
+    disk = tmp_path / "template.raw"
+    disk.write_bytes(original_disk(DISK_SIZE))
+    with nbdserve("-r", "-f", "raw", disk, directory=tmp_path) as server:
+        yield server
+
+
+class Guest:
+    """A guest that was started by the recipe, on the disk ``vm.raw`` of its directory."""
+
+    def __init__(self, directory: Path, process: Process) -> None:
+        self.disk = directory / "vm.raw"
+        self.process = process
+        self._console = directory / "serial"
+
+    @property
+    def records(self) -> int:
+        """How many records it has written since its start."""
+        return self._console.read_bytes().count(b".") if self._console.exists() else 0
+
+    def wait_until_it_works(self, more: int = 3) -> None:
+        """It writes and reads."""
+        before = self.records
+        wait_until(lambda: self.records >= before + more, "the guest works", 20.0)
+
+    def wait_until_complete(self) -> None:
+        """It has moved to the file."""
+        self.process.wait_for_line("is complete, and the guest uses it", seconds=60)
+
+    def end(self) -> None:
+        """End it in good order, as by a SIGTERM to the recipe; nothing is left but the disk."""
+        self.process.signal(signal.SIGTERM)
+        assert self.process.wait(20) in (0, 128 + signal.SIGTERM), self.process.output()
+
+    def wrong_sectors(self) -> list[int]:
+        """Sectors that hold neither the template's content nor what the guest may have written there."""
+        original, found = original_disk(DISK_SIZE), self.disk.read_bytes()
+        assert len(found) == len(original)
+        return [
+            at // SECTOR
+            for at in range(0, len(found), SECTOR)
+            if found[at : at + SECTOR] != original[at : at + SECTOR]
+            and not is_record(at // SECTOR, found[at : at + SECTOR])
+        ]
+
+
+def environment(directory: Path, **changes: str) -> dict[str, str]:
+    """The operator's, with our commands on the PATH and sockets in a directory of the test."""
+    path = f"{COMMANDS}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "XDG_RUNTIME_DIR": str(directory), **changes}
+
+
+@contextmanager
+def started(directory: Path, backing: str, **changes: str) -> Iterator[Guest]:
+    """A guest, started by the recipe."""
+    (directory / "serial").unlink(missing_ok=True)
+    options = [*QEMU[1:], "-serial", f"file:{directory / 'serial'}"]
+    argv = [str(RECIPE), backing, str(directory / "vm.raw"), "--", *options]
+    with Process(argv, directory / "start.log", env=environment(directory, **changes)) as process:
+        yield Guest(directory, process)
+
+
+def uri(address: object) -> str:
+    assert isinstance(address, UnixAddress)
+    return address.uri()
+
+
+def seconds_until(begun: float, happened: Callable[[], bool]) -> float:
+    """How long it has taken since ``begun``."""
+    wait_until(happened, "the guest works", 30.0, 0.01)
+    return time.monotonic() - begun
+
+
+def test_a_guest_starts_from_a_template_far_away_while_its_disk_fills(
+    template: Server, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    assert isinstance(template.address, UnixAddress)
+    with delayed(template.address, LATE, tmp_path) as near:
+        begun = time.monotonic()
+        with started(tmp_path, near.uri(), SPEED=str(16 * MIB)) as guest:
+            remote = seconds_until(begun, lambda: guest.records > 0)
+            guest.process.wait_for_line("to watch: nbd-overlay status --watch --qmp unix:")
+            assert (tmp_path / "vm.raw.map").exists(), "the disk is not complete yet, and the guest works"
+            guest.wait_until_complete()
+            guest.wait_until_it_works()
+            assert not (tmp_path / "vm.raw.map").exists()
+            guest.end()
+        assert guest.wrong_sectors() == []
+    # The next start needs no template: it is the same guest on a local file.
+    begun = time.monotonic()
+    with started(tmp_path, "nbd://192.0.2.1/nowhere") as again:
+        local = seconds_until(begun, lambda: again.records > 0)
+        assert "is complete, and needs no template" in again.process.output()
+        again.end()
+    assert again.wrong_sectors() == []
+    assert list(tmp_path.glob("instant-start.*")) == []
+    print(f"first record after {remote:.2f} s from the template, {local:.2f} s from the local file")
+    record_property("seconds_beyond_a_local_start", remote - local)
+    # On a busy machine everything takes longer; what is asked for is 2 s.
+    assert remote - local < 15.0
+
+
+def test_a_guest_that_ends_early_goes_on_where_it_was(template: Server, tmp_path: Path) -> None:
+    for number in range(2):
+        with started(tmp_path, uri(template.address), SPEED=str(MIB) if number == 0 else "0") as guest:
+            guest.wait_until_it_works()
+            if number == 1:
+                guest.wait_until_complete()
+            guest.end()
+        assert (tmp_path / "vm.raw.map").exists() == (number == 0)
+    assert guest.wrong_sectors() == []
+
+
+def test_a_template_that_is_away_for_a_while_costs_time_but_no_data(template: Server, tmp_path: Path) -> None:
+    address = template.address
+    assert isinstance(address, UnixAddress)
+    with started(tmp_path, address.uri(), SPEED=str(8 * MIB)) as guest:
+        guest.wait_until_it_works()
+        template.process.kill()
+        time.sleep(1.0)
+        with nbdserve("-r", "-f", "raw", tmp_path / "template.raw", directory=tmp_path, at=address):
+            guest.wait_until_complete()
+        guest.wait_until_it_works()
+        guest.end()
+    assert guest.wrong_sectors() == []
+
+
+@pytest.mark.parametrize("layout", ["flat", "qed"])
+def test_a_file_that_is_no_whole_raw_disk_is_not_started(tmp_path: Path, layout: str) -> None:
+    backing, image = "nbd://192.0.2.1/x", tmp_path / "vm.raw"
+    made = ("create", "--layout", layout, "--backing", backing, "--size", "1M", image)
+    check(COMMANDS / "nbd-overlay", *made)
+    (tmp_path / "vm.raw.map").unlink(missing_ok=True)
+    done = run(RECIPE, backing, image, env=environment(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done
+    assert str(image) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["nbd://192.0.2.1/x"], 2, "give BACKING-URI IMAGE [-- QEMU options]"),
+        (["nbd://192.0.2.1/x", "vm.raw", "-m", "2G"], 2, "give BACKING-URI IMAGE [-- QEMU options]"),
+        (["nbd+unix:///?socket=/nowhere", "vm.raw"], 1, "/nowhere"),
+        (["nbd+unix:///?socket=/nowhere", "nowhere/vm.raw"], 1, "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], code: int, complaint: str) -> None:
+    words = [str(tmp_path / word) if word.endswith(".raw") else word for word in arguments]
+    done = run(RECIPE, *words, env=environment(tmp_path), seconds=40)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert complaint in done.stderr
+    assert list(tmp_path.iterdir()) == []
