@@ -204,10 +204,10 @@ class OverlayEngine(Engine):
     async def _start(self, m: Migration, *options: str) -> None:
         destination, limits = m.plan.destination, m.plan.limits
         argv = [
-            *(m.host_b.tool("nbd-overlay"), "serve", "--layout", "flat", destination.image),
+            *(m.host_b.tool("nbd-overlay"), "serve", "--layout", self.layout, destination.image),
             *("-k", destination.overlay_socket, "--qmp", f"unix:{destination.overlay_monitor}"),
             # What QEMU 7.2 does with a failed block status, see QemuEngine, it does here too.
-            *("--layout", self.layout, "--copy-on-read", "on", "--simple-replies", "--pid-file", READY),
+            *("--copy-on-read", "on", "--simple-replies", "--pid-file", READY),
             *("--connections", str(limits.connections)),
             *("--reconnect-timeout", f"{limits.reconnect_timeout:g}", *options),
         ]
