@@ -24,6 +24,9 @@ from recipes.vm import CommandError, Vm, VmGoneError, connect
 LOOK = 0.05
 """Seconds between two looks at what no event announces."""
 
+_END = 3.0
+"""Seconds in which a process that has hung up is known to have ended."""
+
 
 class Engine(ABC):
     """What is different between the two in steps 1, 2, 3, 5 and 6.
@@ -165,6 +168,10 @@ class OverlayEngine(Engine):
         if m.overlay_monitor and not m.overlay_monitor.connected:
             await m.overlay_monitor.disconnect()
             m.overlay_monitor = None
+            # Who has hung up has ended, or is about to; its keeper tells a moment later.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_END):
+                    await m.overlay.wait()
         if not m.overlay.running:
             await self._start(m)
         if m.overlay_monitor is None:
