@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 
@@ -44,8 +43,7 @@ def serve(given: Options) -> int:
         listeners = _open_listeners(stack, given, inherited)
         monitor = _open_monitor(stack, given.service, inherited)
         server = Server(exports, listeners, given.policy, manager)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda _number, _frame: server.stop())
+        server.stop_on_signals()
         _attach(stack, server, monitor, given)
         for listener in listeners:
             _LOG.info("serving %s on %s", _some(exports.names()), listener)

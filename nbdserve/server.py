@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ _DRAIN = 10.0
 """Seconds that requests in flight are given when the server stops."""
 _PAUSE = 0.2
 """Seconds to wait when no client can be accepted for lack of descriptors or memory."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Server:
@@ -56,14 +58,24 @@ class Server:
         # By time.monotonic(); 0 when there is room to haggle, infinity until somebody has left or settled.
         self._crowded_until = 0.0
         self._had_client = False
+        self._on_signals = False
         self._alarm, self._bell = socket.socketpair()
         self._alarm.setblocking(False)
         self._bell.setblocking(False)
 
     def stop(self) -> None:
-        """Make ``run`` finish what is in flight and return. May be called from a signal handler."""
+        """Make ``run`` finish what is in flight and return. May be called from any thread."""
         self._stopping = True
         self._wake()
+
+    def stop_on_signals(self) -> None:
+        """From now on SIGTERM, SIGINT and SIGHUP stop the server; its ``run`` is the main thread's."""
+        # Python's handlers run when the main thread comes back from waiting, and a signal that arrives just
+        # before it waits, or in another thread, does not end the wait: so the arrival rings the bell itself.
+        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+        self._on_signals = True
+        for number in _SIGNALS:
+            signal.signal(number, lambda _number, _frame: self.stop())
 
     def run(self) -> None:
         """Accept and serve clients until ``stop``, or until the last has gone if the policy says so."""
@@ -193,5 +205,7 @@ class Server:
                 connection.cut(f"cut off: still busy {_DRAIN:g} s after the server was told to stop")
                 thread.join(1.0)
         self._pools.close()
+        if self._on_signals:
+            signal.set_wakeup_fd(-1)
         self._alarm.close()
         self._bell.close()

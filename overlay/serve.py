@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import os
-import signal
 from collections.abc import Callable
 
 from nbdserve import command, daemonize, logs
@@ -50,8 +49,7 @@ def serve(options: Options) -> int:
         )
         manager = ServiceManager(os.environ)
         server = Server(exports, [listener], policy, manager)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda _number, _frame: server.stop())
+        server.stop_on_signals()
         _attach(stack, server, daemon, monitor)
         daemon.start()
         _LOG.info("serving %s on %s", options.image, listener)

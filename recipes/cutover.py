@@ -37,8 +37,8 @@ async def cut_over(m: Migration) -> str:
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
         # From here on only the two QEMUs count: a server that dies is started again while streaming.
-        m.no_longer_need("the server on A")
-        m.no_longer_need("the guard")
+        for name in ("the server on A", "nbd-overlay on B", "the guard"):
+            m.no_longer_need(name)
         await a.execute("migrate-continue", state="pre-switchover")
         await switch_over(m, news)
     await arrive(m)

@@ -164,7 +164,6 @@ class OverlayEngine(Engine):
     async def monitor(self, m: Migration) -> Vm:
         """nbd-overlay's, which is told that the guest is here, and is started again if it has died."""
         assert m.overlay
-        m.no_longer_need("nbd-overlay on B")
         if m.overlay_monitor and not m.overlay_monitor.connected:
             await m.overlay_monitor.disconnect()
             m.overlay_monitor = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -101,6 +102,17 @@ def test_the_usual_signals_end_it_in_good_order(image: Path, tmp_path: Path, num
         server.process.signal(number)
         assert server.process.wait() == 0
         assert idle.is_closed_by_server()
+
+
+def test_a_signal_ends_it_whatever_its_main_thread_was_about_to_do(image: Path, tmp_path: Path) -> None:
+    """A signal that another thread takes stands for one that comes just before the main thread waits."""
+    with nbdserve("-f", "raw", image, directory=tmp_path) as server, Wire(server.address) as idle:
+        idle.go()
+        threads = [int(task.name) for task in Path(f"/proc/{server.pid}/task").iterdir()]
+        other = max(threads)
+        assert other != server.pid
+        assert ctypes.CDLL(None).tgkill(server.pid, other, signal.SIGTERM) == 0
+        assert server.process.wait() == 0
 
 
 def test_fork_returns_when_the_daemon_is_ready(image: Path, tmp_path: Path) -> None:
