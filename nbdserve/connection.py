@@ -23,9 +23,12 @@ from nbdserve.stream import Stream
 from nbdserve.tls import TlsStream
 from nbdserve.traffic import Traffic
 from nbdserve.transmission import Transmission
+from nbdserve.vigil import Vigil, Watch
 from nbdserve.workers import Pools
 
 _GULP = 64 << 10
+_SEND_BUFFER = 512 << 10
+"""Bytes of replies that may be on their way through a Unix socket."""
 _TIMEVAL = struct.Struct("ll")
 STALL = 60
 """Seconds of silence that end a client in the middle of a request, or that does not take its replies."""
@@ -44,6 +47,7 @@ class Shared:
     exports: Exports
     clients: Clients[Connection]
     pools: Pools
+    watch: Watch
 
 
 class Connection:
@@ -70,6 +74,7 @@ class Connection:
         self._stream: Stream = sock
         self._exports = shared.exports
         self._pools = shared.pools
+        self._watch = shared.watch
         self._terms = terms
         self._timed = TimedSocket(sock, terms.time_limit)
         self._transmission: Transmission | None = None
@@ -162,6 +167,7 @@ class Connection:
                 self._clients.wait_for_predecessors(self)
             self._log.debug("serving export %r", export.name)
             self._limit_stalls()
+            self._make_room_to_send()
             self._transmission = Transmission(
                 outcome.stream,
                 agreement,
@@ -169,6 +175,7 @@ class Connection:
                 outcome.leftover,
                 self._pools.of(export),
                 self.traffic,
+                Vigil(self._sock, self._watch),
             )
             self._transmission.run()
         finally:
@@ -179,6 +186,12 @@ class Connection:
         limit = _TIMEVAL.pack(STALL, 0)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def _make_room_to_send(self) -> None:
+        # A sender that has filled a Unix socket sleeps until three quarters are empty: with the usual buffer
+        # client and server take turns. The kernel gives less than this to the unprivileged. TCP's grow.
+        if self._sock.family == socket.AF_UNIX:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
     def _unsent(self) -> int:
         """How many bytes of replies the client's side has not acknowledged."""

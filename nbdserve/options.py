@@ -29,6 +29,7 @@ from nbdserve.privileges import identity
 from nbdserve.sizes import parse_size
 from nbdserve.tls import server_context
 from nbdserve.uri import DEFAULT_PORT
+from nbdserve.vigil import LONGEST, MOMENT
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -78,6 +79,7 @@ def _policy(given: argparse.Namespace, terms: Terms) -> Policy:
         shared=given.shared,
         max_connections=given.max_connections,
         max_handshakes=given.max_handshakes,
+        busy_poll=given.busy_poll,
         request_memory=parse_size(given.request_memory, "--request-memory"),
         once=not given.persistent,
         timed=given.metrics is not None,
@@ -222,6 +224,13 @@ def _add_client_options(parser: Parser) -> None:
         help="what requests that wait for a disk or a network may hold, of all clients (%(default)s)",
     )
     group.add_argument(
+        "--busy-poll",
+        type=_microseconds,
+        default=MOMENT,
+        metavar="US",
+        help=f"microseconds to look out for the only active client's next request ({MOMENT * 1e6:.0f})",
+    )
+    group.add_argument(
         "--allow",
         action="append",
         default=[],
@@ -229,6 +238,13 @@ def _add_client_options(parser: Parser) -> None:
         help="serve only clients from this network, and those of Unix sockets; may be repeated",
     )
     group.add_argument("--simple-replies", action="store_true", help="offer no structured replies")
+
+
+def _microseconds(text: str) -> float:
+    value = count(text) / 1e6
+    if value > LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {LONGEST * 1e6:.0f} microseconds")
+    return value
 
 
 def _add_service_options(parser: Parser) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from nbdserve.access import AllowList
 from nbdserve.handshake import Terms
+from nbdserve.vigil import MOMENT
 from nbdserve.workers import DEFAULT_MEMORY
 
 
@@ -21,6 +22,8 @@ class Policy:
     """Clients that have not chosen an export yet; when one more comes the oldest of them is cut off."""
     request_memory: int = DEFAULT_MEMORY
     """Bytes that the requests with the workers may hold, those of all clients together."""
+    busy_poll: float = MOMENT
+    """Seconds for which the next request of the one client that is active is looked out for, before sleep."""
     once: bool = False
     """End when the last client has gone."""
     timed: bool = False

@@ -20,6 +20,7 @@ from nbdserve.logs import ClientLog
 from nbdserve.notify import ServiceManager
 from nbdserve.policy import Policy
 from nbdserve.traffic import Traffic
+from nbdserve.vigil import Watch
 from nbdserve.workers import Budget, Pools
 
 _LOG = logging.getLogger("nbdserve")
@@ -53,7 +54,7 @@ class Server:
         self._policy = policy
         self._manager = manager or ServiceManager({})
         self._pools = Pools(WORKERS, self.memory)
-        self._shared = Shared(exports, self.clients, self._pools)
+        self._shared = Shared(exports, self.clients, self._pools, Watch(policy.busy_poll))
         self._stopping = False
         # By time.monotonic(); 0 when there is room to haggle, infinity until somebody has left or settled.
         self._crowded_until = 0.0

@@ -18,6 +18,7 @@ from nbdserve.protocol.offers import Agreement, Mode
 from nbdserve.protocol.requests import choose_contexts, refusal
 from nbdserve.stream import Stream
 from nbdserve.traffic import Traffic
+from nbdserve.vigil import Vigil
 from nbdserve.workers import Workers
 
 _LOG = logging.getLogger("nbdserve")
@@ -30,6 +31,7 @@ class Transmission:
     """Serves one client until it disconnects.
 
     ``early`` is what the client sent together with its last option. Its requests are counted in ``traffic``.
+    ``vigil`` waits for the next ones while all could be answered here.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Transmission:
         early: bytes,
         workers: Workers,
         traffic: Traffic | None = None,
+        vigil: Vigil | None = None,
     ) -> None:
         self._agreement = agreement
         self._backend = backend
@@ -51,6 +54,7 @@ class Transmission:
         self._outbox = Outbox(stream)
         self._payloads = Payloads(self._inbox, self._outbox)
         self._handover = Handover(workers, self._outbox, self._framing, traffic)
+        self._vigil = vigil
         self._finish_by: float | None = None
         self._received = time.perf_counter()
         self._writable = not agreement.offer.flags & TransmissionFlags.READ_ONLY
@@ -157,7 +161,12 @@ class Transmission:
             self._time_in_line(time.perf_counter() - self._received)
         if self._finish_by is not None and time.monotonic() >= self._finish_by:
             return False
-        goes_on = self._inbox.receive()
+        if self._vigil is not None and any(self._in_line):
+            self._vigil.begin()
+            goes_on = self._inbox.receive()
+            self._vigil.end()
+        else:
+            goes_on = self._inbox.receive()
         self._received = time.perf_counter()
         return goes_on
 

@@ -67,6 +67,7 @@ MISTAKES = [
     (["--export", "\udcff=disk.img,format=raw"], USAGE, "UTF-8"),
     (["--allow", "everyone", "disk.img"], USAGE, "everyone"),
     (["--max-handshakes", "0", "disk.img"], USAGE, "max-handshakes|0"),
+    (["--busy-poll", "1001", "disk.img"], USAGE, "--busy-poll: '1001' is more than 1000 microseconds"),
     (["--request-memory", "lots", "disk.img"], USAGE, "--request-memory 'lots'"),
     (["--user", "nobody-here", "disk.img"], USAGE, "nobody-here"),
     (["--group", "99999999999999999999", "disk.img"], USAGE, "9999"),
