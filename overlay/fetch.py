@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -39,12 +40,18 @@ class Fetched:
     """Requests of guests that had to wait for a server."""
     waiting: int = 0
     """Requests of guests that wait now."""
+    waited_until: float = -math.inf
+    """When the last of them that is over ended, by time.monotonic()."""
     bytes: int = 0
     ahead: int = 0
     """Bytes of them that no guest had asked for yet."""
     waits: Histogram = field(default_factory=Histogram)
     """How long those requests of guests waited, in seconds."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def lately(self, seconds: float) -> bool:
+        """Whether a guest waits, or did within the last ``seconds``."""
+        return self.waiting > 0 or time.monotonic() - self.waited_until < seconds
 
 
 class Fetcher:
@@ -103,6 +110,7 @@ class Fetcher:
         finally:
             with self.fetched.lock:
                 self.fetched.waiting -= 1
+                self.fetched.waited_until = time.monotonic()
                 self.fetched.misses += 1
                 self.fetched.waits.observe(time.monotonic() - began)
 

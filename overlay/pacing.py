@@ -8,6 +8,10 @@ from collections.abc import Callable
 SMALLEST, LARGEST = 2 << 20, 24 << 20
 """Bytes in flight, at least and at most."""
 
+QUIET_STEP = 256 << 10
+"""Bytes to ask for at a time while guests wait."""
+_QUIET_RATE = 256 << 20
+"""Bytes a second that a link is still used for while guests wait."""
 _ROUNDS = 10
 """Rounds for which the best rate seen counts."""
 _FORGET = 10.0
@@ -33,6 +37,14 @@ class Window:
         self._latency_seen = clock()
         self._began = clock()
         self._bytes = 0
+
+    @property
+    def quiet_size(self) -> int:
+        """How many bytes may be in flight while guests wait: few, but more where the link is long.
+
+        Near by it is the processors that everybody waits for, and a long link that is empty helps nobody.
+        """
+        return min(self.size, max(QUIET_STEP, int(_QUIET_RATE * self.latency)))
 
     def answered(self, length: int, seconds: float) -> None:
         """A request of so many bytes was answered after so many seconds."""

@@ -23,7 +23,7 @@ from overlay.claims import Claim
 from overlay.fetch import LONGEST, Fetcher
 from overlay.image import Image, State
 from overlay.job import Interrupted, Job, Phase
-from overlay.pacing import RateLimit, Window
+from overlay.pacing import QUIET_STEP, RateLimit, Window
 from overlay.reads import start_read
 from overlay.source import GONE, Session
 from overlay.sources import Sources
@@ -34,6 +34,8 @@ _HINTS = 16
 """Places where guests missed something, that are remembered."""
 _MOST_REFUSED = 64
 """Parts that no server can read, before it is given up."""
+_QUIET = 0.02
+"""Seconds after a guest had to wait in which it is expected to have to again."""
 _TICK = 0.2
 """Seconds in which a pause, a change of speed or an end is noticed at the latest."""
 
@@ -186,8 +188,9 @@ class Streamer:
         return claims
 
     def _step(self) -> int:
-        """How much to fetch at a time: less when the speed is limited, so that it comes evenly."""
-        step, unit = LONGEST, self._fetcher.claims.unit
+        """How much to fetch at a time: less beside a guest that waits, and when the speed is limited."""
+        step = QUIET_STEP if self._fetcher.fetched.lately(_QUIET) else LONGEST
+        unit = self._fetcher.claims.unit
         while self.limit.speed and step > unit and step > self.limit.speed // 20:
             step //= 2
         return max(step, unit)
@@ -231,8 +234,8 @@ class Streamer:
             self._store_next(min(_TICK, delay) if delay > 0 else _TICK)
 
     def _room(self) -> int:
-        """How many bytes may be in flight: few while a guest waits, which needs the link and us."""
-        return LONGEST if self._fetcher.fetched.waiting else self.window.size
+        """How many bytes may be in flight."""
+        return self.window.quiet_size if self._fetcher.fetched.lately(_QUIET) else self.window.size
 
     def _drain(self) -> None:
         """Store, or give up, everything that is under way. It ends, as every request has a time limit."""

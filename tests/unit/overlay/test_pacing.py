@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overlay.pacing import LARGEST, SMALLEST, RateLimit, Window
+from overlay.pacing import LARGEST, QUIET_STEP, SMALLEST, RateLimit, Window
 
 MIB = 1 << 20
 
@@ -48,6 +48,15 @@ def test_on_a_link_that_becomes_slow_requests_do_not_wait_for_one_another_for_ev
     fill(window, clock, 10 * MIB, 0.01, 40.0)
     assert window.rate == pytest.approx(10 * MIB, rel=0.1)
     assert window.size <= 3 * SMALLEST
+
+
+@pytest.mark.parametrize(("latency", "most"), [(0.0005, QUIET_STEP), (0.02, 6 * MIB)])
+def test_beside_guests_little_is_in_flight_but_a_long_link_is_not_empty(latency: float, most: int) -> None:
+    clock = Clock()
+    window = Window(clock)
+    fill(window, clock, 1000 * MIB, latency, 5.0)
+    assert QUIET_STEP <= window.quiet_size <= most < window.size
+    assert latency < 0.001 or window.quiet_size >= 4 * MIB
 
 
 def bytes_let_through(limit: RateLimit, clock: Clock, step: int, seconds: float) -> int:
