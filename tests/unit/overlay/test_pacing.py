@@ -50,7 +50,7 @@ def test_on_a_link_that_becomes_slow_requests_do_not_wait_for_one_another_for_ev
     assert window.size <= 3 * SMALLEST
 
 
-@pytest.mark.parametrize(("latency", "most"), [(0.0005, QUIET_STEP), (0.02, 6 * MIB)])
+@pytest.mark.parametrize(("latency", "most"), [(0.0005, MIB), (0.02, 6 * MIB)])
 def test_beside_guests_little_is_in_flight_but_a_long_link_is_not_empty(latency: float, most: int) -> None:
     clock = Clock()
     window = Window(clock)
