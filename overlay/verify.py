@@ -16,6 +16,7 @@ from overlay.image import Image, Run, State
 from overlay.open import open_image
 from overlay.picture import knows_writer
 from overlay.qed.image import QedImage
+from overlay.reads import sectors, start_read
 
 _PART = 1 << 20
 _AT_ONCE = 16
@@ -83,7 +84,7 @@ def _connect(image: Image, path: Path) -> Client:
         except ConnectError as error:
             trouble = error
             continue
-        if client.size == image.size:
+        if sectors(client.size) == image.size:
             return client
         client.close()
         trouble = ConnectError(
@@ -100,7 +101,7 @@ def _compare(image: Image, client: Client, verdict: Verdict, on_progress: OnProg
             _check(image, verdict, *under_way.popleft())
             on_progress(offset, image.size)
         data = bytearray(length)
-        under_way.append((offset, data, client.start_read(offset, memoryview(data))))
+        under_way.append((offset, data, start_read(client, offset, memoryview(data))))
     while under_way:
         _check(image, verdict, *under_way.popleft())
     on_progress(image.size, image.size)
@@ -125,7 +126,9 @@ def _copied(image: Image, client: Client, verdict: Verdict) -> Iterator[tuple[in
 def _doubtful(run: Run, client: Client) -> Iterator[tuple[int, int]]:
     """Of zeros that are here (offset, length) of what the backing does not say is zeros, too."""
     offset = run.offset
-    for extent in client.extents(run.offset, run.length):
+    # Behind the end of a backing that has no whole sectors there are zeros.
+    length = max(0, min(run.length, client.size - offset))
+    for extent in client.extents(offset, length):
         if not extent.flags & ExtentFlags.ZERO:
             yield offset, extent.length
         offset += extent.length

@@ -121,3 +121,26 @@ def test_a_picture_never_takes_the_place_of_a_disk(source: Server, tmp_path: Pat
         assert target.read_bytes() == before
     done = run(PROGRAM, "map", "--png", tmp_path / "none" / "x.png", image)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+
+
+def test_a_backing_that_has_no_whole_sectors_is_compared_to_its_last_byte(tmp_path: Path) -> None:
+    size = SIZE + 100
+    with (tmp_path / "base.img").open("wb") as file:
+        file.write(random_bytes(MIB, 3))
+        file.seek(SIZE)
+        file.write(random_bytes(100, 4))
+    with nbdserve("-r", "-fraw", tmp_path / "base.img", directory=tmp_path) as server:
+        image = make_overlay(tmp_path / "disk.flat", "flat", SIZE + 512, server.uri())
+        with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
+            guest.read(0, 2 * MIB)
+            guest.read(SIZE, 512)
+        found = json.loads(check(PROGRAM, "verify", "--json", image))
+        assert (found["differing"], found["written"]) == (0, 0)
+        with image.open("r+b") as file:
+            file.seek(size - 1)
+            last = file.read(1)
+            file.seek(size - 1)
+            file.write(bytes([last[0] ^ 1]))
+        done = run(PROGRAM, "verify", image)
+    assert done.returncode == 1
+    assert str(SIZE) in done.stdout + done.stderr
