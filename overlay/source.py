@@ -31,17 +31,18 @@ _LOOK = 0.5
 
 
 class Session:
-    """Connections to one server that stand and fall together.
+    """Connections to one server that stand and fall together; more may come after the first.
 
     ``demand`` is for what a guest waits for, so that it never queues behind streaming.
     """
 
-    def __init__(self, source: Source, clients: list[Client]) -> None:
+    def __init__(self, source: Source, first: Client) -> None:
         self.source = source
-        self.demand = clients[0]
-        self.clients = clients
-        self._bulk = clients[1:] or clients
+        self.demand = first
+        self.clients: tuple[Client, ...] = (first,)
         self._turns = itertools.count()
+        self._lock = threading.Lock()
+        self._closed = False
 
     @property
     def connected(self) -> bool:
@@ -55,10 +56,21 @@ class Session:
 
     def bulk(self) -> Client:
         """One of the connections for streaming, in turn."""
-        return self._bulk[next(self._turns) % len(self._bulk)]
+        bulk = self.clients[1:] or self.clients
+        return bulk[next(self._turns) % len(bulk)]
+
+    def add(self, client: Client) -> None:
+        """Use this connection, too; it is closed at once if the others are."""
+        with self._lock:
+            if not self._closed:
+                self.clients += (client,)
+                return
+        client.close()
 
     def close(self) -> None:
         """Hang up. May be called again."""
+        with self._lock:
+            self._closed = True
         # Each takes leave for up to a second from a server that hangs: at the same time.
         threads = [threading.Thread(target=client.close, daemon=True) for client in self.clients]
         for thread in threads:
@@ -179,8 +191,12 @@ class Source:
             session.close()
             return False
         self.session, self._trouble = session, None
-        _LOG.info("%s: connected, %d connections", self.uri, len(session.clients))
         self._changed()
+        # Who waits goes on with the first. The disk does not change under us, so several connections are
+        # safe where the server says that it is read-only, too.
+        if session.export.multi_conn or session.export.read_only:
+            self._add_connections(session)
+        _LOG.info("%s: connected, %d connections", self.uri, len(session.clients))
         return True
 
     def _complain(self, trouble: str) -> None:
@@ -190,30 +206,23 @@ class Source:
         self._trouble = trouble
 
     def _open(self) -> Session:
-        clients = [self._dial()]
+        session = Session(self, self._dial())
         try:
-            export = clients[0].export
-            session = Session(self, clients)
             began = time.monotonic()
             self._accept(session)
-            self._latency = self._latency or time.monotonic() - began
-            # The disk does not change under us, so several connections are safe where the server says
-            # that it is read-only, too.
-            if export.multi_conn or export.read_only:
-                self._add_connections(clients)
         except BaseException:
-            for client in clients:
-                client.close()
+            session.close()
             raise
-        return Session(self, clients)
+        self._latency = self._latency or time.monotonic() - began
+        return session
 
-    def _add_connections(self, clients: list[Client]) -> None:
+    def _add_connections(self, session: Session) -> None:
         """Add connections as far as the server takes them: one is enough to go on with."""
         try:
-            while len(clients) < self._connections:
-                clients.append(self._dial())
-        except OperatorError as error:
-            _LOG.info("%s; going on with %d connections", error, len(clients))
+            while self.session is session and len(session.clients) < self._connections:
+                session.add(self._dial())
+        except (OperatorError, OSError) as error:
+            _LOG.info("%s; going on with %d connections", error, len(session.clients))
 
     def _dial(self) -> Client:
         return connect(self.uri, timeout=_DIAL_TIMEOUT, request_timeout=_REQUEST_TIMEOUT)

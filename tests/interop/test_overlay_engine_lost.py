@@ -60,6 +60,23 @@ def test_reads_wait_for_a_lost_source_and_are_right_when_it_is_back(layout: Layo
         assert guest.read(0, SIZE) == content
 
 
+def test_the_first_connection_is_used_while_the_server_is_slow_to_take_the_others(tmp_path: Path) -> None:
+    random_disk(tmp_path / "disk.img", SIZE, 1)
+    content = random_bytes(SIZE)
+    # All others wait in its listen queue.
+    one_client = ("--read-only", "--shared=1", tmp_path / "disk.img")
+    with nbdserve(*one_client, directory=tmp_path) as server:
+        image = make_overlay(tmp_path / "overlay", "flat", SIZE, server.uri())
+        with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
+            buffer = bytearray(MIB)
+            guest.client.start_read(0, memoryview(buffer)).result(3.0)
+            assert buffer == content[:MIB]
+            wait_until(
+                lambda: "going on with 1 connections" in daemon.process.output(), "the others' time", 10
+            )
+            assert guest.read(0, SIZE) == content
+
+
 @both
 def test_after_the_reconnect_timeout_a_read_is_an_error_and_never_zeros(
     layout: Layout, tmp_path: Path
