@@ -52,7 +52,7 @@ def serve(given: Options) -> int:
         announce()
         manager.tell("READY=1", f"MAINPID={os.getpid()}", f"STATUS=serving {len(exports.names())} exports")
         server.run()
-    return command.EXIT_DONE
+    return command.EXIT_DONE if exports.intact else command.EXIT_FAILED
 
 
 def _some(names: list[str]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -74,9 +74,14 @@ class Export:
             contexts=backend.contexts,
         )
 
+    @property
+    def owes(self) -> bool:
+        """Whether something that was acknowledged may not be durable."""
+        return not self.backend.capabilities.read_only and self.backend.unflushed
+
     def flush(self) -> None:
         """Make everything durable; OSError when that fails."""
-        if not self.backend.capabilities.read_only and self.backend.unflushed:
+        if self.owes:
             self.backend.flush()
 
     def close(self) -> None:
@@ -100,6 +105,8 @@ class Exports:
         self._by_identifier: dict[str, Export] = {}
         self._offered: dict[str, Export] = {}
         self.removed: Callable[[Export], None] = lambda export: None
+        self.intact = True
+        """Whether ``close`` made everything durable."""
         for export in exports:
             self.add(export)
 
@@ -177,13 +184,21 @@ class Exports:
             self._close(export)
 
     def close(self) -> None:
-        """Close all of them; OSError when one could not be flushed."""
-        with self._lock, contextlib.ExitStack() as stack:
-            for export in self._by_identifier.values():
-                # Where a request hangs in the disk its descriptor must not become another file's.
-                stack.callback(export.flush if export.users else export.close)
+        """Close all of them, none waited for longer than its backend has patience.
+
+        What may not be durable then is named in the log, and ``intact`` is false.
+        """
+        with self._lock:
+            exports = list(self._by_identifier.values())
             self._by_identifier.clear()
             self._offered.clear()
+        # All that may be given up go on at the same time, also while disks are waited for.
+        exports.sort(key=lambda export: export.backend.last_patience is None)
+        for export, ended in [(export, _end(export)) for export in exports]:
+            reason = ended()
+            if reason is not None:
+                self.intact = False
+                _LOG.error("export %r: what was written and not flushed may be lost: %s", export.name, reason)
 
     def everything(self) -> list[Export]:
         """All exports at this moment, those that are being removed as well."""
@@ -233,6 +248,37 @@ class Exports:
             _LOG.error("export %r: what was written may be lost: %s", export.name, error.strerror or error)
         if not export.shelved:
             self.removed(export)
+
+
+def _end(export: Export) -> Callable[[], str | None]:
+    """Flush an export and let go of it. What is returned waits for that, and tells why it failed, if so."""
+    seconds = export.backend.last_patience
+    failures: list[str] = []
+
+    def end() -> None:
+        try:
+            # Where a request hangs in the disk its descriptor must not become another file's.
+            if export.users:
+                export.flush()
+            else:
+                export.close()
+        except OSError as error:
+            failures.append(error.strerror or str(error))
+
+    if seconds is None:
+        end()
+        return lambda: failures[0] if failures else None
+    thread = threading.Thread(target=end, name=f"end of {export.name}", daemon=True)
+    deadline = time.monotonic() + seconds
+    thread.start()
+
+    def ended() -> str | None:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive() and export.owes:
+            return "the server there does not answer"
+        return failures[0] if failures else None
+
+    return ended
 
 
 def _transmission_flags(backend: Backend) -> TransmissionFlags:

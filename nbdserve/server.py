@@ -28,6 +28,8 @@ WORKERS = 64
 """The most threads for requests that have to wait, of all clients of an export together."""
 _DRAIN = 10.0
 """Seconds that requests in flight are given when the server stops."""
+_FAREWELL = 1.0
+"""Seconds that those are given together who have been cut off."""
 _PAUSE = 0.2
 """Seconds to wait when no client can be accepted for lack of descriptors or memory."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -201,10 +203,12 @@ class Server:
         deadline = time.monotonic() + _DRAIN
         for thread in remaining.values():
             thread.join(max(0.0, deadline - time.monotonic()))
-        for connection, thread in remaining.items():
-            if thread.is_alive():
-                connection.cut(f"cut off: still busy {_DRAIN:g} s after the server was told to stop")
-                thread.join(1.0)
+        busy = {connection: thread for connection, thread in remaining.items() if thread.is_alive()}
+        for connection in busy:
+            connection.cut(f"cut off: still busy {_DRAIN:g} s after the server was told to stop")
+        deadline = time.monotonic() + _FAREWELL
+        for thread in busy.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._pools.close()
         if self._on_signals:
             signal.set_wakeup_fd(-1)

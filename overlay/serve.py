@@ -56,7 +56,7 @@ def serve(options: Options) -> int:
         announce()
         manager.tell("READY=1", f"MAINPID={os.getpid()}", f"STATUS=serving {options.image}")
         server.run()
-    return command.EXIT_DONE
+    return command.EXIT_DONE if exports.intact else command.EXIT_FAILED
 
 
 def _put_together(options: Options) -> Daemon:

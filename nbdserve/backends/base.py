@@ -90,6 +90,14 @@ class Backend(ABC):
         """Whether there may be acknowledged changes that are not durable."""
         return True
 
+    @property
+    def last_patience(self) -> float | None:
+        """For how many seconds its last flush is waited for when the server ends.
+
+        None, for as long as it takes, where a disk does it.
+        """
+        return None
+
     @abstractmethod
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
         """Yield the runs from ``offset`` on with their status in a meta context.

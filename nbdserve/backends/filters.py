@@ -62,6 +62,11 @@ class Filter(Backend):
         """As beneath."""
         return self.beneath.unflushed
 
+    @property
+    def last_patience(self) -> float | None:
+        """As beneath."""
+        return self.beneath.last_patience
+
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
         """As beneath."""
         return self.beneath.extents(offset, length, context)

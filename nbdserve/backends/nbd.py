@@ -23,6 +23,9 @@ _LONGEST_PAYLOAD = 4 << 20
 _LONGEST_RANGE = 1 << 30
 """Bytes of one request upstream that carries no data: a slow disk must do it within the time limit."""
 
+_LEAST_PATIENCE, _MOST_PATIENCE = 1.0, 10.0
+"""Seconds that the server is given for its last flush when this one ends."""
+
 T = TypeVar("T")
 
 
@@ -105,6 +108,11 @@ class NbdBackend(Backend):
     def unflushed(self) -> bool:
         """Whether this process has acknowledged anything that the server has not flushed."""
         return self._upstream.unflushed
+
+    @property
+    def last_patience(self) -> float | None:
+        """What is left of 10 s: one that others have waited for in vain already hardly gets any more."""
+        return max(_LEAST_PATIENCE, _MOST_PATIENCE - self._upstream.waited)
 
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
         """What the server says of the range; OSError when it fails."""

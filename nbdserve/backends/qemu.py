@@ -92,6 +92,11 @@ class QemuBackend(NbdBackend):
         super().__init__(upstream, read_only=read_only, part=part)
         self._child = child
 
+    @property
+    def last_patience(self) -> float | None:
+        """No less than the disk beneath needs."""
+        return None
+
     def close(self) -> None:
         """Take leave of the child and wait for its end."""
         super().close()

@@ -98,6 +98,8 @@ class Upstream:
         self._patience = patience
         self._fate = fate
         self._renewing = threading.Lock()
+        # By the thread that waits: since when, by time.monotonic().
+        self._waiting: dict[int, float] = {}
         # Guards what follows; held for moments only.
         self._books = threading.Lock()
         self._acknowledged = 0
@@ -144,6 +146,12 @@ class Upstream:
         with self._books:
             return self._doubt or self._acknowledged > self._durable or self._given_up is not None
 
+    @property
+    def waited(self) -> float:
+        """For how many seconds the request that waits the longest has been waiting; 0 if none waits."""
+        now = time.monotonic()
+        return now - min(list(self._waiting.values()), default=now)
+
     def close(self) -> None:
         """Take leave of the server."""
         with self._books:
@@ -152,7 +160,16 @@ class Upstream:
 
     def _perform(self, start: Start[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, Session]:
         """The result, and the session that it came from."""
-        deadline = time.monotonic() + self._patience
+        self._waiting[threading.get_ident()] = since = time.monotonic()
+        try:
+            return self._attempt(since + self._patience, start, *args, **kwargs)
+        finally:
+            del self._waiting[threading.get_ident()]
+
+    def _attempt(
+        self, deadline: float, start: Start[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, Session]:
+        """Perform a request, again and again while it is the connection that fails, until the deadline."""
         # Even without patience a server that was lost and is back is not an error.
         for attempt in itertools.count():
             session = self._connected(deadline)

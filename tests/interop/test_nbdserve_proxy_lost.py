@@ -139,6 +139,34 @@ def test_the_end_does_not_wait_for_a_server_that_hangs_when_nothing_is_owed_to_i
         assert proxy.process.terminate(seconds=5) == 0
 
 
+def test_the_end_waits_no_longer_than_usual_for_a_server_that_hangs_and_says_what_may_be_lost(
+    tmp_path: Path,
+) -> None:
+    with (
+        nbdkit("memory", "1M", directory=tmp_path) as upstream,
+        nbdserve(upstream.uri(), directory=tmp_path) as idle,
+        nbdserve(
+            *(f"--export={name}={upstream.uri()}" for name in ("a", "b", "c")), directory=tmp_path
+        ) as busy,
+    ):
+        clients = [connected(proxy.uri(name)) for proxy, name in ((idle, ""), (busy, "a"), (busy, "b"))]
+        for client in clients:
+            client.pwrite(b"unflushed", 0)
+        upstream.process.signal(signal.SIGSTOP)
+        clients.pop(0).shutdown()
+        buffer = nbd.Buffer(512)
+        for client in clients:
+            client.aio_pread(buffer, 0)
+            client.poll(0)
+        for proxy in (idle, busy):
+            proxy.process.signal(signal.SIGTERM)
+        # To answer, and then to flush: each had 10 s at most.
+        assert idle.process.wait(18) == 1, "not as long as a request may take"
+        assert busy.process.wait(18) == 1, "a server that had its time does not get it again"
+        for proxy, count in ((idle, 1), (busy, 2)):
+            assert proxy.process.output().count("may be lost") == count, proxy.process.output()
+
+
 def test_the_end_flushes_what_is_owed_to_the_server(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     with (
