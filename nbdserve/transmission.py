@@ -19,7 +19,7 @@ from nbdserve.protocol.requests import choose_contexts, refusal
 from nbdserve.stream import Stream
 from nbdserve.traffic import Traffic
 from nbdserve.vigil import Vigil
-from nbdserve.workers import Workers
+from nbdserve.workers import Crew
 
 _LOG = logging.getLogger("nbdserve")
 
@@ -40,7 +40,7 @@ class Transmission:
         agreement: Agreement,
         backend: Backend,
         early: bytes,
-        workers: Workers,
+        crew: Crew,
         traffic: Traffic | None = None,
         vigil: Vigil | None = None,
     ) -> None:
@@ -53,7 +53,8 @@ class Transmission:
         self._inbox = Inbox(stream, early, self._framing.request.size)
         self._outbox = Outbox(stream)
         self._payloads = Payloads(self._inbox, self._outbox)
-        self._handover = Handover(workers, self._outbox, self._framing, traffic)
+        self._near = Handover(crew.near, self._outbox, self._framing, traffic)
+        self._far = Handover(crew.far, self._outbox, self._framing, traffic)
         self._vigil = vigil
         self._finish_by: float | None = None
         self._received = time.perf_counter()
@@ -78,7 +79,8 @@ class Transmission:
             raise
         finally:
             # An old write must not land after this client has come back with a newer one.
-            self._handover.wait_until_none()
+            self._near.wait_until_none()
+            self._far.wait_until_none()
             self._outbox.close()
             self._payloads.close()
 
@@ -209,10 +211,17 @@ class Transmission:
         elif self._backend.is_local(Command(request.command), request.offset, request.length):
             self._serve_here(request)
         else:
-            self._handover.admit(request)
-            self._handover.submit(request, lambda replies: self._commands.serve(request, replies))
+            handover = self._handover(request)
+            handover.admit(request)
+            handover.submit(request, lambda replies: self._commands.serve(request, replies))
             return False
         return True
+
+    def _handover(self, request: Request) -> Handover:
+        """The way of a request that has to wait: what may hang with another server has one of its own."""
+        command = Command(request.command)
+        is_far = self._backend.needs_network(command, request.offset, request.length)
+        return self._far if is_far else self._near
 
     def _serve_here(self, request: Request) -> None:
         whole = not self._framing.pieces or request.flags & CommandFlags.DF
@@ -220,11 +229,11 @@ class Transmission:
             self._commands.serve(request, self._outbox)
             return
         # Its data may have to be in memory all at once.
-        self._handover.admit(request)
+        self._near.admit(request)
         try:
             self._commands.serve(request, self._outbox)
         finally:
-            self._handover.dismiss(request)
+            self._near.dismiss(request)
 
     def _refuse(self, request: Request, error: NbdError, message: str) -> None:
         self._outbox.add(self._commands.refusal(request, error, message))
@@ -240,13 +249,14 @@ class Transmission:
             self._payloads.skip(request.length)
             self._refuse(request, *refused)
         elif not self._backend.is_local(Command.WRITE, request.offset, request.length):
-            self._handover.admit(request)
+            handover = self._handover(request)
+            handover.admit(request)
             try:
                 payload = self._payloads.collect(request.length)
             except BaseException:
-                self._handover.dismiss(request)
+                handover.dismiss(request)
                 raise
-            self._handover.submit(request, lambda replies: self._commands.store(request, payload, replies))
+            handover.submit(request, lambda replies: self._commands.store(request, payload, replies))
             return False
         elif request.length < WORTH_SPLICING:
             self._commands.store(request, self._payloads.take(request.length), self._outbox)
@@ -280,8 +290,9 @@ class Transmission:
         if refused := refusal(self._agreement, plain):
             self._refuse(request, *refused)
             return True
-        self._handover.admit(plain)
-        self._handover.submit(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
+        handover = self._handover(plain)
+        handover.admit(plain)
+        handover.submit(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
         return False
 
     def _check_payload(self, request: Request) -> None:

@@ -7,6 +7,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 _LOG = logging.getLogger("nbdserve")
 Task = Callable[[], None]
@@ -21,10 +22,11 @@ _IDLE = 30.0
 
 
 class Budget:
-    """Bytes of memory that requests may hold, those of all clients together."""
+    """Bytes of memory that requests may hold, those of all clients together; maybe as a part of more."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, whole: Budget | None = None) -> None:
         self._limit = limit
+        self._whole = whole
         self._held = 0
         self._turn = threading.Lock()
         self._changed = threading.Condition()
@@ -34,12 +36,20 @@ class Budget:
         with self._turn, self._changed:
             self._changed.wait_for(lambda: not self._held or self._held + amount <= self._limit)
             self._held += amount
+        if self._whole is not None:
+            self._whole.reserve(amount)
 
     def release(self, amount: int) -> None:
         """Give them back."""
+        if self._whole is not None:
+            self._whole.release(amount)
         with self._changed:
             self._held -= amount
             self._changed.notify_all()
+
+    def part(self, share: float) -> Budget:
+        """So much of it at most, for those who leave the rest to others."""
+        return Budget(int(share * self._limit), self)
 
     @property
     def held(self) -> int:
@@ -104,28 +114,39 @@ class Workers:
                         return None
 
 
+class Crew(NamedTuple):
+    """The workers of an export: who waits for another server keeps nobody waiting who only needs the disk."""
+
+    near: Workers
+    far: Workers
+    """For what needs the network."""
+
+
 class Pools:
     """Workers for each export, so that a disk or a server that hangs keeps only its own clients waiting.
 
-    Each has at most ``limit`` threads; ``memory`` is what the requests of all may hold together.
+    They have at most ``limit`` threads near and far each; ``memory`` is what the requests of all may hold
+    together, of which those that need the network leave a quarter to the others.
     """
 
     def __init__(self, limit: int, memory: Budget) -> None:
         self._limit = limit
-        self._memory = memory
+        self._near, self._far = memory, memory.part(3 / 4)
         self._lock = threading.Lock()
-        self._pools: weakref.WeakKeyDictionary[object, Workers] = weakref.WeakKeyDictionary()
+        self._pools: weakref.WeakKeyDictionary[object, Crew] = weakref.WeakKeyDictionary()
 
-    def of(self, export: object) -> Workers:
+    def of(self, export: object) -> Crew:
         """Those of an export, for as long as it exists."""
         with self._lock:
-            return self._pools.setdefault(export, Workers(self._limit, self._memory))
+            crew = Crew(Workers(self._limit, self._near), Workers(self._limit, self._far))
+            return self._pools.setdefault(export, crew)
 
     def close(self) -> None:
         """Let all threads end when they have nothing left to do."""
         with self._lock:
-            for workers in self._pools.values():
-                workers.close()
+            for crew in self._pools.values():
+                for workers in crew:
+                    workers.close()
 
 
 class InFlight:

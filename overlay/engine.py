@@ -187,8 +187,14 @@ class Overlay(Backend):
     def is_local(self, command: Command, offset: int, length: int) -> bool:
         """Reads of what is here; when everything is, in a plain file, also writes."""
         if command is Command.READ:
-            return self.image.is_local(offset, length)
+            return self._has(offset, length)
         return command is Command.WRITE and self.image.raw_fd is not None
+
+    def needs_network(self, command: Command, offset: int, length: int) -> bool:
+        """What reads does, and changes that cover absent clusters in part."""
+        if command in (Command.WRITE, Command.WRITE_ZEROES):
+            return not all(self._has(place, 1) for place in self._edges(offset, length))
+        return command not in (Command.FLUSH, Command.TRIM)
 
     def file_range(self, offset: int) -> FileRange | None:
         """The plain file that the image has become."""
@@ -200,6 +206,13 @@ class Overlay(Backend):
         self.fetcher.close()
         self.sources.close()
         self.image.close()
+
+    def _has(self, offset: int, length: int) -> bool:
+        """Whether a range is local; what a damaged image cannot tell is found out by who needs it."""
+        try:
+            return self.image.is_local(offset, length)
+        except ImageError:
+            return False
 
     def _bring(self, offset: int, length: int) -> bool:
         """Fetch and keep a range; False if that fails although a server is there.
@@ -232,11 +245,16 @@ class Overlay(Backend):
 
     def _bring_edges(self, offset: int, length: int) -> None:
         """Make the clusters local that a change covers only partly."""
+        for place in self._edges(offset, length):
+            self.fetcher.bring_cluster(place)
+
+    def _edges(self, offset: int, length: int) -> Iterator[int]:
+        """A place in each of the clusters that a change covers only partly."""
         size, end = self.image.cluster_size, offset + length
         if offset % size:
-            self.fetcher.bring_cluster(offset)
+            yield offset
         if end % size and end < self.size:
-            self.fetcher.bring_cluster(end - 1)
+            yield end - 1
 
     def _allocation(self, runs: list[Run]) -> Iterator[Extent]:
         """The status of runs in ``base:allocation``, as far as a few questions to the backing tell."""

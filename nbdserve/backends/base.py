@@ -121,6 +121,10 @@ class Backend(ABC):
         """Whether a request can be served at once, without waiting for a network or a slow device."""
         return True
 
+    def needs_network(self, command: Command, offset: int, length: int) -> bool:
+        """Whether a request that is not local may have to wait for another server, which may hang."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Let go of everything. The backend is not used afterwards."""

@@ -87,6 +87,10 @@ class Filter(Backend):
         """As beneath."""
         return self.beneath.is_local(command, offset, length)
 
+    def needs_network(self, command: Command, offset: int, length: int) -> bool:
+        """As beneath."""
+        return self.beneath.needs_network(command, offset, length)
+
     def close(self) -> None:
         """As beneath."""
         self.beneath.close()

@@ -11,7 +11,7 @@ from nbdserve.protocol.constants import Command, TransmissionFlags
 from nbdserve.protocol.haggling import Encryption, Haggling, State
 from nbdserve.protocol.offers import BASE_ALLOCATION, Agreement, BlockSizes, Mode, Offer
 from nbdserve.transmission import Transmission
-from nbdserve.workers import Workers
+from nbdserve.workers import Crew, Workers
 from tests.support import wire
 from tests.support.memory import MemoryBackend, ScriptedStream
 
@@ -80,13 +80,14 @@ def transmit(data: bytes) -> list[tuple[int, bytes]]:
     contexts = ((1, BASE_ALLOCATION),) if mode is not Mode.SIMPLE else ()
     agreement = Agreement(offer_of(backend, read_only=bool(choice & 64)), mode, contexts)
     stream = ScriptedStream(data[1:], (1, 7, 100, 1 << 20)[choice // 3 % 4])
-    workers = Workers(1)
+    crew = Crew(Workers(1), Workers(1))
     try:
-        Transmission(stream, agreement, backend, b"", workers).run()
+        Transmission(stream, agreement, backend, b"", crew).run()
     except (ProtocolError, ConnectionLostError):
         pass
     finally:
-        workers.close()
+        for workers in crew:
+            workers.close()
     assert len(backend.content) == SIZE
     return [] if mode is Mode.SIMPLE else list(chunks(bytes(stream.sent), mode))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nbdserve.errors import ConnectionLostError, ProtocolError
 from nbdserve.protocol.offers import Agreement, Mode
 from nbdserve.transmission import Transmission
-from nbdserve.workers import Workers
+from nbdserve.workers import Crew, Workers
 from tests.fuzz import targets
 from tests.fuzz.targets import SIZE
 from tests.support import wire
@@ -66,7 +66,7 @@ def test_a_history_of_requests_reads_back_as_a_byte_array_would(
             model[offset : offset + len(data)] = payload or bytes(len(data))
     stream = ScriptedStream(bytes(script), piece)
     agreement = Agreement(targets.offer_of(backend, read_only=False), Mode.SIMPLE)
-    Transmission(stream, agreement, backend, b"", Workers(1)).run()
+    Transmission(stream, agreement, backend, b"", Crew(Workers(1), Workers(1))).run()
     assert stream.sent == expected
     assert backend.content == model
 
@@ -82,7 +82,7 @@ def test_a_client_that_goes_away_anywhere_leaves_what_it_was_told_is_stored(
     stream = ScriptedStream(bytes(script[:-cut]) if cut else bytes(script), 64)
     agreement = Agreement(targets.offer_of(backend, read_only=False), Mode.SIMPLE)
     try:
-        Transmission(stream, agreement, backend, b"", Workers(1)).run()
+        Transmission(stream, agreement, backend, b"", Crew(Workers(1), Workers(1))).run()
     except (ProtocolError, ConnectionLostError):
         pass
     model = bytearray(SIZE)

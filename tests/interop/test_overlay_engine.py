@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.client import connect
+from nbdserve.protocol.constants import CommandFlags
 from nbdserve.uri import parse_uri
 from tests.support.delay import delayed
 from tests.support.disks import KIB, MIB, random_bytes, random_disk
@@ -28,6 +29,7 @@ from tests.support.overlays import (
     requests,
 )
 from tests.support.processes import Argument, wait_until
+from tests.support.qed import poke, read_u64
 from tests.support.servers import Server, UnixAddress, nbdkit
 
 SIZE = 4 * MIB
@@ -274,3 +276,21 @@ def test_a_range_outside_the_disk_is_refused_and_does_no_harm(layout: Layout, tm
                 guest.client.start_write(SIZE - 512, NEW[:1024], NONE).result(10)
             assert refused.value.errno in (errno.EINVAL, errno.ENOSPC)
             assert guest.read(SIZE - KIB, KIB) == content[-KIB:]
+
+
+def test_a_damaged_table_fails_what_needs_it_and_the_guest_stays_connected(tmp_path: Path) -> None:
+    with source(tmp_path) as (_, _, server):
+        image = make_overlay(tmp_path / "overlay", "qed", SIZE, server.uri())
+        with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
+            guest.write(0, NEW[: 64 * KIB])
+        l1_offset = read_u64(image, 40)
+        poke(image, read_u64(image, l1_offset) + 8 * 4, 12345)  # no multiple of a cluster
+        with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
+            for length in (512, 256 * KIB):
+                with pytest.raises(OSError) as failed:
+                    guest.read(256 * KIB, length)
+                assert failed.value.errno == errno.EIO
+            for length in (512, 192 * KIB + 512):
+                with pytest.raises(OSError) as failed:
+                    guest.write(256 * KIB, NEW[:length], CommandFlags.FUA)
+                assert failed.value.errno == errno.EIO

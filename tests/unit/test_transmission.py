@@ -11,7 +11,7 @@ from nbdserve.protocol.constants import Command, NbdError
 from nbdserve.protocol.offers import Agreement, Mode
 from nbdserve.traffic import Traffic
 from nbdserve.transmission import Transmission
-from nbdserve.workers import Workers
+from nbdserve.workers import Crew, Workers
 from tests.fuzz.targets import offer_of
 from tests.support.memory import MemoryBackend, ScriptedStream
 from tests.support.wire import SIMPLE_REPLY, SIMPLE_REPLY_MAGIC, request
@@ -62,10 +62,11 @@ class HalfAtHand(MemoryBackend):
 
 def serve(backend: MemoryBackend, script: bytes, piece: int = SIZE) -> tuple[bytes, Traffic]:
     """Feed requests to the loop in pieces; return what it sends, and what it counts."""
-    stream, workers, traffic = ScriptedStream(script, piece), Workers(2), Traffic()
+    stream, crew, traffic = ScriptedStream(script, piece), Crew(Workers(2), Workers(2)), Traffic()
     agreement = Agreement(offer_of(backend, read_only=False), Mode.SIMPLE, ())
-    Transmission(stream, agreement, backend, b"", workers, traffic).run()
-    workers.close()
+    Transmission(stream, agreement, backend, b"", crew, traffic).run()
+    for workers in crew:
+        workers.close()
     return bytes(stream.sent), traffic
 
 

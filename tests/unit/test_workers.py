@@ -133,11 +133,39 @@ def test_who_waits_in_one_pool_keeps_nobody_waiting_in_another() -> None:
         gate.wait(10)
 
     for _ in range(5):
-        pools.of(stuck).submit(wait)
-    pools.of(free).submit(done.set)
+        pools.of(stuck).near.submit(wait)
+    pools.of(free).near.submit(done.set)
     assert done.wait(5)
     gate.set()
     assert pools.of(stuck) is pools.of(stuck)
+    pools.close()
+
+
+def test_who_waits_for_another_server_leaves_threads_and_memory_to_who_does_not() -> None:
+    class Export:
+        """Something to have a pool."""
+
+    memory, gate, done = Budget(100), threading.Event(), threading.Event()
+    pools, export = Pools(2, memory), Export()
+    near, far = pools.of(export)
+
+    def wait() -> None:
+        gate.wait(10)
+
+    for _ in range(5):
+        far.submit(wait)
+    near.submit(done.set)
+    assert done.wait(5)
+    far.memory.reserve(75)
+    greedy = threading.Thread(target=far.memory.reserve, args=(10,))
+    greedy.start()
+    assert waiting(greedy), "three quarters are taken"
+    near.memory.reserve(25)
+    assert memory.held == 100
+    far.memory.release(75)
+    greedy.join(10)
+    assert (memory.held, far.memory.held) == (35, 10)
+    gate.set()
     pools.close()
 
 
