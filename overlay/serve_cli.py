@@ -101,7 +101,7 @@ def read_options(given: argparse.Namespace) -> Options:
         socket=_socket(given.socket),
         name=given.export_name,
         monitor=monitor,
-        backings=_backings(given.backing),
+        backings=parse_backings(given.backing),
         keep=given.copy_on_read == "on",
         stream=given.stream,
         speed=0 if given.speed is None else parse_size(given.speed, "--speed"),
@@ -128,7 +128,8 @@ def _socket(path: str) -> str:
     return path
 
 
-def _backings(texts: list[str]) -> tuple[NbdUri, ...]:
+def parse_backings(texts: list[str]) -> tuple[NbdUri, ...]:
+    """What --backing was given; UsageError where one is no address, or named twice."""
     found = [parse_uri(text) for text in texts]
     for number, uri in enumerate(found):
         if uri in found[:number]:

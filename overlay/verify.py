@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from nbdserve.client import Client, connect
 from nbdserve.errors import ConnectError, ImageError
 from nbdserve.protocol.constants import ExtentFlags
-from nbdserve.uri import parse_uri
+from nbdserve.uri import NbdUri, parse_uri
 from overlay.image import Image, Run, State
 from overlay.open import open_image
 from overlay.picture import knows_writer
@@ -47,15 +47,17 @@ class Verdict:
     """Where the first of them are."""
 
 
-def verify(path: Path, on_progress: OnProgress = lambda done, total: None) -> Verdict:
-    """Compare an image that nobody else writes to with its backing.
+def verify(
+    path: Path, backings: Sequence[NbdUri] = (), on_progress: OnProgress = lambda done, total: None
+) -> Verdict:
+    """Compare an image that nobody else writes to with its backing: at ``backings``, or where it says itself.
 
     Raises ImageError where the image does not say what was copied, ConnectError, and OSError when the
     backing, or the file, cannot be read.
     """
     with open_image(path) as image:
         _require_knowledge(image, path)
-        with _connect(image, path) as client:
+        with _connect(image, path, backings or [parse_uri(each.name) for each in image.backings]) as client:
             verdict = Verdict(str(path), str(client.uri), image.size)
             _compare(image, client, verdict, on_progress)
     return verdict
@@ -75,12 +77,12 @@ def _require_knowledge(image: Image, path: Path) -> None:
         )
 
 
-def _connect(image: Image, path: Path) -> Client:
+def _connect(image: Image, path: Path, backings: Sequence[NbdUri]) -> Client:
     """The first backing that can be reached and has a disk of this size."""
     trouble: ConnectError | None = None
-    for backing in image.backings:
+    for uri in backings:
         try:
-            client = connect(parse_uri(backing.name))
+            client = connect(uri)
         except ConnectError as error:
             trouble = error
             continue
@@ -88,7 +90,7 @@ def _connect(image: Image, path: Path) -> Client:
             return client
         client.close()
         trouble = ConnectError(
-            f"{backing.name}: it has {client.size} bytes, the disk in {path} {image.size}: it is another disk"
+            f"{uri}: it has {client.size} bytes, the disk in {path} {image.size}: it is another disk"
         )
     assert trouble is not None, "an image names at least one"
     raise trouble

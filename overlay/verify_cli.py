@@ -32,16 +32,26 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     )
     parser.set_defaults(command=main)
     parser.add_argument("image", metavar="IMAGE", type=Path)
+    parser.add_argument(
+        "--backing",
+        action="append",
+        default=[],
+        metavar="BACKING",
+        help="where the disk is now, instead of what the image says; may be repeated: the first that answers "
+        "is compared with",
+    )
     parser.add_argument("--json", action="store_true", help="what was found, as a JSON object")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Compare, and say what was found. Raises ImageError, ConnectError, OSError."""
+    """Compare, and say what was found. Raises UsageError, ImageError, ConnectError, OSError."""
+    from overlay.serve_cli import parse_backings
     from overlay.verify import verify
 
+    backings = parse_backings(arguments.backing)
     progress = _Progress()
     try:
-        verdict = verify(arguments.image, progress.show)
+        verdict = verify(arguments.image, backings, progress.show)
     finally:
         progress.clear()
     if arguments.json:

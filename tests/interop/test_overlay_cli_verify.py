@@ -144,3 +144,23 @@ def test_a_backing_that_has_no_whole_sectors_is_compared_to_its_last_byte(tmp_pa
         done = run(PROGRAM, "verify", image)
     assert done.returncode == 1
     assert str(SIZE) in done.stdout + done.stderr
+
+
+def test_the_backing_is_where_the_operator_says_it_is_now(source: Server, tmp_path: Path) -> None:
+    image = half_filled(source, tmp_path)
+    source.process.terminate()
+    source.process.wait()
+    gone, there = f"--backing={source.uri()}", tmp_path / "elsewhere"
+    there.mkdir()
+    with nbdserve("-r", "-fraw", tmp_path / "base.img", directory=there) as server:
+        found = json.loads(check(PROGRAM, "verify", "--json", gone, f"--backing={server.uri()}", image))
+        assert (found["differing"], found["backing"]) == (0, server.uri())
+        for wrong in ([gone, gone], ["--backing=ftp://there"]):
+            done = run(PROGRAM, "verify", *wrong, image)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    with (tmp_path / "base.img").open("r+b") as file:
+        file.truncate(SIZE + 512)
+    with nbdserve("-r", "-fraw", tmp_path / "base.img", directory=there) as server:
+        done = run(PROGRAM, "verify", f"--backing={server.uri()}", image)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "another disk" in done.stderr
