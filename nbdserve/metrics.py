@@ -8,9 +8,6 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
-from socketserver import ThreadingMixIn
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.metrics_core import (
@@ -24,6 +21,7 @@ from prometheus_client.registry import Collector as PrometheusCollector
 
 from nbdserve.errors import ConnectError
 from nbdserve.listeners import address_text
+from nbdserve.scraping import HttpServer
 from nbdserve.server import Server
 from nbdserve.traffic import BUCKETS, COMMANDS, Histogram, Traffic
 
@@ -105,24 +103,6 @@ def buckets(histogram: Histogram) -> list[tuple[str, float]]:
     return list(zip(_BOUNDS, itertools.accumulate(histogram.counts), strict=True))
 
 
-class _Handler(WSGIRequestHandler):
-    timeout = 10
-    """Seconds after which a silent client is dropped."""
-
-    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
-        """Scrapes are of interest to nobody."""
-        _LOG.debug("metrics: " + format, *arguments)
-
-
-class _HttpServer(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away in the middle of a scrape harms nobody."""
-        _LOG.debug("metrics: a scrape has failed", exc_info=True)
-
-
 @contextlib.contextmanager
 def served(collector: PrometheusCollector, host: str, port: int) -> Iterator[None]:
     """Answer scrapes at this address; ConnectError when nobody can listen there."""
@@ -141,15 +121,11 @@ def served(collector: PrometheusCollector, host: str, port: int) -> Iterator[Non
         server.server_close()
 
 
-def _listen(host: str, port: int) -> _HttpServer:
+def _listen(host: str, port: int) -> HttpServer:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-
-        class OfFamily(_HttpServer):
-            address_family = family
-
-        return OfFamily((str(address[0]), int(address[1])), _Handler)
+        return HttpServer(family, (str(address[0]), int(address[1])))
     except OSError as error:
         raise ConnectError(
             f"{address_text((host or '*', port))}: cannot tell metrics there: {error.strerror}, "

@@ -6,13 +6,16 @@ import re
 import socket
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import nbd
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nbdserve import scraping
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.monitors import monitor
 from tests.support.processes import check, run, wait_until
@@ -173,6 +176,47 @@ def test_scrapes_that_break_off_harm_nobody(measured: Measured) -> None:
     assert measured.scrape()
     measured.server.process.wait_for_line("serving 'one', 'two'")
     assert measured.server.process.output().count("\n") == 3, "nothing but what is served where"
+
+
+def test_scrapes_are_answered_beside_hundreds_of_idle_connections(measured: Measured) -> None:
+    tasks = Path(f"/proc/{measured.server.pid}/task")
+    before = len(list(tasks.iterdir()))
+    with ExitStack() as stack:
+        # Where the listen queue is full the kernel tries again after a second.
+        idle = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", measured.port), 0.9))
+            for _ in range(300)
+        ]
+        assert measured.scrape()
+        # The one that was served counts for a moment longer.
+        wait_until(lambda: len(list(tasks.iterdir())) - before <= scraping.MOST_CLIENTS, "the first are gone")
+        assert idle[0].recv(1) == b"", "those who came first are cut off"
+        idle[-1].sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert idle[-1].recv(12) == b"HTTP/1.0 200"
+    assert measured.server.process.output().count("\n") == 3, "nothing but what is served where"
+
+
+def test_a_client_has_its_time_to_scrape_and_no_more() -> None:
+    server = scraping.HttpServer(socket.AF_INET, ("127.0.0.1", 0), seconds=0.3)
+    thread = Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        with socket.create_connection(("127.0.0.1", server.server_port), 10) as idle:
+            assert idle.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", server.server_port), 10) as trickling:
+
+            def is_cut_off() -> bool:
+                try:
+                    trickling.sendall(b"G")
+                except OSError:
+                    return True
+                return False
+
+            wait_until(is_cut_off, "a client that never falls silent is cut off as well", interval=0.05)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_a_metrics_port_in_use_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""The HTTP server that metrics are scraped from: few clients at a time, none of them for long."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+_LOG = logging.getLogger("nbdserve")
+
+MOST_CLIENTS = 32
+"""Clients at a time, each with a thread; when one more comes, the one that has been there longest goes."""
+TIME_LIMIT = 10.0
+"""Seconds that a client is given from the connection to the end of the answer."""
+
+
+class Handler(WSGIRequestHandler):
+    """Answers one scrape."""
+
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
+        """Scrapes are of interest to nobody."""
+        _LOG.debug("metrics: " + format, *arguments)
+
+
+class HttpServer(ThreadingMixIn, WSGIServer):
+    """Serves a WSGI application. An honest scrape takes milliseconds: who is cut off is no scraper."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+    """Connections that wait to be accepted: with Python's 5 a burst of them costs others seconds."""
+
+    def __init__(
+        self,
+        family: socket.AddressFamily,
+        address: tuple[str, int],
+        *,
+        most: int = MOST_CLIENTS,
+        seconds: float = TIME_LIMIT,
+    ) -> None:
+        """Listen at an address; OSError when that cannot be done."""
+        self.address_family = family
+        self._most = most
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        # Since when, by time.monotonic(), in the order of arrival.
+        self._clients: dict[socket.socket, float] = {}
+        super().__init__(address, Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a client that has come, in a thread of its own."""
+        with self._lock:
+            self._clients[request] = time.monotonic()
+            crowd = list(self._clients)[: -self._most]
+            self._cut(crowd)
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """From time to time: cut those off whose time is over."""
+        latest = time.monotonic() - self._seconds
+        with self._lock:
+            self._cut([client for client, since in self._clients.items() if since <= latest])
+
+    def shutdown_request(self, request: Any) -> None:
+        """Take leave of a client that has been served or cut off."""
+        with self._lock:
+            self._clients.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away in the middle of a scrape harms nobody."""
+        _LOG.debug("metrics: a scrape has failed", exc_info=True)
+
+    def _cut(self, clients: list[socket.socket]) -> None:
+        """End their connections, with the lock held, so that none is closed, and its descriptor another's."""
+        for client in clients:
+            del self._clients[client]
+            try:
+                client.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                # It has gone by itself; its thread notices that as well.
+                pass
