@@ -32,6 +32,11 @@ qmp() { nbd-migrate qmp "$SOURCE_QMP" "$@"; }
 waiting() {
     nbd-migrate qmp "$SOURCE_QMP" "$@" >/dev/null 2>&1 &
     waiter=$!
+    # In short turns, as a signal that comes just before a wait begins is not seen before that ends.
+    while kill -0 "$waiter" 2>/dev/null; do
+        sleep 0.2 &
+        wait $! || true
+    done
     wait "$waiter"
 }
 waiter='' cause=''

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qemu.qmp import ConnectError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 SECONDS = 10.0
@@ -30,12 +32,25 @@ class Qmp:
         return event
 
 
+def _connected(path: Path) -> QEMUMonitorProtocol:
+    """Between the moments in which QEMU binds the socket and listens on it, it refuses."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        protocol = QEMUMonitorProtocol(str(path))
+        protocol.settimeout(SECONDS)
+        try:
+            protocol.connect()
+            return protocol
+        except ConnectError as error:
+            if not isinstance(error.exc, ConnectionRefusedError) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 @contextmanager
 def monitor(path: Path) -> Iterator[Qmp]:
     """Connect to the monitor at a Unix socket until the block ends."""
-    protocol = QEMUMonitorProtocol(str(path))
-    protocol.settimeout(SECONDS)
-    protocol.connect()
+    protocol = _connected(path)
     try:
         yield Qmp(protocol)
     finally:
