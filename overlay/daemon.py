@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdserve.errors import ImageError
 from nbdserve.uri import NbdUri
 from overlay.checkpoint import Checkpoints
 from overlay.engine import Overlay
@@ -15,6 +17,8 @@ from overlay.open import Layout
 from overlay.progress import Progress
 from overlay.sources import CONNECTIONS, PATIENCE, Sources
 from overlay.streamer import Streamer
+
+_LOG = logging.getLogger("nbd-overlay")
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,18 @@ class Daemon:
     def _activated(self) -> None:
         self.window_began = time.monotonic()
         if self.image.backings:
+            self._know_the_disk_again()
             self._stream_if_asked()
+
+    def _know_the_disk_again(self) -> None:
+        """From now on the backing is as it is, and must have what was copied and not been invalidated."""
+        self.sources.samples.settle()
+        try:
+            self.sources.samples.recall(self.image)
+        except (OSError, ImageError) as error:
+            # The guest's write goes on; what cannot be read here it is told when it reads it.
+            _LOG.warning("the backing is not compared with what is here: %s", error)
+        self.sources.check_again()
 
     def _stream_if_asked(self) -> None:
         if self.options.stream:

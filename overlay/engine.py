@@ -80,9 +80,10 @@ class Overlay(Backend):
             with self._changing:
                 if self._guest_is_here:
                     return
+                _LOG.info("the guest runs here: what is read from now on is kept")
+                # Nothing of what follows may take the guest's first write for what was copied.
+                self._on_activation()
                 self._guest_is_here, self._armed = True, False
-            _LOG.info("the guest runs here: what is read from now on is kept")
-            self._on_activation()
 
     def invalidate(self, offset: int, length: int) -> None:
         """Forget a range, which the guest has changed at the source. OSError, EBUSY, once it runs here."""
@@ -96,7 +97,7 @@ class Overlay(Backend):
                         errno.ETIMEDOUT, f"{claim.length} bytes at {claim.offset} are being fetched"
                     )
             self.image.invalidate(offset, length)
-            self.sources.forget()
+            self.sources.samples.forget()
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:
         """Serve what is local without waiting; False when it is not all local."""

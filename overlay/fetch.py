@@ -118,7 +118,7 @@ class Fetcher:
         """Keep what was fetched, as far as it is still absent; returns how many bytes became local."""
         stored = self._image.fill(offset, data)
         self.copied.passed(stored)
-        self._sources.remember(offset, data)
+        self._sources.samples.remember(offset, data)
         return stored
 
     def close(self) -> None:

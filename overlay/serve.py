@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -18,14 +17,11 @@ from nbdserve.policy import Policy
 from nbdserve.server import Server
 from nbdserve.uri import parse_uri
 from overlay.daemon import Daemon, Options
-from overlay.flat.image import FlatImage
-from overlay.image import Image, State
+from overlay.image import Image
 from overlay.open import open_image
 from overlay.sources import Sources
 
 PROGRAM = "nbd-overlay"
-_MOST_RECALLED = 1024
-"""Runs of the image that are looked at when it is opened, to know its backing again."""
 _LOG = logging.getLogger(PROGRAM)
 
 
@@ -80,16 +76,9 @@ def _sources(image: Image, options: Options) -> Sources:
         connections=options.connections,
         patience=options.patience,
     )
-    if isinstance(image, FlatImage) and image.is_written_certain and not options.armed:
-        _recall(image, sources)
+    if not options.armed:
+        sources.samples.recall(image)
     return sources
-
-
-def _recall(image: FlatImage, sources: Sources) -> None:
-    """Servers must have what was copied from them before; only the flat layout knows what that is."""
-    for run in itertools.islice(image.runs(0, image.size if image.local_bytes else 0), _MOST_RECALLED):
-        if run.state is State.DATA and not run.written:
-            sources.remember(run.offset, memoryview(image.read(run.offset, min(run.length, 4096))))
 
 
 def _listen(stack: contextlib.ExitStack, path: str) -> Listener:

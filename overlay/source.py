@@ -115,6 +115,7 @@ class Source:
         self._latency = 0.0
         self._trouble: str | None = "not connected yet"
         self._closed = False
+        self._is_checked = True
         self._kick = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"source {uri}", daemon=True)
 
@@ -124,6 +125,11 @@ class Source:
 
     def retry(self) -> None:
         """Look at once whether the connection stands, and try again at once if it does not."""
+        self._kick.set()
+
+    def check_again(self) -> None:
+        """Let ``accept`` look at the session once more, soon."""
+        self._is_checked = False
         self._kick.set()
 
     def lost(self, session: Session) -> None:
@@ -163,7 +169,10 @@ class Source:
         while not self._closed:
             session = self.session
             if session is not None and session.connected:
-                self._wait(_LOOK)
+                if not self._is_checked:
+                    self._check(session)
+                else:
+                    self._wait(_LOOK)
                 continue
             if session is not None:
                 self.lost(session)
@@ -176,6 +185,14 @@ class Source:
             else:
                 self._wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _check(self, session: Session) -> None:
+        self._is_checked = True
+        try:
+            self._accept(session)
+        except (OperatorError, OSError) as error:
+            _LOG.warning("%s", (isinstance(error, OSError) and error.strerror) or error)
+            self.lost(session)
 
     def _wait(self, seconds: float) -> None:
         self._kick.wait(seconds)

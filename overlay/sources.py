@@ -13,13 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from hashlib import blake2b
 
-from nbdserve.client.pipeline import Client
 from nbdserve.errors import ImageError
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
 from nbdserve.uri import NbdUri
+from overlay.identity import Samples
 from overlay.reads import sectors, start_read
 from overlay.source import GONE, Health, Session, Source
 
@@ -29,9 +28,6 @@ CONNECTIONS = 4
 """Connections to each server, unless the operator says otherwise."""
 PATIENCE = 60.0
 """Seconds for which guests wait for a lost server, unless the operator says otherwise."""
-
-_SAMPLES = 8
-_SAMPLE_BYTES = 4096
 
 
 class Sources:
@@ -53,7 +49,7 @@ class Sources:
         self._changed = threading.Condition()
         self._lost_since: float | None = time.monotonic()
         self._closed = False
-        self._samples: dict[int, bytes] = {}
+        self.samples = Samples()
         self._sources = [Source(uri, connections, self._require_same_disk, self._tell) for uri in uris]
 
     def start(self) -> None:
@@ -141,16 +137,10 @@ class Sources:
         else:
             session.source.errors += 1
 
-    def remember(self, offset: int, data: memoryview) -> None:
-        """What a server said, and will say again: a few such blocks prove that a disk is the same."""
-        if len(self._samples) < _SAMPLES and len(data) >= _SAMPLE_BYTES:
-            block = bytes(data[:_SAMPLE_BYTES])
-            if block.count(0) < len(block):
-                self._samples[offset] = _digest(block)
-
-    def forget(self) -> None:
-        """The disk may have changed since: what was said before proves nothing."""
-        self._samples.clear()
+    def check_again(self) -> None:
+        """What servers must have has changed: compare, soon, and hang up where it differs."""
+        for source in self._sources:
+            source.check_again()
 
     def close(self) -> None:
         """Hang up, and let nobody wait any more."""
@@ -215,27 +205,4 @@ class Sources:
             raise ImageError(
                 f"{name}: not used: the disk has {self.size} bytes, what answers there {session.export.size}"
             )
-        samples, unreadable = list(self._samples.items()), list[OSError]()
-        for offset, digest in samples:
-            try:
-                block = _read_block(session.demand, offset)
-            except OSError as error:
-                if error.errno in GONE:
-                    raise
-                unreadable.append(error)
-                continue
-            if _digest(block) != digest:
-                raise ImageError(f"{name}: not used: another disk than before, its bytes at {offset} differ")
-        # One place that has gone bad since says nothing of the others.
-        if unreadable and len(unreadable) == len(samples):
-            raise unreadable[0]
-
-
-def _read_block(client: Client, offset: int) -> bytes:
-    block = bytearray(_SAMPLE_BYTES)
-    start_read(client, offset, memoryview(block)).result()
-    return bytes(block)
-
-
-def _digest(block: bytes) -> bytes:
-    return blake2b(block, digest_size=16).digest()
+        self.samples.require_same(session.demand, name)

@@ -1,0 +1,140 @@
+"""Whether a server that comes back has the same disk, while the guest still changes it there and later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.disks import KIB, MIB, random_bytes, random_disk
+from tests.support.overlays import LAYOUTS, Daemon, Layout, end, make_overlay, overlay
+from tests.support.processes import wait_until
+from tests.support.servers import Server, UnixAddress, nbdserve
+
+SIZE = 8 * MIB
+
+both = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@contextmanager
+def source(directory: Path) -> Iterator[Server]:
+    """An nbdserve of the file ``disk``, where it can come back."""
+    address = UnixAddress(directory / "source.sock")
+    with nbdserve("--read-only", directory / "disk", directory=directory, at=address) as server:
+        yield server
+
+
+def uri(directory: Path) -> str:
+    """Its URI, whether it is there or not."""
+    return UnixAddress(directory / "source.sock").uri()
+
+
+def change(directory: Path, offset: int, data: bytes) -> None:
+    """The guest, which still runs at the source, writes."""
+    with (directory / "disk").open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def wait_for_refusal(daemon: Daemon) -> None:
+    """The source must not be used any more, as its disk is another."""
+
+    def is_refused() -> bool:
+        (told,) = daemon.status()["sources"]
+        return not told["connected"] and "another disk" in str(told["trouble"])
+
+    wait_until(is_refused, "the source is refused", 10)
+
+
+@both
+@pytest.mark.parametrize(("read", "changed"), [(64 * KIB, 64 * KIB), (MIB, 896 * KIB)], ids=["few", "many"])
+def test_a_disk_that_the_guest_has_changed_at_the_source_is_still_the_same(
+    layout: Layout, read: int, changed: int, tmp_path: Path
+) -> None:
+    content, new = random_disk(tmp_path / "disk", SIZE), random_bytes(changed, seed=9)
+    image = make_overlay(tmp_path / "overlay", layout, SIZE, uri(tmp_path))
+    with ExitStack() as stack:
+        first = stack.enter_context(source(tmp_path))
+        daemon = stack.enter_context(overlay(image, "--reconnect-timeout=5", directory=tmp_path))
+        guest = stack.enter_context(daemon.guest())
+        assert guest.read(0, read) == content[:read]
+        end(first)
+        change(tmp_path, 0, new)
+        again = stack.enter_context(source(tmp_path))
+        assert guest.read(4 * MIB, KIB) == content[4 * MIB : 4 * MIB + KIB]
+        with daemon.monitor() as qmp:
+            qmp.execute("overlay-invalidate", offset=0, length=changed)
+            qmp.execute("overlay-activate")
+        content = new + content[changed:]
+        assert guest.read(0, SIZE) == content
+        end(again)
+        stack.enter_context(source(tmp_path))
+        daemon.wait_until_connected()
+        assert guest.read(0, SIZE) == content
+
+
+@both
+def test_a_daemon_that_is_restarted_before_the_guest_comes_knows_a_changed_disk_again(
+    layout: Layout, tmp_path: Path
+) -> None:
+    content, new = random_disk(tmp_path / "disk", SIZE), random_bytes(MIB, seed=9)
+    image = make_overlay(tmp_path / "overlay", layout, SIZE, uri(tmp_path))
+    with source(tmp_path):
+        with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
+            assert guest.read(0, 2 * MIB) == content[: 2 * MIB]
+        change(tmp_path, 0, new)
+        with (
+            overlay(image, "--reconnect-timeout=5", directory=tmp_path) as daemon,
+            daemon.guest() as guest,
+            daemon.monitor() as qmp,
+        ):
+            daemon.wait_until_connected()
+            qmp.execute("overlay-invalidate", offset=0, length=MIB)
+            qmp.execute("overlay-activate")
+            assert guest.read(0, SIZE) == new + content[MIB:]
+
+
+def test_what_was_not_told_from_another_disk_before_is_when_the_guest_has_come(tmp_path: Path) -> None:
+    """In the flat layout; a QED image does not say which of its blocks were copied."""
+    content = random_disk(tmp_path / "disk", SIZE)
+    image = make_overlay(tmp_path / "overlay", "flat", SIZE, uri(tmp_path))
+    with ExitStack() as stack:
+        first = stack.enter_context(source(tmp_path))
+        daemon = stack.enter_context(overlay(image, "--reconnect-timeout=1", directory=tmp_path))
+        guest = stack.enter_context(daemon.guest())
+        assert guest.read(0, MIB) == content[:MIB]
+        end(first)
+        # Two disks made from the same template begin alike.
+        change(tmp_path, 256 * KIB, random_bytes(SIZE - 256 * KIB, seed=2))
+        stack.enter_context(source(tmp_path))
+        daemon.wait_until_connected()
+        with daemon.monitor() as qmp:
+            qmp.execute("overlay-activate")
+        wait_for_refusal(daemon)
+        with pytest.raises(OSError):
+            guest.read(4 * MIB, 4 * KIB)
+        assert guest.read(0, MIB) == content[:MIB]
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_what_was_copied_is_compared_when_an_armed_daemon_is_told_that_the_guest_is_here(
+    is_same: bool, tmp_path: Path
+) -> None:
+    content, new = random_disk(tmp_path / "disk", SIZE), random_bytes(4 * KIB, seed=3)
+    image = make_overlay(tmp_path / "overlay", "flat", SIZE, uri(tmp_path))
+    with source(tmp_path):
+        with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
+            assert guest.read(0, MIB) == content[:MIB]
+        if not is_same:
+            random_disk(tmp_path / "disk", SIZE, seed=2)
+        arguments = ["--armed", "--reconnect-timeout=1"]
+        with overlay(image, *arguments, directory=tmp_path) as daemon, daemon.guest() as guest:
+            daemon.wait_until_connected()
+            guest.write(0, new)
+            if is_same:
+                assert guest.read(0, SIZE) == new + content[4 * KIB :]
+                assert daemon.status()["sources"][0]["connected"]
+            else:
+                wait_for_refusal(daemon)
