@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-from tests.support.processes import Process, check
+from tests.support.processes import Process, check, listens
 from tests.support.servers import NBDSERVE, UnixAddress, fresh_path
 
 NBD_OVERLAY = NBDSERVE.with_name("nbd-overlay")
@@ -71,7 +71,7 @@ def _running(
     argv: list[str | Path], at: UnixAddress, monitor: Path, device: str, log: Path
 ) -> Iterator[Filler]:
     with Process(argv, log) as process:
-        process.wait_for(lambda: at.path.exists() and monitor.exists(), "its sockets")
+        process.wait_for(lambda: listens(at.path) and listens(monitor), "its sockets")
         filler = Filler(process, at, monitor, device)
         try:
             yield filler

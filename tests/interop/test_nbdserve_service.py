@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.activation import activated
 from tests.support.disks import MIB, random_disk
-from tests.support.processes import Process, check, run, wait_until
+from tests.support.processes import Process, check, listens, run, wait_until
 from tests.support.servers import NBDSERVE, TcpAddress, UnixAddress, free_tcp_address, nbdserve
 from tests.support.wire import Wire
 
@@ -65,7 +65,7 @@ def test_sockets_of_systemd_are_served_by_the_process_that_systemd_watches(
     command = ["systemd-socket-activate", *environment, *listen, str(NBDSERVE), "-f", "raw", str(image)]
     with Process(command, tmp_path / "activate.log") as process:
         process.wait_for_line("Listening on")
-        wait_until(unix.path.exists, "the socket is there")
+        wait_until(lambda: listens(unix.path), "the socket is there")
         for address in (tcp, unix):
             check("nbdcopy", address.uri(), tmp_path / "copy.img")
             assert (tmp_path / "copy.img").read_bytes() == image.read_bytes()

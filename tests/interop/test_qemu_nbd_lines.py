@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import MIB, random_bytes, sparse_disk, sparse_runs
-from tests.support.processes import Argument, Process, check, is_alive, run, wait_until
+from tests.support.processes import Argument, Process, check, is_alive, listens, run, wait_until
 from tests.support.servers import NBDSERVE, TcpAddress, UnixAddress, free_tcp_address, qemu_nbd
 from tests.support.wire import Wire
 
@@ -148,7 +148,7 @@ def served(
 def _accepts(address: UnixAddress | TcpAddress, directory: Path) -> bool:
     """Whether somebody listens there, found out without connecting, which could end a server."""
     if isinstance(address, UnixAddress):
-        return f" {address.path}\n" in Path("/proc/net/unix").read_text()
+        return listens(address.path)
     wanted = f":{address.port:04X} 00000000:0000 0A"
     return wanted in Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
 

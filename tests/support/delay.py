@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Queue
 
-from tests.support.processes import Argument, Process
+from tests.support.processes import Argument, Process, listens
 from tests.support.servers import UnixAddress, fresh_path
 
 _CHUNK = 256 << 10
@@ -100,7 +100,7 @@ def delayed(
     argv = [*module, near.path, address.path, str(seconds)]
     argv += [] if count is None else [count]
     with Process(argv, fresh_path(directory, "delay", ".log"), cwd=Path(__file__).parents[2]) as process:
-        process.wait_for(near.path.exists, "the link's socket")
+        process.wait_for(lambda: listens(near.path), "the link's socket")
         yield near
         process.terminate()
 

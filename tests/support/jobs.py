@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.processes import Process
+from tests.support.processes import Process, listens
 
 Message = dict[str, Any]
 
@@ -83,5 +83,5 @@ def storage_daemon(directory: Path, *blockdevs: str) -> Iterator[Path]:
     for blockdev in blockdevs:
         argv += ["--blockdev", blockdev]
     with Process(argv, directory / "storage-daemon.log") as process:
-        process.wait_for(path.exists, "the monitor's socket")
+        process.wait_for(lambda: listens(path), "the monitor's socket")
         yield path

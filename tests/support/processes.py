@@ -19,6 +19,8 @@ from typing import Self
 import psutil
 
 Argument = str | os.PathLike[str]
+_ACCEPTS = "00010000"
+"""The flag of a listening socket in /proc/net/unix."""
 
 
 def dying_with_parent(number: signal.Signals) -> list[str]:
@@ -36,6 +38,15 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def listens(path: Path) -> bool:
+    """Whether a server listens on a Unix socket, found out without connecting.
+
+    The socket's file is there a moment earlier, when it is bound; who connects then is refused.
+    """
+    rows = (line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines())
+    return any(len(row) == 8 and row[3] == _ACCEPTS and row[7] == str(path) for row in rows)
 
 
 def wait_until(

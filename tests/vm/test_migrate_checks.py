@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Process, check, wait_until
+from tests.support.processes import Process, check, listens, wait_until
 from tests.support.vms import QEMU, Scene, monitor, running, scene
 
 
@@ -106,7 +106,7 @@ def test_a_disk_that_was_opened_by_a_relative_path_is_named_as_qemu_names_it(tmp
     stage = Scene(tmp_path)
     argv = [word.replace(f"filename={stage.image}", "filename=a.raw") for word in stage.source_qemu()]
     with Process(argv, tmp_path / "a.log", cwd=tmp_path) as source:
-        source.wait_for(stage.monitor_a.exists, "a monitor")
+        source.wait_for(lambda: listens(stage.monitor_a), "a monitor")
         with stage.run() as run:
             assert run.wait(30.0) == 2
     assert "A's QEMU knows its disks as a.raw (disk0)" in run.output()
@@ -129,7 +129,7 @@ def test_a_disk_that_is_not_raw_is_refused(tmp_path: Path) -> None:
     check("qemu-img", "create", "-q", "-f", "qcow2", stage.image, "1M")
     argv = [word.replace("driver=raw", "driver=qcow2") for word in stage.source_qemu()]
     with Process(argv, tmp_path / "a.log") as source:
-        source.wait_for(stage.monitor_a.exists, "a monitor")
+        source.wait_for(lambda: listens(stage.monitor_a), "a monitor")
         with stage.run() as run:
             assert run.wait(30.0) == 2
     assert "is qcow2; only raw images can be exported while in use" in run.output()
@@ -146,7 +146,7 @@ def test_a_monitor_that_is_taken_is_not_given_to_the_destination(stage: Scene) -
         f"unix:{stage.monitor_b},server=on,wait=off",
     ]
     with Process(argv, stage.directory / "other.log") as other:
-        other.wait_for(stage.monitor_b.exists, "a monitor")
+        other.wait_for(lambda: listens(stage.monitor_b), "a monitor")
         assert_refused(stage, f"something answers at {stage.monitor_b} already")
         assert other.running
 

@@ -19,7 +19,7 @@ from nbdserve.errors import MigrationError
 from recipes.source import resume
 from recipes.vm import connect
 from tests.support.disks import MIB, random_disk
-from tests.support.processes import Process, check, wait_until
+from tests.support.processes import Process, check, listens, wait_until
 from tests.support.servers import nbdserve
 from tests.support.vms import QEMU, Monitor, Role, Scene, lives, monitor, running, scene
 
@@ -109,7 +109,7 @@ def qemu_streaming(directory: Path, *server_options: str) -> Iterator[Monitor]:
         options = [word for node in nodes for word in ("-blockdev", json.dumps(node))]
         argv = [QEMU[0], "-machine", "none", "-display", "none", "-qmp", f"unix:{address},server=on,wait=off"]
         with Process([*argv, *options], directory / "qemu.log") as qemu:
-            qemu.wait_for(address.exists, "a monitor")
+            qemu.wait_for(lambda: listens(address), "a monitor")
             with monitor(address) as b:
                 b.execute("block-stream", job_id="slow", device="overlay", speed=65536, on_error="stop")
                 wait_until(lambda: b.execute("query-block-jobs")[0]["offset"], "the stream begins")
@@ -195,7 +195,7 @@ def migrated_by_hand(stage: Scene, *, kill_b: bool = False) -> Iterator[None]:
 
 @contextmanager
 def monitor_when_there(qemu: Process, address: Path) -> Iterator[Monitor]:
-    qemu.wait_for(address.exists, "a monitor")
+    qemu.wait_for(lambda: listens(address), "a monitor")
     with monitor(address) as found:
         yield found
 

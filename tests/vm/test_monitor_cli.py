@@ -11,7 +11,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from tests.support.guests import short_directory
-from tests.support.processes import Process, run
+from tests.support.processes import Process, listens, run
 
 NBD_MIGRATE = Path(sys.executable).with_name("nbd-migrate")
 MACHINE = ("qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-accel", "tcg")
@@ -32,7 +32,7 @@ def machine(monitor: Path, tmp_path: Path) -> Iterator[Process]:
     """A QEMU with two block nodes and no guest."""
     argv = [*MACHINE, *DISKS, "-qmp", f"unix:{monitor},server=on,wait=off"]
     with Process(argv, tmp_path / "qemu.log") as machine:
-        machine.wait_for(monitor.exists, "the monitor")
+        machine.wait_for(lambda: listens(monitor), "the monitor")
         yield machine
 
 

@@ -21,7 +21,7 @@ from recipes.pivot import Pivot, pivot
 from recipes.vm import Vm, connect
 from tests.support.delay import delayed
 from tests.support.disks import MIB
-from tests.support.processes import Process, check, run, wait_until
+from tests.support.processes import Process, check, listens, run, wait_until
 from tests.support.servers import Server, UnixAddress, nbdkit
 from tests.support.vms import DISK_SIZE, QEMU, RECORDS, SECTOR, is_record, monitor, original_disk
 
@@ -267,7 +267,7 @@ def mirroring(mode: str, directory: Path) -> Iterator[Callable[[str], None]]:
             delayed(server.address, LAG, directory) as near,
             Process(arguments(near, directory, "-S"), log) as qemu,
         ):
-            qemu.wait_for((directory / "qmp").exists, "a monitor")
+            qemu.wait_for(lambda: listens(directory / "qmp"), "a monitor")
             with monitor(directory / "qmp") as b:
                 b.execute("blockdev-add", **local, file=file)
                 mirror = {"device": NODE, "target": "local", "sync": "none", "copy_mode": mode}
