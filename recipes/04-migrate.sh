@@ -88,7 +88,8 @@ trap 'cause=interrupted; give_up' INT TERM HUP
 qmp migrate "{\"uri\": \"$MIGRATION\"}" >/dev/null
 waiting query-migrate --get status --until pre-switchover --unless 'failed|cancelled' \
     --timeout "$MIGRATE_TIMEOUT" || give_up
-qmp migrate-continue '{"state": "pre-switchover"}' >/dev/null 2>&1 || give_up
+# Not by the function: what the trap says while it runs would go where its output goes.
+nbd-migrate qmp "$SOURCE_QMP" migrate-continue '{"state": "pre-switchover"}' >/dev/null 2>&1 || give_up
 waiting query-migrate --get status --until completed --unless 'failed|cancelled' --timeout 300 || give_up
 # Nothing may come between the guest's leaving and the fence.
 trap '' INT TERM HUP
