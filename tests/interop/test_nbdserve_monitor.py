@@ -293,7 +293,8 @@ def test_clients_are_told_with_their_traffic_and_can_be_disconnected(
         wait_until(lambda: len(qmp.execute("x-query-clients")) == 1, "it is gone")
         qmp.execute("x-disconnect-client", id_=haggling["id"])
         assert second.is_closed_by_server()
-    assert controlled.server.process.output().count("disconnected through the monitor") == 2
+    output = controlled.server.process.output
+    wait_until(lambda: output().count("disconnected through the monitor") == 2, "both are in the log")
 
 
 def test_quit_ends_the_server_in_good_order(controlled: Controlled, qmp: Qmp) -> None:

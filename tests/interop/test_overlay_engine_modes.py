@@ -235,6 +235,11 @@ def resources(pid: int) -> tuple[int, int, int]:
     return int(fields["Threads"]), len(list(Path(f"/proc/{pid}/fd").iterdir())), int(fields["VmRSS"]) * KIB
 
 
+def fits(used: tuple[int, ...], most: tuple[int, ...]) -> bool:
+    """Whether no resource is used more than it may be."""
+    return all(one <= other for one, other in zip(used, most, strict=True))
+
+
 def test_fifty_lost_connections_leave_no_thread_descriptor_or_memory_behind(tmp_path: Path) -> None:
     content = random_disk(tmp_path / "disk", 16 * MIB)
     address = UnixAddress(tmp_path / "source.sock")
@@ -250,11 +255,9 @@ def test_fifty_lost_connections_leave_no_thread_descriptor_or_memory_behind(tmp_
                 if number == 5:
                     before = resources(daemon.process.pid)
                 elif number == 49:
-                    after = resources(daemon.process.pid)
+                    assert before is not None
+                    most = (before[0] + 1, before[1] + 1, before[2] + 4 * MIB)
+                    # The last of the connections that were lost may be closing still.
+                    wait_until(lambda: fits(resources(daemon.process.pid), most), f"no more than {most}")
                 end(server, signal.SIGKILL)
-        assert before is not None
         assert daemon.process.output().count("connected, ") == 50
-        print(f"threads, descriptors, bytes: {before} and later {after}")
-        assert after[0] <= before[0] + 1
-        assert after[1] <= before[1] + 1
-        assert after[2] <= before[2] + 4 * MIB
