@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -235,9 +236,9 @@ def resources(pid: int) -> tuple[int, int, int]:
     return int(fields["Threads"]), len(list(Path(f"/proc/{pid}/fd").iterdir())), int(fields["VmRSS"]) * KIB
 
 
-def fits(used: tuple[int, ...], most: tuple[int, ...]) -> bool:
-    """Whether no resource is used more than it may be."""
-    return all(one <= other for one, other in zip(used, most, strict=True))
+def uses_at_most(pid: int, most: tuple[int, int, int]) -> bool:
+    """Whether a process uses no more of any of its resources."""
+    return all(used <= limit for used, limit in zip(resources(pid), most, strict=True))
 
 
 def test_fifty_lost_connections_leave_no_thread_descriptor_or_memory_behind(tmp_path: Path) -> None:
@@ -258,6 +259,6 @@ def test_fifty_lost_connections_leave_no_thread_descriptor_or_memory_behind(tmp_
                     assert before is not None
                     most = (before[0] + 1, before[1] + 1, before[2] + 4 * MIB)
                     # The last of the connections that were lost may be closing still.
-                    wait_until(lambda: fits(resources(daemon.process.pid), most), f"no more than {most}")
+                    wait_until(partial(uses_at_most, daemon.process.pid, most), f"no more than {most}")
                 end(server, signal.SIGKILL)
         assert daemon.process.output().count("connected, ") == 50
