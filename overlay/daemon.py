@@ -137,7 +137,8 @@ class Daemon:
         except (OSError, ImageError) as error:
             # The guest's write goes on; what cannot be read here it is told when it reads it.
             _LOG.warning("the backing is not compared with what is here: %s", error)
-        self.sources.check_again()
+        if self.sources.samples.any_known:
+            self.sources.check_again()
 
     def _stream_if_asked(self) -> None:
         if self.options.stream:

@@ -37,6 +37,11 @@ class Samples:
         self._digests: dict[int, bytes] = {}
         self._settled = False
 
+    @property
+    def any_known(self) -> bool:
+        """Whether there is anything to compare."""
+        return bool(self._digests)
+
     def remember(self, offset: int, data: memoryview) -> None:
         """What a server said, as far as it is worth it: not zeros, as many disks have these in a place."""
         if len(self._digests) >= _MOST:
