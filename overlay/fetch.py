@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nbdserve.errors import ImageError
 from nbdserve.traffic import Histogram
@@ -30,6 +31,8 @@ LONGEST = 1 << 20
 _TOGETHER = 8
 """Requests that are under way at once for one read of a guest."""
 _WAITING_HINTS = 4
+_MOST_BAD = 4
+"""Units of what is read together in which single clusters are tried, when something cannot be read."""
 
 
 @dataclass
@@ -52,6 +55,13 @@ class Fetched:
     def lately(self, seconds: float) -> bool:
         """Whether a guest waits, or did within the last ``seconds``."""
         return self.waiting > 0 or time.monotonic() - self.waited_until < seconds
+
+
+class Refusal(NamedTuple):
+    """The first place of a range that no server can read, and why."""
+
+    offset: int
+    error: OSError
 
 
 class Fetcher:
@@ -121,6 +131,22 @@ class Fetcher:
         self._sources.samples.remember(offset, data)
         return stored
 
+    def salvage(self, offset: int, data: memoryview) -> Refusal | None:
+        """Keep what can be read of a claimed range in which something could not: unit by unit, then clusters.
+
+        ``data`` is for what is read, and the range whole clusters. Returns what cannot be read, if anything.
+        OSError when no server is left.
+        """
+        refusals: list[Refusal] = []
+        for place, part in _parts(offset, data, self.claims.unit):
+            refusal = self._keep(place, part)
+            if refusal is not None and len(part) > self._image.cluster_size and len(refusals) < _MOST_BAD:
+                tried = [self._keep(*each) for each in _parts(place, part, self._image.cluster_size)]
+                refusal = next((each for each in tried if each is not None), None)
+            if refusal is not None:
+                refusals.append(refusal)
+        return refusals[0] if refusals else None
+
     def close(self) -> None:
         """Read ahead no more."""
         if self._thread is not None:
@@ -137,6 +163,17 @@ class Fetcher:
         begin = absent[0].offset
         return begin, absent[-1].offset + absent[-1].length - begin
 
+    def _keep(self, offset: int, data: memoryview) -> Refusal | None:
+        """Ask every server for a range, and keep it."""
+        try:
+            self._sources.read((offset, data))
+        except OSError as error:
+            if not self._sources.connected:
+                raise
+            return Refusal(offset, error)
+        self.store(offset, data)
+        return None
+
     def _is_absent(self, offset: int, length: int) -> bool:
         return not self._image.is_local(offset, length)
 
@@ -152,14 +189,27 @@ class Fetcher:
                 parts = [(offset, memoryview(bytearray(length))) for offset, length in batch if length]
                 if not parts:
                     continue
-                self._sources.read(*parts)
-                for offset, data in parts:
-                    self.store(offset, data)
+                try:
+                    self._sources.read(*parts)
+                except OSError:
+                    if not self._sources.connected:
+                        raise
+                    self._salvage(parts)
+                else:
+                    for offset, data in parts:
+                        self.store(offset, data)
                 with self.fetched.lock:
                     self.fetched.bytes += sum(len(data) for _, data in parts)
         finally:
             for claim in claims:
                 self.claims.release(claim)
+
+    def _salvage(self, parts: list[tuple[int, memoryview]]) -> None:
+        """Keep what can be read of them; OSError when that is not all."""
+        refusals = [self.salvage(*part) for part in parts]
+        for refusal in refusals:
+            if refusal is not None:
+                raise refusal.error
 
     def _look_ahead(self, offset: int, length: int) -> None:
         """A guest has missed something: tell whoever may want to know, and fetch what it will want next."""
@@ -189,6 +239,12 @@ class Fetcher:
                 with self.fetched.lock:
                     self.fetched.ahead += sum(claim.length for claim in claims)
                 _LOG.debug("read ahead %d bytes at %d in %.3f s", hint[1], hint[0], time.monotonic() - before)
+
+
+def _parts(offset: int, data: memoryview, size: int) -> Iterator[tuple[int, memoryview]]:
+    """A range cut into pieces of a size, each with its offset."""
+    for begin in range(0, len(data), size):
+        yield offset + begin, data[begin : begin + size]
 
 
 def _wait_for(others: list[Claim]) -> None:

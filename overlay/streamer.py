@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from nbdserve.errors import ImageError
 from overlay.census import fill_zeros
 from overlay.claims import Claim
-from overlay.fetch import LONGEST, Fetcher
+from overlay.fetch import LONGEST, Fetcher, Refusal
 from overlay.image import Image, State
 from overlay.job import Interrupted, Job, Phase
 from overlay.pacing import QUIET_STEP, RateLimit, Window
@@ -85,7 +85,8 @@ class Streamer:
         self._spare: list[bytearray] = []
         self._refused = 0
         """Parts that no server can read, in this pass."""
-        self._refusal: OSError | None = None
+        self._refusal: Refusal | None = None
+        """The first of them."""
         self._thread = threading.Thread(target=self._run, name="streamer", daemon=True)
         fetcher.on_miss = self._hint
 
@@ -135,7 +136,8 @@ class Streamer:
             self._drain()
             if self._refusal is not None and not self._image.complete:
                 # What can be copied has been.
-                raise self._refusal
+                offset, error = self._refusal
+                raise OSError(error.errno, f"the backing at {offset} cannot be read: {error.strerror}")
             if self._image.local_bytes == before and not self._image.complete:
                 # What is missing is being fetched for a guest, or its connection was lost.
                 self._job.pause_point(_TICK)
@@ -283,17 +285,15 @@ class Streamer:
                 self._try_again(read.offset + begin, read.data[begin : begin + unit])
 
     def _try_again(self, offset: int, data: memoryview) -> None:
-        """Ask every server for a small part of what one of them could not read."""
+        """Ask every server for a small part of what one of them could not read, and then for less of it."""
         if self._refused > _MOST_REFUSED:
             return
-        try:
-            self._sources.read((offset, data))
-        except OSError as error:
+        refusal = self._fetcher.salvage(offset, data)
+        if refusal is not None:
             self._refused += 1
-            self._refusal = OSError(error.errno, f"the backing at {offset} cannot be read: {error.strerror}")
-            _LOG.warning("%s", self._refusal.strerror)
-        else:
-            self._fetcher.store(offset, data)
+            _LOG.warning("the backing at %d cannot be read: %s", refusal.offset, refusal.error.strerror)
+            if self._refusal is None or refusal.offset < self._refusal.offset:
+                self._refusal = refusal
 
     def _release(self, share: _Share) -> None:
         share.reads -= 1
