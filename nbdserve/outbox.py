@@ -83,13 +83,15 @@ class Outbox(Replies):
     """The way to the client. The transmission loop builds the replies to reads in ``view`` itself.
 
     Everything but ``post`` belongs to one thread. Raises ConnectionLostError when the client is gone, or
-    takes nothing for the socket's send time-out; nothing is sent any more then.
+    takes nothing for the socket's send time-out; nothing is sent any more then. ``settle`` is called before
+    what has been gathered is sent; when it raises OSError the client is lost, as it must not be told.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, settle: Callable[[], None] = lambda: None) -> None:
         # Memory that costs nothing until it is used: of many clients most are idle.
         super().__init__(mmap.mmap(-1, CAPACITY), CAPACITY)
         self._stream = stream
+        self._settle = settle
         self._lock = threading.Lock()
         self._posted: deque[tuple[memoryview, Callable[[], None]]] = deque()
         # Why nothing is sent any more. Not the error itself, whose traceback would keep this alive.
@@ -115,6 +117,10 @@ class Outbox(Replies):
     def flush(self) -> None:
         """Send everything."""
         if self.used:
+            try:
+                self._settle()
+            except OSError as error:
+                raise self._lose(f"what was written cannot be kept: {error.strerror or error}") from error
             self._send(self.view[: self.used])
             self.used = 0
 
@@ -152,7 +158,7 @@ class Outbox(Replies):
                 self._socket.sendall(head, socket.MSG_MORE)
                 self._pipe.empty(self._socket.fileno(), length)
             except OSError as error:
-                raise self._lose(error) from error
+                raise self._lose(_refusal(error)) from error
         if self._posted:
             self._send_posted()
         return True
@@ -196,8 +202,12 @@ class Outbox(Replies):
         try:
             self._stream.sendall(data)
         except OSError as error:
-            raise self._lose(error) from error
+            raise self._lose(_refusal(error)) from error
 
-    def _lose(self, error: OSError) -> ConnectionLostError:
-        self._lost = f"the client takes no replies: {error.strerror or error}"
-        return ConnectionLostError(self._lost)
+    def _lose(self, why: str) -> ConnectionLostError:
+        self._lost = why
+        return ConnectionLostError(why)
+
+
+def _refusal(error: OSError) -> str:
+    return f"the client takes no replies: {error.strerror or error}"

@@ -51,7 +51,7 @@ class Transmission:
         self._in_line = (0, 0)
         self._commands = Commands(agreement, self._framing, backend, traffic)
         self._inbox = Inbox(stream, early, self._framing.request.size)
-        self._outbox = Outbox(stream)
+        self._outbox = Outbox(stream, backend.settle)
         self._payloads = Payloads(self._inbox, self._outbox)
         self._near = Handover(crew.near, self._outbox, self._framing, traffic)
         self._far = Handover(crew.far, self._outbox, self._framing, traffic)

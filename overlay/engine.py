@@ -124,12 +124,18 @@ class Overlay(Backend):
         except ImageError as error:
             raise _as_os_error(error) from error
 
+    def settle(self) -> None:
+        """Let what was stored at once outlive this process."""
+        self.image.settle()
+
     def write(self, offset: int, data: Buffer, fua: bool) -> None:
         """Store all of ``data``, fetching no more than the clusters at its edges."""
         # A guest that writes runs here.
         self.activate()
         with _data_path():
-            if not self.image.write_now(offset, data):
+            if self.image.write_now(offset, data):
+                self.image.settle()
+            else:
                 while not self.image.write(offset, data):
                     self._bring_edges(offset, len(data))
                 self.image.commit()

@@ -62,9 +62,17 @@ class Backend(ABC):
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Do what ``write`` does without FUA, if that takes no waiting; False, with nothing done, if not.
 
-        ``data`` is valid until this returns.
+        ``data`` is valid until this returns. It may be acknowledged after the next ``settle``.
         """
         return False
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Let what ``write_now`` has stored, on any connection, outlive this process.
+
+        Called before replies are sent; quick when there is nothing to do. After an OSError nothing of it may
+        be acknowledged.
+        """
 
     @abstractmethod
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:

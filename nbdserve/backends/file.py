@@ -102,6 +102,9 @@ class FileBackend(Backend):
             self.write(offset, data, fua=False)
         return True
 
+    def settle(self) -> None:
+        """Nothing: the kernel has what was written."""
+
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Zero by fallocate where the file system can, by writing where it cannot."""
         if length and not self._zero_by_fallocate(offset, length, may_trim):

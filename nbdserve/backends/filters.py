@@ -41,6 +41,10 @@ class Filter(Backend):
         """As beneath."""
         return self.beneath.write_now(offset, data)
 
+    def settle(self) -> None:
+        """As beneath."""
+        self.beneath.settle()
+
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """As beneath."""
         self.beneath.zero(offset, length, fua, may_trim, fast)

@@ -80,6 +80,9 @@ class NbdBackend(Backend):
         for begin, end in _pieces(len(data), self._longest_payload):
             self._change(fua, Client.start_write, self._base + offset + begin, view[begin:end])
 
+    def settle(self) -> None:
+        """Nothing: no write is taken at once."""
+
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Let the server zero the range."""
         flags = _NONE if may_trim else CommandFlags.NO_HOLE

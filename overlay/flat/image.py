@@ -23,8 +23,9 @@ _STEP = 1024 * CHUNK_GRAINS * GRAIN
 class FlatImage(Image):
     """A flat image that is not complete yet, or has become so while it was open.
 
-    A write goes to the data file first, then into the log, then into the bitmaps in memory; these reach the
-    file after a sync of the data. Reads, and writes to what the guest has written already, take no lock.
+    A write goes to the data file first, then into the notes for the log, then into the bitmaps in memory. The
+    log is written before anything is acknowledged, so for many writes at once; the bitmaps reach the file
+    after a sync of the data. Reads, and writes to what the guest has written already, take no lock.
     ``_flush_lock``, taken first where both are, lets one flush follow the other, so that one serves all who
     wait, and none returns while the one that covers it is under way.
     """
@@ -198,8 +199,16 @@ class FlatImage(Image):
             offset = stop
         return filled
 
+    def settle(self) -> None:
+        """Write the records of what was written into the log: those of many writes at once."""
+        # Whoever finds nothing here knows that it is in the file: it is taken away only after that.
+        if self._map.has_notes:
+            with self._lock:
+                self._map.write_notes()
+
     def commit(self) -> None:
-        """Nothing: what was written is in the log."""
+        """The same."""
+        self.settle()
 
     def flush(self) -> None:
         """Make the data durable, then the map that tells of it."""
@@ -238,6 +247,7 @@ class FlatImage(Image):
             self._sync(self._data)
             with self._lock:
                 self._is_raw, self.backings = True, ()
+                self._map.drop_notes()
                 # From now on no write looks any further.
                 self._grains.set(0, self._map.header.grains, written=True)
             self._remove_map()

@@ -7,7 +7,8 @@ byte  size
    6     4  how many
   10     6  generation
 
-It is written after the data, before the write is acknowledged, and not synced: it is for who comes after a
+It is written after the data, before the write is acknowledged, often together with others, and not synced:
+it is for who comes after a
 killed process in the same boot, while the kernel still has what was written. After a power cut nothing
 is known of the order in which data and records reached the disk, so the log is dropped.
 
@@ -36,6 +37,8 @@ class Log:
         newer = int(generations[1] > generations[0])
         self._half = newer if lengths[newer] or not lengths[1 - newer] else 1 - newer
         self._length = lengths[self._half]
+        self._notes = bytearray()
+        """Records that the file lacks; counted in the length."""
         self._retired: int | None = 1 - self._half if lengths[1 - self._half] else None
 
     @property
@@ -43,19 +46,36 @@ class Log:
         """Whether no record fits until the bitmaps have been written."""
         return self._length >= HALF_RECORDS
 
-    def append(self, first: int, count: int) -> None:
-        """Note a write. Raises OSError; then it is not noted."""
-        half = self._half
-        record = first | count << 48 | self.generations[half] << 80
-        place = LOG_AT + half * LOG_HALF_BYTES + self._length * RECORD_BYTES
-        self._file.write(place, record.to_bytes(RECORD_BYTES, "little"))
+    @property
+    def has_notes(self) -> bool:
+        """Whether the file lacks what was noted. Needs no lock."""
+        return bool(self._notes)
+
+    def note(self, first: int, count: int) -> None:
+        """Note a write, to be written before it is acknowledged."""
+        record = first | count << 48 | self.generations[self._half] << 80
+        self._notes += record.to_bytes(RECORD_BYTES, "little")
         self._length += 1
+
+    def write_notes(self) -> None:
+        """Write what was noted. Raises OSError; then it is still to be written."""
+        if self._notes:
+            end = LOG_AT + self._half * LOG_HALF_BYTES + self._length * RECORD_BYTES
+            self._file.write(end - len(self._notes), self._notes)
+            # Not before: somebody else's write to the same grains relies on what it does not find here.
+            self._notes.clear()
+
+    def drop_notes(self) -> None:
+        """What was noted need not be written any more."""
+        self._notes.clear()
 
     def retire(self) -> None:
         """What has been logged is about to be written into the bitmaps: go on in the other half.
 
-        Nothing happens while the other half is still retired, because writing the bitmaps failed.
+        Nothing happens while the other half is still retired, because writing the bitmaps failed. Raises
+        OSError.
         """
+        self.write_notes()
         if self._retired is None and self._length:
             self._retired = self._half
             self._half = 1 - self._half

@@ -51,9 +51,22 @@ class Map:
         return not self._closed and (self._log.is_full or self.grains.is_full)
 
     def note(self, first: int, end: int) -> None:
-        """The guest wrote grains: the log first, so that the write outlives us, then the bitmaps."""
-        self._log.append(first, end - first)
+        """The guest wrote grains: a note for the log first, so that nobody finds the bits without it."""
+        self._log.note(first, end - first)
         self.grains.set(first, end, written=True)
+
+    @property
+    def has_notes(self) -> bool:
+        """Whether there are notes that the log's file lacks. Needs no lock."""
+        return self._log.has_notes
+
+    def write_notes(self) -> None:
+        """Write them, so that what they tell of outlives us. Raises OSError."""
+        self._log.write_notes()
+
+    def drop_notes(self) -> None:
+        """Nobody will need them: the data file alone is the disk."""
+        self._log.drop_notes()
 
     def take_changes(self) -> Changes:
         """What the file lacks; the data must be synced before it is stored. See Grains."""

@@ -83,6 +83,9 @@ class RawImage(Image):
         self._check_change(offset, length)
         return 0
 
+    def settle(self) -> None:
+        """Nothing: what was written is in the file."""
+
     def commit(self) -> None:
         """Nothing: what was written is in the file."""
 

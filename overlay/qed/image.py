@@ -209,6 +209,9 @@ class QedImage(Image):
                         self._set(cluster, count, ABSENT, was=entry)
         self.flush()
 
+    def settle(self) -> None:
+        """Nothing: only writes in place are taken at once."""
+
     def commit(self) -> None:
         """Let the tables in the file tell of every change so far; see Image."""
         self._bring_to_file(durable=False)

@@ -47,6 +47,8 @@ class History:
         self.after_cut = [{value} for value in self.latest]
         self.touched: set[int] = set()
         """Clusters that the guest has written to."""
+        self.unsettled: set[int] = set()
+        """Sectors whose last writer was promised nothing yet."""
         self.image = world.open()
         self.instants = 0
         self.actions = BEFORE_CUT_OVER if chance.random() < 0.3 else ACTIONS
@@ -138,8 +140,13 @@ class History:
         data = b"".join(new.values())
         if action == "write_now" and self.image.write_now(offset, data):
             self.done(new)
-            self.committed(sectors)
+            self.unsettled |= set(sectors)
+            if self.chance.random() < 0.6:
+                self.image.settle()
+                self.committed(sorted(self.unsettled))
+                self.unsettled.clear()
             return
+        self.unsettled -= set(sectors)
         for _ in range(3):
             if self.image.zero(offset, len(data)) if action == "zero" else self.image.write(offset, data):
                 break
@@ -211,6 +218,7 @@ class History:
         for number, value in enumerate(found):
             assert value in allowed[number], f"sector {number} after {'a power cut' if cut else 'a kill'}"
         self.latest = found
+        self.unsettled.clear()
         if cut:
             self.flushed()
         else:

@@ -45,6 +45,9 @@ class MemoryBackend(Backend):
         self.write(offset, data, fua=False)
         return True
 
+    def settle(self) -> None:
+        """Nothing: it is in memory in any case."""
+
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Store zeroes."""
         self._touch(offset, length)

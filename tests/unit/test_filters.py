@@ -33,6 +33,9 @@ class Watched(FileBackend):
         self.asked.append(("trim", length, fua))
         super().trim(offset, length, fua)
 
+    def settle(self) -> None:
+        self.asked.append(("settle",))
+
     def flush(self) -> None:
         self.asked.append(("flush",))
         super().flush()
@@ -67,8 +70,9 @@ def test_a_filter_shows_the_disk_beneath(file: Watched) -> None:
     assert through.write_range(5) == file.write_range(5) is not None
     change_everything(through)
     through.cache(0, 4096)
+    through.settle()
     through.flush()
-    assert [name for name, *_ in file.asked] == ["write", "zero", "trim", "flush"]
+    assert [name for name, *_ in file.asked] == ["write", "zero", "trim", "settle", "flush"]
 
 
 def test_write_through_makes_everything_durable(file: Watched) -> None:

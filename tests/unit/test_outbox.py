@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from nbdserve.outbox import Outbox
+from nbdserve.errors import ConnectionLostError
+from nbdserve.outbox import CAPACITY, Outbox
 from tests.support.memory import ScriptedStream
 
 
@@ -57,3 +59,27 @@ def test_replies_that_are_posted_while_others_are_sent_go_out_once() -> None:
     assert over == [posts] * posters
     counts = [stream.sent.count(bytes([number])) for number in (*range(posters), 255)]
     assert counts == [*over, flushed]
+
+
+def test_what_cannot_be_settled_is_never_acknowledged() -> None:
+    stream, settled, error = ScriptedStream(b"", 1), 0, OSError(errno.ENOSPC, "No space left on device")
+
+    def settle() -> None:
+        nonlocal settled
+        settled += 1
+        if settled > 2:
+            raise error
+
+    outbox = Outbox(stream, settle)
+    outbox.add(b"kept")
+    outbox.flush()
+    outbox.flush()
+    assert (settled, bytes(stream.sent)) == (1, b"kept"), "nothing to send, nothing to settle"
+    outbox.add(b"also")
+    outbox.reserve(CAPACITY)
+    outbox.add(b"lost")
+    for attempt in (outbox.flush, outbox.flush):
+        with pytest.raises(ConnectionLostError, match="cannot be kept: No space left on device"):
+            attempt()
+    outbox.post(memoryview(b"late"), lambda: None)
+    assert bytes(stream.sent) == b"keptalso"

@@ -138,15 +138,99 @@ def test_writes_outlive_the_process_and_fetches_need_not(path: Path) -> None:
     image.write_now(2 * GRAIN, b"w" * GRAIN)
     image.write_now(GRAIN + 512, b"p" * 512)
     image.zero(8 * GRAIN, 2 * GRAIN)
+    image.settle()
+    image.write_now(20 * GRAIN, b"n" * GRAIN)
     abandon(image)
     with flat(path) as image:
         assert image.read(2 * GRAIN, GRAIN) == b"w" * GRAIN
         assert image.read(GRAIN, GRAIN) == b"f" * 512 + b"p" * 512 + b"f" * (GRAIN - KIB)
         assert image.read(8 * GRAIN, 2 * GRAIN) == bytes(2 * GRAIN)
         assert not image.is_local(0, GRAIN)
+        assert not image.is_local(20 * GRAIN, GRAIN), "nobody was told that it is kept"
         assert image.is_written_certain
     with flat(path) as image:
         assert image.local_bytes == 4 * GRAIN, "closed in good order, all of it is in the bitmaps"
+
+
+class SlowFile(FileStorage):
+    """A file that says when it is written to, and waits until it may be."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(os.open(path, os.O_RDWR), path)
+        self.writes = 0
+        self.writing, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+        self.error: OSError | None = None
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self.writing.set()
+        assert self.go_on.wait(20)
+        if self.error:
+            raise self.error
+        self.writes += 1
+        super().write(offset, data)
+
+
+def on_slow_map(path: Path) -> tuple[FlatImage, SlowFile]:
+    """A new image, and the file of its map."""
+    make(path)
+    data, file = open_file(path, writable=True), SlowFile(path.with_name("x.map"))
+    found, boot = read_header(file, "x.map"), current_boot()
+    image = FlatImage(data, file, found, "x", writable=True, boot=boot, remove_map=lambda: None)
+    file.writes = 0
+    file.writing.clear()
+    return image, file
+
+
+def test_many_writes_go_into_the_log_at_once(path: Path) -> None:
+    image, file = on_slow_map(path)
+    for number in range(16):
+        assert image.write_now(3 * number * GRAIN, b"w" * GRAIN)
+    assert file.writes == 0
+    image.settle()
+    assert file.writes == 1
+    image.settle()
+    assert file.writes == 1
+    abandon(image)
+    with flat(path) as image:
+        assert image.local_bytes == 16 * GRAIN
+
+
+def test_a_write_to_what_another_has_just_written_is_kept_only_with_that(path: Path) -> None:
+    """The second finds the bits set; they are lost with the process as long as the log lacks the first."""
+    image, file = on_slow_map(path)
+    assert image.write_now(0, b"a" * GRAIN)
+    file.go_on.clear()
+    first = threading.Thread(target=image.settle)
+    first.start()
+    assert file.writing.wait(20)
+    assert image.write_now(0, b"b" * GRAIN)
+    second = threading.Thread(target=image.settle)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    file.go_on.set()
+    for thread in (first, second):
+        thread.join(20)
+    abandon(image)
+    with flat(path) as image:
+        assert image.read(0, GRAIN) == b"b" * GRAIN
+
+
+def test_a_log_that_cannot_be_written_is_an_error_until_it_can(path: Path) -> None:
+    image, file = on_slow_map(path)
+    assert image.write_now(0, b"a" * GRAIN)
+    file.error = OSError(errno.ENOSPC, "No space left on device")
+    for attempt in (image.settle, image.settle, image.commit, image.flush):
+        with pytest.raises(OSError) as caught:
+            attempt()
+        assert caught.value.errno == errno.ENOSPC
+    file.error = None
+    assert image.write_now(GRAIN, b"b" * GRAIN)
+    image.settle()
+    abandon(image)
+    with flat(path) as image:
+        assert image.read(0, 2 * GRAIN) == b"a" * GRAIN + b"b" * GRAIN
 
 
 def test_after_another_boot_only_what_was_flushed_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
