@@ -45,10 +45,11 @@ async def give_back(
     deadline = time.monotonic() + settle
     while await migration_status(a) == "device" and time.monotonic() < deadline:
         await asyncio.sleep(LOOK)
+    # One that comes to its end from here on is the one to our destination: asked first, so that there is no
+    # instant in which it could end unseen.
+    ours = await migration_status(a) in UNDER_WAY
     if await has_left(a):
         return Side.DESTINATION
-    # One that comes to its end from here on was on its way to the destination that is ended now.
-    ours = await migration_status(a) in UNDER_WAY
     await end_destination()
     await resume(a, ours=ours)
     await restore_capabilities(a, capabilities)

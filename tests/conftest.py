@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 import uuid
 from collections.abc import Generator, Iterator
@@ -20,8 +21,15 @@ LAST_BYTES_OF_LOG = 20_000
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Mark this run in the environment of all its children."""
+    """Mark this run in the environment of all its children, and give them the signals' usual meanings.
+
+    A shell lets what it starts in the background ignore SIGINT and SIGQUIT, and a shell that was started so
+    can never trap them.
+    """
     os.environ[TAG] = uuid.uuid4().hex
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 def _all_pids() -> set[int]:

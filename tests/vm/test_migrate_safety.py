@@ -12,11 +12,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from nbdserve.errors import MigrationError
-from recipes.source import resume
+from recipes.source import Side, give_back, resume
 from recipes.vm import connect
 from tests.support.disks import MIB, random_disk
 from tests.support.processes import Process, check, listens, wait_until
@@ -166,10 +168,10 @@ def fence(stage: Scene) -> Iterator[None]:
 
 
 @contextmanager
-def migrated_by_hand(stage: Scene, *, kill_b: bool = False) -> Iterator[None]:
+def migrated_by_hand(stage: Scene, *, kill_b: bool = False, to_the_end: bool = True) -> Iterator[Process]:
     """Migrate A to a QEMU on the same image, up to A's state completed, or with B killed in between.
 
-    B lives as long as the block.
+    Without ``to_the_end`` only up to the switch-over. B lives as long as the block.
     """
     address = stage.directory / "b.qmp"
     uri = f"unix:{stage.directory / 'migration'}"
@@ -187,10 +189,11 @@ def migrated_by_hand(stage: Scene, *, kill_b: bool = False) -> Iterator[None]:
             wait_until(lambda: a.execute("query-migrate")["status"] == "pre-switchover", "the pause")
             if kill_b:
                 qemu.kill()
-            a.execute("migrate-continue", state="pre-switchover")
-            if not kill_b:
+            if to_the_end:
+                a.execute("migrate-continue", state="pre-switchover")
+            if to_the_end and not kill_b:
                 wait_until(lambda: a.execute("query-migrate")["status"] == "completed", "the switch-over")
-        yield
+        yield qemu
 
 
 @contextmanager
@@ -258,6 +261,44 @@ def test_a_guest_that_has_left_is_not_told_to_go_on(stage: Scene) -> None:
             asyncio.run(resume_source(stage))
         with monitor(stage.monitor_a) as a:
             assert a.state == "postmigrate"
+
+
+@pytest.mark.parametrize("question", range(5))
+def test_a_switch_over_that_ends_while_a_failure_is_looked_at_leaves_the_guest_somewhere(
+    stage: Scene, question: int
+) -> None:
+    """Between any two questions to A about its migration."""
+    with migrated_by_hand(stage, to_the_end=False) as qemu:
+        side = asyncio.run(give_back_late(stage, qemu, question))
+        assert qemu.running is (side is Side.DESTINATION)
+        address = stage.monitor_a if side is Side.SOURCE else stage.directory / "b.qmp"
+        with monitor(address) as vm:
+            assert vm.state == "running"
+
+
+async def give_back_late(stage: Scene, qemu: Process, question: int) -> Side:
+    """Give the guest back, while the switch-over comes to its end just before a question to A is answered."""
+    a = await connect("A's QEMU", str(stage.monitor_a), limit=5.0, command_limit=5.0)
+    asked, execute = 0, a.execute
+
+    async def late(command: str, **arguments: Any) -> Any:
+        nonlocal asked
+        if command == "query-migrate":
+            if asked == question and qemu.running:
+                await execute("migrate-continue", state="pre-switchover")
+                while (await execute("query-migrate"))["status"] != "completed":
+                    await asyncio.sleep(0.02)
+            asked += 1
+        return await execute(command, **arguments)
+
+    async def end_destination() -> None:
+        qemu.kill()
+
+    try:
+        with mock.patch.object(a, "execute", late):
+            return await give_back(a, end_destination, ())
+    finally:
+        await a.disconnect()
 
 
 async def resume_source(stage: Scene) -> None:
