@@ -1,1 +1,1 @@
-"""Measures nbdserve side by side with the stock servers, in one run, with fio: ``python -m tests.bench``."""
+"""Measures nbdserve side by side with the stock servers, in one run: ``python -m tests.bench``."""

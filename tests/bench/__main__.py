@@ -34,7 +34,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--server", default="", help="only compare with servers whose name contains this")
     parser.add_argument("--output", type=Path, help="write the page to this file as well")
     parser.add_argument(
-        "--real-time", action="store_true", help="servers and fio go before all other programs (needs root)"
+        "--real-time",
+        action="store_true",
+        help="servers and clients go before all other programs (needs root)",
     )
     chosen = parser.parse_args()
     chosen.idle = None
@@ -94,11 +96,11 @@ def write_image(path: Path, mebibytes: int) -> None:
 def conditions(chosen: argparse.Namespace, results: list[list[Result]], load: LoadOfOthers) -> str:
     """How often and how long was measured, and how busy the machine was with something else."""
     samples = [sample for row in results for result in row for sample in result.samples]
-    others = load.share(sum(sample.server_seconds + sample.fio_seconds for sample in samples))
-    priority = "real-time priority for servers and fio" if chosen.real_time else "the usual priority"
+    others = load.share(sum(sample.server_seconds + sample.client_seconds for sample in samples))
+    priority = "real-time priority for servers and clients" if chosen.real_time else "the usual priority"
     return (
         f"Rounds: {chosen.rounds}, of {chosen.seconds:g} s for each server, with {priority}. "
-        f"Other programs, and starting fio, took {others:.0%} of the processors' time."
+        f"Other programs, and starting clients, took {others:.0%} of the processors' time."
     )
 
 

@@ -1,7 +1,7 @@
 """The servers that are compared, under the same conditions.
 
 One raw image in the page cache, writing allowed only in the rows that write, write-back caching, any number
-of clients. None flushes unless it is asked to, and fio does not ask.
+of clients. None flushes unless it is asked to, and no client here asks.
 """
 
 from __future__ import annotations

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.rows import Row
+from tests.bench.rows import ClientRun, Row
 from tests.support.processes import check
 
 
-@dataclass(frozen=True)
-class FioRun:
-    """What one run achieved."""
-
-    operations: int
-    bytes: int
-    seconds: float
-    processor: float
-    """The processor time of fio's busiest connection, as a share of one processor."""
-    processor_seconds: float
-    """The processor time of all its connections together."""
-
-
-def run_fio(uri: str, row: Row, seconds: float, before: Sequence[str] = ()) -> FioRun:
+def run_fio(uri: str, row: Row, seconds: float, before: Sequence[str] = ()) -> ClientRun:
     """Run the row's job against an export for so many seconds; ``before`` stands before the command."""
     output = check(
         *before,
@@ -49,7 +35,7 @@ def run_fio(uri: str, row: Row, seconds: float, before: Sequence[str] = ()) -> F
     parts = [job["write" if row.writes else "read"] for job in jobs]
     busy = [(job["usr_cpu"] + job["sys_cpu"]) / 100 for job in jobs]
     durations = [job["job_runtime"] / 1000 for job in jobs]
-    return FioRun(
+    return ClientRun(
         operations=sum(part["total_ios"] for part in parts),
         bytes=sum(part["io_bytes"] for part in parts),
         seconds=max(durations),

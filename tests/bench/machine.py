@@ -34,7 +34,7 @@ def _processor_model() -> str:
 
 
 class LoadOfOthers:
-    """How much of the machine was used by neither the servers nor fio: a run with much of it says little."""
+    """How much of the machine others used: a run with much of that says little."""
 
     def __init__(self) -> None:
         """Begin to measure."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from tests.bench.contenders import Contender, Task
+from tests.bench.counting import run_counting
 from tests.bench.fio import run_fio
 from tests.bench.rows import Row, Unit
 from tests.bench.trust import Trust
@@ -28,12 +29,12 @@ class Sample:
     """In the row's unit."""
     server_processors: float
     """How many processors the server kept busy."""
-    fio_processor: float
-    """How busy fio's busiest connection was, as a share of one processor."""
+    client_processor: float
+    """How busy the client's busiest connection was, as a share of one processor."""
     server_seconds: float
     """Processor time of the server."""
-    fio_seconds: float
-    """Processor time of fio."""
+    client_seconds: float
+    """Processor time of the client."""
     server_cost: float
     """Processor time of the server: microseconds per operation, or milliseconds per MiB."""
 
@@ -66,9 +67,9 @@ class Result:
         return statistics.median(map(figure, self.samples))
 
     @property
-    def is_limited_by_fio(self) -> bool:
-        """Whether fio had no processor time left, so that the server may be faster than measured."""
-        return self.median(lambda sample: sample.fio_processor) >= BUSY
+    def is_limited_by_client(self) -> bool:
+        """Whether the client had no processor time left, so that the server may be faster than measured."""
+        return self.median(lambda sample: sample.client_processor) >= BUSY
 
 
 def measure(
@@ -107,8 +108,11 @@ def _start(
 
 def _sample(row: Row, contender: Contender, server: Server, seconds: float, client: Sequence[str]) -> Sample:
     before = _processor_seconds(server.pid)
-    uri = server.uri(contender.export)
-    run = run_fio(uri.replace("nbd://", "nbds://") if row.tls else uri, row, seconds, client)
+    if row.counting:
+        run = run_counting(server.address, contender.export, row, seconds)
+    else:
+        uri = server.uri(contender.export)
+        run = run_fio(uri.replace("nbd://", "nbds://") if row.tls else uri, row, seconds, client)
     spent = _processor_seconds(server.pid) - before
     if row.unit is Unit.OPERATIONS:
         rate, cost = run.operations / run.seconds / 1000, spent / run.operations * 1e6

@@ -15,8 +15,21 @@ class Unit(Enum):
 
 
 @dataclass(frozen=True)
+class ClientRun:
+    """What one run of a client achieved."""
+
+    operations: int
+    bytes: int
+    seconds: float
+    processor: float
+    """The processor time of the client's busiest connection, as a share of one processor."""
+    processor_seconds: float
+    """The processor time of all its connections together."""
+
+
+@dataclass(frozen=True)
 class Row:
-    """One fio job, run against every contender in turn."""
+    """What a client does, against every contender in turn."""
 
     name: str
     access: str
@@ -30,6 +43,8 @@ class Row:
     """Over TCP on the loopback instead of a Unix socket."""
     tls: bool = False
     """Encrypted, with certificates."""
+    counting: bool = False
+    """By the counting client instead of fio: see counting.py."""
     targets: Mapping[str, float] = field(default_factory=dict)
     """What nbdserve's figure divided by this contender's must be at least."""
 
@@ -64,6 +79,9 @@ def transport_rows(where: str, *, tcp: bool, tls: bool = False) -> list[Row]:
                 targets["qemu-nbd"] = 3.0
             name = f"4 KiB random {kind}, depth {depth}, {where}"
             rows.append(Row(name, access, KIB4, depth, tcp=tcp, tls=tls, targets=targets))
+            if depth > 1 and not tls:
+                name += ", counting client"
+                rows.append(Row(name, access, KIB4, depth, tcp=tcp, counting=True, targets=targets))
     for kind in ("read", "write"):
         name = f"1 MiB sequential {kind}, depth 8, {where}"
         rows.append(Row(name, kind, MIB1, 8, tcp=tcp, tls=tls, targets=against_all(1.0 if tls else 1.5)))

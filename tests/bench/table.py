@@ -13,15 +13,16 @@ INTRODUCTION = """\
 # Benchmarks
 
 Written by `.venv/bin/python -m tests.bench --output docs/benchmarks.md`; `make bench` prints the same.
-In one run on one machine every server is given the same fio jobs, in interleaved rounds: each server once
-per round, in turn. A figure is the median of the rounds, with the lowest and highest behind it; × is the
-ratio of the medians, nbdserve's to that server's.
+In one run on one machine every server is given the same load, in interleaved rounds: each server once
+per round, in turn. The client is fio, and where it tends to be slower than the servers also one that
+does little but count replies (tests/bench/counting.py). A figure is the median of the rounds, with the lowest
+and highest behind it; × is the ratio of the medians, nbdserve's to that server's.
 """
 
 NOTES = """\
-A † marks figures where fio itself had no processor time left: the server may be faster than that.
-Processors are how many of them the server and fio's busiest connection kept busy (medians); the server's
-processor time per operation or per MiB says more than the rate where fio is the limit.
+A † marks figures where the client itself had no processor time left: the server may be faster than that.
+Processors are how many of them the server and the client's busiest connection kept busy (medians); the
+server's processor time per operation or per MiB says more than the rate where the client is the limit.
 """
 
 
@@ -42,20 +43,20 @@ def section(results: Sequence[Result]) -> str:
     """One row of the benchmark: a line for every contender, and whether the targets are met."""
     row, ours = results[0].row, results[0]
     cost = "µs/op" if row.unit is Unit.OPERATIONS else "ms/MiB"
-    header = ["server", row.unit.value, "lowest..highest", "×", f"server {cost}", "processors: server", "fio"]
+    header = ["server", row.unit.value, "lowest..highest", "×", f"server {cost}", "processors: server"]
     lines = [
         [
             result.contender.name,
-            f"{result.rate:.{_digits(row)}f}{' †' if result.is_limited_by_fio else ''}",
+            f"{result.rate:.{_digits(row)}f}{' †' if result.is_limited_by_client else ''}",
             f"{result.lowest:.{_digits(row)}f}..{result.highest:.{_digits(row)}f}",
             "" if result is ours else f"{ours.rate / result.rate:.2f}",
             f"{result.median(lambda sample: sample.server_cost):.2f}",
             f"{result.median(lambda sample: sample.server_processors):.2f}",
-            f"{result.median(lambda sample: sample.fio_processor):.2f}",
+            f"{result.median(lambda sample: sample.client_processor):.2f}",
         ]
         for result in results
     ]
-    return "\n".join([f"\n## {row.name}\n", _table(header, lines), "", *targets(results)])
+    return "\n".join([f"\n## {row.name}\n", _table([*header, "client"], lines), "", *targets(results)])
 
 
 def summary(rows: Sequence[Sequence[Result]]) -> str:
@@ -70,7 +71,7 @@ def summary(rows: Sequence[Sequence[Result]]) -> str:
         best = max(peers, key=lambda result: result.rate)
         cheapest = min(results[1:], key=_cost)
         ratio, least = ours.rate / best.rate, row.targets[best.contender.name]
-        mark = "met" if ratio >= least else "MISSED †" if ours.is_limited_by_fio else "MISSED"
+        mark = "met" if ratio >= least else "MISSED †" if ours.is_limited_by_client else "MISSED"
         saved = f"{_cost(ours) / _cost(cheapest):.2f}"
         name = best.contender.name
         lines.append([row.name, f"{least:g}", f"{ratio:.2f}", mark, name, saved, cheapest.contender.name])
