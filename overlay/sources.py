@@ -81,6 +81,11 @@ class Sources:
         for source in self._sources:
             source.retry()
 
+    def wait(self, seconds: float) -> None:
+        """Return when a server can be asked, or after so many seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self.connected, seconds)
+
     def session(self) -> Session:
         """The healthiest server; waits for one while there is none. OSError, EIO, when patience is over."""
         best = self._best()

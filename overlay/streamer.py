@@ -305,7 +305,8 @@ class Streamer:
         while not self._sources.connected:
             if self._sources.failed:
                 raise OSError(errno.EIO, f"the backing is lost: {self._sources.troubles()}")
-            self._job.pause_point(_TICK)
+            self._sources.wait(_TICK)
+            self._job.pause_point()
         return self._sources.session()
 
     def _buffer(self, length: int) -> bytearray:
