@@ -24,8 +24,10 @@ from overlay.source import GONE, Health, Session, Source
 
 _LOG = logging.getLogger("nbd-overlay")
 
-CONNECTIONS = 4
-"""Connections to each server, unless the operator says otherwise."""
+CONNECTIONS = 3
+"""Connections to each server, unless the operator says otherwise: one for guests, two that stream in turn.
+
+More made streaming slower where few processors share the work."""
 PATIENCE = 60.0
 """Seconds for which guests wait for a lost server, unless the operator says otherwise."""
 
