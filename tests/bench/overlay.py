@@ -178,10 +178,11 @@ def fio(at: UnixAddress, access: str, depth: int, size: int, *options: str) -> F
 def latency(bench: Bench) -> None:
     """A guest's reads of what is missing, while streaming goes on at full speed."""
     samples: dict[str, list[float]] = {FLAT.name: [], QEMU_QED.name: []}
-    with source(bench, 0.0) as at:
+    with servers.nbdserve("-r", "--format=raw", bench.source, directory=bench.directory) as server:
+        assert isinstance(server.address, UnixAddress)
         for _ in range(bench.rounds):
             for contender in (FLAT, QEMU_QED):
-                with contender.start(at, bench.size, bench.directory) as filler:
+                with contender.start(server.address, bench.size, bench.directory) as filler:
                     filler.start()
                     run = fio(filler.address, "randread", 1, bench.size, "--runtime=700ms")
                     samples[contender.name].append(run.p99 * 1000)
