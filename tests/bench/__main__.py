@@ -14,12 +14,11 @@ from tests.bench.machine import LoadOfOthers, describe_machine
 from tests.bench.measure import Result, measure
 from tests.bench.memory import measure_memory
 from tests.bench.rows import ROWS
-from tests.bench.table import NOTES, introduction, memory_section, section, summary
+from tests.bench.table import NOTES, introduction, memory_section, section, summary, written_by_hand
 from tests.bench.trust import Trust
 from tests.support.disks import MIB
 
 MEMORY = Path("/dev/shm")
-BY_HAND = "## What was tried, and what it gave"
 
 
 def arguments() -> argparse.Namespace:
@@ -78,12 +77,6 @@ def main() -> None:
     print(page)
     if chosen.output:
         chosen.output.write_text(f"{page}\n{written_by_hand(chosen.output)}")
-
-
-def written_by_hand(page: Path) -> str:
-    """What stands on the page since before, from the heading BY_HAND on."""
-    _, heading, rest = (page.read_text() if page.exists() else "").partition(BY_HAND)
-    return f"\n{heading}{rest}" if heading else ""
 
 
 def write_image(path: Path, mebibytes: int) -> None:

@@ -21,6 +21,7 @@ import psutil
 
 from tests.bench.fillers import FLAT, QED, QEMU_QCOW2, QEMU_QED, Contender, nbdcopy
 from tests.bench.machine import describe_machine
+from tests.bench.table import written_by_hand
 from tests.support import servers
 from tests.support.delay import delayed
 from tests.support.disks import MIB
@@ -30,6 +31,15 @@ from tests.support.servers import UnixAddress
 FAR = 0.02
 """Seconds of round trip that the long link adds."""
 
+
+INTRODUCTION = """\
+# Benchmarks of the overlay
+
+Written by `.venv/bin/python -m tests.bench.overlay --output docs/benchmarks-overlay.md`, which `make bench` runs
+too. In one run every contender gets the same source, nbdserve on a disk of random data in memory, in interleaved
+rounds; figures are medians. QEMU is its storage daemon: `block-stream` into an image with `copy-on-read` on top.
+The long link is a proxy in Python that passes answers on 20 ms later; it takes a good part of the processors.
+"""
 
 SPARSE = 1 << 40
 """Disks from this size on are nearly empty."""
@@ -83,8 +93,8 @@ def source(
 def warm(bench: Bench) -> None:
     """Touch as much memory as is about to be filled.
 
-    A virtual machine's host may have taken back what is free: then it comes back page by page, at a quarter of
-    the speed, for whoever happens to be next.
+    A virtual machine's host may have taken back what is free: then it comes back page by page, at a quarter
+    of the speed, for whoever happens to be next.
     """
     path = bench.directory / "warm"
     with path.open("wb") as file:
@@ -287,7 +297,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=chosen.directory) as scratch:
         bench = Bench(Path(scratch), chosen.rounds, chosen.size * MIB, Path(scratch) / "source.img")
         write_random(bench.source, bench.size)
-        bench.say("# Benchmarks of the overlay\n")
+        bench.say(INTRODUCTION)
         for what, value in describe_machine(bench.source).items():
             bench.say(f"- {what}: {value}")
         before = os.getloadavg()[0]
@@ -297,7 +307,7 @@ def main() -> None:
         f"\nRounds: {chosen.rounds}. Load average before and after: {before:.1f}, {os.getloadavg()[0]:.1f}."
     )
     if chosen.output:
-        chosen.output.write_text("\n".join([*bench.lines, ""]))
+        chosen.output.write_text("\n".join([*bench.lines, ""]) + written_by_hand(chosen.output))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tests.bench.contenders import Contender
 from tests.bench.measure import Result
 from tests.bench.memory import KIB, MOST, MOST_FOR_ONE_MORE, Memory
 from tests.bench.rows import Row, Unit
+
+BY_HAND = "## What was tried, and what it gave"
 
 INTRODUCTION = """\
 # Benchmarks
@@ -132,3 +135,9 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join([text(header), text(["-" * width for width in widths]), *map(text, lines)])
+
+
+def written_by_hand(page: Path) -> str:
+    """What stands on the page since before, from the heading BY_HAND on."""
+    _, heading, rest = (page.read_text() if page.exists() else "").partition(BY_HAND)
+    return f"\n{heading}{rest}" if heading else ""
