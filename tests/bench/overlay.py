@@ -35,10 +35,11 @@ FAR = 0.02
 INTRODUCTION = """\
 # Benchmarks of the overlay
 
-Written by `.venv/bin/python -m tests.bench.overlay --output docs/benchmarks-overlay.md`, which `make bench` runs
-too. In one run every contender gets the same source, nbdserve on a disk of random data in memory, in interleaved
-rounds; figures are medians. QEMU is its storage daemon: `block-stream` into an image with `copy-on-read` on top.
-The long link is a proxy in Python that passes answers on 20 ms later; it takes a good part of the processors.
+Written by `.venv/bin/python -m tests.bench.overlay --output docs/benchmarks-overlay.md`, which `make bench`
+runs too. In one run every contender gets the same source, nbdserve on a disk of random data in memory, in
+interleaved rounds; figures are medians. QEMU is its storage daemon: `block-stream` into an image with
+`copy-on-read` on top. The long link is a proxy in Python that passes answers on 20 ms later; it takes a good
+part of the processors.
 """
 
 SPARSE = 1 << 40
