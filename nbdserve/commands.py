@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nbdserve.backends.base import Backend, Buffer
+from nbdserve.failures import FailureLog
 from nbdserve.outbox import Parcel, Replies
 from nbdserve.protocol.constants import Command, CommandFlags, NbdError, ReplyFlags
 from nbdserve.protocol.extents import Extent, descriptors
@@ -33,6 +34,7 @@ class Commands:
         self._traffic = traffic
         self._framing = framing
         self._backend = backend
+        self._failures = FailureLog(agreement.offer.name)
         self._handlers: dict[int, Callable[[Request, Replies], None]] = {
             Command.READ: self._read,
             Command.FLUSH: self._flush,
@@ -67,7 +69,9 @@ class Commands:
 
     def failure(self, request: Request, error: OSError) -> bytes:
         """The reply to a request that the backend failed."""
-        return self.refusal(request, wire_error(error.errno), error.strerror or str(error))
+        number, message = wire_error(error.errno), error.strerror or str(error)
+        self._failures.tell(request, number, message)
+        return self.refusal(request, number, message)
 
     def refusal(self, request: Request, error: NbdError, message: str) -> bytes:
         """The reply to a request that is not served."""

@@ -131,6 +131,8 @@ def test_a_read_that_the_disk_fails_is_an_error_and_never_zeroes(
     watched.recover("pread")
     assert client.pread(length, 0) == bytes(length)
     client.shutdown()
+    [line] = [line for line in watched.server.process.output().splitlines() if " fails with " in line]
+    assert f"read of {length} bytes at 0 fails with EIO: Input/output error" in line
 
 
 @pytest.mark.parametrize("length", [4 * KIB, 2 * MIB])
