@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nbdserve.client import Client, connect
 from nbdserve.client.handle import Export
-from nbdserve.errors import OperatorError
+from nbdserve.errors import ConnectError, OperatorError
 from nbdserve.uri import NbdUri
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -237,9 +237,16 @@ class Source:
         """Add connections as far as the server takes them: one is enough to go on with."""
         try:
             while self.session is session and len(session.clients) < self._connections:
-                session.add(self._dial())
+                session.add(self._dial_again(session.export.size))
         except (OperatorError, OSError) as error:
             _LOG.info("%s; going on with %d connections", error, len(session.clients))
+
+    def _dial_again(self, size: int) -> Client:
+        client = self._dial()
+        if client.export.size != size:
+            client.close()
+            raise ConnectError(f"{self.uri}: told another size: {size} bytes, then {client.export.size}")
+        return client
 
     def _dial(self) -> Client:
         return connect(self.uri, timeout=_DIAL_TIMEOUT, request_timeout=_REQUEST_TIMEOUT)

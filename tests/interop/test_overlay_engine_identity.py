@@ -11,7 +11,7 @@ import pytest
 from tests.support.disks import KIB, MIB, random_bytes, random_disk
 from tests.support.overlays import LAYOUTS, Daemon, Layout, end, make_overlay, overlay
 from tests.support.processes import wait_until
-from tests.support.servers import Server, UnixAddress, nbdserve
+from tests.support.servers import Server, UnixAddress, nbdkit, nbdserve
 
 SIZE = 8 * MIB
 
@@ -138,3 +138,29 @@ def test_what_was_copied_is_compared_when_an_armed_daemon_is_told_that_the_guest
                 assert daemon.status()["sources"][0]["connected"]
             else:
                 wait_for_refusal(daemon)
+
+
+def test_connections_of_a_server_that_tells_another_size_are_not_used(tmp_path: Path) -> None:
+    """As while the disk behind it is being replaced."""
+    content = random_disk(tmp_path / "disk", SIZE)
+    script = tmp_path / "sizes.sh"
+    script.write_text(
+        f"""#!/bin/bash
+        case "$1" in
+            get_size) if mkdir {tmp_path}/asked; then echo {SIZE}; else echo {SIZE // 2}; fi ;;
+            can_write) exit 3 ;;
+            pread) dd if={tmp_path}/disk iflag=skip_bytes,count_bytes skip=$4 count=$3 bs=1M status=none ;;
+            *) exit 2 ;;
+        esac
+        """
+    )
+    script.chmod(0o755)
+    image = make_overlay(tmp_path / "overlay", "flat", SIZE, uri(tmp_path))
+    with (
+        nbdkit("sh", script, directory=tmp_path) as server,
+        overlay(image, f"--backing={server.uri()}", "--stream", directory=tmp_path) as daemon,
+        daemon.guest() as guest,
+    ):
+        wait_until(lambda: "told another size" in daemon.log.read_text(), "a second one is tried", 10)
+        daemon.wait_for_status(phase="done")
+        assert guest.read(0, SIZE) == content
