@@ -252,7 +252,7 @@ def test_fifty_lost_connections_leave_no_thread_descriptor_or_memory_behind(tmp_
                 for offset in (number * 64 * KIB, 8 * MIB + number * 64 * KIB):
                     assert guest.read(offset, 64 * KIB) == content[offset : offset + 64 * KIB]
                 if number in (5, 49):
-                    wait_until(lambda: daemon.status()["sources"][0]["connections"] == 4, "all are there")
+                    wait_until(lambda: daemon.status()["sources"][0]["connections"] == 3, "all are there")
                 if number == 5:
                     before = resources(daemon.process.pid)
                 elif number == 49:

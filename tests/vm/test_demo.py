@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from recipes.children import Children
@@ -18,6 +19,7 @@ from recipes.demo.records import extents, place
 from recipes.demo.stage import Stage
 from recipes.demo.verdict import Phases, Verdict
 from recipes.host import Host
+from recipes.keeper import GRACE
 from recipes.migrate import migrate
 from recipes.plan import Limits
 from recipes.report import Report
@@ -72,8 +74,15 @@ def test_a_demo_that_is_ended_takes_everything_with_it(
         process.wait_for_line(" left  window", seconds=60)
         process.signal(number)
         assert process.wait(20) == (-number if number == signal.SIGKILL else 130)
-    # For processes that were left behind the test suite itself looks after every test.
+    # A QEMU whose overlay ends first hangs, and is killed when its keeper's patience is over.
+    wait_until(lambda: not users(temporary), "all processes have ended", GRACE + 5)
     wait_until(lambda: not list(temporary.iterdir()), "the directory is removed")
+
+
+def users(directory: Path) -> list[int]:
+    """The processes with a path in the directory on their command lines."""
+    found = ((process.pid, process.info["cmdline"]) for process in psutil.process_iter(["cmdline"]))
+    return [pid for pid, words in found if any(str(directory) in word for word in words or ())]
 
 
 @pytest.mark.parametrize(
