@@ -15,8 +15,8 @@ _LOG = logging.getLogger("nbdserve")
 INTERVAL = 10.0
 """Seconds between two lines about one client's requests."""
 
-_TOLD = {NbdError.EIO, NbdError.ENOMEM, NbdError.ENOSPC}
-"""Other errors are between the client and what it asked for."""
+_TOLD = {NbdError.EIO, NbdError.ENOMEM, NbdError.ENOSPC, NbdError.EPERM}
+"""Other errors are between the client and what it asked for. EPERM: the disk has become read-only."""
 
 
 class FailureLog:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.fallocate import Mode, fallocate
+from nbdserve.backends.opening import open_image
 from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.errors import ImageError
 from nbdserve.protocol.constants import Command, ExtentFlags
@@ -34,7 +35,8 @@ class FileBackend(Backend):
 
     ``discard=False`` turns trims into nothing, as ``qemu-nbd --discard=ignore`` does; ``follow_links=False``
     refuses a path that is a symbolic link.
-    Raises ImageError when the file is of no kind that can be served, OSError when it cannot be opened.
+    Raises ImageError when the file is of no kind that can be served, or can only be read; OSError when it
+    cannot be opened.
     """
 
     contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH)
@@ -49,9 +51,7 @@ class FileBackend(Backend):
         follow_links: bool = True,
     ) -> None:
         self.path = path
-        # A pipe must not be waited for: it is no image.
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-        self._fd = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
+        self._fd = open_image(path, read_only=read_only, follow_links=follow_links)
         self._run_of_data = _NO_RUN
         self._holes_made = 0
         try:

@@ -14,7 +14,8 @@ import pytest
 
 from tests.support.disks import KIB, MIB, ODD_SIZE, random_bytes, random_disk
 from tests.support.fuse import mounted
-from tests.support.processes import check, run
+from tests.support.loops import loop_device
+from tests.support.processes import check
 from tests.support.servers import Server, nbdkit, nbdserve, qemu_nbd
 
 FUA = nbd.CMD_FLAG_FUA
@@ -188,19 +189,6 @@ def test_discard_decides_whether_another_server_gives_space_back(tmp_path: Path,
         said = journal.read_text()
         assert ("...Trim" in said) == (discard == "unmap")
         assert bool(re.search(r"Zero id=\d+ offset=0x0 count=0x100000 trim=1", said)) == (discard == "unmap")
-
-
-@contextmanager
-def loop_device(image: Path) -> Iterator[Path]:
-    """The image as a block device; skips the test where there can be none."""
-    attached = run("losetup", "--find", "--show", image)
-    if attached.returncode:
-        pytest.skip(f"no loop device here: {attached.stderr.strip()}")
-    device = attached.stdout.strip()
-    try:
-        yield Path(device)
-    finally:
-        check("losetup", "--detach", device)
 
 
 @pytest.mark.parametrize("mode", ["writeback", "none"])

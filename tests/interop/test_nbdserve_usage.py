@@ -140,7 +140,8 @@ def test_an_image_that_may_not_be_opened_is_named(tmp_path: Path, mode: int, opt
     unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     done = run(*unprivileged, NBDSERVE, "-f", "raw", *options, "-k", tmp_path / "nbd.sock", image, seconds=10)
     assert done.returncode == FAILED
-    assert done.stderr == f"nbdserve: {image}: Permission denied\n"
+    why = "cannot be opened for writing: Permission denied: serve it read-only (-r)"
+    assert done.stderr == f"nbdserve: {image}: {'Permission denied' if options else why}\n"
 
 
 @pytest.mark.parametrize("kind", ["qcow2", "qed", "vmdk", "vhdx", "vdi", "vpc", "parallels"])
