@@ -5,7 +5,7 @@ would leave it standing, and one that dies during the switch-over leaves it open
 guard holds every child's lifeline too, so nothing ends before it has asked the source who has the guest. Then
 it either gives the guest back to the source and ends the children, or releases them.
 
-The orchestrator's end is Guard; ``python -m recipes.guard`` is the process. They share a socket of messages,
+The orchestrator's end is Guard; the process is this module. They share a socket of messages,
 and the end of file on it is the orchestrator's death.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from nbdserve import command
 from nbdserve.errors import ConnectError, MigrationError, OperatorError
 from recipes.children import Child, stream
-from recipes.host import Host
+from recipes.host import Host, module
 from recipes.source import Side, give_back, leave_alone
 from recipes.vm import VmGoneError, connect
 
@@ -106,7 +106,7 @@ async def start_guard(orders: Orders) -> Guard:
     """Start the guard of this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        argv = [sys.executable, "-m", "recipes.guard", json.dumps(asdict(orders))]
+        argv = module("guard", json.dumps(asdict(orders)))
         process = await asyncio.create_subprocess_exec(*argv, stdin=theirs.fileno(), start_new_session=True)
     return Guard(process, ours)
 

@@ -48,7 +48,7 @@ class Host:
         """One of the small programs of this package (keeper, fence, probe) as a command of this host."""
         if self.remote:
             return [self.tool("nbd-migrate"), name, *arguments]
-        return [sys.executable, "-m", f"recipes.{name}", *arguments]
+        return module(name, *arguments)
 
     async def run(self, *command: str, limit: float) -> str:
         """Run a short command there and return what it printed.
@@ -96,3 +96,9 @@ class Host:
         """Answer one of test(1)'s questions about a path there, such as ``-e``; raises as run() does."""
         script = 'if test "$1" "$2"; then echo yes; else echo no; fi'
         return (await self.run("sh", "-c", script, "sh", question, path, limit=limit)).strip() == "yes"
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    """One of this package's modules as a command of this host."""
+    # -P: otherwise Python would take modules from the working directory first, whoever has put them there.
+    return [sys.executable, "-P", "-m", f"recipes.{name}", *arguments]

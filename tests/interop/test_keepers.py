@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from nbdserve.errors import MigrationError
 from recipes.children import Child, Children
-from recipes.host import Host
+from recipes.host import Host, module
 from tests.support.processes import dying_with_parent, wait_until
 from tests.support.vms import lives
 
@@ -162,7 +161,7 @@ def test_a_child_that_cannot_be_started_says_why(tmp_path: Path, host: Host, com
 @contextmanager
 def keeper(tmp_path: Path, command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A keeper of this command, without Children, and the process id of what it keeps."""
-    argv = [sys.executable, "-m", "recipes.keeper", str(tmp_path / "log"), "", *command]
+    argv = module("keeper", str(tmp_path / "log"), "", *command)
     words = [*dying_with_parent(signal.SIGKILL), *argv]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout

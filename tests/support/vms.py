@@ -219,9 +219,10 @@ class Scene:
         argv = [sys.executable, "-m", "tests.support.doomed", str(self.plan_file())]
         return Process([*argv, moment, victim.name, number.name], self.directory / "run.log", cwd=ROOT)
 
-    def run(self, *options: str) -> Process:
-        """``nbd-migrate run`` with the plan."""
-        return Process([str(NBD_MIGRATE), "run", str(self.plan_file()), *options], self.directory / "run.log")
+    def run(self, *options: str, cwd: Path | None = None) -> Process:
+        """``nbd-migrate run`` with the plan, from another working directory if one is given."""
+        argv = [str(NBD_MIGRATE), "run", str(self.plan_file()), *options]
+        return Process(argv, self.directory / "run.log", cwd=cwd)
 
     def started(self) -> set[Role]:
         """What a migration has started and is still there."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import Process, check
+from tests.support.traps import lay, sprung
 from tests.support.vms import NBD_MIGRATE, Role, Scene, scene
 
 
@@ -58,6 +59,14 @@ def test_commas_in_paths_are_not_taken_for_options(stage: Scene) -> None:
     stage.wait_until_guest_works("b")
     stage.quit_b()
     assert stage.wrong_sectors() == []
+
+
+def test_no_process_of_a_migration_runs_what_lies_in_the_current_directory(stage: Scene) -> None:
+    traps = lay(stage.directory / "traps")
+    with stage.run(cwd=traps) as run:
+        assert run.wait(60.0) == 0, run.output()
+    stage.wait_until_guest_works("b")
+    assert sprung(traps) == ""
 
 
 def test_the_outcome_is_one_json_object(stage: Scene) -> None:

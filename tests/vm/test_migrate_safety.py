@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 
 from nbdserve.errors import MigrationError
+from recipes.host import module
 from recipes.source import Side, give_back, resume
 from recipes.vm import connect
 from tests.support.disks import MIB, random_disk
@@ -159,7 +160,7 @@ def test_with_structured_replies_qemu_7_2_stores_what_a_dead_server_did_not_send
 def fence(stage: Scene) -> Iterator[None]:
     """``nbd-migrate fence`` on A's image."""
     ready = stage.directory / "fence.ready"
-    argv = [sys.executable, "-m", "recipes.fence", str(ready), str(stage.image)]
+    argv = module("fence", str(ready), str(stage.image))
     with Process(argv, stage.directory / "fence.log") as process:
         process.wait_for(ready.exists, "the fence")
         yield
