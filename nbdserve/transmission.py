@@ -15,7 +15,7 @@ from nbdserve.payloads import Payloads
 from nbdserve.protocol.constants import Command, CommandFlags, NbdError, TransmissionFlags
 from nbdserve.protocol.framing import Request, framing_of
 from nbdserve.protocol.offers import Agreement, Mode
-from nbdserve.protocol.requests import choose_contexts, refusal
+from nbdserve.protocol.requests import choose_contexts, refusal, without_payload
 from nbdserve.stream import Stream
 from nbdserve.traffic import Traffic
 from nbdserve.vigil import Vigil
@@ -242,7 +242,7 @@ class Transmission:
         """Consume the payload whatever happens, so that the next request is found, and store it."""
         if self._agreement.mode is Mode.EXTENDED:
             # Every write has a payload here; a client that forgets to say so is understood all the same.
-            request = request._replace(flags=request.flags & ~CommandFlags.PAYLOAD_LEN)
+            request = without_payload(request)
             self._check_payload(request)
         refused = refusal(self._agreement, request)
         if refused is not None:

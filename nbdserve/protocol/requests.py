@@ -10,7 +10,9 @@ from nbdserve.protocol.constants import Command, CommandFlags, NbdError, Transmi
 from nbdserve.protocol.framing import Request
 from nbdserve.protocol.offers import Agreement, Mode
 
+# Plain numbers: ``~`` of an enumeration's member knows nothing of the bits that have no name.
 _FUA = int(CommandFlags.FUA)
+_PAYLOAD_LEN = int(CommandFlags.PAYLOAD_LEN)
 
 ALLOWED_FLAGS: Final[dict[int, int]] = {
     Command.READ: _FUA | int(CommandFlags.DF),
@@ -43,6 +45,11 @@ _WIRE_ERRORS: Final = {
 def wire_error(number: int | None) -> NbdError:
     """Map an errno to the error value that goes over the wire; EIO where the protocol has no word for it."""
     return _WIRE_ERRORS.get(number or 0, NbdError.EIO)
+
+
+def without_payload(request: Request) -> Request:
+    """The request as if no payload had been announced; all its other flags stay, those without a name too."""
+    return request._replace(flags=request.flags & ~_PAYLOAD_LEN)
 
 
 def refusal(agreement: Agreement, request: Request) -> tuple[NbdError, str] | None:
@@ -104,5 +111,5 @@ def choose_contexts(
     known = dict(agreement.contexts)
     if len(set(wanted)) < len(wanted) or not set(wanted) <= set(known):
         return None
-    plain = request._replace(flags=request.flags & ~CommandFlags.PAYLOAD_LEN, length=length)
+    plain = without_payload(request)._replace(length=length)
     return plain, tuple((number, known[number]) for number in wanted)

@@ -34,7 +34,7 @@ class Map:
             if first + count > header.grains:
                 raise ImageError(f"{path}: damaged map: a record of its log is behind the disk's end")
             self.grains.set(first, first + count, written=True)
-        flags = header.flags & ~Flag.CLEAN
+        flags = header.flags & ~int(Flag.CLEAN)
         if not is_believed and not header.flags & Flag.CLEAN:
             flags |= Flag.UNCERTAIN
         self.header = replace(header, boot=boot, flags=flags)
