@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+from nbdserve import clock
 from nbdserve.command import EXIT_DONE, Parser, seconds
 from nbdserve.config import monitor_path
 from nbdserve.errors import UsageError
@@ -243,4 +243,4 @@ def _run(arguments: argparse.Namespace, work: Callable[[str], Awaitable[int]]) -
         return await work(monitor)
 
     monitor = monitor_path(arguments.qmp)
-    return asyncio.run(run())
+    return clock.run(run())

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from nbdserve.clock import now
 from nbdserve.command import EXIT_DONE
 from nbdserve.errors import OperatorError
 from nbdserve.sizes import format_size
@@ -82,7 +83,7 @@ async def watch(monitor: str, *, as_json: bool) -> int:
 
 async def wait(monitor: str, limit: float | None) -> int:
     """Wait until everything is here. Raises GoneError, StreamError with the reason when it will not be."""
-    deadline = None if limit is None else time.monotonic() + limit
+    deadline = None if limit is None else now() + limit
     async with connected(monitor) as remote:
         with remote.events(*_ENDS) as listener, _Show(as_json=False, every=PLAIN) as show:
             event: str | None = None
@@ -92,7 +93,7 @@ async def wait(monitor: str, limit: float | None) -> int:
                 if told["complete"]:
                     return EXIT_DONE
                 _require_hope(told, event)
-                left = LIVE if deadline is None else min(LIVE, deadline - time.monotonic())
+                left = LIVE if deadline is None else min(LIVE, deadline - now())
                 if left <= 0:
                     raise StreamError(f"{monitor}: after {limit:g} s: {line(told)}")
                 event = await remote.rest(listener, left) or event

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nbdserve import command, sizes
+from nbdserve import clock, command, sizes
 from recipes import fence, keeper, monitor_cli, pivot_cli, probe
 from recipes.console import choose_report
 from recipes.demo import run as demo
@@ -112,7 +112,7 @@ def run_plan(given: argparse.Namespace) -> int:
         return command.EXIT_DONE
     report = choose_report(as_json=given.json)
     with contextlib.closing(report):
-        return asyncio.run(until_signal(plan, report))
+        return clock.run(until_signal(plan, report))
 
 
 async def until_signal(plan: Plan, report: Report) -> int:

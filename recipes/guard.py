@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
-from nbdserve import command
+from nbdserve import clock, command
 from nbdserve.errors import ConnectError, MigrationError, OperatorError
 from recipes.children import Child, stream
 from recipes.host import Host, module
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str]) -> int:
 
     def body() -> int:
         try:
-            command.complain("nbd-migrate", f"the orchestrator was killed: {asyncio.run(watch.act())}")
+            command.complain("nbd-migrate", f"the orchestrator was killed: {clock.run(watch.act())}")
         except OperatorError as error:
             raise MigrationError(f"the orchestrator was killed: {error}") from error
         return command.EXIT_DONE

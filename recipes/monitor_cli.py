@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nbdserve import clock
+from nbdserve.clock import now
 from nbdserve.command import EXIT_DONE
 from nbdserve.errors import MigrationError, UsageError
 from recipes.plan import check_monitor
@@ -52,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError("--until and --unless look at what --get yields: add it")
     check_monitor("MONITOR", arguments.monitor)
     work = _repeat(arguments) if arguments.until else _execute(arguments)
-    print("\n".join(asyncio.run(work)))
+    print("\n".join(clock.run(work)))
     return EXIT_DONE
 
 
@@ -69,7 +70,7 @@ async def _execute(given: argparse.Namespace) -> list[str]:
 async def _repeat(given: argparse.Namespace) -> list[str]:
     """Execute it again and again. In between the monitor, which serves one client at a time, is free."""
     wanted, feared = _alternatives(given.until), _alternatives(given.unless)
-    deadline = time.monotonic() + given.timeout
+    deadline = now() + given.timeout
     while True:
         found = await _execute(given)
         what = f"{given.command}: {given.get} is {' '.join(found) or 'absent'}"
@@ -77,7 +78,7 @@ async def _repeat(given: argparse.Namespace) -> list[str]:
             return found
         if feared.intersection(found):
             raise MigrationError(f"{given.monitor}: {what}")
-        if time.monotonic() > deadline:
+        if now() > deadline:
             raise VmSilentError(f"{given.monitor}: after {given.timeout:g} s {what}, not yet {given.until}")
         await asyncio.sleep(INTERVAL)
 

@@ -17,11 +17,11 @@ commands goes on where it was:
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from nbdserve.clock import now
 from nbdserve.errors import MigrationError
 from recipes.interruption import undisturbed
 from recipes.vm import CommandError, Vm
@@ -102,9 +102,9 @@ async def _mirror(vm: Vm, what: Pivot) -> None:
             "copy-mode": "write-blocking",
         }
         await vm.call("blockdev-mirror", arguments, limit=what.limit)
-    deadline = time.monotonic() + what.limit
+    deadline = now() + what.limit
     while (job := await _job(vm, what)) is not None and job["status"] in ("created", "running"):
-        if time.monotonic() > deadline:
+        if now() > deadline:
             raise MigrationError(f"the job {JOB} was not ready within {what.limit:g} s")
         await asyncio.sleep(LOOK)
     if job is None:
@@ -116,9 +116,9 @@ async def _switch(vm: Vm, what: Pivot) -> None:
     job = await _job(vm, what)
     if job is not None and job["status"] == "ready":
         await vm.call("job-complete", {"id": JOB}, limit=what.limit)
-    deadline = time.monotonic() + what.limit
+    deadline = now() + what.limit
     while await _job(vm, what) is not None:
-        if time.monotonic() > deadline:
+        if now() > deadline:
             raise MigrationError(
                 f"the job {JOB} did not complete within {what.limit:g} s; run this step again"
             )
@@ -140,13 +140,13 @@ async def _leave(vm: Vm, what: Pivot) -> None:
 
 async def _close(vm: Vm, what: Pivot) -> None:
     """Delete the NBD node, which the job may hold for a moment longer than it is seen."""
-    deadline = time.monotonic() + what.limit
+    deadline = now() + what.limit
     while True:
         try:
             await vm.call("blockdev-del", {"node-name": what.node}, limit=what.limit)
             return
         except CommandError as error:
-            if "in use" not in error.reason or time.monotonic() > deadline:
+            if "in use" not in error.reason or now() > deadline:
                 raise MigrationError(f"the guest's disk is {what.image}, but {error}") from error
         await asyncio.sleep(LOOK)
 
@@ -158,8 +158,8 @@ async def _withdraw(vm: Vm, what: Pivot) -> None:
         if await _job(vm, what) is not None:
             # Without force a mirror that is ready would take this for the wish to complete.
             await vm.call("block-job-cancel", {"device": JOB, "force": True}, limit=what.limit)
-        deadline = time.monotonic() + what.limit
-        while await _job(vm, what) is not None and time.monotonic() < deadline:
+        deadline = now() + what.limit
+        while await _job(vm, what) is not None and now() < deadline:
             await asyncio.sleep(LOOK)
         if what.local in await _nodes(vm, what) and not await _has_moved(vm, what):
             await vm.call("blockdev-del", {"node-name": what.local}, limit=what.limit)

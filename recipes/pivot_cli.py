@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from pathlib import Path
 
-from nbdserve import command
+from nbdserve import clock, command
 from nbdserve.errors import MigrationError
 from overlay.open import open_image
 from recipes.pivot import Pivot, pivot
@@ -39,7 +38,7 @@ def main(given: argparse.Namespace) -> int:
     monitor, image = given.qmp.removeprefix("unix:"), given.image.absolute()
     check_monitor("--qmp", monitor)
     check_complete(image)
-    asyncio.run(move(monitor, Pivot(given.node, str(image), given.timeout)))
+    clock.run(move(monitor, Pivot(given.node, str(image), given.timeout)))
     print(f"the guest's disk is {image}; nbd-overlay is not needed any more")
     return command.EXIT_DONE
 

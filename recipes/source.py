@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import Any
 
+from nbdserve.clock import now
 from nbdserve.errors import MigrationError
 from recipes.vm import CommandError, Vm
 
@@ -42,8 +42,8 @@ async def give_back(
 
     Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
     """
-    deadline = time.monotonic() + settle
-    while await migration_status(a) == "device" and time.monotonic() < deadline:
+    deadline = now() + settle
+    while await migration_status(a) == "device" and now() < deadline:
         await asyncio.sleep(LOOK)
     # One that comes to its end from here on is the one to our destination: asked first, so that there is no
     # instant in which it could end unseen.
@@ -72,9 +72,9 @@ async def resume(a: Vm, *, ours: bool = False) -> None:
 
     Raises MigrationError when the guest does not run again within RESUME seconds.
     """
-    deadline = time.monotonic() + RESUME
+    deadline = now() + RESUME
     refusal = ""
-    while time.monotonic() < deadline:
+    while now() < deadline:
         under_way = await migration_status(a) in UNDER_WAY
         running = (await a.execute("query-status"))["running"]
         if running and not under_way:

@@ -11,11 +11,13 @@ import asyncio
 import shlex
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from qemu.qmp import EventListener
 
+from nbdserve.clock import now
 from nbdserve.errors import MigrationError
 from recipes.children import Child
 from recipes.migration import Migration
@@ -56,17 +58,19 @@ async def stream(m: Migration) -> str:
 class Meter:
     """How fast something moves, and since when it does not."""
 
-    def __init__(self) -> None:
-        self._moved = time.monotonic()
-        self._samples = deque([(self._moved, 0)])
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        """``clock`` is what stillness is measured by; by default the one that never stops."""
+        self._clock = clock or time.monotonic
+        self._moved = self._clock()
+        self._samples = deque([(time.monotonic(), 0)])
 
     def note(self, done: int) -> None:
         """Note how many bytes are done now."""
-        now = time.monotonic()
+        time_now = time.monotonic()
         if done != self._samples[-1][1]:
-            self._moved = now
-        self._samples.append((now, done))
-        while now - self._samples[0][0] > RATE_WINDOW:
+            self._moved = self._clock()
+        self._samples.append((time_now, done))
+        while time_now - self._samples[0][0] > RATE_WINDOW:
             self._samples.popleft()
 
     @property
@@ -78,7 +82,7 @@ class Meter:
     @property
     def still(self) -> float:
         """Seconds without any movement."""
-        return time.monotonic() - self._moved
+        return self._clock() - self._moved
 
 
 class Stream:
@@ -93,7 +97,7 @@ class Stream:
         # A monitor can be blocked while a node waits for its connection.
         self._patience = self._limits.command + self._limits.reconnect_delay
         self._restarts = 0
-        self._meter = Meter()
+        self._meter = Meter(now)
 
     async def run(self) -> None:
         """Stream to the end; MigrationError says what to do when that cannot be reached."""
@@ -176,14 +180,14 @@ class Stream:
             raise MigrationError(await self._advice(f"there is no space left for {overlay} on B; make room"))
         self._m.report.note(f"{trouble}; the guest waits")
         await self._bring_export_back()
-        deadline = time.monotonic() + self._limits.recover
+        deadline = now() + self._limits.recover
         good_since = None
-        while time.monotonic() < deadline:
+        while now() < deadline:
             if not await self._push():
                 good_since = None
             elif good_since is None:
-                good_since = time.monotonic()
-            elif time.monotonic() - good_since > HOLD:
+                good_since = now()
+            elif now() - good_since > HOLD:
                 self._m.report.note("the export is back, and the guest and the stream go on")
                 return
             if not self._server.running:
@@ -193,7 +197,7 @@ class Stream:
 
     async def _bring_export_back(self) -> None:
         """See that the right disk is served again, starting the server where it has ended."""
-        deadline = time.monotonic() + self._limits.recover
+        deadline = now() + self._limits.recover
         while True:
             try:
                 if not self._server.running:
@@ -204,7 +208,7 @@ class Stream:
                 return
             except MigrationError as error:
                 spent = not self._server.running and self._restarts >= self._limits.restarts
-                if spent or time.monotonic() > deadline:
+                if spent or now() > deadline:
                     raise MigrationError(await self._advice(str(error))) from error
             await asyncio.sleep(RESTART_PAUSE)
 

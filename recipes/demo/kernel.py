@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdserve.clock import Clock
 from nbdserve.errors import OperatorError, UsageError
 
 METAPACKAGE = "linux-image-cloud-amd64"
@@ -154,14 +155,15 @@ def _run(argv: list[str], directory: Path, seconds: float, what: str, advice: st
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Let one process at a time download; the others wait and then find what it has left in the cache."""
-    deadline = time.monotonic() + DOWNLOAD_LIMIT
+    limits = Clock()
+    deadline = limits.now() + DOWNLOAD_LIMIT
     with path.open("w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                if time.monotonic() > deadline:
+                if limits.now() > deadline:
                     raise OperatorError(f"{path}: held by another download for too long") from error
             time.sleep(0.1)
         yield

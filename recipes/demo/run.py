@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdserve import clock
+from nbdserve.clock import now
 from nbdserve.command import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from nbdserve.errors import MigrationError
 from nbdserve.sizes import format_size, parse_size
@@ -107,11 +108,11 @@ async def play(stage: Stage, report: Report, *, seconds: float, limits: Limits) 
 
 async def boot(guest: Guest, machine: Child) -> None:
     """Wait until the guest has found its disk; MigrationError if its QEMU ends first or it takes too long."""
-    deadline = time.monotonic() + BOOT_LIMIT
+    deadline = now() + BOOT_LIMIT
     while not guest.ready:
         if not machine.running:
             raise MigrationError(f"{machine.name} {await machine.wait()}")
-        if time.monotonic() > deadline:
+        if now() > deadline:
             raise MigrationError(f"the guest did not boot within {BOOT_LIMIT:g} s; see {guest.console}")
         await asyncio.sleep(0.1)
 
@@ -173,7 +174,7 @@ def main(arguments: argparse.Namespace) -> int:
         stage = prepare(directory, sockets, size, engine=arguments.engine, cache=arguments.cache)
         try:
             playing = play(stage, report, seconds=arguments.seconds, limits=limits)
-            evidence = asyncio.run(interruptible(playing))
+            evidence = clock.run(interruptible(playing))
         except asyncio.CancelledError:
             return EXIT_INTERRUPTED
         report.note("the host compares what the guest did not write")

@@ -8,13 +8,12 @@ migration goes on, if it can, exactly as that of ``nbd-migrate run`` does.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import sys
 from pathlib import Path
 
-from nbdserve import command
+from nbdserve import clock, command
 from recipes.cli import until_signal
 from recipes.console import PlainReport
 from recipes.planfile import load
@@ -66,7 +65,7 @@ class Doom(PlainReport):
 def main(plan: str, moment: str, role: str, number: str) -> int:
     """Run the migration as the command does."""
     doom = Doom(moment, Role[role], signal.Signals[number], Path(plan).parent)
-    return command.run("nbd-migrate", lambda: asyncio.run(until_signal(load(Path(plan)), doom)))
+    return command.run("nbd-migrate", lambda: clock.run(until_signal(load(Path(plan)), doom)))
 
 
 if __name__ == "__main__":

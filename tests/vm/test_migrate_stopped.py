@@ -1,0 +1,52 @@
+"""An orchestrator that is stopped itself for longer than its limits: that costs only time."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.processes import Process, wait_until
+from tests.support.vms import Scene, scene
+
+LIMIT = 6.0
+"""Seconds; more than anything here takes, even on a busy machine."""
+
+STOP = LIMIT + 1.0
+"""Seconds for which the orchestrator is stopped."""
+
+
+def stop_for_long(run: Process) -> None:
+    """Stop the orchestrator, as Ctrl-Z or a debugger does, and let it go on."""
+    run.signal(signal.SIGSTOP)
+    stopped = psutil.STATUS_STOPPED
+    wait_until(lambda: psutil.Process(run.pid).status() == stopped, "it is stopped")
+    time.sleep(STOP)
+    run.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    "lines", [("step 1", "step 3"), ("step 2", "step 4"), ("stands still on A", " of 64 MiB"), ("step 6",)]
+)
+def test_the_time_in_which_the_orchestrator_was_stopped_does_not_count(
+    tmp_path: Path, lines: tuple[str, ...]
+) -> None:
+    with scene(tmp_path) as stage:
+        forgive_little(stage)
+        with stage.run() as run:
+            for line in lines:
+                run.wait_for_line(line, 30.0)
+                stop_for_long(run)
+            assert run.wait(60.0) == 0, run.output()
+        stage.wait_until_guest_works("b")
+        stage.quit_b()
+        assert stage.wrong_sectors() == []
+
+
+def forgive_little(stage: Scene) -> None:
+    """Give everything that the orchestrator waits for LIMIT seconds."""
+    names = ("connect", "command", "start", "migrate", "switch_over", "stall", "recover", "stop")
+    stage.change("limits", **dict.fromkeys(names, LIMIT), speed=16 << 20)
