@@ -16,6 +16,8 @@ from nbdserve.config import ImageOptions
 from nbdserve.control import Control as ServerControl
 from nbdserve.errors import ImageError
 from nbdserve.listeners import Listener
+from nbdserve.protocol.constants import NbdError
+from nbdserve.protocol.requests import wire_error
 from nbdserve.qmp.commands import CommandError, Handler
 from nbdserve.qmp.monitor import Monitor
 from nbdserve.server import Server
@@ -31,7 +33,7 @@ _LARGEST = (1 << 63) - 1
 _ACTIVE = (Phase.RUNNING, Phase.PAUSED, Phase.FAILED)
 _RESTING = (Phase.PAUSED, Phase.FAILED)
 _JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-_OF_SERVER = ("query-block-exports", "x-query-clients", "x-disconnect-client", "quit")
+_OF_SERVER = ("query-block-exports", "x-query-clients", "x-disconnect-client")
 
 
 class Control:
@@ -39,6 +41,7 @@ class Control:
 
     def __init__(self, server: Server, daemon: Daemon) -> None:
         self.server = ServerControl(server, ImageOptions())
+        self._server = server
         self.events = JobEvents(daemon)
         self._daemon = daemon
         self._job = daemon.job
@@ -54,6 +57,7 @@ class Control:
             "query-overlay": self._query_overlay,
             "overlay-activate": self._activate,
             "overlay-invalidate": self._invalidate,
+            "quit": self._quit,
         }
 
     def _block_stream(
@@ -157,11 +161,32 @@ class Control:
             "busy": job.phase is Phase.RUNNING,
             "paused": job.phase in _RESTING,
             "ready": False,
-            "io-status": "failed" if job.phase is Phase.FAILED else "ok",
+            "io-status": self._io_status(),
             "status": STATUS[job.phase],
             "auto-finalize": True,
             "auto-dismiss": True,
         }
+
+    def _io_status(self) -> str:
+        """QEMU's BlockDeviceIoStatus: whether an error, or the lack of space, has stopped the job."""
+        if self._job.phase is not Phase.FAILED:
+            return "ok"
+        return "nospace" if wire_error(self._job.error_number) is NbdError.ENOSPC else "failed"
+
+    def _quit(self, force: bool = False) -> None:
+        """End; not under a guest, which would lose its disk, unless that is forced."""
+        guests = [
+            client
+            for client in self._server.clients.everyone()
+            if client.export is not None and not client.has_gone()
+        ]
+        if guests and not force:
+            missing = "" if self._daemon.finished else ", and not all of the disk is here"
+            raise CommandError(
+                f"a guest uses the disk (clients: {len(guests)}){missing}; end it or let it pivot to the "
+                "file first; with force this ends all the same, and the guest's requests wait or fail"
+            )
+        self.server.commands["quit"]()
 
     def _query_overlay(self) -> object:
         """Everything that ``status`` shows. Sizes in bytes, times in seconds, rates in bytes per second."""

@@ -69,6 +69,11 @@ def configure_invalidate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def configure_quit(parser: argparse.ArgumentParser) -> None:
+    """Give ``quit`` its options."""
+    parser.add_argument("--force", action="store_true", help="even while a guest uses the disk")
+
+
 def stream(arguments: argparse.Namespace) -> int:
     """Start to stream, at this speed if one is given."""
     speed = {} if arguments.speed is None else {"speed": _speed(arguments.speed)}
@@ -109,6 +114,11 @@ def invalidate(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
 
     return _run(arguments, forget)
+
+
+def end(arguments: argparse.Namespace) -> int:
+    """End the daemon, unless a guest uses the disk."""
+    return _execute(arguments, "quit", force=arguments.force)
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -183,6 +193,13 @@ COMMANDS: dict[str, tuple[Command, Configure | None, str, str]] = {
         configure_invalidate,
         "forget what the guest has changed at the source",
         "Forget ranges that were copied, as the guest has changed them at the source; before it runs here.",
+    ),
+    "quit": (
+        end,
+        configure_quit,
+        "end the daemon",
+        "End a daemon. It refuses while a client, such as the guest's QEMU, uses the disk: let that\n"
+        "pivot to the file (nbd-migrate pivot), or end it, first.",
     ),
 }
 """By name: what carries it out, what gives it options, its summary and its description."""

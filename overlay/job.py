@@ -40,6 +40,8 @@ class Job:
         self.identifier = ""
         self.error: str | None = None
         """Why it failed; until it goes on, or is started again."""
+        self.error_number: int | None = None
+        """The errno of that, where it has one."""
         self._phase = Phase.IDLE
         self._ended = False
         self._changed = threading.Condition()
@@ -75,10 +77,10 @@ class Job:
         """Everything is local."""
         self._move(set(Phase), Phase.DONE)
 
-    def fail(self, error: str) -> None:
+    def fail(self, error: str, number: int | None = None) -> None:
         """It cannot go on: it waits, or ends, as was said at the start. What runs no more does not fail."""
         ends = self._on_error is OnError.REPORT
-        self._move({Phase.RUNNING}, Phase.IDLE if ends else Phase.FAILED, error)
+        self._move({Phase.RUNNING}, Phase.IDLE if ends else Phase.FAILED, error, number)
 
     def end(self) -> None:
         """The process ends."""
@@ -100,11 +102,13 @@ class Job:
         if self._ended or self._phase is not Phase.RUNNING:
             raise Interrupted
 
-    def _move(self, origins: set[Phase], target: Phase, error: str | None = None) -> bool:
+    def _move(
+        self, origins: set[Phase], target: Phase, error: str | None = None, number: int | None = None
+    ) -> bool:
         with self._changed:
             if self._phase not in origins:
                 return False
-            self._phase, self.error = target, error
+            self._phase, self.error, self.error_number = target, error, number
             self._changed.notify_all()
             self.tell(target)
             return True

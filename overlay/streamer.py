@@ -118,7 +118,7 @@ class Streamer:
                 self._abandon()
                 reason = (isinstance(error, OSError) and error.strerror) or str(error)
                 _LOG.error("streaming has stopped: %s", reason)
-                self._job.fail(reason)
+                self._job.fail(reason, error.errno if isinstance(error, OSError) else None)
 
     def _stream(self) -> None:
         """Go over the disk until nothing is absent; OSError when it cannot go on."""

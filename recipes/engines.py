@@ -204,7 +204,7 @@ class OverlayEngine(Engine):
         assert m.overlay
         if m.overlay_monitor:
             with suppress(VmGoneError):
-                await m.overlay_monitor.execute("quit")
+                await m.overlay_monitor.execute("quit", force=True)
         await m.overlay.stop(limits.stop)
 
     async def _start(self, m: Migration, *options: str) -> None:

@@ -217,6 +217,35 @@ def test_what_the_guest_changed_at_the_source_is_forgotten(image: Path) -> None:
         assert "the guest runs here" in one_line(daemon.command("invalidate", "0", "4K"), 1)
 
 
+@pytest.mark.parametrize("complete", [False, True])
+def test_quit_does_not_take_the_disk_from_a_guest_unless_it_is_forced(image: Path, complete: bool) -> None:
+    with served(image) as daemon:
+        if complete:
+            daemon.must("stream")
+            daemon.must("wait", "--timeout", "30")
+        with connect(NbdUri(socket=str(daemon.socket))) as guest:
+            line = one_line(daemon.command("quit"), 1)
+            assert "quit is refused: a guest uses the disk (clients: 1)" in line
+            assert ("not all of the disk is here" in line) == (not complete)
+            assert "force" in line
+            assert len(guest.read(0, 4 * KIB)) == 4 * KIB
+            daemon.must("quit", "--force")
+            assert daemon.process.wait() == 0, daemon.process.output()
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_quit_ends_a_daemon_that_no_guest_uses(image: Path, complete: bool) -> None:
+    with served(image) as daemon:
+        if complete:
+            daemon.must("stream")
+            daemon.must("wait", "--timeout", "30")
+        # One that has just gone is no guest any more, whatever is still to be done for it.
+        daemon.read(0, 4 * KIB)
+        daemon.must("quit")
+        assert daemon.process.wait() == 0, daemon.process.output()
+    assert not daemon.socket.exists()
+
+
 def test_in_the_background_it_is_ready_when_the_command_returns(image: Path, tmp_path: Path) -> None:
     sock, qmp, pid_file = tmp_path / "o.sock", tmp_path / "o.qmp", tmp_path / "o.pid"
     options: list[Argument] = ["-k", sock, "--qmp", f"unix:{qmp}", "--pid-file", pid_file, "--daemonize"]

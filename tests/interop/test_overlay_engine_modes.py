@@ -212,6 +212,9 @@ def test_a_full_destination_stops_the_job_and_the_guests_writes_and_goes_on_with
         ):
             told = daemon.wait_for_status(phase="failed")
             assert "No space left" in told["error"]
+            with daemon.monitor() as qmp:
+                (job,) = qmp.execute("query-block-jobs")
+                assert (job["status"], job["io-status"]) == ("paused", "nospace"), "QEMU's word for it"
             assert 0 < told["local"] < size
             # What cannot be kept can be read all the same.
             assert guest.read(0, size) == content

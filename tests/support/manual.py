@@ -23,6 +23,7 @@ COMMANDS = (
     ("nbd-overlay", "wait"),
     ("nbd-overlay", "activate"),
     ("nbd-overlay", "invalidate"),
+    ("nbd-overlay", "quit"),
     ("nbd-overlay", "verify"),
     ("nbd-migrate",),
     ("nbd-migrate", "run"),
