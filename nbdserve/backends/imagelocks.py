@@ -17,19 +17,14 @@ qemu-io unshares nothing, qemu-nbd RESIZE. ``--force-share`` uses READ and unsha
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import struct
 from collections.abc import Iterator
 from enum import IntFlag
 
+from nbdserve import filelocks
 from nbdserve.errors import ImageError
 
 _USED_BASE = 100
 _UNSHARED_BASE = 200
-
-_FLOCK = struct.Struct("@hhqqi0q")
-"""Linux's struct flock: type, whence, start, length, pid (0 for OFD locks)."""
 
 
 class Permission(IntFlag):
@@ -119,27 +114,29 @@ class ImageLocks:
 
     def _held_by_another(self, byte: int) -> bool:
         """Whether another open file holds the byte: whether an exclusive lock, not taken, would fail."""
-        answer = self._fcntl(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte)
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+        try:
+            return filelocks.is_locked_by_another(self._fd, filelocks.WRITE, byte, 1)
+        except OSError as error:
+            raise self._no_locks(error) from error
 
     def _lock(self, byte: int) -> None:
-        try:
-            self._fcntl(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
-        except BlockingIOError as error:
-            raise ImageError(f"{self._path}: another process has locked the image; stop it first") from error
+        self._set(filelocks.READ, byte)
 
     def _unlock(self, held: set[int]) -> None:
         for byte in held:
-            self._fcntl(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+            self._set(filelocks.NONE, byte)
 
-    def _fcntl(self, command: int, kind: int, byte: int) -> bytes:
+    def _set(self, kind: int, byte: int) -> None:
         try:
-            return fcntl.fcntl(self._fd, command, _FLOCK.pack(kind, 0, byte, 1, 0))
+            filelocks.lock(self._fd, kind, byte, 1)
+        except BlockingIOError as error:
+            raise ImageError(f"{self._path}: another process has locked the image; stop it first") from error
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise BlockingIOError(*error.args) from error
-            advice = "keep it on a file system that has locks"
-            raise ImageError(f"{self._path}: cannot lock the image: {error.strerror}; {advice}") from error
+            raise self._no_locks(error) from error
+
+    def _no_locks(self, error: OSError) -> ImageError:
+        advice = "keep it on a file system that has locks"
+        return ImageError(f"{self._path}: cannot lock the image: {error.strerror}; {advice}")
 
 
 def _bits(permissions: Permission) -> Iterator[int]:
