@@ -17,6 +17,7 @@ from nbdserve.exports import Exports
 from nbdserve.images import open_export
 from nbdserve.listeners import Listener, Visitor, listen_tcp, listen_unix
 from nbdserve.notify import ServiceManager
+from nbdserve.pidfile import PidFile
 from nbdserve.server import Server
 from nbdserve.uri import DEFAULT_PORT, NbdUri
 
@@ -39,12 +40,13 @@ def serve(given: Options) -> int:
         manager = ServiceManager(os.environ)
         _check(given, inherited)
         announce = _detach(stack, given.service, manager)
+        pid_file = stack.enter_context(PidFile(given.service.pid_file))
         exports = _open_exports(stack, given)
         listeners = _open_listeners(stack, given, inherited)
         monitor = _open_monitor(stack, given.service, inherited)
         server = Server(exports, listeners, given.policy, manager)
         server.stop_on_signals()
-        _attach(stack, server, monitor, given)
+        _attach(stack, server, monitor, given, pid_file)
         for listener in listeners:
             _LOG.info("serving %s on %s", _some(exports.names()), listener)
         for visitor in inherited.visitors or _visitors(stack, given.service, inherited):
@@ -142,14 +144,16 @@ def _detach(
     return announce
 
 
-def _attach(stack: contextlib.ExitStack, server: Server, monitor: list[Listener], given: Options) -> None:
+def _attach(
+    stack: contextlib.ExitStack, server: Server, monitor: list[Listener], given: Options, pid_file: PidFile
+) -> None:
     """What goes on beside the server, and whom all of it runs as. Their modules cost memory where unused."""
     service = given.service
     if service.metrics is not None:
         from nbdserve import metrics
 
         stack.enter_context(metrics.served(metrics.Collector(server), *service.metrics))
-    stack.enter_context(daemonize.pid_file(service.pid_file))
+    pid_file.publish()
     if service.identity is not None:
         privileges.become(service.identity)
     for listener in monitor:

@@ -1,4 +1,4 @@
-"""Going to the background with python-daemon, and the pid file that says that the server is ready."""
+"""Going to the background with python-daemon."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import daemon
 
@@ -67,26 +66,3 @@ def background(keep: list[int]) -> Iterator[Background]:
     except OperatorError as error:
         daemon_side.give_up(error.exit_code)
         raise
-
-
-@contextlib.contextmanager
-def pid_file(path: Path | None) -> Iterator[None]:
-    """Hold a file with this process's id; it appears whole, and goes at the end if it is still ours."""
-    if path is None:
-        yield
-        return
-    text = f"{os.getpid()}\n"
-    fresh = Path(f"{path}.{os.getpid()}")
-    try:
-        fresh.write_text(text)
-        fresh.rename(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
-        raise OperatorError(f"{path}: cannot write the pid file: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if path.read_text() == text:
-                path.unlink()

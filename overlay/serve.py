@@ -13,6 +13,7 @@ from nbdserve.exports import Export, Exports
 from nbdserve.handshake import Terms
 from nbdserve.listeners import Listener, listen_unix
 from nbdserve.notify import ServiceManager
+from nbdserve.pidfile import PidFile
 from nbdserve.policy import Policy
 from nbdserve.server import Server
 from nbdserve.uri import parse_uri
@@ -33,6 +34,7 @@ def serve(options: Options) -> int:
     _start_log(options, logging.StreamHandler())
     with contextlib.ExitStack() as stack:
         announce = _detach(stack, options)
+        pid_file = stack.enter_context(PidFile(options.pid_file))
         exports = Exports()
         stack.callback(exports.close)
         daemon = _put_together(options)
@@ -46,7 +48,7 @@ def serve(options: Options) -> int:
         manager = ServiceManager(os.environ)
         server = Server(exports, [listener], policy, manager)
         server.stop_on_signals()
-        _attach(stack, server, daemon, monitor)
+        _attach(stack, server, daemon, monitor, pid_file)
         daemon.start()
         _LOG.info("serving %s on %s", options.image, listener)
         announce()
@@ -87,7 +89,9 @@ def _listen(stack: contextlib.ExitStack, path: str) -> Listener:
     return listener
 
 
-def _attach(stack: contextlib.ExitStack, server: Server, daemon: Daemon, monitor: Listener | None) -> None:
+def _attach(
+    stack: contextlib.ExitStack, server: Server, daemon: Daemon, monitor: Listener | None, pid_file: PidFile
+) -> None:
     """What goes on beside the server. Their modules cost memory where they are not used."""
     options = daemon.options
     if options.metrics is not None:
@@ -95,7 +99,7 @@ def _attach(stack: contextlib.ExitStack, server: Server, daemon: Daemon, monitor
         from overlay.metrics import Collector
 
         stack.enter_context(metrics.served(Collector(server, daemon), *options.metrics))
-    stack.enter_context(daemonize.pid_file(options.pid_file))
+    pid_file.publish()
     if monitor is not None:
         from overlay import control
 

@@ -18,24 +18,26 @@ from pathlib import Path
 from nbdserve import command
 from nbdserve.backends.imagelocks import ImageLocks
 from nbdserve.errors import ImageError
+from nbdserve.pidfile import PidFile
 
 
 def fence(image: str, ready: Path) -> int:
-    """Hold the fence until SIGTERM or SIGINT. Raises ImageError if the image cannot be locked."""
+    """Hold the fence until SIGTERM or SIGINT.
+
+    Raises ImageError if the image cannot be locked, OperatorError if ``ready`` is a living process's.
+    """
     ended = {signal.SIGTERM, signal.SIGINT}
     # Blocked first, so that a signal that comes early is not lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, ended)
-    # Without O_NONBLOCK a FIFO would be waited for.
-    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-        raise ImageError(f"{image}: neither a file nor a block device, so it is no disk to fence")
-    ImageLocks(fd, image).fence()
-    ready.write_text(f"{os.getpid()}\n")
-    try:
+    with PidFile(ready) as pid_file:
+        # Without O_NONBLOCK a FIFO would be waited for.
+        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise ImageError(f"{image}: neither a file nor a block device, so it is no disk to fence")
+        ImageLocks(fd, image).fence()
+        pid_file.publish()
         signal.sigwait(ended)
-    finally:
-        ready.unlink(missing_ok=True)
     return command.EXIT_DONE
 
 

@@ -48,8 +48,7 @@ class Keeper:
         self._released = False
         self._deadline: float | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
-        if ready:
-            ready.unlink(missing_ok=True)
+        self._before = identity(ready)
         with log.open("ab", buffering=0) as output:
             self._log_start = output.tell()
             # A session of its own: a Ctrl-C in the holder's terminal must not reach a guest.
@@ -101,7 +100,7 @@ class Keeper:
         os.killpg(self._process.pid, number)
 
     def _look(self) -> None:
-        if self._ready and self._ready.exists():
+        if self._ready and identity(self._ready) not in (None, self._before):
             self._ready = None
             tell({"ready": True})
 
@@ -116,6 +115,15 @@ class Keeper:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - TAIL))
             return log.read().decode(errors="replace")
+
+
+def identity(path: Path | None) -> tuple[int, ...] | None:
+    """What tells a file from one that was there before: that may be another living process's."""
+    try:
+        status = os.stat(path) if path else None
+    except OSError:
+        return None
+    return None if status is None else (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
 def tell(message: dict[str, object]) -> None:

@@ -116,11 +116,24 @@ def test_a_child_is_ready_when_it_has_made_its_file(tmp_path: Path) -> None:
     async def body(children: Children) -> None:
         words = ["sh", "-c", f"sleep 0.3; echo $$ >{ready}; exec sleep 1000"]
         child = await children.start("a server", HERE, tmp_path / "log", words, ready=ready)
-        assert not ready.exists()
         await child.ready(5.0)
         assert ready.read_text() == f"{child.pid}\n"
 
     run(body)
+
+
+def test_a_file_that_another_living_process_has_is_no_sign_and_stays(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    ready.write_text("17\n")
+
+    async def body(children: Children) -> None:
+        words = ["sh", "-c", "sleep 0.3; exit 1"]
+        child = await children.start("a server", HERE, tmp_path / "log", words, ready=ready)
+        with pytest.raises(MigrationError, match="a server ended with code 1"):
+            await child.ready(5.0)
+
+    run(body)
+    assert ready.read_text() == "17\n"
 
 
 def test_a_child_that_ends_before_it_is_ready_says_why(tmp_path: Path) -> None:
