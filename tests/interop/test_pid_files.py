@@ -152,7 +152,7 @@ def test_qemu_nbd_and_nbdserve_honour_each_others_files(tmp_path: Path) -> None:
         assert (refused.returncode, f"process {stock.pid} has this pid file" in refused.stderr) == (1, True)
     with nbdserve("-f", "raw", image, directory=tmp_path) as ours:
         pid_file = tmp_path / "nbdserve1.pid"
-        line = ["-f", "raw", "-r", "-k", tmp_path / "q.sock", "--pid-file", pid_file, image]
+        line: list[Argument] = ["-f", "raw", "-r", "-k", tmp_path / "q.sock", "--pid-file", pid_file, image]
         refused = run("qemu-nbd", *line, seconds=20)
         assert refused.returncode == 1
         assert "lock" in refused.stderr
