@@ -11,7 +11,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 
 PACKAGES := python3-venv python3-libnbd libnbd-bin qemu-system-x86 qemu-utils nbdkit nbd-client nbd-server \
 	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3 openssl
 
-.PHONY: setup packages demo test unit lint types bench fuzz soak chaos docs clean
+.PHONY: setup packages demo test check unit lint types bench fuzz soak chaos docs clean
 
 setup: packages $(VENV)/.installed
 
@@ -34,8 +34,16 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 demo: setup
 	@$(BIN)/nbd-migrate demo
 
+# Tests wait much more than they compute, so twice as many run at a time as there are processors.
+JOBS := $(shell echo $$((2 * $$(nproc))))
+PARALLEL := -n $(JOBS) --dist worksteal
+
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
+
+# What needs no QEMU.
+check: lint types
+	$(BIN)/pytest $(PARALLEL) tests/unit tests/crash tests/fuzz
 
 unit: setup
 	$(BIN)/pytest tests/unit

@@ -55,7 +55,7 @@ class Guest:
             *("qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-m", str(MEMORY), "-smp", "1"),
             *("-nodefaults", "-display", "none", "-no-reboot"),
             *("-kernel", str(self.kernel), "-initrd", str(self.initramfs)),
-            *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
+            *("-append", "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"),
             *("-serial", f"file:{self.console}"),
             *(
                 "-chardev",

@@ -75,7 +75,7 @@ def summary(rows: Sequence[Sequence[Result]]) -> str:
         cheapest = min(results[1:], key=_cost)
         ratio, least = ours.rate / best.rate, row.targets[best.contender.name]
         mark = "met" if ratio >= least else "MISSED †" if ours.is_limited_by_client else "MISSED"
-        saved = f"{_cost(ours) / _cost(cheapest):.2f}"
+        saved = f"{_cost(ours) / _cost(cheapest):.2f}" if _cost(cheapest) else "-"
         name = best.contender.name
         lines.append([row.name, f"{least:g}", f"{ratio:.2f}", mark, name, saved, cheapest.contender.name])
     return "\n".join(["## All rows\n", _table(header, lines), ""])

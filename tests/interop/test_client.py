@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,9 +93,9 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
 def test_a_socket_in_the_abstract_namespace_is_reached(tmp_path: Path) -> None:
     """No stock server listens there, so a relay stands before one."""
     with nbdkit("memory", "1M", directory=tmp_path) as server, socket.socket(socket.AF_UNIX) as listener:
-        uri = NbdUri(socket=f"\0{server.address}")
-        assert uri.socket is not None
-        listener.bind(uri.socket)
+        name = f"\0{uuid.uuid4()}"
+        uri = NbdUri(socket=name)
+        listener.bind(name)
         listener.listen()
 
         def relay() -> None:
@@ -150,7 +151,7 @@ def test_an_export_that_the_server_lacks_is_named_in_the_error(tmp_path: Path) -
 )
 def test_a_server_that_is_not_there_is_a_connect_error(uri: NbdUri, complaint: str) -> None:
     with pytest.raises(ConnectError, match=complaint) as caught:
-        connect(uri, timeout=2)
+        connect(uri, timeout=20)
     assert str(caught.value).startswith(str(uri))
     assert "\n" not in str(caught.value)
 
@@ -183,8 +184,8 @@ def test_a_peer_that_is_no_nbd_server_is_a_connect_error(greeting: bytes) -> Non
         thread = threading.Thread(target=greet, daemon=True)
         thread.start()
         with pytest.raises(ConnectError):
-            connect(uri, timeout=2)
-        thread.join(5)
+            connect(uri, timeout=20)
+        thread.join(60)
 
 
 def test_a_read_error_of_the_server_keeps_its_errno_and_the_connection(tmp_path: Path) -> None:
@@ -212,10 +213,10 @@ def freeze(pid: int) -> None:
 def test_a_server_that_stops_answering_is_an_error_in_time_and_never_data(tmp_path: Path) -> None:
     with (
         nbdkit("memory", "1M", directory=tmp_path) as server,
-        connect(parse_uri(server.uri()), timeout=0.3) as client,
+        connect(parse_uri(server.uri()), timeout=2) as client,
     ):
         freeze(server.pid)
-        with pytest.raises(TimeoutError, match=r"no answer within 0\.3 s"):
+        with pytest.raises(TimeoutError, match=r"no answer within 2 s"):
             client.read(0, 512)
         server.process.signal(signal.SIGCONT)
         with pytest.raises(OSError) as caught:

@@ -34,7 +34,7 @@ def is_answered(wire: Wire, seconds: float) -> bool:
     except TimeoutError:
         return False
     finally:
-        wire.socket.settimeout(10)
+        wire.socket.settimeout(60)
 
 
 @pytest.mark.parametrize("end", ["close", "reset", "half-close"])
@@ -78,7 +78,7 @@ class GatedExports(Exports):
         """What is said of an export."""
         self.asked += 1
         if self.asked == 1:
-            assert self.gate.wait(30), "nobody has opened the gate"
+            assert self.gate.wait(300), "nobody has opened the gate"
         return super().offer(name)
 
 

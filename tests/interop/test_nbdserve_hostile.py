@@ -46,9 +46,9 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["unix", "tcp"])
 def server(request: pytest.FixtureRequest, image: Path, tmp_path: Path) -> Iterator[Server]:
-    """A writable server that gives clients one second to choose an export."""
+    """A writable server that gives clients two seconds to choose an export."""
     at: Address = UnixAddress(tmp_path / "nbd.sock") if request.param == "unix" else free_tcp_address()
-    with nbdserve("-f", "raw", "--handshake-timeout=1", image, directory=tmp_path, at=at) as running:
+    with nbdserve("-f", "raw", "--handshake-timeout=2", image, directory=tmp_path, at=at) as running:
         yield running
 
 
@@ -126,17 +126,15 @@ def test_a_client_that_says_nothing_is_cut_off_when_its_time_is_over(server: Ser
     with undisturbed(server), Wire(server.address) as wire:
         wire.receive(18)
         assert wire.is_closed_by_server()
-    assert time.monotonic() - started >= 1
+    assert time.monotonic() - started >= 2
 
 
 def test_a_client_that_dawdles_gets_no_more_time_for_it(server: Server) -> None:
     with undisturbed(server), Wire(server.address) as wire:
         wire.receive(18)
-        started = time.monotonic()
         wire.send(struct.pack(">I", 3))
         with pytest.raises(ConnectionError):
-            wire.send_slowly(option(99) * 10, pause=0.05)
-        assert time.monotonic() - started < 5
+            wire.send_slowly(option(99) * 50, pause=0.05)
 
 
 def test_port_scans_leave_no_trace_but_lines_in_the_log(server: Server) -> None:

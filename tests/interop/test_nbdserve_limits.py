@@ -9,6 +9,7 @@ import resource
 import socket
 import struct
 import threading
+import time
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,11 +54,12 @@ def test_a_flood_of_clients_that_say_nothing_keeps_honest_ones_out_for_seconds_a
 ) -> None:
     """4,000 of them, from the honest client's own host or from another one, all before it in the queue.
 
-    If each had the second that those have who answer, 128 at a time, it would take 31 s.
+    If each had the second that those have who answer, 32 at a time, it would take 125 s, and takes 13 s.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     address = free_tcp_address()
-    with nbdserve("-f", "raw", image, directory=tmp_path, at=address) as server, ExitStack() as flood:
+    argv = ["-f", "raw", "--max-handshakes=32", str(image)]
+    with nbdserve(*argv, directory=tmp_path, at=address) as server, ExitStack() as flood:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         try:
             for _ in range(4000):
@@ -65,7 +67,9 @@ def test_a_flood_of_clients_that_say_nothing_keeps_honest_ones_out_for_seconds_a
                 silent.bind((host, 0))
                 silent.setblocking(False)
                 silent.connect_ex((address.host, address.port))
-            assert check("nbdinfo", "--size", server.uri(), seconds=25) == f"{MIB}\n"
+            begun = time.monotonic()
+            assert check("nbdinfo", "--size", server.uri()) == f"{MIB}\n"
+            assert time.monotonic() - begun < 100
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -129,7 +133,7 @@ def test_only_addresses_that_are_allowed_are_served(image: Path, tmp_path: Path)
         assert len(lines) == 1
         assert lines[0].startswith("nbdserve: 127.0.0.1:")
         with socket.socket() as other:
-            other.settimeout(10)
+            other.settimeout(60)
             other.bind(("127.0.0.2", 0))
             other.connect((tcp.host, tcp.port))
             assert len(other.recv(18, socket.MSG_WAITALL)) == 18
@@ -200,9 +204,11 @@ def test_a_thousand_idle_clients_are_held_in_little_memory(image: Path, tmp_path
             with Wire(server.address) as first:
                 first.go()
                 alone = resident(server.pid)
-                wires = [Wire(server.address) for _ in range(clients)]
-                for wire in wires:
-                    wire.go()
+                wires = []
+                for _ in range(clients):
+                    # Only so many may be silent at a time.
+                    wires.append(Wire(server.address))
+                    wires[-1].go()
                 assert alone < 40 * MIB
                 assert resident(server.pid) - alone < clients * 128 * KIB
                 for wire in (first, wires[0], wires[-1]):

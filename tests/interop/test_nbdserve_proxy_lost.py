@@ -13,6 +13,7 @@ import nbd
 import pytest
 
 from tests.support.disks import MIB, random_disk
+from tests.support.overlays import requests
 from tests.support.processes import Argument, Process, wait_until
 from tests.support.servers import UnixAddress, nbdkit, nbdserve
 
@@ -61,7 +62,9 @@ def test_without_its_server_everything_is_an_error_and_never_zeroes(tmp_path: Pa
 def test_a_copy_does_not_notice_that_its_server_was_replaced(tmp_path: Path) -> None:
     at = UnixAddress(tmp_path / "upstream.sock")
     content = random_disk(tmp_path / "disk.img", 24 * MIB)
-    slow: list[Argument] = ["--filter=delay", "file", tmp_path / "disk.img", "delay-read=10ms", "--threads=4"]
+    log = tmp_path / "requests"
+    slow: list[Argument] = ["--filter=log", "--filter=delay", "file", tmp_path / "disk.img", "--threads=4"]
+    slow += [f"logfile={log}", "delay-read=200ms"]
     with (
         nbdkit(*slow, directory=tmp_path, at=at) as upstream,
         nbdserve(upstream.uri(), directory=tmp_path) as proxy,
@@ -69,8 +72,7 @@ def test_a_copy_does_not_notice_that_its_server_was_replaced(tmp_path: Path) -> 
             ["nbdcopy", "--request-size=65536", proxy.uri(), tmp_path / "copy.img"], tmp_path / "nbdcopy.log"
         ) as copying,
     ):
-        copying.wait_for(lambda: (tmp_path / "copy.img").exists(), "the copy has begun")
-        time.sleep(0.2)
+        copying.wait_for(lambda: len(requests(log)) > 4, "the copy has begun")
         upstream.process.kill()
         assert copying.running, "the copy was faster than the test"
         at.path.unlink()
@@ -114,14 +116,14 @@ def test_a_server_that_hangs_stops_only_its_own_export(tmp_path: Path) -> None:
             wait_until(lambda: len(os.listdir(f"/proc/{proxy.pid}/task")) > 64, "all its workers wait")
             near.pwrite(b"durable", 0, nbd.CMD_FLAG_FUA)
             flush = near.aio_flush()
-            assert near.poll(5000) == 1
+            assert near.poll(60_000) == 1
             assert near.aio_command_completed(flush), (
                 "a flush waits for a server that it has nothing to do with"
             )
             near.shutdown()
             upstream.process.signal(signal.SIGCONT)
             while stuck.aio_in_flight():
-                assert stuck.poll(5000) == 1
+                assert stuck.poll(60_000) == 1
             assert all(bytes(buffer.to_bytearray()) == bytes(512) for buffer in buffers)
             stuck.shutdown()
 
@@ -136,7 +138,8 @@ def test_the_end_does_not_wait_for_a_server_that_hangs_when_nothing_is_owed_to_i
         client.flush()
         client.shutdown()
         upstream.process.signal(signal.SIGSTOP)
-        assert proxy.process.terminate(seconds=5) == 0
+        assert proxy.process.terminate() == 0
+        assert "may be lost" not in proxy.process.output()
 
 
 def test_the_end_waits_no_longer_than_usual_for_a_server_that_hangs_and_says_what_may_be_lost(
@@ -160,9 +163,11 @@ def test_the_end_waits_no_longer_than_usual_for_a_server_that_hangs_and_says_wha
             client.poll(0)
         for proxy in (idle, busy):
             proxy.process.signal(signal.SIGTERM)
-        # To answer, and then to flush: each had 10 s at most.
-        assert idle.process.wait(18) == 1, "not as long as a request may take"
-        assert busy.process.wait(18) == 1, "a server that had its time does not get it again"
+        # To answer, and then to flush, each has 10 s at most; a request has 60 s.
+        begun = time.monotonic()
+        assert idle.process.wait() == 1
+        assert busy.process.wait() == 1
+        assert time.monotonic() - begun < 50
         for proxy, count in ((idle, 1), (busy, 2)):
             assert proxy.process.output().count("may be lost") == count, proxy.process.output()
 

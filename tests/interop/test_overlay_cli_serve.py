@@ -284,7 +284,7 @@ def test_metrics_tell_what_was_copied_and_how_long_guests_waited(image: Path, so
     assert fetched + streamed == SIZE
     assert seen["nbd_overlay_misses_total",] == 4
     assert seen["nbd_overlay_miss_seconds_count",] == seen["nbd_overlay_miss_seconds_bucket", "+Inf"] == 4
-    assert 0 < seen["nbd_overlay_miss_seconds_sum",] < 40
+    assert 0 < seen["nbd_overlay_miss_seconds_sum",] < 400
     assert seen["nbd_overlay_local_bytes",] == seen["nbd_overlay_size_bytes",] == SIZE
     assert (seen["nbd_overlay_phase", "done"], seen["nbd_overlay_phase", "running"]) == (1, 0)
     assert seen["nbd_overlay_source_errors_total", source.uri()] == 0

@@ -171,14 +171,14 @@ def test_a_source_with_all_kinds_of_errors_gives_errors_or_the_truth(layout: Lay
             assert failed < 60
             with daemon.monitor() as qmp:
                 qmp.execute("block-stream", device="disk")
-                for _ in range(60):
-                    told = daemon.status()
-                    if told["phase"] == "failed":
+
+                def is_done() -> bool:
+                    phase = daemon.status()["phase"]
+                    if phase == "failed":
                         qmp.execute("block-job-resume", device="disk")
-                    elif told["phase"] == "done":
-                        break
-                    time.sleep(0.05)
-            daemon.wait_for_status(phase="done")
+                    return bool(phase == "done")
+
+                wait_until(is_done, "the job comes to its end, failure by failure", 30.0, 0.05)
             assert guest.read(0, SIZE) == disk.content
 
 
@@ -210,7 +210,7 @@ def test_a_peer_that_is_no_source_keeps_a_guest_waiting_no_longer_than_told(
             with pytest.raises(OSError) as failed:
                 guest.read(0, 4 * KIB)
             assert failed.value.errno == errno.EIO
-            assert time.monotonic() - begun < 8
+            assert time.monotonic() - begun < 45  # unless told otherwise it would be 60 s
             guest.write(0, bytes(4 * KIB))
             assert guest.read(0, 4 * KIB) == bytes(4 * KIB)
         listener.shutdown(socket.SHUT_RDWR)
@@ -237,7 +237,7 @@ def test_a_pause_is_heard_while_the_source_is_still_asked_for_its_zeros(tmp_path
                 return answers[-1] == answers[-2]
 
             # What was asked for before is still answered; the whole disk would take two minutes.
-            wait_until(has_stopped, "no more is asked", 15)
+            wait_until(has_stopped, "no more is asked")
 
 
 @pytest.mark.skipif(run("strace", "-V").returncode != 0, reason="strace is not installed")

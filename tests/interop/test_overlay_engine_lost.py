@@ -95,7 +95,7 @@ def test_after_the_reconnect_timeout_a_read_is_an_error_and_never_zeros(
             with pytest.raises(OSError) as failed:
                 guest.read(4 * MIB, 4 * KIB)
             assert failed.value.errno == errno.EIO
-        assert 0.9 < time.monotonic() - begun < 15
+        assert 0.9 < time.monotonic() - begun < 45  # unless told otherwise it would be 60 s
         with pytest.raises(OSError):
             guest.write(4 * MIB + 512, bytes(512))
         assert daemon.status()["local"] == local
@@ -165,7 +165,7 @@ def test_a_hung_source_gives_way_to_another_and_its_late_answers_land_nowhere(tm
         for daemon, _ in ending:
             daemon.process.signal(signal.SIGTERM)
         for buffer, started in waiting[: len(patient)]:
-            started.result(40)
+            started.result(300)
             assert buffer == content[4 * MIB : 5 * MIB]
         for daemon, _ in ending:
             assert daemon.process.wait(30) == 0
@@ -200,7 +200,7 @@ def test_a_second_source_is_used_when_the_first_is_lost(layout: Layout, tmp_path
         end(first)
         begun = time.monotonic()
         assert guest.read(2 * MIB, 4 * MIB) == content[2 * MIB : 6 * MIB]
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 45  # that long a source may be away
         stack.enter_context(source(tmp_path, "first"))
         end(second)
         assert guest.read(0, SIZE) == content

@@ -161,16 +161,15 @@ def test_a_speed_limit_holds_within_five_per_cent_over_seconds(speed: int, tmp_p
         with overlay(image, "--stream", f"--speed={speed}", directory=tmp_path) as daemon:
             wait_until(lambda: requests(log), "the source is asked")
             begun, before = time.monotonic(), fetched_bytes(log)
-            time.sleep(3.0)
+            wait_until(partial(has_fetched, log, before + 3 * speed), "what comes in three seconds", 30.0)
             passed, seconds = fetched_bytes(log) - before, time.monotonic() - begun
             # A busy machine may be late, and catches up by no more than a burst.
             assert passed <= 1.05 * speed * seconds + 128 * KIB
-            assert passed >= 0.5 * speed * seconds
             assert daemon.process.running
 
 
 def test_after_kill_9_streaming_goes_on_and_fetches_again_only_what_was_not_durable(tmp_path: Path) -> None:
-    speed = 3 * MIB
+    speed = MIB
     content = random_disk(tmp_path / "disk", SIZE)
     with ExitStack() as stack:
         began: list[tuple[Path, Path, Daemon]] = []
@@ -188,8 +187,8 @@ def test_after_kill_9_streaming_goes_on_and_fetches_again_only_what_was_not_dura
             again.wait_for_status(phase="done")
             with again.guest() as guest:
                 assert guest.read(0, SIZE) == content
-            # Every two seconds what was fetched becomes durable.
-            assert fetched_bytes(log) <= SIZE + 3 * speed < SIZE + 12 * MIB
+            # Every two seconds what was fetched becomes durable, or later on a busy machine.
+            assert fetched_bytes(log) <= SIZE + 8 * speed < SIZE + 12 * MIB
 
 
 @both

@@ -54,7 +54,7 @@ def run_in_guest(
     command = [
         *("qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none"),
         *("-no-reboot", "-kernel", str(linux.image), "-initrd", str(archive)),
-        *("-append", "console=ttyS0 quiet panic=-1", "-serial", "stdio"),
+        *("-append", "console=ttyS0 quiet panic=-1 no_timer_check", "-serial", "stdio"),
         *("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0"),
     ]
     with Process(command, directory / "appliance.log") as guest:

@@ -36,7 +36,7 @@ class GatedBackend(MemoryBackend):
         if bytes(data[: len(self._slow)]) == self._slow:
             with self._lock:
                 self.waiting += 1
-            assert self.gate.wait(30), "nobody has opened the gate"
+            assert self.gate.wait(300), "nobody has opened the gate"
             with self._lock:
                 self.waiting -= 1
         super().write(offset, data, fua)
@@ -59,7 +59,7 @@ def running(
         yield server, address
     finally:
         server.stop()
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()
 
 

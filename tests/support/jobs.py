@@ -19,7 +19,7 @@ class Talk:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(10.0)
+        self._socket.settimeout(60.0)
         self._socket.connect(str(path))
         self._lines = self._socket.makefile("r")
         self.heard: list[Message] = []

@@ -11,7 +11,7 @@ from typing import Any
 from qemu.qmp import ConnectError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-SECONDS = 10.0
+SECONDS = 60.0
 
 
 class Qmp:

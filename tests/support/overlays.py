@@ -27,7 +27,7 @@ Layout = Literal["flat", "qed"]
 LAYOUTS: tuple[Layout, ...] = ("flat", "qed")
 CLUSTER = {"flat": 4 * KIB, "qed": 64 * KIB}
 NONE = CommandFlags(0)
-SECONDS = 60.0
+SECONDS = 300.0
 """Time limit for one request of a test's guest: longer than any patience that a test gives a daemon."""
 
 

@@ -2,6 +2,8 @@
 
 Every child is started through ``setpriv --pdeathsig KILL`` and writes its output to a file, so that a full
 pipe can never stop it and the file can be shown when a test fails.
+
+Tests name the seconds that an idle machine needs at most; all limits here are PATIENCE times as long.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from typing import Self
 import psutil
 
 Argument = str | os.PathLike[str]
+PATIENCE = 8.0
+"""How much slower than an idle machine one may be on which others work, before a test gives up."""
+
 _ACCEPTS = "00010000"
 """The flag of a listening socket in /proc/net/unix."""
 
@@ -52,11 +57,12 @@ def listens(path: Path) -> bool:
 def wait_until(
     condition: Callable[[], object], what: str, seconds: float = 10.0, interval: float = 0.01
 ) -> None:
-    """Poll until the condition holds; NotReadyError says what was waited for when the seconds are over."""
-    deadline = time.monotonic() + seconds
+    """Poll until the condition holds; NotReadyError says what was waited for when PATIENCE is at its end."""
+    limit = seconds * PATIENCE
+    deadline = time.monotonic() + limit
     while not condition():
         if time.monotonic() > deadline:
-            raise NotReadyError(f"waited {seconds:g} s in vain: {what}")
+            raise NotReadyError(f"waited {limit:g} s in vain: {what}")
         time.sleep(interval)
 
 
@@ -133,11 +139,12 @@ class Process:
 
     def wait(self, seconds: float = 10.0) -> int:
         """The exit code, negative for a signal; if time runs out the process is killed and the test fails."""
+        limit = seconds * PATIENCE
         try:
-            return self._popen.wait(seconds)
+            return self._popen.wait(limit)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise NotReadyError(f"did not end within {seconds:g} s: {self!r}\n{self.output()}") from None
+            raise NotReadyError(f"did not end within {limit:g} s: {self!r}\n{self.output()}") from None
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, unless it has ended."""
@@ -177,7 +184,7 @@ def run(
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=seconds,
+        timeout=seconds * PATIENCE,
         env={**os.environ, **(env or {})},
         cwd=cwd,
     )

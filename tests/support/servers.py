@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
+import random
 import signal
 import socket
 import struct
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +32,7 @@ class UnixAddress:
         """The NBD URI of an export at this address."""
         return f"nbd+unix:///{quote(export, safe='')}?socket={quote(str(self.path))}"
 
-    def connect(self, seconds: float = 10.0) -> socket.socket:
+    def connect(self, seconds: float = 60.0) -> socket.socket:
         """A connected socket with a time limit on each of its operations."""
         connection = socket.socket(socket.AF_UNIX)
         # Without Python's own time limit connect() waits while the listen queue is full.
@@ -50,7 +54,7 @@ class TcpAddress:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"nbd://{host}:{self.port}/{quote(export, safe='')}"
 
-    def connect(self, seconds: float = 10.0) -> socket.socket:
+    def connect(self, seconds: float = 60.0) -> socket.socket:
         """A connected socket with a time limit on each of its operations."""
         return socket.create_connection((self.host, self.port), seconds)
 
@@ -58,12 +62,30 @@ class TcpAddress:
 Address = UnixAddress | TcpAddress
 
 
+PORTS = range(20_000, 32_000)
+"""Below those that Linux gives to whoever connects without having asked for one."""
+
+
 def free_tcp_address(host: str = "127.0.0.1") -> TcpAddress:
-    """An address of this machine on which nothing listened a moment ago."""
+    """An address of this machine on which nothing listens, and which no other test gets while we live.
+
+    Other test runs on this machine ask for locks on the same files.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return TcpAddress(host, probe.getsockname()[1])
+    directory = Path(tempfile.gettempdir()) / f"nbd-migrate-test-ports-{os.geteuid()}"
+    directory.mkdir(exist_ok=True)
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        # Stays open, and locked, until this process ends.
+        held = os.open(directory / str(port), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket(family) as probe:
+                probe.bind((host, port))
+        except OSError:
+            os.close(held)
+            continue
+        return TcpAddress(host, port)
+    raise AssertionError(f"no port of {host} is free")
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Monitor:
     def __init__(self, address: Path) -> None:
         self._qmp = QEMUMonitorProtocol(str(address))
         self._qmp.connect()
-        self._qmp.settimeout(10.0)
+        self._qmp.settimeout(60.0)
 
     def execute(self, command: str, **arguments: object) -> Any:
         """Execute a QMP command; ``_`` in a keyword stands for ``-``."""
@@ -163,7 +163,7 @@ class Scene:
         self.export = directory / "nbd"
         self.original = original_disk(disk_size)
         self.image.write_bytes(self.original)
-        limits = Limits(start=15.0, migrate=20.0, stop=5.0, recover=20.0, stall=20.0, reconnect_delay=2)
+        limits = Limits(connect=60.0, command=60.0, start=120.0, stop=30.0, reconnect_delay=2)
         self.plan = Plan(
             Source(qmp=str(self.monitor_a), image=str(self.image), node="disk0"),
             Export(uri=UnixAddress(self.export).uri("vm")),

@@ -210,7 +210,7 @@ def extended_request(
 class Wire:
     """A connection to a server, spoken byte by byte. Every receive has a time limit."""
 
-    def __init__(self, address: Address, seconds: float = 10.0) -> None:
+    def __init__(self, address: Address, seconds: float = 60.0) -> None:
         """Connect; ``seconds`` is the time limit of each operation on the socket."""
         self.socket = address.connect(seconds)
         self._extended = False

@@ -160,7 +160,7 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(60)
 def test_a_plan_that_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "plan.toml"
     os.mkfifo(fifo)

@@ -89,7 +89,7 @@ def test_tasks_run_in_a_bounded_number_of_threads() -> None:
         with lock:
             running += 1
             most = max(most, running)
-        gate.wait(10)
+        gate.wait(120)
         with lock:
             running -= 1
             done += 1
@@ -130,12 +130,12 @@ def test_who_waits_in_one_pool_keeps_nobody_waiting_in_another() -> None:
     gate, done = threading.Event(), threading.Event()
 
     def wait() -> None:
-        gate.wait(10)
+        gate.wait(120)
 
     for _ in range(5):
         pools.of(stuck).near.submit(wait)
     pools.of(free).near.submit(done.set)
-    assert done.wait(5)
+    assert done.wait(60)
     gate.set()
     assert pools.of(stuck) is pools.of(stuck)
     pools.close()
@@ -150,12 +150,12 @@ def test_who_waits_for_another_server_leaves_threads_and_memory_to_who_does_not(
     near, far = pools.of(export)
 
     def wait() -> None:
-        gate.wait(10)
+        gate.wait(120)
 
     for _ in range(5):
         far.submit(wait)
     near.submit(done.set)
-    assert done.wait(5)
+    assert done.wait(60)
     far.memory.reserve(75)
     greedy = threading.Thread(target=far.memory.reserve, args=(10,))
     greedy.start()
@@ -163,7 +163,7 @@ def test_who_waits_for_another_server_leaves_threads_and_memory_to_who_does_not(
     near.memory.reserve(25)
     assert memory.held == 100
     far.memory.release(75)
-    greedy.join(10)
+    greedy.join(60)
     assert (memory.held, far.memory.held) == (35, 10)
     gate.set()
     pools.close()
@@ -180,6 +180,6 @@ def test_a_task_that_fails_does_not_take_a_thread_away_from_those_that_follow(
 
     workers.submit(fail)
     workers.submit(done.set)
-    assert done.wait(10), "the next task waits for a thread that has ended"
+    assert done.wait(60), "the next task waits for a thread that has ended"
     workers.close()
     assert "a defect" in caplog.text

@@ -279,7 +279,7 @@ def test_a_switch_over_that_ends_while_a_failure_is_looked_at_leaves_the_guest_s
 
 async def give_back_late(stage: Scene, qemu: Process, question: int) -> Side:
     """Give the guest back, while the switch-over comes to its end just before a question to A is answered."""
-    a = await connect("A's QEMU", str(stage.monitor_a), limit=5.0, command_limit=5.0)
+    a = await connect("A's QEMU", str(stage.monitor_a), limit=60.0, command_limit=60.0)
     asked, execute = 0, a.execute
 
     async def late(command: str, **arguments: Any) -> Any:
@@ -304,7 +304,7 @@ async def give_back_late(stage: Scene, qemu: Process, question: int) -> Side:
 
 async def resume_source(stage: Scene) -> None:
     """What an orchestrator does to give the guest back."""
-    a = await connect("A's QEMU", str(stage.monitor_a), limit=5.0, command_limit=5.0)
+    a = await connect("A's QEMU", str(stage.monitor_a), limit=60.0, command_limit=60.0)
     try:
         await resume(a)
     finally:

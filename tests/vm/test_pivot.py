@@ -77,10 +77,10 @@ class Machine:
         """Pivot to the file, or to another one; with ``commands`` be killed after so many."""
 
         async def body() -> None:
-            vm = await connect("B's QEMU", str(self.monitor), limit=5.0, command_limit=5.0)
+            vm = await connect("B's QEMU", str(self.monitor), limit=60.0, command_limit=60.0)
             try:
                 mortal = cast(Vm, Mortal(vm, commands, before))
-                await pivot(mortal, Pivot(NODE, str(image or self.disk), 10.0))
+                await pivot(mortal, Pivot(NODE, str(image or self.disk), 60.0))
             finally:
                 await vm.disconnect()
 

@@ -164,7 +164,7 @@ class SlowFile(FileStorage):
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         self.writing.set()
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(120)
         if self.error:
             raise self.error
         self.writes += 1
@@ -203,7 +203,7 @@ def test_a_write_to_what_another_has_just_written_is_kept_only_with_that(path: P
     file.go_on.clear()
     first = threading.Thread(target=image.settle)
     first.start()
-    assert file.writing.wait(20)
+    assert file.writing.wait(120)
     assert image.write_now(0, b"b" * GRAIN)
     second = threading.Thread(target=image.settle)
     second.start()
@@ -527,7 +527,7 @@ def test_no_write_comes_between_a_fetch_s_look_and_its_storing(
     monkeypatch.setattr(table, look, look_and_wait)
     fetch = threading.Thread(target=lambda: image.fill(0, b"f" * GRAIN))
     fetch.start()
-    assert looked.wait(20)
+    assert looked.wait(120)
     image.write(0, b"w" * GRAIN)
     written.set()
     fetch.join(20)
@@ -549,12 +549,12 @@ def test_a_guests_write_wins_over_the_fetch_of_the_same_grains_from_many_threads
 
         def fetch() -> None:
             for grain in range(0, grains, 4):
-                barrier.wait(20)
+                barrier.wait(120)
                 image.fill(grain * GRAIN, b"f" * 4 * GRAIN)
 
         def write() -> None:
             for grain in range(0, grains, 4):
-                barrier.wait(20)
+                barrier.wait(120)
                 for part in range(4):
                     assert image.write_now((grain + part) * GRAIN, b"w" * GRAIN)
                 wrong.extend(
@@ -578,7 +578,7 @@ def test_reads_and_writes_go_on_while_a_flush_waits_for_the_disk(path: Path) -> 
     class Slow(FileStorage):
         def sync(self) -> None:
             syncing.set()
-            assert go_on.wait(20)
+            assert go_on.wait(120)
             super().sync()
 
     data = Slow(os.open(path, os.O_RDWR), path)
@@ -597,7 +597,7 @@ def test_reads_and_writes_go_on_while_a_flush_waits_for_the_disk(path: Path) -> 
     flushes = [threading.Thread(target=image.flush) for _ in range(2)]
     for flush in flushes:
         flush.start()
-    assert syncing.wait(20)
+    assert syncing.wait(120)
     assert image.write_now(GRAIN, b"b" * GRAIN)
     assert image.fill(2 * GRAIN, b"c" * GRAIN) == GRAIN
     assert image.read(0, 3 * GRAIN) == b"a" * GRAIN + b"b" * GRAIN + b"c" * GRAIN
