@@ -68,7 +68,7 @@ def test_a_living_process_keeps_its_file_and_a_newcomer_is_told_whose_it_is(path
     assert not path.exists()
 
 
-@pytest.mark.parametrize("content", ["4000000\n", "1\n", "1", "  17 \n", "", OURS])
+@pytest.mark.parametrize("content", ["4000000\n", "1\n", "1", "  17 \n", "", pytest.param(OURS, id="ours")])
 def test_the_file_of_a_process_that_has_ended_is_taken_over_whoever_has_its_number_now(
     path: Path, content: str
 ) -> None:
