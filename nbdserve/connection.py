@@ -30,8 +30,6 @@ _GULP = 64 << 10
 _SEND_BUFFER = 512 << 10
 """Bytes of replies that may be on their way through a Unix socket."""
 _TIMEVAL = struct.Struct("ll")
-STALL = 60
-"""Seconds of silence that end a client in the middle of a request, or that does not take its replies."""
 _BUSY = 1.0
 """Seconds in which a client that never stops sending requests is still served while the server stops."""
 _LINGER = 1.0
@@ -48,6 +46,8 @@ class Shared:
     clients: Clients[Connection]
     pools: Pools
     watch: Watch
+    stall: float
+    """Seconds of silence that end a client in the middle of a request, or that does not take its replies."""
 
 
 class Connection:
@@ -75,6 +75,7 @@ class Connection:
         self._exports = shared.exports
         self._pools = shared.pools
         self._watch = shared.watch
+        self._stall = shared.stall
         self._terms = terms
         self._timed = TimedSocket(sock, terms.time_limit)
         self._transmission: Transmission | None = None
@@ -183,7 +184,7 @@ class Connection:
 
     def _limit_stalls(self) -> None:
         # The kernel's own time-outs: Python's cost a poll() before every receive.
-        limit = _TIMEVAL.pack(STALL, 0)
+        limit = _TIMEVAL.pack(int(self._stall), int(self._stall % 1 * 1_000_000))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 

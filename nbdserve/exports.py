@@ -12,6 +12,7 @@ from nbdserve.backends.base import Backend
 from nbdserve.errors import OperatorError, ProtocolError, UsageError
 from nbdserve.protocol.constants import MAX_STRING, TransmissionFlags
 from nbdserve.protocol.offers import Offer
+from nbdserve.threads import Thread
 from nbdserve.traffic import Traffic
 
 _LOG = logging.getLogger("nbdserve")
@@ -268,12 +269,17 @@ def _end(export: Export) -> Callable[[], str | None]:
     if seconds is None:
         end()
         return lambda: failures[0] if failures else None
-    thread = threading.Thread(target=end, name=f"end of {export.name}", daemon=True)
+    thread = Thread(end, f"end of {export.name}")
     deadline = time.monotonic() + seconds
-    thread.start()
+    try:
+        thread.start()
+    except OSError:
+        # What it asks for has limits of its own, if longer ones.
+        end()
 
     def ended() -> str | None:
-        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive() and export.owes:
             return "the server there does not answer"
         return failures[0] if failures else None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from nbdserve.outbox import Outbox, Parcel, Replies
-from nbdserve.protocol.constants import Command
+from nbdserve.protocol.constants import Command, NbdError
 from nbdserve.protocol.framing import Framing, Request
 from nbdserve.traffic import Traffic
 from nbdserve.workers import InFlight, Workers
@@ -65,10 +65,15 @@ class Handover:
             data = request.length if request.command == Command.READ else 0
             reply = Parcel(self._framing.data_head + data + _SMALL_REPLY)
             serve(reply)
-        except BaseException:
-            self.dismiss(request)
+            content = reply.content()
+        except BaseException as error:
+            # Nothing of a reply has been sent: the client is told, and not left waiting for ever.
+            number = NbdError.ENOMEM if isinstance(error, MemoryError) else NbdError.EIO
+            self._traffic.failed(request.command)
+            content = memoryview(self._framing.error(request, number, "the server could not finish this"))
             raise
-        self._outbox.post(reply.content(), over)
+        finally:
+            self._outbox.post(content, over)
 
 
 def _memory_for(request: Request) -> int:

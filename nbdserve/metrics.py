@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import socket
-import threading
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -23,6 +22,7 @@ from nbdserve.errors import ConnectError
 from nbdserve.listeners import address_text
 from nbdserve.scraping import HttpServer
 from nbdserve.server import Server
+from nbdserve.threads import Thread
 from nbdserve.traffic import BUCKETS, COMMANDS, Histogram, Traffic
 
 _LOG = logging.getLogger("nbdserve")
@@ -112,8 +112,12 @@ def served(collector: PrometheusCollector, host: str, port: int) -> Iterator[Non
     server = _listen(host, port)
     server.set_app(make_wsgi_app(registry))
     _LOG.info("metrics on http://%s/metrics", address_text(server.server_address))
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-    thread.start()
+    thread = Thread(server.serve_forever, "metrics")
+    try:
+        thread.start()
+    except OSError:
+        server.server_close()
+        raise
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from nbdserve.access import AllowList
 from nbdserve.handshake import Terms
 from nbdserve.vigil import MOMENT
-from nbdserve.workers import DEFAULT_MEMORY
+from nbdserve.workers import DEFAULT_MEMORY, IDLE
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Policy:
     """Clients that have not chosen an export yet; when one more comes the oldest of them is cut off."""
     request_memory: int = DEFAULT_MEMORY
     """Bytes that the requests with the workers may hold, those of all clients together."""
+    stall: float = 60.0
+    """Seconds of silence that end a client in the middle of a request, or that does not take its replies."""
+    worker_idle: float = IDLE
+    """Seconds for which a thread for requests that wait stays when there are none."""
     busy_poll: float = MOMENT
     """Seconds for which the next request of the one client that is active is looked out for, before sleep."""
     once: bool = False

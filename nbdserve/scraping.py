@@ -10,6 +10,8 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+from nbdserve.threads import Thread
+
 _LOG = logging.getLogger("nbdserve")
 
 MOST_CLIENTS = 32
@@ -57,7 +59,11 @@ class HttpServer(ThreadingMixIn, WSGIServer):
             self._clients[request] = time.monotonic()
             crowd = list(self._clients)[: -self._most]
             self._cut(crowd)
-        super().process_request(request, client_address)
+        try:
+            Thread(self.process_request_thread, "scrape", request, client_address).start()
+        except OSError as error:
+            _LOG.warning("metrics: %s: a scrape is turned away: %s", client_address[0], error.strerror)
+            self.shutdown_request(request)
 
     def service_actions(self) -> None:
         """From time to time: cut those off whose time is over."""

@@ -7,7 +7,6 @@ import math
 import selectors
 import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from nbdserve.listeners import Listener, Visitor
 from nbdserve.logs import ClientLog
 from nbdserve.notify import ServiceManager
 from nbdserve.policy import Policy
+from nbdserve.threads import Thread
 from nbdserve.traffic import Traffic
 from nbdserve.vigil import Watch
 from nbdserve.workers import Budget, Pools
@@ -55,8 +55,8 @@ class Server:
         self._listeners = listeners
         self._policy = policy
         self._manager = manager or ServiceManager({})
-        self._pools = Pools(WORKERS, self.memory)
-        self._shared = Shared(exports, self.clients, self._pools, Watch(policy.busy_poll))
+        self._pools = Pools(WORKERS, self.memory, policy.worker_idle)
+        self._shared = Shared(exports, self.clients, self._pools, Watch(policy.busy_poll), policy.stall)
         self._stopping = False
         # By time.monotonic(); 0 when there is room to haggle, infinity until somebody has left or settled.
         self._crowded_until = 0.0
@@ -105,14 +105,18 @@ class Server:
         self._shut_down()
 
     def welcome(self, visitor: Visitor, *, tls_required: bool = False) -> None:
-        """Serve a client that is connected."""
+        """Serve a client that is connected; OSError when there is no thread to do that."""
         terms = self._policy.terms.requiring_tls() if tls_required else self._policy.terms
         traffic = Traffic(timed=self._policy.timed)
         connection = Connection(visitor, self._shared, terms, traffic, self.accepted)
-        thread = threading.Thread(target=self._serve, args=(connection,), name=visitor.name, daemon=True)
-        self.accepted += 1
+        thread = Thread(self._serve, visitor.name, connection)
         self.clients.add(connection, thread)
-        thread.start()
+        try:
+            thread.start()
+        except OSError:
+            self.clients.remove(connection)
+            raise
+        self.accepted += 1
 
     def _seconds_left(self) -> float | None:
         """How long to wait for something to happen, in seconds; None for ever."""
@@ -152,7 +156,10 @@ class Server:
             limit = self._policy.max_connections
             self._turn_away(visitor, "too many", f"turned away: {limit} clients are connected")
         else:
-            self.welcome(visitor, tls_required=listener.tls_required)
+            try:
+                self.welcome(visitor, tls_required=listener.tls_required)
+            except OSError as error:
+                self._turn_away(visitor, "no thread", f"turned away: {error.strerror}", logging.WARNING)
 
     def _make_room_to_haggle(self) -> bool:
         """Whether one more client may haggle.
@@ -173,9 +180,9 @@ class Server:
             self.turned_away["slow to choose"] += 1
         return False
 
-    def _turn_away(self, visitor: Visitor, reason: str, message: str) -> None:
+    def _turn_away(self, visitor: Visitor, reason: str, message: str, level: int = logging.INFO) -> None:
         self.turned_away[reason] += 1
-        ClientLog(visitor.name).info("%s", message)
+        ClientLog(visitor.name).log(level, "%s", message)
         visitor.sock.close()
 
     def _serve(self, connection: Connection) -> None:

@@ -7,11 +7,11 @@ import os
 import socket
 import stat
 import sys
-import threading
 from collections.abc import Iterator
 
 from nbdserve.errors import UsageError
 from nbdserve.listeners import Visitor, visitor
+from nbdserve.threads import Thread
 
 _PIECE = 256 << 10
 _LAST_REPLIES = 10.0
@@ -36,8 +36,8 @@ def client() -> Iterator[Visitor]:
         yield visitor(socket.socket(fileno=incoming))
     elif kinds == [stat.S_IFIFO, stat.S_IFIFO]:
         ours, theirs = socket.socketpair()
-        threading.Thread(target=_pump_in, args=(incoming, ours), name="stdin", daemon=True).start()
-        out = threading.Thread(target=_pump_out, args=(ours, outgoing), name="stdout", daemon=True)
+        Thread(_pump_in, "stdin", incoming, ours).start()
+        out = Thread(_pump_out, "stdout", ours, outgoing)
         out.start()
         yield Visitor(theirs, "stdio")
         theirs.close()

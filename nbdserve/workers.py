@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
+from nbdserve.threads import Thread
+
 _LOG = logging.getLogger("nbdserve")
 Task = Callable[[], None]
 
@@ -17,7 +19,7 @@ DEFAULT_MEMORY = 512 << 20
 """Bytes that the requests with the workers may hold, those of all clients together."""
 
 
-_IDLE = 30.0
+IDLE = 30.0
 """Seconds for which a thread waits for another task before it ends."""
 
 
@@ -58,60 +60,94 @@ class Budget:
 
 
 class Workers:
-    """At most ``limit`` threads, started when they are needed and ended when they are not any more.
+    """At most ``limit`` threads, started when they are needed and ended after ``idle`` seconds without work.
 
     ``memory`` is what their requests may hold.
 
-    They are daemon threads: one that hangs in a dead disk does not keep the process from ending. A task deals
-    with its own failures; one that does not is a defect, and ends in the log as a traceback.
+    A task deals with its own failures; one that does not is a defect, and ends in the log as a traceback.
     """
 
-    def __init__(self, limit: int, memory: Budget | None = None) -> None:
+    def __init__(self, limit: int, memory: Budget | None = None, idle: float = IDLE) -> None:
         self.memory = memory or Budget(DEFAULT_MEMORY)
         self._limit = limit
+        self._idle = idle
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        # All under the lock. Who takes a task counts it and itself, so that the counts are always true.
         self._threads = 0
-        self._idle = 0
+        self._waiting = 0
+        """Threads that look for a task."""
+        self._queued = 0
+        """Tasks that no thread has taken."""
+        self._is_short = False
+        """Whether the last attempt to start a thread has failed."""
 
     def submit(self, task: Task) -> None:
-        """Run the task in one of the threads, soon."""
+        """Run the task in one of the threads, soon; here and now where none is there nor can be started."""
         with self._lock:
-            if self._idle > 0:
-                self._idle -= 1
-            elif self._threads < self._limit:
-                self._threads += 1
-                threading.Thread(target=self._work, name="worker", daemon=True).start()
-        self._tasks.put(task)
+            self._queued += 1
+            if self._queued > self._waiting and self._threads < self._limit:
+                self._start_thread()
+            if self._threads:
+                self._tasks.put(task)
+                return
+            self._queued -= 1
+        self._perform(task)
 
     def close(self) -> None:
         """Let the threads end when they have nothing left to do."""
         with self._lock:
             for _ in range(self._threads):
+                self._queued += 1
                 self._tasks.put(None)
+
+    def _start_thread(self) -> None:
+        """Start one more, with the lock held, if the system has one."""
+        try:
+            Thread(self._work, "worker").start()
+        except OSError as error:
+            if not self._is_short:
+                # The next request tries again.
+                _LOG.warning("%d threads for requests that wait must do: %s", self._threads, error.strerror)
+            self._is_short = True
+        else:
+            self._threads += 1
+            self._is_short = False
 
     def _work(self) -> None:
         while (task := self._next()) is not None:
-            try:
-                task()
-            except Exception:  # noqa: BLE001
-                # The thread goes on, whatever the defect is: others count on it.
-                _LOG.exception("a request could not be finished")
-            with self._lock:
-                self._idle += 1
+            self._perform(task)
+
+    def _perform(self, task: Task) -> None:
+        try:
+            task()
+        except MemoryError:
+            _LOG.error("a request could not be finished: there is no memory left")
+        except Exception:  # noqa: BLE001
+            # The thread goes on, whatever the defect is: others count on it.
+            _LOG.exception("a request could not be finished")
 
     def _next(self) -> Task | None:
-        """The next task; None when the thread is to end."""
+        """The next task; None when the thread is to end, and is not counted any more."""
+        with self._lock:
+            self._waiting += 1
         while True:
             try:
-                return self._tasks.get(timeout=_IDLE)
+                task = self._tasks.get(timeout=self._idle)
             except queue.Empty:
                 with self._lock:
-                    # As many tasks are on their way as idle threads were taken off the count for.
-                    if self._idle > 0:
-                        self._idle -= 1
+                    if self._queued < self._waiting:
+                        # The others that wait are enough for what may have come at this very moment.
+                        self._waiting -= 1
                         self._threads -= 1
                         return None
+            else:
+                with self._lock:
+                    self._queued -= 1
+                    self._waiting -= 1
+                    if task is None:
+                        self._threads -= 1
+                return task
 
 
 class Crew(NamedTuple):
@@ -125,12 +161,14 @@ class Crew(NamedTuple):
 class Pools:
     """Workers for each export, so that a disk or a server that hangs keeps only its own clients waiting.
 
-    They have at most ``limit`` threads near and far each; ``memory`` is what the requests of all may hold
+    They have at most ``limit`` threads near and far each, which end after ``idle`` seconds without work;
+    ``memory`` is what the requests of all may hold
     together, of which those that need the network leave a quarter to the others.
     """
 
-    def __init__(self, limit: int, memory: Budget) -> None:
+    def __init__(self, limit: int, memory: Budget, idle: float = IDLE) -> None:
         self._limit = limit
+        self._idle = idle
         self._near, self._far = memory, memory.part(3 / 4)
         self._lock = threading.Lock()
         self._pools: weakref.WeakKeyDictionary[object, Crew] = weakref.WeakKeyDictionary()
@@ -138,8 +176,11 @@ class Pools:
     def of(self, export: object) -> Crew:
         """Those of an export, for as long as it exists."""
         with self._lock:
-            crew = Crew(Workers(self._limit, self._near), Workers(self._limit, self._far))
-            return self._pools.setdefault(export, crew)
+            crew = self._pools.get(export)
+            if crew is None:
+                near, far = (Workers(self._limit, memory, self._idle) for memory in (self._near, self._far))
+                crew = self._pools[export] = Crew(near, far)
+            return crew
 
     def close(self) -> None:
         """Let all threads end when they have nothing left to do."""

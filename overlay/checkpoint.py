@@ -6,6 +6,7 @@ import logging
 import threading
 
 from nbdserve.errors import ImageError
+from nbdserve.threads import Thread
 from overlay.image import Image
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -21,7 +22,7 @@ class Checkpoints:
         self._image = image
         self._interval = interval
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+        self._thread = Thread(self._run, "checkpoints")
 
     def start(self) -> None:
         """Flush from now on."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nbdserve.errors import ImageError
+from nbdserve.threads import Thread
 from nbdserve.traffic import Histogram
 from overlay.claims import UNIT, Claim, Claims
 from overlay.image import Image, State
@@ -80,7 +81,7 @@ class Fetcher:
         self._sources = sources
         self._ahead = ReadAhead(image.size)
         self._hints: queue.Queue[tuple[int, int] | None] = queue.Queue(_WAITING_HINTS)
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._closed = False
 
     def bring(self, offset: int, length: int) -> None:
@@ -223,8 +224,14 @@ class Fetcher:
         except queue.Full:
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run_ahead, name="read-ahead", daemon=True)
-            self._thread.start()
+            thread = Thread(self._run_ahead, "read-ahead")
+            try:
+                thread.start()
+            except OSError as error:
+                # The guest does not need it; the next miss tries again.
+                _LOG.debug("nothing is read ahead: %s", error.strerror)
+            else:
+                self._thread = thread
 
     def _run_ahead(self) -> None:
         while (hint := self._hints.get()) is not None and not self._closed:

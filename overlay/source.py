@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from nbdserve.client import Client, connect
 from nbdserve.client.handle import Export
 from nbdserve.errors import ConnectError, OperatorError
+from nbdserve.threads import Thread
 from nbdserve.uri import NbdUri
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -72,11 +73,15 @@ class Session:
         with self._lock:
             self._closed = True
         # Each takes leave for up to a second from a server that hangs: at the same time.
-        threads = [threading.Thread(target=client.close, daemon=True) for client in self.clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        leaving = [(client, Thread(client.close, "hang up")) for client in self.clients]
+        for client, thread in leaving:
+            try:
+                thread.start()
+            except OSError:
+                client.close()
+        for _, thread in leaving:
+            if thread.ident is not None:
+                thread.join()
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Source:
         self._closed = False
         self._is_checked = True
         self._kick = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"source {uri}", daemon=True)
+        self._thread = Thread(self._run, f"source {uri}")
 
     def start(self) -> None:
         """Connect, and stay connected, from now on."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from nbdserve.errors import ImageError
+from nbdserve.threads import Thread
 from overlay.census import fill_zeros
 from overlay.claims import Claim
 from overlay.fetch import LONGEST, Fetcher, Refusal
@@ -87,7 +87,7 @@ class Streamer:
         """Parts that no server can read, in this pass."""
         self._refusal: Refusal | None = None
         """The first of them."""
-        self._thread = threading.Thread(target=self._run, name="streamer", daemon=True)
+        self._thread = Thread(self._run, "streamer")
         fetcher.on_miss = self._hint
 
     def start(self) -> None:

@@ -27,6 +27,7 @@ from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.client.pipeline import Client, connect
 from nbdserve.client.upstream import PATIENCE, REQUEST_TIMEOUT, Fate, Upstream
 from nbdserve.errors import ConnectError, ImageError, OperatorError
+from nbdserve.threads import Thread
 from nbdserve.uri import NbdUri
 
 _LOG = logging.getLogger("nbdserve")
@@ -165,8 +166,11 @@ class _Running:
         self._path = path
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed with this object
         self._started: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = queue.SimpleQueue()
-        arguments = (["setpriv", "--pdeathsig", "KILL", "--", *command],)
-        threading.Thread(target=self._run, args=arguments, name=f"qemu-nbd {path}", daemon=True).start()
+        words = ["setpriv", "--pdeathsig", "KILL", "--", *command]
+        try:
+            Thread(self._run, f"qemu-nbd {path}", words).start()
+        except OSError as error:
+            raise OperatorError(f"{path}: cannot start qemu-nbd: {error.strerror}") from error
         outcome = self._started.get()
         if isinstance(outcome, OSError):
             raise OperatorError(f"{path}: cannot start qemu-nbd: {outcome.strerror}") from outcome

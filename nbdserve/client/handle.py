@@ -13,7 +13,6 @@ import queue
 import select
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import nbd
 from nbdserve.errors import ConnectError
 from nbdserve.protocol.constants import MAX_STRING
 from nbdserve.protocol.offers import BASE_ALLOCATION
+from nbdserve.threads import Thread
 from nbdserve.uri import NbdUri, TlsType
 
 HandleError = nbd.Error
@@ -246,7 +246,7 @@ def _start_tcp(handle: Handle, uri: NbdUri, deadline: float) -> None:
         else:
             outcome.put(None)
 
-    threading.Thread(target=start, name=f"look up {uri.host}", daemon=True).start()
+    Thread(start, f"look up {uri.host}").start()
     try:
         error = outcome.get(timeout=max(0.0, deadline - time.monotonic()))
     except queue.Empty:

@@ -32,6 +32,7 @@ from nbdserve.client.handle import (
 from nbdserve.protocol.constants import CommandFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
+from nbdserve.threads import Thread
 from nbdserve.uri import NbdUri
 
 DEFAULT_TIMEOUT = 10.0
@@ -99,7 +100,7 @@ class Client:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._handle: Handle | None = handle
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # In the order of their deadlines, as all have the same time. libnbd's callbacks touch neither this
@@ -237,6 +238,8 @@ class Client:
             handle = self._handle
             if handle is None or self._closing:
                 raise OSError(errno.ENOTCONN, f"{self.uri}: the connection is closed")
+            if self._thread is None:
+                self._thread = self._listen()
             self._in_flight[request] = None
             try:
                 issue(handle, over)
@@ -244,12 +247,18 @@ class Client:
                 self._in_flight.pop(request, None)
                 number = errno.ENOTCONN if is_over(handle) else error.errnum
                 raise OSError(number or errno.EIO, f"{self.uri}: {error.args[0]}") from error
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=str(self.uri), daemon=True)
-                self._thread.start()
-            elif self._over or needs_waking(handle):
+            if self._over or needs_waking(handle):
                 os.eventfd_write(self._wake, 1)
         return request.future
+
+    def _listen(self) -> Thread:
+        """Receive replies from now on. Where that cannot be done the connection is as good as lost."""
+        thread = Thread(self._run, str(self.uri))
+        try:
+            thread.start()
+        except OSError as error:
+            raise OSError(errno.ENOTCONN, f"{self.uri}: {error.strerror}") from error
+        return thread
 
     def _run(self) -> None:
         """Receive replies until the connection ends, for whatever reason."""

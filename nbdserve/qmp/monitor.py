@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Mapping
 
@@ -17,6 +16,7 @@ from nbdserve import __version__
 from nbdserve.listeners import Listener
 from nbdserve.qmp.commands import Command, CommandError, Handler
 from nbdserve.qmp.session import Session
+from nbdserve.threads import Thread
 
 _LOG = logging.getLogger("nbdserve")
 MAX_SESSIONS = 16
@@ -47,7 +47,7 @@ class Monitor:
         self._sessions: set[Session] = set()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+        self._thread = Thread(self._run, "monitor")
 
     def start(self) -> None:
         """Serve clients from now on."""

@@ -69,3 +69,20 @@ def test_only_the_clients_handle_imports_libnbd() -> None:
         if "nbd" in {name.split(".")[0] for name in imported_modules(source)}
     }
     assert users == {"nbdserve/client/handle.py"}
+
+
+def test_threads_are_started_in_one_place_which_knows_that_there_may_be_none() -> None:
+    starters = {"Thread", "Timer", "ThreadPoolExecutor", "start_new_thread", "start_joinable_thread"}
+    for package in ("nbdserve", "overlay"):
+        for source in modules(package):
+            if source == ROOT / "nbdserve/threads.py":
+                continue
+            tree = ast.parse(source.read_text(), str(source))
+            called = {
+                node.func.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            }
+            names = {name for name in imported_modules(source) if not name.startswith("nbdserve.")}
+            used = called | {name.rsplit(".", 1)[-1] for name in names}
+            assert not used & starters, f"{source.relative_to(ROOT)}: use nbdserve.threads.Thread"

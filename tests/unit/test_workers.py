@@ -7,7 +7,6 @@ import threading
 
 import pytest
 
-from nbdserve import workers as workers_module
 from nbdserve.workers import Budget, InFlight, Pools, Workers
 from tests.support.processes import wait_until
 
@@ -103,10 +102,9 @@ def test_tasks_run_in_a_bounded_number_of_threads() -> None:
     workers.close()
 
 
-def test_threads_that_nobody_needs_end_and_others_take_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers_module, "_IDLE", 0.05)
+def test_threads_that_nobody_needs_end_and_others_take_their_place() -> None:
     before = threading.active_count()
-    workers = Workers(4)
+    workers = Workers(4, idle=0.05)
     done: list[int] = []
     for _ in range(3):
         for number in range(8):
@@ -118,6 +116,78 @@ def test_threads_that_nobody_needs_end_and_others_take_their_place(monkeypatch: 
         workers.submit(functools.partial(done.append, number))
         threading.Event().wait(0.001 * (number % 60))
     wait_until(lambda: len(done) == 104, "none was forgotten")
+    workers.close()
+
+
+def test_tasks_that_were_queued_while_all_were_busy_leave_no_idle_threads_on_the_books() -> None:
+    before = threading.active_count()
+    workers = Workers(2, idle=0.05)
+    for burst in (3, 50, 2, 1):
+        gate, done = threading.Event(), threading.Semaphore(0)
+
+        def task(gate: threading.Event = gate, done: threading.Semaphore = done) -> None:
+            gate.wait(10)
+            done.release()
+
+        for _ in range(burst):
+            workers.submit(task)
+        gate.set()
+        for number in range(burst):
+            assert done.acquire(timeout=10), f"task {number} of {burst} waits for threads that have ended"
+        wait_until(lambda: threading.active_count() <= before, "the threads have ended")
+    workers.close()
+
+
+def no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on threads cannot be started, as when the table of processes is full."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_where_no_thread_can_be_started_the_task_is_done_by_whoever_brings_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers, places = Workers(2), []
+
+    def task() -> None:
+        places.append(threading.current_thread())
+
+    with monkeypatch.context() as patch:
+        no_more_threads(patch)
+        for _ in range(3):
+            workers.submit(task)
+        assert places == [threading.current_thread()] * 3
+    assert caplog.text.count("no thread can be started") == 1, "one line, not one for each request"
+    for _ in range(2):
+        workers.submit(task)
+    wait_until(lambda: len(places) == 5, "the pool has recovered")
+    assert threading.current_thread() not in places[3:]
+    workers.close()
+
+
+def test_a_pool_that_could_not_grow_is_not_smaller_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers, gate, running = Workers(3), threading.Event(), threading.Semaphore(0)
+
+    def task() -> None:
+        running.release()
+        gate.wait(10)
+
+    workers.submit(task)
+    assert running.acquire(timeout=10)
+    with monkeypatch.context() as patch:
+        no_more_threads(patch)
+        for _ in range(5):
+            workers.submit(task)
+    workers.submit(task)
+    workers.submit(task)
+    for _ in range(2):
+        assert running.acquire(timeout=10), "three threads, as before"
+    gate.set()
+    for _ in range(5):
+        assert running.acquire(timeout=10), "every task is done"
     workers.close()
 
 

@@ -1,0 +1,26 @@
+"""Threads, of which a process may have no more: the one place that starts any."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+
+
+class Thread(threading.Thread):
+    """A daemon thread: one that hangs in a dead disk does not keep the process from ending."""
+
+    def __init__(self, target: Callable[..., object], name: str, *arguments: object) -> None:
+        super().__init__(target=target, args=arguments, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start it. OSError, ENOMEM, when there are no more threads to be had.
+
+        The kernel's EAGAIN for that would become a BlockingIOError, which has another meaning to sockets.
+        """
+        try:
+            super().start()
+        except (RuntimeError, MemoryError) as error:
+            raise OSError(
+                errno.ENOMEM, "no thread can be started: look at ulimit -u, systemd's TasksMax and memory"
+            ) from error
