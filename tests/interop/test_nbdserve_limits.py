@@ -198,7 +198,7 @@ def resident(pid: int) -> int:
 def test_a_thousand_idle_clients_are_held_in_little_memory(image: Path, tmp_path: Path) -> None:
     clients = 1000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with nbdserve("-f", "raw", image, directory=tmp_path) as server:
+    with nbdserve("-f", "raw", "--handshake-timeout=120", image, directory=tmp_path) as server:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         try:
             with Wire(server.address) as first:
