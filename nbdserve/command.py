@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from nbdserve import streams
 from nbdserve.errors import OperatorError, UsageError
 
 EXIT_DONE = 0
@@ -25,27 +26,51 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(program: str, body: Callable[[], int]) -> int:
-    """Run a command's body and return its exit code, turning expected failures into one line on stderr."""
+    """Run a command's body and return its exit code, turning expected failures into one line on stderr.
+
+    What the body has printed is out by then; where that failed the exit code is not 0. Only a reader that has
+    gone (`| head`) is no news to anybody.
+    """
+    streams.prepare()
+    code = _attempt(program, body)
+    lost = streams.trouble_of(sys.stdout)
+    if lost is not None:
+        code = code or _fail(program, lost)
+    streams.trouble_of(sys.stderr)
+    return code
+
+
+def _attempt(program: str, body: Callable[[], int]) -> int:
     try:
         return body()
+    except SystemExit as end:
+        # argparse's, after --help and --version.
+        return end.code if isinstance(end.code, int) else EXIT_DONE
     except OperatorError as error:
         complain(program, str(error))
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); point stdout elsewhere so that exit stays silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        complain(program, f"{where}{error.strerror or error}")
-        return EXIT_FAILED
+        return _fail(program, error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
 
+def _fail(program: str, error: OSError) -> int:
+    if not (isinstance(error, BrokenPipeError) and error.filename == streams.OUTPUT):
+        where = f"{error.filename}: " if error.filename else ""
+        complain(program, f"{where}{error.strerror or error}")
+    return EXIT_FAILED
+
+
 def complain(program: str, message: str) -> None:
     """Print one line on standard error."""
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    tell(f"{program}: {' '.join(message.split())}")
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """Print something on standard error, if that takes it."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def count(text: str) -> int:

@@ -63,6 +63,8 @@ def start(program: str, handler: logging.Handler, *, as_json: bool, verbose: boo
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)
     threading.excepthook = _log_death
+    # A log that cannot be written, as its disk is full, is no reason for a traceback in it.
+    logging.raiseExceptions = False
 
 
 def system_log() -> logging.Handler:

@@ -62,9 +62,7 @@ def _run_command(argv: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
-    code = command(arguments)
-    sys.stdout.flush()
-    return code
+    return command(arguments)
 
 
 def _parser() -> Parser:

@@ -11,7 +11,7 @@ from pathlib import Path
 from nbdserve import clock
 from nbdserve.command import EXIT_DONE, Parser, seconds
 from nbdserve.config import monitor_path
-from nbdserve.errors import UsageError
+from nbdserve.errors import OperatorError, UsageError
 from nbdserve.sizes import parse_size
 
 INVALIDATE_LIMIT = 60.0
@@ -223,6 +223,8 @@ def _ranges(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
         text = sys.stdin.read() if arguments.ranges == "-" else Path(arguments.ranges).read_text()
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: it is no text") from error
+    except OSError as error:
+        raise OperatorError(f"{name}: {error.strerror}") from error
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:

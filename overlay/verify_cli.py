@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser
+from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, tell
 from nbdserve.sizes import format_size
 
 _DESCRIPTION = """\
@@ -84,11 +84,11 @@ class _Progress:
         self._next = time.monotonic() + (0.2 if self._live else _PAUSE)
         text = f"{100 * done / total:.1f}% of {format_size(total)}"
         if self._live:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+            tell(f"\r\033[K{text}", end="")
         else:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     def clear(self) -> None:
         """Give the terminal's line back."""
         if self._live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            tell("\r\033[K", end="")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from typing import TextIO
@@ -13,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from nbdserve.errors import MigrationError
+from nbdserve.streams import silence
 from recipes.report import Moment, Outcome, Progress, Report, Step, StepResult
 
 INTERVAL = 5.0
@@ -24,8 +25,9 @@ MIB = 1 << 20
 class PlainReport(Report):
     """Prints a line for everything that happens, with the seconds since the beginning."""
 
-    def __init__(self, out: TextIO = sys.stdout) -> None:
-        self._out = out
+    def __init__(self, out: TextIO | None = None) -> None:
+        """``out`` is standard output by default."""
+        self._out = out or sys.stdout
         self._begin = time.monotonic()
         self._next_progress = 0.0
 
@@ -57,31 +59,38 @@ class PlainReport(Report):
             print(f"{time.monotonic() - self._begin:7.1f} s  {text}", file=self._out, flush=True)
         except OSError:
             # Nobody reads any more, or the disk is full: no reason to stop a migration half-way.
-            self._out = open(os.devnull, "w")  # noqa: SIM115 - it stays open to the end
-            os.dup2(self._out.fileno(), sys.stdout.fileno())
+            silence(self._out)
 
 
 class TerminalReport(PlainReport):
     """The same, with a bar while the disk is streamed."""
 
-    def __init__(self, out: TextIO = sys.stdout) -> None:
+    def __init__(self, out: TextIO | None = None) -> None:
         super().__init__(out)
-        self._console = Console(file=out)
+        self._console = Console(file=self._out)
         self._bar: Bar | None = None
 
     def progress(self, progress: Progress) -> None:
-        if self._bar is None:
-            columns = (BarColumn(), TextColumn("{task.description}"))
-            self._bar = Bar(*columns, console=self._console, transient=True)
-            self._bar.add_task("", total=progress.total)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=progress.done, description=describe(progress))
+        try:
+            if self._bar is None:
+                columns = (BarColumn(), TextColumn("{task.description}"))
+                # Refreshed here: a thread would die, aloud, with a terminal that has hung up.
+                self._bar = Bar(*columns, console=self._console, transient=True, auto_refresh=False)
+                self._bar.add_task("", total=progress.total)
+                self._bar.start()
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=progress.done, description=describe(progress), refresh=True)
+        except OSError:
+            silence(self._out)
 
     def close(self) -> None:
         """Give the terminal back."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar:
+            try:
+                bar.stop()
+            except OSError:
+                silence(self._out)
 
     def _line(self, text: str) -> None:
         # The bar gives way to every line and comes back with the next progress.
@@ -96,13 +105,21 @@ class JsonReport(PlainReport):
         super().__init__(sys.stderr)
 
     def finished(self, outcome: Outcome) -> None:
-        """Print the outcome; a step by its number and its title."""
+        """Print the outcome; a step by its number and its title. MigrationError when that cannot be done."""
+        super().finished(outcome)
         values = dataclasses.asdict(outcome)
         values["steps"] = [
             {"number": r.step.number, "title": r.step.title, "seconds": r.seconds, "summary": r.summary}
             for r in outcome.steps
         ]
-        print(json.dumps(values))
+        try:
+            print(json.dumps(values), flush=True)
+        except OSError as error:
+            silence(sys.stdout)
+            raise MigrationError(
+                "the guest has moved to B with its disk, and A is not needed any more; only the outcome "
+                f"could not be written to standard output: {error.strerror}"
+            ) from error
 
 
 def choose_report(*, as_json: bool = False) -> PlainReport:

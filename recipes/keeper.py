@@ -27,7 +27,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+
+from nbdserve import streams
 
 GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL when the holder is gone."""
@@ -74,7 +77,7 @@ class Keeper:
                 self._signal(signal.SIGKILL)
                 self._deadline = None
             if 0 in ready:
-                data = os.read(0, 4096)
+                data = heard()
                 *words, pending = (pending + data).split(b"\n")
                 for word in words:
                     self._obey(word.decode(errors="replace"))
@@ -126,16 +129,23 @@ def identity(path: Path | None) -> tuple[int, ...] | None:
     return None if status is None else (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
+def heard() -> bytes:
+    """What the holder says; nothing when it has gone, or when there was none from the beginning."""
+    try:
+        return os.read(0, 4096)
+    except OSError:
+        return b""
+
+
 def tell(message: dict[str, object]) -> None:
     """Write one message for the holder, who may be gone."""
-    try:
+    with suppress(OSError):
         os.write(1, json.dumps(message).encode() + b"\n")
-    except BrokenPipeError:
-        pass
 
 
 def main(arguments: list[str]) -> int:
     """Run the keeper; return 0, or 1 when the command could not be started."""
+    streams.prepare()
     log, ready, *command = arguments
     # Only standard input ends a keeper, not the terminal or the end of an ssh session. These are handlers, as
     # a process would inherit SIG_IGN.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 
@@ -70,6 +71,17 @@ def test_on_a_terminal_lines_and_bar_do_not_mix(monkeypatch: pytest.MonkeyPatch)
     report.close()
     assert "512 of 1024 MiB  64.0 MiB/s  8 s left  window 10 s" in out.getvalue()
     assert "\n" in out.getvalue().split("the export is back")[1]
+
+
+def test_a_terminal_that_hangs_up_stops_no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as out:
+        report = TerminalReport(out)
+        report.progress(HALFWAY)
+        os.close(ours)
+        tell(report)
+        report.close()
 
 
 def test_the_outcome_as_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,36 @@ def test_a_migration_goes_on_when_nobody_reads_what_it_prints(stage: Scene) -> N
     assert stage.wrong_sectors() == []
 
 
+@pytest.mark.parametrize(
+    ("options", "redirected", "code"),
+    [
+        ("", ">&-", 0),
+        ("", "<&- >&- 2>&-", 0),
+        ("", ">/dev/full", 0),
+        ("--json", ">&-", 0),
+        ("--json", ">/dev/full", 1),
+        ("--json", "2>/dev/full", 0),
+    ],
+)
+def test_a_migration_whose_streams_take_nothing_is_complete_all_the_same(
+    stage: Scene, options: str, redirected: str, code: int
+) -> None:
+    words = shlex.join([str(NBD_MIGRATE), "run", str(stage.plan_file())])
+    shell = ["bash", "-c", f"{words} {options} {redirected}"]
+    with Process(shell, stage.directory / "run.log") as run:
+        assert run.wait(60.0) == code, run.output()
+    assert "Traceback" not in run.output()
+    if code:
+        assert run.output().splitlines()[-1] == (
+            "nbd-migrate: the guest has moved to B with its disk, and A is not needed any more; only the "
+            "outcome could not be written to standard output: No space left on device"
+        )
+    stage.wait_until_guest_works("b")
+    assert stage.started() == {Role.B}
+    stage.quit_b()
+    assert stage.wrong_sectors() == []
+
+
 def test_commas_in_paths_are_not_taken_for_options(stage: Scene) -> None:
     stage.overlay = stage.directory / "b,1.raw"
     stage.monitor_b = stage.directory / "b,1.qmp"
