@@ -51,7 +51,7 @@ unit: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck recipes/*.sh tests/*.sh .ci/run
+	$(BIN)/shellcheck $(wildcard recipes/*.sh tests/*.sh) .ci/run
 
 types: setup
 	$(BIN)/mypy
