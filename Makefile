@@ -11,7 +11,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 
 PACKAGES := python3-venv python3-libnbd libnbd-bin qemu-system-x86 qemu-utils nbdkit nbd-client nbd-server \
 	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3 openssl
 
-.PHONY: setup packages demo test check unit lint types bench fuzz soak chaos docs clean
+.PHONY: setup packages demo test check unit lint types bench bench-quick fuzz soak chaos docs clean
 
 setup: packages $(VENV)/.installed
 
@@ -59,6 +59,12 @@ types: setup
 bench: setup
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.overlay
+
+# This version beside AGAINST, a revision or the directory of another checkout; LEAST fails it below a ratio.
+AGAINST := HEAD~1
+LEAST := 0
+bench-quick: setup
+	$(BIN)/python -m tests.bench.quick --against $(AGAINST) --least $(LEAST)
 
 # The fuzzer is installed only here. RUNS counts inputs to each of the two targets.
 RUNS := 1000000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +80,8 @@ def _running(
             process.terminate(30)
 
 
-def overlay(layout: str) -> Start:
-    """Our daemon, on an image of this layout."""
+def overlay(layout: str, program: Sequence[str] = (str(NBD_OVERLAY),)) -> Start:
+    """Our daemon, on an image of this layout; ``program`` are the words that start it."""
 
     @contextlib.contextmanager
     def start(source: UnixAddress, size: int, directory: Path) -> Iterator[Filler]:
@@ -91,7 +91,7 @@ def overlay(layout: str) -> Start:
             fresh_path(directory, "overlay", ".qmp"),
         )
         check(
-            str(NBD_OVERLAY),
+            *program,
             "create",
             "--layout",
             layout,
@@ -101,7 +101,7 @@ def overlay(layout: str) -> Start:
             source.uri(),
             str(image),
         )
-        argv: list[str | Path] = [NBD_OVERLAY, "serve", image, "-k", at.path, "--qmp", f"unix:{monitor}"]
+        argv: list[str | Path] = [*program, "serve", image, "-k", at.path, "--qmp", f"unix:{monitor}"]
         try:
             with _running(argv, at, monitor, "disk", fresh_path(directory, "overlay", ".log")) as filler:
                 yield filler

@@ -11,7 +11,7 @@ import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +118,20 @@ def fresh_path(directory: Path, stem: str, suffix: str) -> Path:
 
 @contextmanager
 def _served(
-    argv: list[Argument], address: Address, directory: Path, pid_option: str, environment: dict[str, str]
+    argv: list[Argument],
+    address: Address,
+    directory: Path,
+    pid_option: str,
+    environment: dict[str, str],
+    words: int = 1,
 ) -> Iterator[Server]:
-    """Run a server in the foreground until the block ends; its pid file says when it is ready."""
+    """Run a server in the foreground until the block ends; its pid file says when it is ready.
+
+    The first ``words`` of its command line are the program.
+    """
     program = Path(argv[0]).name
     pid_file = fresh_path(directory, program, ".pid")
-    command = [argv[0], pid_option, pid_file, *argv[1:]]
+    command = [*argv[:words], pid_option, pid_file, *argv[words:]]
     with Process(command, fresh_path(directory, program, ".log"), env=environment) as process:
         process.wait_for_pid_file(pid_file)
         yield Server(process, address, int(pid_file.read_text()))
@@ -131,15 +139,21 @@ def _served(
 
 @contextmanager
 def nbdserve(
-    *arguments: Argument, directory: Path, at: Address | None = None, env: dict[str, str] | None = None
+    *arguments: Argument,
+    directory: Path,
+    at: Address | None = None,
+    env: dict[str, str] | None = None,
+    program: Sequence[Argument] = (NBDSERVE,),
 ) -> Iterator[Server]:
     """Our server; on a Unix socket in the directory unless another address is given.
+
+    ``program`` are the words that start it.
 
     Whatever its clients did to it, it must not have written a traceback.
     """
     address = at or UnixAddress(fresh_path(directory, "nbdserve", ".sock"))
-    argv = [NBDSERVE, *_listen(address), *arguments]
-    with _served(argv, address, directory, "--pid-file", env or {}) as server:
+    argv = [*program, *_listen(address), *arguments]
+    with _served(argv, address, directory, "--pid-file", env or {}, len(program)) as server:
         yield server
         assert "Traceback" not in server.process.output(), server.process.output()
 
