@@ -12,6 +12,7 @@ from nbdserve.errors import MigrationError
 from recipes.children import Child, Children
 from recipes.guard import Guard
 from recipes.host import Host
+from recipes.places import place_of
 from recipes.plan import Plan
 from recipes.report import Report
 from recipes.vm import Vm, VmGoneError
@@ -82,6 +83,7 @@ class Migration:
         self.arrived: float | None = None
         self.arrival: Arrival | None = None
         self.recoveries = 0
+        self._places: dict[tuple[Host, str], Path] = {}
         self._needed: dict[str, asyncio.Task[str]] = {}
         self.need("the guard", guard.wait())
         self.need("A's QEMU", gone(a))
@@ -137,11 +139,11 @@ class Migration:
     async def start(
         self, name: str, host: Host, image: str, suffix: str, argv: list[str], *, ready: bool = False
     ) -> Child:
-        """Start a process whose log lies in the plan's log directory, or else beside ``image``.
+        """Start a process whose log lies in the plan's log directory, or else where places.py says.
 
         With ``ready``, ``READY`` in the command line stands for the file that it makes when it is ready.
         """
-        base = Path(self.plan.log.directory or Path(image).parent) / f"{Path(image).name}.{suffix}"
+        base = await self._place(host, image) / f"{Path(image).name}.{suffix}"
         ready_file = base.with_name(f"{base.name}.pid") if ready else None
         words = [str(ready_file) if word == READY else word for word in argv]
         child = await self.children.start(
@@ -152,6 +154,15 @@ class Migration:
         elif not self.owned:
             child.release()
         return child
+
+    async def _place(self, host: Host, image: str) -> Path:
+        """Where the logs of what belongs to an image are; its host is asked once."""
+        if self.plan.log.directory:
+            return Path(self.plan.log.directory)
+        if (host, image) not in self._places:
+            found = await place_of(host, image, self.plan.limits.command)
+            self._places[host, image] = Path(found)
+        return self._places[host, image]
 
     def release(self) -> None:
         """The children carry the guest from now on: they live on when we end."""

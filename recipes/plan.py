@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import posixpath
 import re
 from dataclasses import dataclass, field, fields
 
@@ -107,6 +108,10 @@ class Destination:
                 f"with which {self.overlay_monitor!r} has at most {MAX_SOCKET} bytes"
             )
         check_absolute("destination.image", self.image)
+        if is_among_devices(self.image):
+            raise UsageError(
+                f"destination.image: {self.image!r} is among the devices; name a file in a file system"
+            )
         if not self.qemu:
             raise UsageError("destination.qemu: give the QEMU command line of host B")
         for option in ("incoming", "qmp", "daemonize", "S"):
@@ -227,6 +232,12 @@ def check_monitor(where: str, address: str) -> None:
     """Raise UsageError unless this is an absolute path or ``HOST:PORT``."""
     if not (address.startswith("/") or is_host_and_port(address)):
         raise UsageError(f"{where}: {address!r} is not usable: write a socket's absolute path or HOST:PORT")
+
+
+def is_among_devices(path: str) -> bool:
+    """Whether an absolute path is below /dev, but for /dev/shm, which is for files."""
+    parts = posixpath.normpath(path).strip("/").split("/")
+    return parts[0] == "dev" and parts[1:2] != ["shm"]
 
 
 def check_absolute(where: str, path: str) -> None:

@@ -21,7 +21,7 @@ migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOS
 [limits]                                  seconds, unless said otherwise; see Limits
 [finish]                                  see Finish
 [log]
-directory = "/var/log/nbd-migrate"        where what is started writes, on A and B; default: beside the disk
+directory = "/var/log/nbd-migrate"        where what is started writes, on A and B; default: see places.py
 """
 
 from __future__ import annotations

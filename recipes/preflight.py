@@ -97,6 +97,10 @@ async def check_destination(plan: Plan, host_b: Host) -> None:
     limit = plan.limits.command
     if not await host_b.test("-d", str(PurePosixPath(image).parent), limit):
         raise MigrationError(f"destination.image: there is no directory for {image} on B")
+    if await host_b.test("-b", image, limit):
+        raise MigrationError(
+            f"destination.image: {image} is a block device on B; name a file, as its map lies beside it"
+        )
     for path in engine_of(plan).files(plan):
         if await host_b.test("-e", path, limit):
             raise MigrationError(
@@ -112,6 +116,8 @@ async def check_move(plan: Plan, host_a: Host) -> None:
     """The image's new place must be free, and on the same file system, so that moving is one instant."""
     image, target = plan.source.image, plan.finish.move_aside
     limit = plan.limits.command
+    if await host_a.test("-b", image, limit):
+        raise MigrationError(f"finish.move_aside: {image} is a block device on A, which stays; leave it out")
     if await host_a.test("-e", target, limit):
         raise MigrationError(f"finish.move_aside: {target} exists on A; choose another name")
     directory = str(PurePosixPath(target).parent)

@@ -185,11 +185,12 @@ class Scene:
 
     def source_qemu(self) -> list[str]:
         """A's command line."""
+        driver = "host_device" if self.image.is_block_device() else "file"
         return [
             *QEMU,
             *DEVICE,
             *("-serial", f"file:{self.directory / 'a.serial'}"),
-            *("-blockdev", f"driver=raw,node-name=disk0,file.driver=file,file.filename={self.image}"),
+            *("-blockdev", f"driver=raw,node-name=disk0,file.driver={driver},file.filename={self.image}"),
             *("-qmp", f"unix:{self.monitor_a},server=on,wait=off"),
         ]
 

@@ -174,3 +174,13 @@ def test_a_plan_that_is_built_by_a_program_is_checked_as_well(tmp_path: Path) ->
     plan = build({}, dataclasses.asdict(plan_of(tmp_path, MINIMAL)))
     with pytest.raises(UsageError, match=r"source\.image"):
         dataclasses.replace(plan, source=dataclasses.replace(plan.source, image="vm.raw"))
+
+
+@pytest.mark.parametrize("image", ["/dev/vg/lv", "/dev/new", "//dev/./mapper/vg-lv"])
+def test_a_destination_among_the_devices_is_refused(tmp_path: Path, image: str) -> None:
+    with pytest.raises(UsageError, match="is among the devices; name a file in a file system"):
+        plan_of(tmp_path, MINIMAL.replace("/images/vm.qed", image))
+
+
+def test_a_destination_in_memory_is_a_file_like_any_other(tmp_path: Path) -> None:
+    assert plan_of(tmp_path, MINIMAL.replace("/images/vm.qed", "/dev/shm/vm.raw"))
