@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from nbdserve.errors import UsageError
 from nbdserve.policy import Policy
 from nbdserve.privileges import Identity
 from nbdserve.sizes import parse_size
+from nbdserve.socketpaths import check_socket_path
 from nbdserve.tls import Certificates
-from nbdserve.uri import DEFAULT_PORT, SOCKET_PATH_LIMIT, NbdUri, Tls, parse_listen_uri, parse_uri
+from nbdserve.uri import DEFAULT_PORT, NbdUri, Tls, is_ipv6, parse_listen_uri, parse_uri
 
 _NO_CERTIFICATE = "TLS needs a certificate: give --tls-cert and --tls-key, or --tls-certificates"
 
@@ -186,10 +186,10 @@ def addresses(given: argparse.Namespace, can_encrypt: bool) -> tuple[NbdUri, ...
     if given.socket is not None:
         if given.port is not None or given.bind is not None:
             raise UsageError("-k is a Unix socket, -p and -b are TCP: use one, or --listen for several")
-        found.append(NbdUri(socket=given.socket))
+        found.append(NbdUri(socket=check_socket_path(given.socket, "--socket")))
     elif given.port is not None or given.bind is not None:
         port = DEFAULT_PORT if given.port is None else given.port
-        found.append(NbdUri(host=given.bind or "", port=port))
+        found.append(NbdUri(host=bare_host(given.bind or "", f"--bind {given.bind}"), port=port))
     if found and given.stdio:
         raise UsageError("--stdio serves the one client that is there: leave out -k, -p, -b and --listen")
     return tuple(found)
@@ -198,15 +198,23 @@ def addresses(given: argparse.Namespace, can_encrypt: bool) -> tuple[NbdUri, ...
 def monitor_path(text: str) -> str:
     """The path in ``--qmp unix:PATH``."""
     kind, _, path = text.partition(":")
-    if kind != "unix" or not 0 < len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
-        raise UsageError(f"--qmp {text}: write unix:PATH, with at most {SOCKET_PATH_LIMIT} bytes of path")
-    return path
+    if kind != "unix" or not path:
+        raise UsageError(f"--qmp {text}: write unix:PATH")
+    return check_socket_path(path, "--qmp")
 
 
 def host_and_port(text: str) -> tuple[str, int]:
     """The two parts of ``--metrics HOST:PORT``; an IPv6 address stands in brackets."""
     host, colon, port = text.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not port.isdecimal() or int(port) > 65535 or (":" in bare and bare == host):
+    if not colon or not port.isdecimal() or int(port) > 65535 or (":" in host and not host.startswith("[")):
         raise UsageError(f"--metrics {text}: write HOST:PORT, with an IPv6 address in brackets")
-    return bare, int(port)
+    return bare_host(host, f"--metrics {text}"), int(port)
+
+
+def bare_host(text: str, where: str) -> str:
+    """A host's name or address without the brackets that an IPv6 address may stand in; UsageError if none."""
+    if not text.startswith("["):
+        return text
+    if not text.endswith("]") or not is_ipv6(text[1:-1]):
+        raise UsageError(f"{where}: {text} is not an IPv6 address in brackets")
+    return text[1:-1]

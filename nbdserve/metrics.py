@@ -7,6 +7,7 @@ import itertools
 import logging
 import socket
 from collections.abc import Iterator
+from wsgiref.types import WSGIApplication
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.metrics_core import (
@@ -19,7 +20,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector as PrometheusCollector
 
 from nbdserve.errors import ConnectError
-from nbdserve.listeners import address_text
+from nbdserve.listeners import address_text, bind_tcp
 from nbdserve.scraping import HttpServer
 from nbdserve.server import Server
 from nbdserve.threads import Thread
@@ -109,27 +110,31 @@ def served(collector: PrometheusCollector, host: str, port: int) -> Iterator[Non
     registry = CollectorRegistry()
     registry.register(collector)
     ProcessCollector(registry=registry)
-    server = _listen(host, port)
-    server.set_app(make_wsgi_app(registry))
-    _LOG.info("metrics on http://%s/metrics", address_text(server.server_address))
-    thread = Thread(server.serve_forever, "metrics")
-    try:
-        thread.start()
-    except OSError:
-        server.server_close()
-        raise
+    application = make_wsgi_app(registry)
+    with contextlib.ExitStack() as stack:
+        listening = _listen(host, port)
+        for sock in listening:
+            stack.callback(sock.close)
+        for sock in listening:
+            stack.enter_context(_served_on(sock, application))
+        yield
+
+
+@contextlib.contextmanager
+def _served_on(sock: socket.socket, application: WSGIApplication) -> Iterator[None]:
+    server = HttpServer(sock)
+    server.set_app(application)
+    _LOG.info("metrics on http://%s/metrics", address_text(sock.getsockname()))
+    Thread(server.serve_forever, "metrics").start()
     try:
         yield
     finally:
         server.shutdown()
-        server.server_close()
 
 
-def _listen(host: str, port: int) -> HttpServer:
+def _listen(host: str, port: int) -> list[socket.socket]:
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
-        return HttpServer(family, (str(address[0]), int(address[1])))
+        return bind_tcp(host, port)
     except OSError as error:
         raise ConnectError(
             f"{address_text((host or '*', port))}: cannot tell metrics there: {error.strerror}, "

@@ -33,25 +33,22 @@ class HttpServer(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 1024
-    """Connections that wait to be accepted: with Python's 5 a burst of them costs others seconds."""
 
-    def __init__(
-        self,
-        family: socket.AddressFamily,
-        address: tuple[str, int],
-        *,
-        most: int = MOST_CLIENTS,
-        seconds: float = TIME_LIMIT,
-    ) -> None:
-        """Listen at an address; OSError when that cannot be done."""
-        self.address_family = family
+    def __init__(self, sock: socket.socket, *, most: int = MOST_CLIENTS, seconds: float = TIME_LIMIT) -> None:
+        """Serve on a listening socket, which is closed with the server."""
+        self.address_family = sock.family
         self._most = most
         self._seconds = seconds
         self._lock = threading.Lock()
         # Since when, by time.monotonic(), in the order of arrival.
         self._clients: dict[socket.socket, float] = {}
-        super().__init__(address, Handler)
+        super().__init__(sock.getsockname(), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = sock
+        self.server_address = sock.getsockname()
+        # Not by a look-up, which may take long.
+        self.server_name, self.server_port = (str(self.server_address[0]), int(self.server_address[1]))
+        self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a client that has come, in a thread of its own."""

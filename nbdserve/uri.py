@@ -4,6 +4,7 @@
     nbd+unix:///EXPORT?socket=PATH              nbds+unix://...  the same over TLS
     nbd:HOST:PORT[:exportname=EXPORT]           nbd:unix:PATH[:exportname=EXPORT]
 
+An IPv6 HOST stands in brackets, and may name its interface: ``[fe80::1%25eth0]``, or ``[fe80::1%eth0]``.
 The path of a URI without its first ``/`` is the export name, so ``nbd://host//x`` names the export ``/x``.
 Nothing here looks up a name or opens a socket.
 """
@@ -17,15 +18,13 @@ from enum import Enum
 from urllib.parse import quote, unquote_to_bytes
 
 from nbdserve.errors import UsageError
+from nbdserve.socketpaths import SOCKET_PATH_LIMIT
 
 DEFAULT_PORT = 10809
 """IANA's port for NBD; what a URI without a port means."""
 
 EXPORT_NAME_LIMIT = 4096
 """Longest export name in bytes (NBD protocol, "Values": strings)."""
-
-SOCKET_PATH_LIMIT = 107
-"""Longest path of a Unix socket in bytes: ``sun_path`` less its final NUL."""
 
 ACCEPTED = (
     "use nbd://HOST[:PORT]/EXPORT, nbds://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, "
@@ -45,6 +44,8 @@ _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(/[^?#]*)?(?:\?([^#]*))
 _LEGACY_TCP = re.compile(r"(\[[^\]]*\]|[^:\[\]]*):([^:]*)", re.DOTALL)
 _AUTHORITY = re.compile(r"(?:([^@]*)@)?(\[[^\]]*\]|[^:\[\]@]*)(?::([^:]*))?", re.DOTALL)
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_ZONE = re.compile(r"[^\x00-\x20\x7f/%:\[\]]{1,15}")
+"""The name of a network interface, or its number."""
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
 
 
@@ -140,6 +141,16 @@ def parse_listen_uri(text: str) -> NbdUri:
     return uri
 
 
+def is_ipv6(text: str) -> bool:
+    """Whether this is an IPv6 address; behind ``%`` it may name an interface, as a link-local one has to."""
+    address, percent, zone = text.partition("%")
+    try:
+        ipaddress.IPv6Address(address)
+    except ValueError:
+        return False
+    return not percent or _ZONE.fullmatch(zone) is not None
+
+
 def _parse(text: str, default_host: str) -> NbdUri:
     try:
         text.encode()
@@ -205,7 +216,16 @@ def _split_authority(text: str, authority: str) -> tuple[str | None, str, int | 
         user = _decoded(text, user)
         if not user or _UNPRINTABLE.search(user):
             raise UsageError(f"{text!r}: {user!r} is not a user's name")
-    return user, _checked_host(text, _decoded(text, host)), _checked_port(text, port) if port else None
+    return user, _checked_host(text, _decoded_host(text, host)), _checked_port(text, port) if port else None
+
+
+def _decoded_host(text: str, host: str) -> str:
+    """Undo percent-encoding; a zone, ``[fe80::1%25eth0]`` in RFC 6874, may also stand behind a bare %."""
+    address, percent, zone = host.removesuffix("]").partition("%")
+    if not host.startswith("[") or not percent:
+        return _decoded(text, host)
+    # Interface 25 is one, too.
+    return f"{address}%{_decoded(text, zone[2:]) if zone.startswith('25') and zone != '25' else zone}]"
 
 
 def _split_query(text: str, query: str) -> dict[str, str]:
@@ -272,10 +292,8 @@ def _checked_host(text: str, host: str) -> str:
         if _UNPRINTABLE.search(host) or set(host) & set("/?#@:[]"):
             raise UsageError(f"{text!r}: {host!r} is not a host's name or address")
         return host
-    try:
-        ipaddress.IPv6Address(host[1:-1])
-    except ValueError as error:
-        raise UsageError(f"{text!r}: {host!r} is not an IPv6 address") from error
+    if not is_ipv6(host[1:-1]):
+        raise UsageError(f"{text!r}: {host!r} is not an IPv6 address")
     return host[1:-1]
 
 

@@ -15,6 +15,7 @@ from nbdserve.client import connect
 from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, run
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.sizes import format_size, parse_size
+from nbdserve.socketpaths import check_socket_path
 from nbdserve.uri import NbdUri, parse_uri
 from overlay import control_cli, map_cli, serve_cli, verify_cli
 from overlay.flat import create as flat
@@ -164,7 +165,8 @@ def _lasting(uri: NbdUri) -> NbdUri:
     """The image outlives our working directory, to which a socket's path may be relative."""
     if uri.socket is None or uri.socket.startswith("\0"):
         return uri
-    return replace(uri, socket=os.path.abspath(uri.socket))
+    path = os.path.abspath(uri.socket)
+    return replace(uri, socket=check_socket_path(path, "--backing, absolute as the image needs it"))
 
 
 def _size_of(uris: list[NbdUri]) -> int:

@@ -10,7 +10,8 @@ from nbdserve.command import Parser, patience, positive
 from nbdserve.config import host_and_port, monitor_path
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.sizes import parse_size
-from nbdserve.uri import SOCKET_PATH_LIMIT, NbdUri, parse_uri
+from nbdserve.socketpaths import check_socket_path
+from nbdserve.uri import NbdUri, parse_uri
 from overlay.daemon import Options
 
 MOST_CONNECTIONS = 64
@@ -98,7 +99,7 @@ def read_options(given: argparse.Namespace) -> Options:
     monitor = None if given.qmp is None else monitor_path(given.qmp)
     options = Options(
         image=given.image,
-        socket=_socket(given.socket),
+        socket=check_socket_path(given.socket, "--socket"),
         name=given.export_name,
         monitor=monitor,
         backings=parse_backings(given.backing),
@@ -120,12 +121,6 @@ def read_options(given: argparse.Namespace) -> Options:
         raise UsageError(f"--connections {options.connections}: {MOST_CONNECTIONS} are the most")
     _check_paths(options)
     return options
-
-
-def _socket(path: str) -> str:
-    if not 0 < len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
-        raise UsageError(f"--socket {path}: give a path of 1 to {SOCKET_PATH_LIMIT} bytes")
-    return path
 
 
 def parse_backings(texts: list[str]) -> tuple[NbdUri, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbdserve import clock, command, sizes
+from nbdserve.uri import is_ipv6
 from recipes import fence, keeper, monitor_cli, pivot_cli, probe
 from recipes.console import choose_report
 from recipes.demo import run as demo
@@ -132,7 +133,8 @@ def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
     if given.engine is not None:
         found["destination"]["engine"] = given.engine
     if given.to is not None:
-        address = given.to if is_host_and_port(given.to) else f"{given.to}:{MIGRATION_PORT}"
+        host = f"[{given.to}]" if is_ipv6(given.to) else given.to
+        address = given.to if is_host_and_port(given.to) else f"{host}:{MIGRATION_PORT}"
         found["destination"]["migration"] = f"tcp:{address}"
     if given.speed is not None:
         found["limits"]["speed"] = sizes.parse_size(given.speed, "--speed")

@@ -9,15 +9,13 @@ import re
 from dataclasses import dataclass, field, fields
 
 from nbdserve.errors import UsageError
-from nbdserve.uri import NbdUri, parse_uri
+from nbdserve.socketpaths import SOCKET_PATH_LIMIT, check_socket_path
+from nbdserve.uri import NbdUri, is_ipv6, parse_uri
 
 Command = tuple[str, ...]
 
 MAX_WAIT = 1_000_000
 """The longest wait in seconds, some eleven days."""
-
-MAX_SOCKET = 107
-"""The longest path of a Unix socket, in bytes."""
 
 MOST = {
     "speed": ((1 << 63) - 1, "bytes per second"),
@@ -102,10 +100,10 @@ class Destination:
         check_monitor("destination.qmp", self.qmp)
         if self.engine not in ("qemu", "overlay"):
             raise UsageError(f"destination.engine: {self.engine!r} is neither qemu nor overlay")
-        if self.engine == "overlay" and len(os.fsencode(self.overlay_monitor)) > MAX_SOCKET:
+        if self.engine == "overlay" and len(os.fsencode(self.overlay_monitor)) > SOCKET_PATH_LIMIT:
             raise UsageError(
                 f"destination.image: {self.image!r} is too long for the sockets beside it; choose one "
-                f"with which {self.overlay_monitor!r} has at most {MAX_SOCKET} bytes"
+                f"with which {self.overlay_monitor!r} has at most {SOCKET_PATH_LIMIT} bytes"
             )
         check_absolute("destination.image", self.image)
         if is_among_devices(self.image):
@@ -127,6 +125,8 @@ class Destination:
             raise UsageError(
                 f"destination.migration: {self.migration!r} is not usable: write tcp:HOST:PORT or unix:/PATH"
             )
+        if kind == "unix":
+            check_socket_path(rest, "destination.migration")
 
 
 @dataclass(frozen=True)
@@ -223,14 +223,21 @@ class Plan:
 
 
 def is_host_and_port(text: str) -> bool:
-    """Whether the text is ``HOST:PORT`` with a port of 1 to 65535; an IPv6 host stands in brackets."""
-    match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):([0-9]{1,5})", text)
-    return match is not None and 0 < int(match[1]) < 65536
+    """Whether the text is ``HOST:PORT`` with a port of 1 to 65535; an IPv6 host stands in brackets.
+
+    A link-local one names its interface, ``[fe80::1%eth0]:4444``.
+    """
+    match = re.fullmatch(r"(?:\[([^\]]*)\]|[^\s:\[\]/]+):([0-9]{1,5})", text)
+    if match is None or not 0 < int(match[2]) < 65536:
+        return False
+    return match[1] is None or is_ipv6(match[1])
 
 
 def check_monitor(where: str, address: str) -> None:
     """Raise UsageError unless this is an absolute path or ``HOST:PORT``."""
-    if not (address.startswith("/") or is_host_and_port(address)):
+    if address.startswith("/"):
+        check_socket_path(address, where)
+    elif not is_host_and_port(address):
         raise UsageError(f"{where}: {address!r} is not usable: write a socket's absolute path or HOST:PORT")
 
 

@@ -27,6 +27,7 @@ from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.client.pipeline import Client, connect
 from nbdserve.client.upstream import PATIENCE, REQUEST_TIMEOUT, Fate, Upstream
 from nbdserve.errors import ConnectError, ImageError, OperatorError
+from nbdserve.socketpaths import place_for_sockets
 from nbdserve.threads import Thread
 from nbdserve.uri import NbdUri
 
@@ -116,7 +117,7 @@ class Child:
         """Start a child and connect to it; ImageError when it ends instead, ConnectError when it is late."""
         self.end()
         # Nobody else can get at the socket, and nothing is left of it when this process is killed later.
-        with tempfile.TemporaryDirectory(prefix="nbdserve-") as private:
+        with tempfile.TemporaryDirectory(prefix="nbdserve-", dir=place_for_sockets()) as private:
             uri = NbdUri(socket=f"{private}/socket")
             self._running = running = _Running(self._path, self._command(f"{private}/socket"))
             deadline = time.monotonic() + max(timeout, _START_TIMEOUT)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nbdserve.errors import UsageError
+from nbdserve.socketpaths import place_for_sockets
 
 REMOVAL_LIMIT = 60.0  # seconds
 
@@ -16,7 +17,7 @@ REMOVAL_LIMIT = 60.0  # seconds
 @contextmanager
 def temporary_directory() -> Iterator[Path]:
     """A directory that is removed after the block, also if this process is killed in it."""
-    path = tempfile.mkdtemp(prefix="nbd-migrate-demo-")
+    path = tempfile.mkdtemp(prefix="nbd-migrate-demo-", dir=place_for_sockets())
     # Its standard input ends when the block does, or when we do. In a session of its own Ctrl-C spares it.
     argv = ["sh", "-c", 'cat >/dev/null; rm -rf -- "$1"', "sh", path]
     janitor = subprocess.Popen(argv, stdin=subprocess.PIPE, cwd="/", start_new_session=True)

@@ -197,7 +197,7 @@ def test_scrapes_are_answered_beside_hundreds_of_idle_connections(measured: Meas
 
 
 def test_a_client_has_its_time_to_scrape_and_no_more() -> None:
-    server = scraping.HttpServer(socket.AF_INET, ("127.0.0.1", 0), seconds=0.3)
+    server = scraping.HttpServer(socket.create_server(("127.0.0.1", 0)), seconds=0.3)
     thread = Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:

@@ -22,6 +22,10 @@ from nbdserve.errors import UsageError
         (["192.0.2.0/24"], "::ffff:192.0.2.1", True),
         (["::/0"], "::ffff:192.0.2.1", False),
         (["fe80::/10"], "fe80::1%eth0", True),
+        (["fe80::1%eth0"], "fe80::1%eth0", True),
+        (["fe80::1%eth0"], "fe80::1%eth1", False),
+        (["fe80::%eth0/64"], "fe80::ff%eth0", True),
+        (["fe80::%eth0/64"], "fe80::ff%eth1", False),
         (["0.0.0.0/0"], "203.0.113.9", True),
     ],
 )
@@ -29,7 +33,19 @@ def test_a_host_in_any_of_the_networks_is_admitted(networks: list[str], host: st
     assert AllowList(parse_network(text) for text in networks).admits(host) == admitted
 
 
-@pytest.mark.parametrize("text", ["", "localhost", "192.0.2.1/24", "192.0.2.0/33", "10.0.0", "::1/129"])
+ZONELESS = [
+    "fe80::1%",
+    "2001:db8::1%eth0",
+    "192.0.2.1%eth0",
+    "fe80::1%a b",
+    "fe80::/64%eth0",
+    "fe80::1%eth0/x",
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "localhost", "192.0.2.1/24", "192.0.2.0/33", "10.0.0", "::1/129", *ZONELESS]
+)
 def test_what_is_no_network_is_named(text: str) -> None:
     with pytest.raises(UsageError, match="--allow " + text):
         parse_network(text)

@@ -55,6 +55,9 @@ def test_a_plan_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
         ("b.example:5555", "tcp:b.example:5555"),
         ("[2001:db8::2]", "tcp:[2001:db8::2]:4444"),
         ("[2001:db8::2]:5555", "tcp:[2001:db8::2]:5555"),
+        ("2001:db8::2", "tcp:[2001:db8::2]:4444"),
+        ("fe80::2%eth0", "tcp:[fe80::2%eth0]:4444"),
+        ("[fe80::2%eth0]:5555", "tcp:[fe80::2%eth0]:5555"),
     ],
 )
 def test_the_destination_may_be_named_with_or_without_a_port(given: str, meant: str) -> None:

@@ -67,6 +67,15 @@ def test_nbd_overlay_is_not_asked_for_what_it_would_refuse(
         plan_of(tmp_path, f"{MINIMAL}[limits]\n{limit}\n")
 
 
+def test_a_link_local_address_names_its_interface(tmp_path: Path) -> None:
+    here = "[fe80::5054:ff:fe12:3456%br-mgmt]"
+    text = MINIMAL.replace("tcp:[2001:db8::2]", f"tcp:{here}").replace("192.0.2.2:4000", f"{here}:4000")
+    plan = plan_of(tmp_path, text.replace("nbd://192.0.2.1/", f"nbd://{here}/"))
+    assert plan.destination.migration == f"tcp:{here}:4444"
+    assert plan.destination.qmp == f"{here}:4000"
+    assert plan.export.address.host == here[1:-1]
+
+
 def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(MINIMAL)
@@ -109,6 +118,17 @@ def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> Non
             "tcp:2001:db8::2:4444",
             "destination.migration: 'tcp:2001:db8::2:",
         ),
+        (
+            "tcp:[2001:db8::2]:4444",
+            "tcp:[fe80::1%]:4444",
+            "destination.migration: 'tcp:[fe80::1%]:4444' is not",
+        ),
+        (
+            "tcp:[2001:db8::2]:4444",
+            "tcp:[fe80::g%e0]:1",
+            "destination.migration: 'tcp:[fe80::g%e0]:1' is not",
+        ),
+        ("tcp:[2001:db8::2]:4444", "tcp:[]:4444", "destination.migration: 'tcp:[]:4444' is not usable"),
         ("tcp:[2001:db8::2]:4444", "unix:migration", "destination.migration: 'unix:migration' is not usable"),
         ("tcp:[2001:db8::2]:4444", "exec:cat", "destination.migration: 'exec:cat' is not usable"),
         ("[destination]", '[destination]\nnode = "0"', "destination.node: '0' is not usable"),

@@ -59,6 +59,22 @@ def test_a_guest_moves_over_tcp_from_one_host_to_another(apart: Scene) -> None:
     assert apart.wrong_sectors() == []
 
 
+def test_a_guest_moves_over_link_local_addresses(tmp_path: Path, namespaces: tuple[str, str]) -> None:
+    for number, name in enumerate(namespaces, start=1):
+        check("ip", "-n", name, "address", "add", f"fe80::{number}/64", "dev", "eth0", "nodad")
+    a, b = (("ip", "netns", "exec", name) for name in namespaces)
+    stage = Scene(tmp_path)
+    stage.change("source", shell=a)
+    stage.change("export", uri="nbd://[fe80::1%25eth0]:10809/vm")
+    stage.change("destination", shell=b, migration="tcp:[fe80::2%eth0]:4444")
+    with running(stage, *a):
+        with stage.run() as run:
+            assert run.wait(60.0) == 0, run.output()
+        stage.wait_until_guest_works("b")
+        stage.quit_b()
+        assert stage.wrong_sectors() == []
+
+
 def test_a_cable_that_is_pulled_for_a_while_costs_only_time(apart: Scene) -> None:
     apart.change("limits", speed=16 * MIB)
     cable = ("ip", "-n", apart.plan.source.shell[-1], "link", "set", "eth0")
