@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbdserve
-from nbdserve.client import connect
 from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, run
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.sizes import format_size, parse_size
@@ -170,6 +169,9 @@ def _lasting(uri: NbdUri) -> NbdUri:
 
 
 def _size_of(uris: list[NbdUri]) -> int:
+    # Only here: what needs no server needs no libnbd.
+    from nbdserve.client import connect
+
     sizes = {}
     for uri in uris:
         with connect(uri) as client:

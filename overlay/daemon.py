@@ -4,51 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 from nbdserve.errors import ImageError
-from nbdserve.uri import NbdUri
 from overlay.checkpoint import Checkpoints
 from overlay.engine import Overlay
 from overlay.image import Image
 from overlay.job import Job, Phase
-from overlay.open import Layout
+from overlay.options import Options
 from overlay.progress import Progress
-from overlay.sources import CONNECTIONS, PATIENCE, Sources
+from overlay.sources import Sources
 from overlay.streamer import Streamer
 
 _LOG = logging.getLogger("nbd-overlay")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line of ``serve`` says."""
-
-    image: Path
-    socket: str
-    name: str = ""
-    """Of the export."""
-    layout: Layout | None = None
-    """None: as the file looks."""
-    monitor: str | None = None
-    backings: tuple[NbdUri, ...] = ()
-    """Instead of those that the image names."""
-    keep: bool = True
-    """Copy-on-read."""
-    stream: bool = False
-    speed: int = 0
-    """Bytes a second at which to stream; 0 means no limit."""
-    armed: bool = False
-    connections: int = CONNECTIONS
-    patience: float = PATIENCE
-    """Seconds for which guests wait for a lost backing."""
-    metrics: tuple[str, int] | None = None
-    structured_replies: bool = True
-    daemonize: bool = False
-    pid_file: Path | None = None
-    verbose: bool = False
-    json_log: bool = False
 
 
 class Daemon:

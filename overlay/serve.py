@@ -17,9 +17,10 @@ from nbdserve.pidfile import PidFile
 from nbdserve.policy import Policy
 from nbdserve.server import Server
 from nbdserve.uri import parse_uri
-from overlay.daemon import Daemon, Options
+from overlay.daemon import Daemon
 from overlay.image import Image
 from overlay.open import open_image
+from overlay.options import Options
 from overlay.sources import Sources
 
 PROGRAM = "nbd-overlay"

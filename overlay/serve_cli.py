@@ -12,7 +12,7 @@ from nbdserve.errors import ImageError, UsageError
 from nbdserve.sizes import parse_size
 from nbdserve.socketpaths import check_socket_path
 from nbdserve.uri import NbdUri, parse_uri
-from overlay.daemon import Options
+from overlay.options import Options
 
 MOST_CONNECTIONS = 64
 

@@ -19,17 +19,11 @@ from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
 from nbdserve.uri import NbdUri
 from overlay.identity import Samples
+from overlay.options import CONNECTIONS, PATIENCE
 from overlay.reads import sectors, start_read
 from overlay.source import GONE, Health, Session, Source
 
 _LOG = logging.getLogger("nbd-overlay")
-
-CONNECTIONS = 3
-"""Connections to each server, unless the operator says otherwise: one for guests, two that stream in turn.
-
-More made streaming slower where few processors share the work."""
-PATIENCE = 60.0
-"""Seconds for which guests wait for a lost server, unless the operator says otherwise."""
 
 
 class Sources:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from nbdserve import client, command
+from nbdserve import command
 from nbdserve.uri import parse_uri
 
 
@@ -17,6 +17,8 @@ def probe(uri: str) -> int:
 
     Raises UsageError for what is not an NBD URI, ConnectError when nobody answers there.
     """
+    from nbdserve import client
+
     with client.connect(parse_uri(uri)) as connection:
         export = connection.export
     facts = {

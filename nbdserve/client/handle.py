@@ -1,4 +1,4 @@
-"""libnbd's handle: the one module that imports its Python binding ``nbd``.
+"""libnbd's handle, of its Python binding ``nbd``.
 
 libnbd itself waits for ever. Here a handle is driven by poll(2) under a deadline, with libnbd's ``aio_``
 functions. What goes wrong while connecting is a ConnectError for the operator.
@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import nbd
-
+from nbdserve.client.libnbd import nbd
 from nbdserve.errors import ConnectError
 from nbdserve.protocol.constants import MAX_STRING
 from nbdserve.protocol.offers import BASE_ALLOCATION

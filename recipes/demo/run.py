@@ -164,6 +164,10 @@ def main(arguments: argparse.Namespace) -> int:
     limits = Limits(speed=parse_size(arguments.speed, "--speed"), reconnect_delay=1)
     size = parse_size(arguments.size, "--size")
     limits.check()
+    # Before much is prepared in vain.
+    from nbdserve.client import libnbd
+
+    libnbd.load()
     with ExitStack() as stack:
         sockets = stack.enter_context(temporary_directory())
         keep = arguments.keep

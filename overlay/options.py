@@ -1,0 +1,46 @@
+"""What ``nbd-overlay serve`` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdserve.uri import NbdUri
+from overlay.open import Layout
+
+CONNECTIONS = 3
+"""Connections to each server, unless the operator says otherwise: one for guests, two that stream in turn.
+
+More made streaming slower where few processors share the work."""
+PATIENCE = 60.0
+"""Seconds for which guests wait for a lost server, unless the operator says otherwise."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line of ``serve`` says."""
+
+    image: Path
+    socket: str
+    name: str = ""
+    """Of the export."""
+    layout: Layout | None = None
+    """None: as the file looks."""
+    monitor: str | None = None
+    backings: tuple[NbdUri, ...] = ()
+    """Instead of those that the image names."""
+    keep: bool = True
+    """Copy-on-read."""
+    stream: bool = False
+    speed: int = 0
+    """Bytes a second at which to stream; 0 means no limit."""
+    armed: bool = False
+    connections: int = CONNECTIONS
+    patience: float = PATIENCE
+    """Seconds for which guests wait for a lost backing."""
+    metrics: tuple[str, int] | None = None
+    structured_replies: bool = True
+    daemonize: bool = False
+    pid_file: Path | None = None
+    verbose: bool = False
+    json_log: bool = False
