@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.processes import NotReadyError, wait_until
 
@@ -27,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     can never trap them.
     """
     os.environ[TAG] = uuid.uuid4().hex
+    # On a busy machine everything may be slow.
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
     for number in (signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)

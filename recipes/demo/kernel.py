@@ -111,6 +111,9 @@ def _download(directory: Path) -> Kernel:
         root = Path(scratch) / release
         what, advice = f"{archive.name} cannot be unpacked", f"is there space in {directory}?"
         _run(["dpkg-deb", "-x", str(archive), str(root)], Path(scratch), UNPACK_LIMIT, what, advice)
+        if not (root / "lib").exists():
+            # Since Debian 13 the modules are in usr/lib, where depmod does not look.
+            (root / "lib").symlink_to("usr/lib")
         # kmod's own directory is not on every user's PATH.
         depmod = shutil.which("depmod", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "depmod"
         _run([depmod, "-b", str(root), release], Path(scratch), UNPACK_LIMIT, what, "is kmod installed?")

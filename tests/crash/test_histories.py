@@ -261,7 +261,7 @@ def live(world: World, seed: int) -> Image:
 
 
 @pytest.mark.parametrize("world", [FlatWorld, QedWorld])
-@pytest.mark.timeout(3600 if "CRASH_HISTORIES" in os.environ else 120)
+@pytest.mark.timeout(3600)
 def test_whatever_dies_each_sector_holds_an_allowed_value(world: type[World]) -> None:
     @settings(max_examples=HISTORIES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(st.integers(0, 1 << 64))

@@ -91,7 +91,7 @@ def use(content: bytes, *, writable: bool) -> bool:
     return False
 
 
-@settings(max_examples=400, deadline=5000)
+@settings(max_examples=400, deadline=60_000)
 @given(damages)
 def test_a_damaged_image_is_refused_or_works(content: bytes) -> None:
     tracemalloc.start()
@@ -103,7 +103,7 @@ def test_a_damaged_image_is_refused_or_works(content: bytes) -> None:
         tracemalloc.stop()
 
 
-@settings(max_examples=400, deadline=5000)
+@settings(max_examples=400, deadline=60_000)
 @given(damages)
 def test_an_image_that_passes_the_check_works_and_repair_makes_it_pass_or_says_that_it_does_not(
     content: bytes,
@@ -128,7 +128,7 @@ def test_an_image_that_passes_the_check_works_and_repair_makes_it_pass_or_says_t
         assert use(bytes(disk.content), writable=True)
 
 
-@settings(max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=60_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     damages | st.binary(max_size=200).map(lambda tail: b"QED\0" + tail),
     st.sampled_from(["info", "check", "map"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import socket
 import threading
@@ -19,7 +18,6 @@ from nbdserve.errors import ConnectError
 from nbdserve.protocol.extents import Extent
 from nbdserve.uri import NbdUri, Tls, parse_uri
 from tests.support.disks import MIB, random_disk, sparse_disk, sparse_runs
-from tests.support.processes import wait_until
 from tests.support.servers import TcpAddress, free_tcp_address, nbdkit, qemu_nbd
 
 HOLE = 3
@@ -203,19 +201,12 @@ def test_a_read_error_of_the_server_keeps_its_errno_and_the_connection(tmp_path:
         assert client.read(0, 512) == bytes(512)
 
 
-def freeze(pid: int) -> None:
-    """Stop a process and wait until each of its threads has stopped."""
-    os.kill(pid, signal.SIGSTOP)
-    states = list(Path(f"/proc/{pid}/task").glob("*/stat"))
-    wait_until(lambda: all(") T " in state.read_text() for state in states), f"{pid} stopped")
-
-
 def test_a_server_that_stops_answering_is_an_error_in_time_and_never_data(tmp_path: Path) -> None:
     with (
         nbdkit("memory", "1M", directory=tmp_path) as server,
         connect(parse_uri(server.uri()), timeout=2) as client,
     ):
-        freeze(server.pid)
+        server.process.freeze()
         with pytest.raises(TimeoutError, match=r"no answer within 2 s"):
             client.read(0, 512)
         server.process.signal(signal.SIGCONT)

@@ -107,7 +107,7 @@ def test_a_server_that_hangs_stops_only_its_own_export(tmp_path: Path) -> None:
         with nbdserve(*exports, "--reconnect-timeout=0", directory=tmp_path) as proxy:
             stuck = connected(proxy.uri("far"))
             near = connected(proxy.uri("near"))
-            upstream.process.signal(signal.SIGSTOP)
+            upstream.process.freeze()
             buffers = [nbd.Buffer(512) for _ in range(200)]
             for buffer in buffers:
                 stuck.aio_pread(buffer, 0)
@@ -137,7 +137,7 @@ def test_the_end_does_not_wait_for_a_server_that_hangs_when_nothing_is_owed_to_i
         client.pwrite(b"flushed", 0)
         client.flush()
         client.shutdown()
-        upstream.process.signal(signal.SIGSTOP)
+        upstream.process.freeze()
         assert proxy.process.terminate() == 0
         assert "may be lost" not in proxy.process.output()
 
@@ -155,7 +155,7 @@ def test_the_end_waits_no_longer_than_usual_for_a_server_that_hangs_and_says_wha
         clients = [connected(proxy.uri(name)) for proxy, name in ((idle, ""), (busy, "a"), (busy, "b"))]
         for client in clients:
             client.pwrite(b"unflushed", 0)
-        upstream.process.signal(signal.SIGSTOP)
+        upstream.process.freeze()
         clients.pop(0).shutdown()
         buffer = nbd.Buffer(512)
         for client in clients:

@@ -182,7 +182,7 @@ def test_who_waits_hears_that_the_daemon_has_died(image: Path) -> None:
 
 def test_a_daemon_that_hangs_costs_no_more_than_the_time_limit(image: Path) -> None:
     with served(image) as daemon:
-        daemon.process.signal(signal.SIGSTOP)
+        daemon.process.freeze()
         try:
             line = one_line(daemon.command("status"), 1)
         finally:

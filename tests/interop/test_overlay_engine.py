@@ -172,7 +172,7 @@ def test_what_was_read_once_is_never_fetched_again(layout: Layout, tmp_path: Pat
 @contextmanager
 def hung(server: Server) -> Iterator[None]:
     """A source that answers nothing until the block ends."""
-    server.process.signal(signal.SIGSTOP)
+    server.process.freeze()
     try:
         yield
     finally:

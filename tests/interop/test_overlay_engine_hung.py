@@ -44,7 +44,7 @@ def test_writes_and_flushes_of_guests_do_not_wait_for_reads_that_hang(layout: La
         daemon = stack.enter_context(overlay(image, directory=tmp_path))
         guests = [stack.enter_context(daemon.guest()) for _ in range(3)]
         assert guests[0].read(0, 4 * KIB) == content[: 4 * KIB]
-        source.process.signal(signal.SIGSTOP)
+        source.process.freeze()
         waiting = [start_reads(guest, places[64 * number :][:64]) for number, guest in enumerate(guests)]
         # Each kind of change, some of them where a read is under way; the last needs only what is here.
         for number, guest in enumerate(guests):

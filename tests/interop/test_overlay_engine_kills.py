@@ -106,7 +106,7 @@ def local_part(image: Path, layout: Layout) -> int:
         return sum(run.length for run in opened.runs(0, SIZE) if run.state is not State.ABSENT)
 
 
-@pytest.mark.timeout(60 + 20 * KILLS)
+@pytest.mark.timeout(900 + 20 * KILLS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kill_9_at_any_moment_loses_no_acknowledged_write_and_leaves_no_wrong_block(
     layout: Layout, tmp_path: Path

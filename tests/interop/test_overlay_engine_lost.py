@@ -155,7 +155,7 @@ def test_a_hung_source_gives_way_to_another_and_its_late_answers_land_nowhere(tm
         for daemon, guest in patient + ending:
             wait_until(partial(all_connected, daemon), "all are connected")
             assert guest.read(0, KIB) == content[:KIB]
-        hung.process.signal(signal.SIGSTOP)
+        hung.process.freeze()
         begun = time.monotonic()
         waiting: list[tuple[bytearray, Future[None]]] = []
         for _, guest in patient + ending:

@@ -150,6 +150,12 @@ class Process:
         """Send a signal to the process, unless it has ended."""
         self._popen.send_signal(number)
 
+    def freeze(self) -> None:
+        """Stop the process by SIGSTOP; returns when each of its threads has stopped."""
+        self.signal(signal.SIGSTOP)
+        states = list(Path(f"/proc/{self.pid}/task").glob("*/stat"))
+        wait_until(lambda: all(") T " in state.read_text() for state in states), f"{self!r} stops")
+
     def terminate(self, seconds: float = 10.0) -> int:
         """Send SIGTERM and return the exit code; the test fails when the process does not end in time."""
         self.signal(signal.SIGTERM)

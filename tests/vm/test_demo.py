@@ -27,7 +27,6 @@ from tests.support.guests import MIB, flip, short_directory, staged
 from tests.support.processes import Process, check, run, wait_until
 
 NBD_MIGRATE = Path(sys.executable).with_name("nbd-migrate")
-pytestmark = pytest.mark.timeout(300)  # a guest boots under TCG, and other tests may keep the machine busy
 
 
 @pytest.fixture

@@ -18,8 +18,6 @@ from tests.support.guests import MIB, guest_running, staged
 from tests.support.processes import Process, is_alive, wait_until
 from tests.support.recipes import Operator, operator_of
 
-pytestmark = pytest.mark.timeout(300)  # a guest boots under TCG, and other tests may keep the machine busy
-
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
