@@ -17,7 +17,9 @@ from nbdserve.socketpaths import check_socket_path
 from nbdserve.tls import Certificates
 from nbdserve.uri import DEFAULT_PORT, NbdUri, Tls, is_ipv6, parse_listen_uri, parse_uri
 
-_NO_CERTIFICATE = "TLS needs a certificate: give --tls-cert and --tls-key, or --tls-certificates"
+_NO_CERTIFICATE = (
+    "TLS needs a certificate, or keys: give --tls-cert and --tls-key, or --tls-certificates, or --tls-psk"
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Options:
 def certificates(given: argparse.Namespace) -> Certificates | None:
     """The files that the TLS options name; None without TLS. UsageError where they make no sense."""
     single = (given.tls_cert, given.tls_key, given.tls_ca)
+    if given.tls_psk is not None:
+        if any(single) or given.tls_certificates is not None or given.tls_verify_peer:
+            raise UsageError("--tls-psk takes the place of certificates: leave out the options about them")
+        return None
     if given.tls_certificates is not None:
         if any(single):
             raise UsageError("--tls-certificates names all files: leave out --tls-cert, --tls-key, --tls-ca")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from nbdserve.errors import UsageError
 from nbdserve.handshake import Terms
 from nbdserve.policy import Policy
 from nbdserve.privileges import identity
+from nbdserve.psk import psk_context
 from nbdserve.sizes import parse_size
 from nbdserve.tls import server_context
 from nbdserve.uri import DEFAULT_PORT
@@ -65,13 +67,19 @@ def _images(given: argparse.Namespace) -> ImageOptions:
 
 
 def _terms(given: argparse.Namespace) -> Terms:
-    files = certificates(given)
     return Terms(
         time_limit=given.handshake_timeout,
         structured_replies=not given.simple_replies,
-        tls=None if files is None else server_context(files),
+        tls=_tls(given),
         tls_required=given.tls_require,
     )
+
+
+def _tls(given: argparse.Namespace) -> ssl.SSLContext | None:
+    files = certificates(given)
+    if given.tls_psk is not None:
+        return psk_context(given.tls_psk)
+    return None if files is None else server_context(files)
 
 
 def _policy(given: argparse.Namespace, terms: Terms) -> Policy:
@@ -276,6 +284,12 @@ def _add_tls_options(parser: Parser) -> None:
         type=Path,
         metavar="DIR",
         help="all three: ca-cert.pem, server-cert.pem, server-key.pem",
+    )
+    group.add_argument(
+        "--tls-psk",
+        type=Path,
+        metavar="FILE",
+        help="in place of certificates, keys that clients know: lines USER:HEXKEY, as psktool writes them",
     )
     group.add_argument("--tls-require", action="store_true", help="serve no client without TLS")
     group.add_argument(
