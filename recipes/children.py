@@ -21,7 +21,7 @@ from nbdserve.errors import MigrationError
 from recipes.host import Host
 from recipes.interruption import completed
 
-KEEPER_START = 15.0
+KEEPER_START = 60.0
 """Seconds until a keeper must have said that its process runs, or why it does not."""
 
 KEEPER_END = 10.0
@@ -30,7 +30,7 @@ KEEPER_END = 10.0
 REMOTE_LOOK = 1.0
 """Seconds between two looks for a process on another host whose keeper is gone."""
 
-KILL = 5.0
+KILL = 15.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
 

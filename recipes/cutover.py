@@ -14,7 +14,7 @@ from recipes.report import Moment
 from recipes.source import LOOK, WANTED, set_capabilities
 from recipes.vm import CommandError, Vm, VmGoneError
 
-ARRIVE = 5.0
+ARRIVE = 20.0
 """Seconds until the guest must run on B, once everything of it is there."""
 
 

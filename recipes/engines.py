@@ -24,7 +24,7 @@ from recipes.vm import CommandError, Vm, VmGoneError, connect
 LOOK = 0.05
 """Seconds between two looks at what no event announces."""
 
-_END = 3.0
+_END = 10.0
 """Seconds in which a process that has hung up is known to have ended."""
 
 

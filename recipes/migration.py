@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LAST_WORDS = 1.0
+LAST_WORDS = 5.0
 """Seconds in which a process whose monitor hung up says how it ended."""
 
 

@@ -13,9 +13,9 @@ from nbdserve.errors import MigrationError
 
 NODE = "disk0"  # the block node that the guest's disk refers to
 MEMORY = 192  # MiB
-COMMAND_LIMIT = 30.0  # seconds for a command that is answered at once
+COMMAND_LIMIT = 120.0  # seconds for a command that is answered at once
 POLL = 0.1  # seconds between two looks at the console
-VERIFY_LIMIT = 300.0  # seconds; a record takes some 5 ms under TCG
+VERIFY_LIMIT = 900.0  # seconds; a record takes some 5 ms under TCG
 
 
 @dataclass(frozen=True)

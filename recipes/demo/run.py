@@ -27,7 +27,7 @@ from recipes.migrate import migrate
 from recipes.plan import Limits
 from recipes.report import Moment, Outcome, Progress, Report, Step, StepResult
 
-BOOT_LIMIT = 60.0  # seconds until the guest must have found its disk
+BOOT_LIMIT = 300.0  # seconds until the guest must have found its disk
 WRITE_LIMIT = 120.0  # seconds until the guest must have written the next record
 
 

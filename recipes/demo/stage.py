@@ -18,7 +18,7 @@ from recipes.demo.records import cells_on
 from recipes.plan import Destination, Export, Finish, Limits, Log, Plan, Source
 
 SPARE = 256 << 20  # bytes of disk space beside the image and its copy
-INSPECT_LIMIT = 30.0  # seconds
+INSPECT_LIMIT = 120.0  # seconds
 
 
 @dataclass(frozen=True)

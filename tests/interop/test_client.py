@@ -183,7 +183,7 @@ def test_a_peer_that_is_no_nbd_server_is_a_connect_error(greeting: bytes) -> Non
         thread.start()
         with pytest.raises(ConnectError):
             connect(uri, timeout=20)
-        thread.join(60)
+        thread.join(120)
 
 
 def test_a_read_error_of_the_server_keeps_its_errno_and_the_connection(tmp_path: Path) -> None:

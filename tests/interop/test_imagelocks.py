@@ -20,13 +20,13 @@ NOTHING = Permission.NONE
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qed"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qed", path, "1M"], timeout=20, check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qed", path, "1M"], timeout=240, check=True)
     return path
 
 
 def qemu_io_opens(image: Path, *options: str) -> bool:
     argv = ["qemu-io", "-f", "qed", *options, "-c", "length", str(image)]
-    return subprocess.run(argv, capture_output=True, timeout=20, check=False).returncode == 0
+    return subprocess.run(argv, capture_output=True, timeout=240, check=False).returncode == 0
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def test_the_guard_runs_its_own_modules(tmp_path: Path) -> None:
         ours.close()
         words = module("guard", json.dumps(asdict(orders)))
         done = subprocess.run(
-            words, cwd=traps, stdin=theirs.fileno(), capture_output=True, text=True, timeout=30.0
+            words, cwd=traps, stdin=theirs.fileno(), capture_output=True, text=True, timeout=240
         )
     assert "the orchestrator was killed: what was started has been ended" in done.stderr
     assert sprung(traps) == ""

@@ -231,7 +231,7 @@ def test_what_was_acknowledged_is_in_the_file_when_the_server_is_killed(tmp_path
         workers = [threading.Thread(target=work, args=(seed,)) for seed in range(WRITERS)]
         for worker in workers:
             worker.start()
-        assert enough.wait(30)
+        assert enough.wait(120)
         server.process.kill()
         for worker in workers:
             worker.join()

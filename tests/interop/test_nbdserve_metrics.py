@@ -35,7 +35,7 @@ class Measured:
 
     def scrape(self) -> Samples:
         """All samples by name and values of labels, the command first."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
             text = answer.read().decode()
         return {
             (sample.name, *(sample.labels[key] for key in sorted(sample.labels))): sample.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_libnbd_and_our_own_client_read_and_write_with_a_key(
     check("nbdcopy", uri, tmp_path / "copy.img")
     assert (tmp_path / "copy.img").read_bytes() == content
     with connect(parse_uri(uri)) as client:
-        client.start_write(4096, b"x" * 4096, CommandFlags(0)).result(60)
+        client.start_write(4096, b"x" * 4096, CommandFlags(0)).result(120)
         assert client.read(0, 8192) == content[:4096] + b"x" * 4096
 
 
@@ -73,6 +74,18 @@ def test_qemu_reads_and_writes_with_a_key(server: Server, tmp_path: Path, keys: 
     assert (tmp_path / "copy.img").read_bytes() == content
     commands = ("-c", "write -P 7 1000 5000", "-c", "read -P 7 1000 5000", "-c", "flush")
     check("qemu-io", "--object", creds, "--image-opts", options, *commands)
+
+
+def test_what_the_documentation_says_is_done_as_it_stands(tmp_path: Path, content: bytes) -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs/nbdserve.md").read_text().split())
+    made, served, opened = re.findall(r"`([^`]*(?:-p |--tls-psk |tls-psk-file=)[^`]*)`", page)
+    keys, address = tmp_path / "keys.psk", free_tcp_address()
+    here = made.replace("/etc/nbd/keys.psk", str(keys)), served.replace("/etc/nbd/keys.psk", str(keys))
+    check(*here[0].split())
+    options = ["-f", "raw", *here[1].split(), str(tmp_path / "disk.img")]
+    with nbdserve(*options, directory=tmp_path, at=address):
+        uri = opened.replace("HOST", f"127.0.0.1:{address.port}").replace("PATH", quote(str(keys)))
+        assert check("nbdinfo", "--size", uri) == f"{MIB}\n"
 
 
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])

@@ -39,7 +39,7 @@ class QemuIo:
 
     def quit(self) -> None:
         """Let it say goodbye to the server."""
-        self._process.communicate("quit\n", timeout=20)
+        self._process.communicate("quit\n", timeout=120)
 
     def output(self) -> str:
         """What it has written so far."""

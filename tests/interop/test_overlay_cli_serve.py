@@ -271,7 +271,7 @@ def test_metrics_tell_what_was_copied_and_how_long_guests_waited(image: Path, so
             daemon.read(place * MIB, 4 * KIB)
         daemon.must("stream")
         daemon.must("wait", "--timeout", "30")
-        with urllib.request.urlopen(f"http://{address.host}:{address.port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address.host}:{address.port}/metrics", timeout=60) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
     seen = {
         (sample.name, *(sample.labels[key] for key in sorted(sample.labels))): sample.value

@@ -96,7 +96,7 @@ def test_what_a_guest_changes_wins_over_a_fetch_that_is_under_way(layout: Layout
                 offset = place + skipped
                 _, reading = begin_to_read(guest, place, 64 * KIB, log)
                 apply(guest, offset, length)
-                reading.result(10)
+                reading.result(120)
                 whole = offset % CLUSTER[layout] == 0 and length % CLUSTER[layout] == 0
                 # A trim of less than a cluster is free to do nothing.
                 if change != "trim" or whole or guest.read(offset, length) == bytes(length):
@@ -129,11 +129,11 @@ def test_the_same_write_is_lost_by_nbdkits_copy_on_read_filter(tmp_path: Path) -
         link = stack.enter_context(delayed(server.address, LATER, tmp_path))
         argv: list[Argument] = ["--filter=cow", "nbd", f"uri={link.uri()}", "cow-on-read=true"]
         peer = stack.enter_context(nbdkit(*argv, directory=tmp_path))
-        guest = Guest(stack.enter_context(connect(parse_uri(peer.uri()), timeout=10.0)))
-        reader = Guest(stack.enter_context(connect(parse_uri(peer.uri()), timeout=10.0)))
+        guest = Guest(stack.enter_context(connect(parse_uri(peer.uri()), timeout=60.0)))
+        reader = Guest(stack.enter_context(connect(parse_uri(peer.uri()), timeout=60.0)))
         _, reading = begin_to_read(reader, 64 * KIB, 64 * KIB, log)
         guest.write(64 * KIB, NEW[: 64 * KIB])
-        reading.result(10)
+        reading.result(120)
         lost = guest.read(64 * KIB, 64 * KIB)
         assert lost == content[64 * KIB : 128 * KIB]
         assert lost != NEW[: 64 * KIB]
@@ -149,7 +149,7 @@ def test_guests_that_miss_the_same_cluster_make_one_fetch(layout: Layout, tmp_pa
             for number, buffer in enumerate(buffers)
         ]
         for number, started in enumerate(reading):
-            started.result(10)
+            started.result(120)
             offset = MIB + number % 16 * 4 * KIB
             assert buffers[number] == content[offset : offset + 4 * KIB]
         first, *ahead = requests(log)
@@ -193,7 +193,7 @@ def test_whole_grains_are_written_without_waiting_for_a_source_that_hangs(tmp_pa
                 guest.flush()
                 assert guest.read(MIB, MIB) == NEW
                 assert not waiting.done()
-            waiting.result(60)
+            waiting.result(120)
             expected = NEW[: 4 * KIB] + content[4 * KIB : 64 * KIB] + bytes(8 * KIB) + content[72 * KIB : MIB]
             assert guest.read(0, MIB) == expected
 
@@ -271,7 +271,7 @@ def test_a_range_outside_the_disk_is_refused_and_does_no_harm(layout: Layout, tm
         image = make_overlay(tmp_path / "overlay", layout, SIZE, server.uri())
         with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
             with pytest.raises(OSError) as refused:
-                guest.client.start_write(SIZE - 512, NEW[:1024], NONE).result(10)
+                guest.client.start_write(SIZE - 512, NEW[:1024], NONE).result(120)
             assert refused.value.errno in (errno.EINVAL, errno.ENOSPC)
             assert guest.read(SIZE - KIB, KIB) == content[-KIB:]
 

@@ -109,7 +109,7 @@ def test_guests_that_read_write_zero_and_trim_at_once_each_find_what_they_left(
             for number in range(GUESTS)
         ]
         for history in histories:
-            history.thread.join(60)
+            history.thread.join(120)
             assert not history.thread.is_alive()
             if history.failure is not None:
                 raise history.failure

@@ -64,5 +64,5 @@ def test_writes_and_flushes_of_guests_do_not_wait_for_reads_that_hang(layout: La
         source.process.signal(signal.SIGCONT)
         for started in waiting:
             for _, _, future in started:
-                future.result(40)
+                future.result(120)
         assert guests[1].read(0, SIZE) == content

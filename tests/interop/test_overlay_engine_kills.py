@@ -76,7 +76,7 @@ class Writer:
                     started.append(self._start([(offset, len(data)) for offset, data, _ in started]))
                 offset, data, future = started.pop(0)
                 self._model.under_way.append((offset, data))
-                future.result(30)
+                future.result(120)
                 self._model.under_way.pop()
                 self._model.acknowledged[offset : offset + len(data)] = data
                 self.acknowledged += 1
@@ -130,7 +130,7 @@ def test_kill_9_at_any_moment_loses_no_acknowledged_write_and_leaves_no_wrong_bl
                 writer = Writer(guest, model, place, chance.randrange(1 << 30))
                 time.sleep(chance.random() * 0.6)
                 daemon.process.kill()
-                writer.thread.join(30)
+                writer.thread.join(120)
                 assert not writer.thread.is_alive()
                 acknowledged += writer.acknowledged
             if layout == "qed":

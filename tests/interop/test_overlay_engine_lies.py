@@ -45,7 +45,7 @@ def cutting(near: Path, far: Path, seed: int) -> Iterator[list[int]]:
                 cuts.append(left)
             client.shutdown(socket.SHUT_RDWR)
             server.shutdown(socket.SHUT_RDWR)
-            requests.join(10)
+            requests.join(120)
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(near))

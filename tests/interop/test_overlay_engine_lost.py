@@ -55,7 +55,7 @@ def test_reads_wait_for_a_lost_source_and_are_right_when_it_is_back(layout: Layo
         assert guest.read(0, MIB) == content[:MIB]
         assert not waiting.done()
         stack.enter_context(source(tmp_path))
-        waiting.result(15)
+        waiting.result(120)
         assert buffer == content[4 * MIB : 4 * MIB + 64 * KIB]
         assert guest.read(0, SIZE) == content
 

@@ -118,7 +118,7 @@ def test_what_was_on_its_way_when_the_source_changed_is_not_kept(layout: Layout,
         change(tmp_path / "disk", 0, new)
         with daemon.monitor() as qmp:
             qmp.execute("overlay-invalidate", offset=0, length=64 * KIB)
-        reading.result(10)
+        reading.result(120)
         assert guest.read(0, 128 * KIB) == new + content[64 * KIB : 128 * KIB]
 
 

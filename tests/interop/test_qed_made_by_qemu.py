@@ -121,7 +121,7 @@ def test_any_history_of_writes_by_qemu_is_read_the_same(tmp_path: Path, seed: in
 def test_an_image_whose_qemu_was_killed_is_taken_over_after_a_check(tmp_path: Path) -> None:
     image = made(tmp_path / "x.qed", MIB)
     argv = ["qemu-io", "-f", "qed", "-c", "write -P 1 0 64k", "-c", "sigraise 9", str(image)]
-    subprocess.run([*dying_with_parent(signal.SIGKILL), *argv], timeout=20, capture_output=True, check=False)
+    subprocess.run([*dying_with_parent(signal.SIGKILL), *argv], timeout=240, capture_output=True, check=False)
     assert answer(NBD_OVERLAY, "info", "--json", image)["dirty-flag"]
     with QedImage.open(image, writable=True) as opened:
         assert opened.read(0, 65536) == b"\x01" * 65536

@@ -71,7 +71,7 @@ def _with_libraries(programs: Sequence[str]) -> list[str]:
         # Administration programs are not on every user's PATH.
         found = shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin")
         assert found is not None, f"{program} is not installed"
-        listed = subprocess.run(["ldd", found], capture_output=True, text=True, check=True, timeout=30)
+        listed = subprocess.run(["ldd", found], capture_output=True, text=True, check=True, timeout=240)
         paths.update(dict.fromkeys([found, *re.findall(r"(/\S+) \(0x", listed.stdout)]))
     return list(paths)
 
@@ -86,6 +86,6 @@ def _archive_of(paths: Sequence[str]) -> bytes:
         input="\n".join(listing).encode(),
         capture_output=True,
         check=True,
-        timeout=60,
+        timeout=240,
     )
     return done.stdout

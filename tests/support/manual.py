@@ -49,7 +49,7 @@ def help_of(words: tuple[str, ...]) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=240,
         env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1"},
     )
     return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines()) + "\n"

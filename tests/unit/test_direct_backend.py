@@ -157,5 +157,5 @@ def test_who_wants_to_be_alone_waits_for_the_others_and_they_for_him() -> None:
         order.append("others")
         with held.held(4096, 8192, alone=False):
             pass
-    worker.join(60)
+    worker.join(120)
     assert order == ["others", "alone"]

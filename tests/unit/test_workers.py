@@ -33,8 +33,8 @@ def test_memory_is_granted_as_far_as_it_goes_and_in_the_order_of_arrival() -> No
     small.start()
     assert waiting(small), "the large one came first"
     budget.release(60)
-    large.join(10)
-    small.join(10)
+    large.join(120)
+    small.join(120)
     assert order == ["large", "small"]
     assert budget.held == 100
 
@@ -46,7 +46,7 @@ def test_more_than_there_is_is_granted_alone() -> None:
     huge.start()
     assert waiting(huge)
     budget.release(1)
-    huge.join(10)
+    huge.join(120)
     assert budget.held == 1000
     budget.release(1000)
     budget.reserve(100)
@@ -61,14 +61,14 @@ def test_one_client_may_have_so_many_requests_and_bytes_in_flight() -> None:
     fourth.start()
     assert waiting(fourth), "three requests"
     client.end(10)
-    fourth.join(10)
+    fourth.join(120)
     client.end(10)
     large = threading.Thread(target=client.begin, args=(90,))
     large.start()
     assert waiting(large), "a hundred bytes"
     client.end(10)
     client.end(10)
-    large.join(10)
+    large.join(120)
     assert memory.held == 90
     client.end(90)
     client.begin(500)
@@ -126,14 +126,14 @@ def test_tasks_that_were_queued_while_all_were_busy_leave_no_idle_threads_on_the
         gate, done = threading.Event(), threading.Semaphore(0)
 
         def task(gate: threading.Event = gate, done: threading.Semaphore = done) -> None:
-            gate.wait(10)
+            gate.wait(120)
             done.release()
 
         for _ in range(burst):
             workers.submit(task)
         gate.set()
         for number in range(burst):
-            assert done.acquire(timeout=10), f"task {number} of {burst} waits for threads that have ended"
+            assert done.acquire(timeout=120), f"task {number} of {burst} waits for threads that have ended"
         wait_until(lambda: threading.active_count() <= before, "the threads have ended")
     workers.close()
 
@@ -173,10 +173,10 @@ def test_a_pool_that_could_not_grow_is_not_smaller_for_ever(monkeypatch: pytest.
 
     def task() -> None:
         running.release()
-        gate.wait(10)
+        gate.wait(120)
 
     workers.submit(task)
-    assert running.acquire(timeout=10)
+    assert running.acquire(timeout=120)
     with monkeypatch.context() as patch:
         no_more_threads(patch)
         for _ in range(5):
@@ -184,10 +184,10 @@ def test_a_pool_that_could_not_grow_is_not_smaller_for_ever(monkeypatch: pytest.
     workers.submit(task)
     workers.submit(task)
     for _ in range(2):
-        assert running.acquire(timeout=10), "three threads, as before"
+        assert running.acquire(timeout=120), "three threads, as before"
     gate.set()
     for _ in range(5):
-        assert running.acquire(timeout=10), "every task is done"
+        assert running.acquire(timeout=120), "every task is done"
     workers.close()
 
 
@@ -205,7 +205,7 @@ def test_who_waits_in_one_pool_keeps_nobody_waiting_in_another() -> None:
     for _ in range(5):
         pools.of(stuck).near.submit(wait)
     pools.of(free).near.submit(done.set)
-    assert done.wait(60)
+    assert done.wait(120)
     gate.set()
     assert pools.of(stuck) is pools.of(stuck)
     pools.close()
@@ -225,7 +225,7 @@ def test_who_waits_for_another_server_leaves_threads_and_memory_to_who_does_not(
     for _ in range(5):
         far.submit(wait)
     near.submit(done.set)
-    assert done.wait(60)
+    assert done.wait(120)
     far.memory.reserve(75)
     greedy = threading.Thread(target=far.memory.reserve, args=(10,))
     greedy.start()
@@ -233,7 +233,7 @@ def test_who_waits_for_another_server_leaves_threads_and_memory_to_who_does_not(
     near.memory.reserve(25)
     assert memory.held == 100
     far.memory.release(75)
-    greedy.join(60)
+    greedy.join(120)
     assert (memory.held, far.memory.held) == (35, 10)
     gate.set()
     pools.close()
@@ -250,6 +250,6 @@ def test_a_task_that_fails_does_not_take_a_thread_away_from_those_that_follow(
 
     workers.submit(fail)
     workers.submit(done.set)
-    assert done.wait(60), "the next task waits for a thread that has ended"
+    assert done.wait(120), "the next task waits for a thread that has ended"
     workers.close()
     assert "a defect" in caplog.text

@@ -102,6 +102,6 @@ def test_threads_never_hold_the_same_unit_at_the_same_time() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     assert not clashes
     assert claims.idle

@@ -211,7 +211,7 @@ def test_a_write_to_what_another_has_just_written_is_kept_only_with_that(path: P
     assert second.is_alive()
     file.go_on.set()
     for thread in (first, second):
-        thread.join(20)
+        thread.join(120)
     abandon(image)
     with flat(path) as image:
         assert image.read(0, GRAIN) == b"b" * GRAIN
@@ -530,7 +530,7 @@ def test_no_write_comes_between_a_fetch_s_look_and_its_storing(
     assert looked.wait(120)
     image.write(0, b"w" * GRAIN)
     written.set()
-    fetch.join(20)
+    fetch.join(120)
     assert image.read(0, GRAIN) == b"w" * GRAIN
     image.close()
 
@@ -565,7 +565,7 @@ def test_a_guests_write_wins_over_the_fetch_of_the_same_grains_from_many_threads
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(120)
         assert not wrong
         assert image.read(0, image.size) == b"w" * image.size
         assert image.complete
@@ -604,6 +604,6 @@ def test_reads_and_writes_go_on_while_a_flush_waits_for_the_disk(path: Path) -> 
     assert all(flush.is_alive() for flush in flushes), "no flush returns before the one that covers it"
     go_on.set()
     for flush in flushes:
-        flush.join(20)
+        flush.join(120)
     image.close()
     assert check_flat(path).is_clean

@@ -78,7 +78,7 @@ def test_the_end_wakes_who_waits_for_work_and_interrupts_who_works() -> None:
     thread = threading.Thread(target=lambda: outcome.append(idle.wait_until_running()))
     thread.start()
     idle.end()
-    thread.join(10)
+    thread.join(120)
     assert outcome == [False]
     job = running()
     job.pause_point()
