@@ -45,6 +45,13 @@ test: setup
 check: lint types
 	$(BIN)/pytest $(PARALLEL) tests/unit tests/crash tests/fuzz
 
+# The same on another release of Debian, in a chroot; it takes some minutes more when it is made for the first time.
+RELEASE_12 := bookworm
+RELEASE_13 := trixie
+test-debian%:
+	@command -v debootstrap >/dev/null || $(APT) install -y --no-install-recommends debootstrap >/dev/null
+	$(SUDO) tests/in-debian.sh $(or $(RELEASE_$*),$(error there is no release $*)) make test
+
 unit: setup
 	$(BIN)/pytest tests/unit
 

@@ -182,7 +182,7 @@ class Overlay(Backend):
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
         """What is here, and of what is not, what a server says; data, where none says anything.
 
-        An error would be taken for the end of the disk by QEMU 7.2, so there is none.
+        An error would be taken for the end of the disk by QEMU 7.2 and 10.0, so there is none.
         """
         with _data_path():
             runs = list(self.image.runs(offset, length))

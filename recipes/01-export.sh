@@ -9,7 +9,7 @@
 # NBD_NAME      name of the export (default disk)
 # NBD_PID_FILE  where the server leaves its process id (default /run/nbd-migrate-NBD_NAME.pid)
 #
-# The server offers no structured replies, as QEMU 7.2 stores garbage when such a server fails while it copies.
+# The server offers no structured replies, as QEMU (7.2, 10.0) stores garbage when such a server fails while it copies.
 # The running guest is not disturbed. Step 6 ends the server.
 
 set -euo pipefail

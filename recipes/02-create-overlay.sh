@@ -8,7 +8,7 @@
 # NBD_PORT  TCP port (default 10809)
 # NBD_NAME  name of the export (default disk)
 #
-# The overlay gets the size of the export. A server that offers structured replies is refused: QEMU 7.2 stores
+# The overlay gets the size of the export. A server that offers structured replies is refused: QEMU 7.2 and 10.0 store
 # garbage when such a server fails while it copies.
 
 set -euo pipefail

@@ -71,7 +71,7 @@ class QemuEngine(Engine):
     """B's QEMU does everything."""
 
     layout = "qed"
-    # QEMU 7.2 takes a block status that fails for the end of the disk and stores garbage.
+    # QEMU (7.2 and 10.0) takes a block status that fails for the end of the disk and stores garbage.
     structured_replies = False
 
     def files(self, plan: Plan) -> list[str]:

@@ -142,11 +142,8 @@ def test_without_structured_replies_a_read_from_a_dead_server_is_an_error(tmp_pa
     assert stored_at_8_mib(tmp_path) is None
 
 
-def test_with_structured_replies_qemu_7_2_stores_what_a_dead_server_did_not_send(tmp_path: Path) -> None:
+def test_with_structured_replies_qemu_stores_what_a_dead_server_did_not_send(tmp_path: Path) -> None:
     """Why such an export is refused. When a QEMU does better here, the refusal may be thought over."""
-    version = check("qemu-system-x86_64", "--version")
-    if "version 7.2" not in version:
-        pytest.skip(f"known of QEMU 7.2, this is {version.splitlines()[0]}")
     with qemu_streaming(tmp_path) as b:
         output = read_at_8_mib(b, tmp_path)
         assert "read 65536/65536 bytes at offset 8388608" in output
@@ -329,7 +326,8 @@ def test_a_failure_does_not_cancel_somebody_elses_migration(tmp_path: Path) -> N
     with running(stage), stage.run_doomed("MIGRATE", Role.ORCHESTRATOR, signal.SIGSTOP) as run:
         run.wait_for_line("step 4")
         with monitor(stage.second) as a:
-            a.execute("migrate-set-parameters", max_bandwidth=65536)
+            # For QEMU 10 so little RAM is otherwise below what it sends with the guest stopped.
+            a.execute("migrate-set-parameters", max_bandwidth=1024, downtime_limit=1)
             a.execute("migrate", uri="exec:cat >/dev/null")
         run.signal(signal.SIGCONT)
         assert run.wait(30.0) == 1
