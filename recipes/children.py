@@ -7,7 +7,6 @@ child is released: then it lives on by itself.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import tempfile
@@ -18,8 +17,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from nbdserve.errors import MigrationError
+from recipes.calls import cannot_start, end_group
 from recipes.host import Host
 from recipes.interruption import completed
+from recipes.messages import Beginning, message_in
 
 KEEPER_START = 60.0
 """Seconds until a keeper must have said that its process runs, or why it does not."""
@@ -29,6 +30,9 @@ KEEPER_END = 10.0
 
 REMOTE_LOOK = 1.0
 """Seconds between two looks for a process on another host whose keeper is gone."""
+
+_LOOK = 'if grep -qs "^State:.[^XZ]" "/proc/$1/status"; then echo lives; else echo ended; fi'
+"""Says whether process $1 is there, and is no zombie."""
 
 KILL = 15.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
@@ -126,7 +130,7 @@ class Child:
     async def follow(self, messages: asyncio.StreamReader) -> None:
         """Read what the keeper says until the process has ended; its own death must leave no orphan."""
         while line := await messages.readline():
-            message = json.loads(line)
+            message = message_in(line)
             if "ready" in message:
                 self._ready.set()
             if "exited" in message:
@@ -143,9 +147,7 @@ class Child:
         for fd in (self.lifeline[0], self._pidfd):
             if fd >= 0:
                 os.close(fd)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(KEEPER_END):
-                await self._keeper.wait()
+        await give_up(self._keeper)
 
     async def _end(self) -> None:
         """Wait for the end of a process that has no keeper any more."""
@@ -153,11 +155,10 @@ class Child:
             await readable(self._pidfd)
             return
         while True:
-            try:
-                await self.host.run("kill", "-0", str(self.pid), limit=KEEPER_START)
-            except MigrationError as error:
-                # A host that cannot be reached says nothing about the process.
-                if "No such process" in str(error):
+            # A host that cannot be reached says nothing about the process.
+            with suppress(MigrationError):
+                look = await self.host.run("sh", "-c", _LOOK, "sh", str(self.pid), limit=KEEPER_START)
+                if look.strip() == "ended":
                     return
             await asyncio.sleep(REMOTE_LOOK)
 
@@ -223,12 +224,13 @@ class Children:
         ``ready`` is the file that it makes when it is ready, see Child.ready(). Raises MigrationError when it
         cannot be started.
         """
+        beginning = Beginning(host, host.own("keeper", str(log), str(ready or ""), *argv))
         words_out, words_in = os.pipe()
         messages_out, messages_in = os.pipe()
         with tempfile.TemporaryFile() as errors:
             try:
                 keeper = await asyncio.create_subprocess_exec(
-                    *host.argv(host.own("keeper", str(log), str(ready or ""), *argv)),
+                    *beginning.argv(),
                     stdin=words_out,
                     stdout=messages_in,
                     stderr=errors,
@@ -237,22 +239,22 @@ class Children:
             except OSError as error:
                 os.close(words_in)
                 os.close(messages_out)
-                raise MigrationError(f"{name} on {host.name}: {error.filename}: {error.strerror}") from error
+                raise cannot_start(host, f"{name} on {host.name}", error) from error
             finally:
                 os.close(words_out)
                 os.close(messages_in)
             messages = await stream(messages_out)
             try:
-                async with asyncio.timeout(KEEPER_START):
-                    first = await messages.readline()
-                said: dict[str, Any] = json.loads(first) if first else {"failed": last_line(errors.fileno())}
-                if "failed" in said:
-                    why = said["failed"] or f"{keeper.pid} ended without a word"
+                said: dict[str, Any] = {}
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(KEEPER_START):
+                        said = await beginning.first(messages)
+                if "started" not in said:
+                    why = said.get("failed") or await beginning.failure(keeper, content(errors.fileno()))
                     raise MigrationError(f"{name} on {host.name} cannot be started: {why}")
-            except BaseException as error:
+            except BaseException:
                 os.close(words_in)
-                if isinstance(error, TimeoutError):
-                    raise MigrationError(f"{name} on {host.name}: no sign of life in time") from error
+                await completed(give_up(keeper))
                 raise
         child = Child(name, host, said["started"], (words_in, messages_out), keeper)
         self._children.append(child)
@@ -279,7 +281,14 @@ async def readable(fd: int) -> None:
         loop.remove_reader(fd)
 
 
-def last_line(fd: int) -> str:
-    """The last line of an open file."""
-    lines = os.pread(fd, 1 << 16, 0).decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
+async def give_up(keeper: asyncio.subprocess.Process) -> None:
+    """Wait until a keeper that has been let go of has ended; what leads to it may have to be killed."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(KEEPER_END):
+            await keeper.wait()
+    await end_group(keeper)
+
+
+def content(fd: int) -> str:
+    """What is in an open file, up to 64 KiB."""
+    return os.pread(fd, 1 << 16, 0).decode(errors="replace")

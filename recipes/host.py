@@ -1,41 +1,28 @@
-"""A host of the migration: how a command gets there, and where our own tools are on it."""
+"""A host of the migration: what runs there, and where our own tools are on it."""
 
 from __future__ import annotations
 
-import asyncio
-import shlex
+import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbdserve.errors import MigrationError
+from recipes import ssh
+from recipes.calls import Call, HostError
+from recipes.way import Way
 
 
 @dataclass(frozen=True)
-class Host:
-    """Where commands run.
+class Host(Way):
+    """Where commands run: a way there, and ``bin``, the directory of our own commands there, or nothing."""
 
-    name   "A" or "B", as messages call it
-    shell  prefix of every command: nothing for this host, ``ip netns exec NAME``, ``ssh HOST`` ...
-    bin    directory of nbdserve, nbd-overlay and nbd-migrate there, or nothing
-    """
-
-    name: str
-    shell: tuple[str, ...] = ()
     bin: str = ""
 
-    @property
-    def remote(self) -> bool:
-        """Whether the prefix is ssh: a shell reads the words there, and our tools must be installed there."""
-        return bool(self.shell) and Path(self.shell[0]).name == "ssh"
-
-    def argv(self, command: Sequence[str]) -> list[str]:
-        """The command with the prefix, quoted where a remote shell would split it again."""
-        if self.remote:
-            return [*self.shell, shlex.join(command)]
-        return [*self.shell, *command]
+    async def prepared(self, limit: float) -> Host:
+        """The same host, whose ssh asks nothing and waits at most ``limit`` seconds for a connection."""
+        return dataclasses.replace(self, options=await ssh.missing_options(self.shell, limit))
 
     def tool(self, name: str) -> str:
         """How to call one of our own commands on this host."""
@@ -53,41 +40,19 @@ class Host:
     async def run(self, *command: str, limit: float) -> str:
         """Run a short command there and return what it printed.
 
-        Raises MigrationError with its last line when it fails, cannot be started, or takes longer than
-        ``limit`` seconds; then it is killed.
+        Raises HostError where the host cannot be reached, MigrationError with the command's last line when it
+        fails, cannot be started, or takes longer than ``limit`` seconds; then it is killed.
         """
-        what = f"{command[0]} on {self.name}"
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *self.argv(command),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise MigrationError(f"{what}: {error.strerror}") from error
-        try:
-            async with asyncio.timeout(limit):
-                output, errors = await process.communicate()
-        except BaseException as error:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-            if isinstance(error, TimeoutError):
-                raise MigrationError(f"{what}: no end within {limit:g} s") from error
-            raise
-        if process.returncode:
-            lines = errors.decode(errors="replace").strip().splitlines()
-            raise MigrationError(f"{what}: {lines[-1] if lines else f'exit code {process.returncode}'}")
-        return output.decode(errors="replace")
+        return await Call(self, command).run(limit)
 
     async def has(self, command: str, limit: float) -> bool:
-        """Whether a command of this name can be run there."""
+        """Whether a command of this name can be run there; raises HostError."""
         if not self.shell:
             return shutil.which(command) is not None
         try:
             await self.run("sh", "-c", 'command -v "$1"', "sh", command, limit=limit)
+        except HostError:
+            raise
         except MigrationError:
             return False
         return True

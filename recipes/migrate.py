@@ -14,7 +14,7 @@ from recipes.cutover import cut_over, fence_source
 from recipes.engines import engine_of
 from recipes.guard import Orders, start_guard
 from recipes.interruption import undisturbed
-from recipes.migration import Migration
+from recipes.migration import Migration, hosts
 from recipes.plan import Plan
 from recipes.report import Outcome, Report, Step, StepResult
 from recipes.source import Side, capabilities_on, give_back, leave_alone
@@ -46,7 +46,8 @@ async def migrate(plan: Plan, report: Report, *, children: Children | None = Non
     async with AsyncExitStack() as stack:
         a = await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
         stack.push_async_callback(a.disconnect)
-        size = await preflight.check(plan, a)
+        places = await hosts(plan)
+        size = await preflight.check(plan, a, *places)
         orders = Orders(
             source=plan.source.qmp,
             destination=plan.destination.qmp,
@@ -57,7 +58,7 @@ async def migrate(plan: Plan, report: Report, *, children: Children | None = Non
         ours = await stack.enter_async_context(Children()) if children is None else children
         guard = await start_guard(orders)
         stack.push_async_callback(guard.close)
-        m = Migration(plan, engine_of(plan), report, ours, guard, a, size, owned=children is not None)
+        m = Migration(plan, places, engine_of(plan), report, ours, guard, a, size, owned=children is not None)
         stack.push_async_callback(m.close)
         return await run(m, orders)
 

@@ -53,6 +53,7 @@ class Migration:
     def __init__(
         self,
         plan: Plan,
+        hosts: tuple[Host, Host],
         engine: Engine,
         report: Report,
         children: Children,
@@ -71,7 +72,7 @@ class Migration:
         self.b: Vm | None = None
         self.size = size
         self.owned = owned
-        self.host_a, self.host_b = hosts(plan)
+        self.host_a, self.host_b = hosts
         self.server: Child | None = None
         self.fence: Child | None = None
         self.qemu: Child | None = None
@@ -183,10 +184,12 @@ class Migration:
 READY = "READY"
 
 
-def hosts(plan: Plan) -> tuple[Host, Host]:
+async def hosts(plan: Plan) -> tuple[Host, Host]:
     """Hosts A and B."""
-    source, destination = plan.source, plan.destination
-    return Host("A", source.shell, source.bin), Host("B", destination.shell, destination.bin)
+    source, destination, limit = plan.source, plan.destination, plan.limits.command
+    a, b = Host("A", source.shell, source.bin), Host("B", destination.shell, destination.bin)
+    # Less than the limit of a command, so that ssh itself says what it waited for.
+    return await a.prepared(limit * 2 / 3), await b.prepared(limit * 2 / 3)
 
 
 async def gone(vm: Vm) -> str:

@@ -8,18 +8,16 @@ from typing import Any
 from nbdserve.errors import ConnectError, MigrationError, UsageError
 from recipes.engines import engine_of
 from recipes.host import Host
-from recipes.migration import hosts
 from recipes.plan import Plan
 from recipes.source import UNDER_WAY, migration_status
 from recipes.vm import Vm, connect
 
 
-async def check(plan: Plan, a: Vm) -> int:
+async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> int:
     """Check the hosts and the running guest; return the size of its disk in bytes.
 
     Raises UsageError when the plan does not fit what is found, MigrationError when something is missing.
     """
-    host_a, host_b = hosts(plan)
     await check_guest(a)
     size = await disk_size(plan, a)
     await check_tools(plan, host_a, host_b)
@@ -86,7 +84,7 @@ async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
         (host_a, [host_a.tool("nbdserve")]),
         (host_b, [host_b.tool("nbd-overlay"), plan.destination.qemu[0]]),
     ):
-        for program in programs:
+        for program in (*programs, host.own("keeper")[0]):
             if not await host.has(program, limit):
                 raise MigrationError(f"there is no {program} on {host.name}; install it there")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import Process, check, listens, wait_until
+from tests.support.servers import free_tcp_address
 from tests.support.vms import QEMU, Scene, monitor, running, scene
 
 
@@ -33,6 +34,7 @@ def assert_refused(stage: Scene, complaint: str) -> None:
 def test_one_look_at_both_hosts_finds_what_does_not_fit(stage: Scene, tmp_path: Path) -> None:
     """Each of these would be found with a guest of its own; one guest serves them all."""
     plan, there = stage.plan, tmp_path / "there"
+    refused = ("ssh", "-F", "none", "-p", str(free_tcp_address().port), "127.0.0.1")
     there.touch()
     mistakes: list[tuple[Callable[[], None], str]] = [
         (lambda: stage.change("source", qmp=str(tmp_path / "no.qmp")), "A's QEMU: no monitor at "),
@@ -43,6 +45,11 @@ def test_one_look_at_both_hosts_finds_what_does_not_fit(stage: Scene, tmp_path: 
             "there is no /nowhere/nbdserve on A; install it",
         ),
         (lambda: stage.change("destination", bin="/nowhere"), "there is no /nowhere/nbd-overlay on B"),
+        (
+            lambda: stage.change("source", shell=refused),
+            "nbd-migrate: there is no way to A by 'ssh -F none -p",
+        ),
+        (lambda: stage.change("destination", shell=refused), "Connection refused; see that sshd runs there"),
         (lambda: stage.change("destination", qemu=("qemu-system-z80",)), "there is no qemu-system-z80 on B"),
         (lambda: stage.change("destination", image=str(there)), "there exists on B; remove it if it is left"),
         (

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import TAG
 from tests.support.disks import MIB
 from tests.support.processes import check, wait_until
+from tests.support.sshd import sshd
 from tests.support.vms import Role, Scene, running
 
 TOOLS = str(Path(sys.executable).parent)
@@ -140,6 +141,29 @@ def test_nothing_is_left_behind_ssh_when_the_orchestrator_is_killed(over_ssh: Sc
     wait_until(lambda: not over_ssh.started() and not keepers(over_ssh), "everything has ended", 10.0)
     assert not over_ssh.overlay.exists()
     over_ssh.wait_until_guest_works("a")
+
+
+@pytest.fixture
+def over_sshd(tmp_path: Path) -> Iterator[Scene]:
+    """Both hosts behind a real ssh, to a server that greets on both outputs."""
+    banner, keys = tmp_path / "banner", tmp_path / "keys"
+    banner.write_text("Authorized access only\n")
+    keys.mkdir()
+    greeting = "ForceCommand echo 'Welcome!'; eval \"$SSH_ORIGINAL_COMMAND\""
+    with sshd(keys, f"Banner {banner}", greeting) as server:
+        stage = Scene(tmp_path)
+        stage.change("source", shell=server.prefix, bin=TOOLS)
+        stage.change("destination", shell=server.prefix, bin=TOOLS)
+        with running(stage):
+            yield stage
+
+
+def test_hosts_that_greet_whoever_logs_in_are_like_others(over_sshd: Scene) -> None:
+    with over_sshd.run() as run:
+        assert run.wait(90.0) == 0, run.output()
+    over_sshd.wait_until_guest_works("b")
+    over_sshd.quit_b()
+    assert over_sshd.wrong_sectors() == []
 
 
 def keepers(stage: Scene) -> list[psutil.Process]:
