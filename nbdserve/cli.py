@@ -153,6 +153,10 @@ def _attach(
         from nbdserve import metrics
 
         stack.enter_context(metrics.served(metrics.Collector(server), *service.metrics))
+    if given.validity:
+        from nbdserve import expiry
+
+        stack.enter_context(expiry.watched(given.validity))
     pid_file.publish()
     if service.identity is not None:
         privileges.become(service.identity)

@@ -9,12 +9,13 @@ from pathlib import Path
 from nbdserve.backends.filters import Caching, DetectZeroes
 from nbdserve.backends.probe import FORMATS
 from nbdserve.backends.slices import WHOLE, Slice
+from nbdserve.certificates import Certificates
 from nbdserve.errors import UsageError
+from nbdserve.pem import Validity
 from nbdserve.policy import Policy
 from nbdserve.privileges import Identity
 from nbdserve.sizes import parse_size
 from nbdserve.socketpaths import check_socket_path
-from nbdserve.tls import Certificates
 from nbdserve.uri import DEFAULT_PORT, NbdUri, Tls, is_ipv6, parse_listen_uri, parse_uri
 
 _NO_CERTIFICATE = (
@@ -89,6 +90,8 @@ class Options:
     """Where to listen; empty when nothing was said about it."""
     policy: Policy
     service: ServiceOptions
+    validity: Validity = ()
+    """Until when the certificates are valid."""
 
 
 def certificates(given: argparse.Namespace) -> Certificates | None:

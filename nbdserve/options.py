@@ -11,6 +11,7 @@ from nbdserve import __version__
 from nbdserve.access import AllowList, parse_network
 from nbdserve.backends.filters import Caching, DetectZeroes
 from nbdserve.backends.probe import FORMATS
+from nbdserve.certificates import Identity, load
 from nbdserve.command import Parser, count, patience, port, positive, seconds
 from nbdserve.config import (
     ImageOptions,
@@ -29,7 +30,6 @@ from nbdserve.policy import Policy
 from nbdserve.privileges import identity
 from nbdserve.psk import psk_context
 from nbdserve.sizes import parse_size
-from nbdserve.tls import server_context
 from nbdserve.uri import DEFAULT_PORT
 from nbdserve.vigil import LONGEST, MOMENT
 
@@ -41,7 +41,9 @@ def parse(arguments: Sequence[str]) -> Options:
     unwritten = all(export.read_only for export in wanted) and (given.directory is None or given.read_only)
     if given.fence and not unwritten:
         raise UsageError("--fence keeps writers away from images that are served read-only: add -r")
-    terms = _terms(given)
+    files = certificates(given)
+    identity = None if files is None else load(files)
+    terms = _terms(given, identity)
     return Options(
         exports=wanted,
         directory=directory(given),
@@ -49,6 +51,7 @@ def parse(arguments: Sequence[str]) -> Options:
         listen=addresses(given, terms.tls is not None),
         policy=_policy(given, terms),
         service=_service(given),
+        validity=() if identity is None else identity.validity,
     )
 
 
@@ -66,20 +69,19 @@ def _images(given: argparse.Namespace) -> ImageOptions:
     return options
 
 
-def _terms(given: argparse.Namespace) -> Terms:
+def _terms(given: argparse.Namespace, identity: Identity | None) -> Terms:
     return Terms(
         time_limit=given.handshake_timeout,
         structured_replies=not given.simple_replies,
-        tls=_tls(given),
+        tls=_tls(given, identity),
         tls_required=given.tls_require,
     )
 
 
-def _tls(given: argparse.Namespace) -> ssl.SSLContext | None:
-    files = certificates(given)
+def _tls(given: argparse.Namespace, identity: Identity | None) -> ssl.SSLContext | None:
     if given.tls_psk is not None:
         return psk_context(given.tls_psk)
-    return None if files is None else server_context(files)
+    return None if identity is None else identity.context
 
 
 def _policy(given: argparse.Namespace, terms: Terms) -> Policy:

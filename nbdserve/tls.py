@@ -1,72 +1,16 @@
-"""TLS on the server's side: certificates as operators keep them, and a stream that threads may share."""
+"""TLS on the server's side: a stream that threads may share."""
 
 from __future__ import annotations
 
 import contextlib
 import ssl
 import threading
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from nbdserve.errors import ProtocolError, UsageError
+from nbdserve.errors import ProtocolError
 
 _GULP = 128 << 10
 """Bytes of ciphertext that are received at a time."""
-
-
-@dataclass(frozen=True)
-class Certificates:
-    """The files of a server's identity, in PEM, and how it treats its clients."""
-
-    certificate: Path
-    key: Path
-    authority: Path | None = None
-    verify_peer: bool = False
-    """Clients must show a certificate that ``authority`` signed."""
-
-    @classmethod
-    def in_directory(cls, directory: Path, *, verify_peer: bool) -> Certificates:
-        """The layout of QEMU and nbdkit: ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``."""
-        authority = directory / "ca-cert.pem"
-        return cls(
-            directory / "server-cert.pem",
-            directory / "server-key.pem",
-            authority if authority.exists() else None,
-            verify_peer,
-        )
-
-
-def server_context(files: Certificates) -> ssl.SSLContext:
-    """Load the files into a context that speaks TLS 1.2 and newer; UsageError when they are no good."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # NBD clients keep their connections: sessions to resume would only cost a round of messages.
-    context.num_tickets = 0
-    try:
-        context.load_cert_chain(files.certificate, files.key, password=lambda: _refuse_to_ask(files.key))
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(
-            f"{files.certificate}, {files.key}: no usable certificate and key in PEM: {_reason(error)}"
-        ) from error
-    if files.verify_peer:
-        if files.authority is None:
-            raise UsageError("verifying clients needs the authority that signs them: give --tls-ca")
-        try:
-            context.load_verify_locations(files.authority)
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(f"{files.authority}: no usable authority in PEM: {_reason(error)}") from error
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
-def _refuse_to_ask(key: Path) -> str:
-    """Take the place of OpenSSL's question for a passphrase on the terminal."""
-    raise UsageError(f"{key}: the key needs a passphrase, and a server cannot ask for one: store it without")
-
-
-def _reason(error: OSError) -> str:
-    return (error.reason if isinstance(error, ssl.SSLError) else error.strerror) or str(error)
 
 
 class Carrier(Protocol):
