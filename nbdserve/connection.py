@@ -97,8 +97,8 @@ class Connection:
     def drain(self) -> None:
         """Let what has been received be answered, then end. May be called from any thread."""
         self._draining = True
-        if self._transmission is not None:
-            self._transmission.finish_by(time.monotonic() + _BUSY)
+        if (transmission := self._transmission) is not None:
+            transmission.finish_by(time.monotonic() + _BUSY)
         # From now on a receive returns what is queued, and then the end of the stream.
         self._shut(socket.SHUT_RD)
 
@@ -177,9 +177,12 @@ class Connection:
                 self._pools.of(export),
                 self.traffic,
                 Vigil(self._sock, self._watch),
+                self.cut,
             )
             self._transmission.run()
         finally:
+            # They know each other; their buffers shall not wait for the collector of cyclic garbage.
+            self._transmission = None
             self._exports.leave(export, self)
 
     def _limit_stalls(self) -> None:

@@ -83,15 +83,23 @@ class Outbox(Replies):
     """The way to the client. The transmission loop builds the replies to reads in ``view`` itself.
 
     Everything but ``post`` belongs to one thread. Raises ConnectionLostError when the client is gone, or
-    takes nothing for the socket's send time-out; nothing is sent any more then. ``settle`` is called before
-    what has been gathered is sent; when it raises OSError the client is lost, as it must not be told.
+    takes nothing for the socket's send time-out; nothing is sent any more then, by whichever way, as a reply
+    may have been sent by half. ``settle`` is called before what has been gathered is sent; when it raises
+    OSError the client is lost, as it must not be told. ``lost`` is called with the reason, once, by the
+    thread that finds out: another one may be waiting for the client's next request.
     """
 
-    def __init__(self, stream: Stream, settle: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        settle: Callable[[], None] = lambda: None,
+        lost: Callable[[str], object] = lambda _: None,
+    ) -> None:
         # Memory that costs nothing until it is used: of many clients most are idle.
         super().__init__(mmap.mmap(-1, CAPACITY), CAPACITY)
         self._stream = stream
         self._settle = settle
+        self._tell_lost = lost
         self._lock = threading.Lock()
         self._posted: deque[tuple[memoryview, Callable[[], None]]] = deque()
         # Why nothing is sent any more. Not the error itself, whose traceback would keep this alive.
@@ -125,10 +133,10 @@ class Outbox(Replies):
             self.used = 0
 
     def post(self, reply: memoryview, over: Callable[[], None]) -> None:
-        """Send a whole reply, and call ``over`` when it is sent, or the client lost. From any thread.
+        """Send a whole reply, and call ``over``, once, when it is sent or the client lost. From any thread.
 
         Where another thread is sending already, and may have to wait for a client that takes nothing, the
-        reply is left to that thread.
+        reply is left to that thread, whatever becomes of what it sends itself.
         """
         self._posted.append((reply, over))
         self._send_posted()
@@ -153,14 +161,7 @@ class Outbox(Replies):
             self._socket = None
             return False
         self.flush()
-        with self._lock:
-            try:
-                self._socket.sendall(head, socket.MSG_MORE)
-                self._pipe.empty(self._socket.fileno(), length)
-            except OSError as error:
-                raise self._lose(_refusal(error)) from error
-        if self._posted:
-            self._send_posted()
+        self._send(head, length)
         return True
 
     def close(self) -> None:
@@ -168,14 +169,17 @@ class Outbox(Replies):
         if self._pipe is not None:
             self._pipe.close()
 
-    def _send(self, data: Data) -> None:
-        with self._lock:
-            self._put(data)
-        if self._posted:
-            self._send_posted()
+    def _send(self, data: Data, spliced: int = 0) -> None:
+        """Send them, and bytes of the pipe; then, also when that fails, what others have left here."""
+        try:
+            with self._lock:
+                self._put(data, spliced)
+        finally:
+            if self._posted:
+                self._send_posted()
 
     def _send_posted(self) -> None:
-        """Send what is posted, unless somebody else does.
+        """Send what is posted, unless somebody else does; once the client is lost it is over unsent.
 
         Whoever holds the lock looks for more after it has let go of it, so nothing stays behind.
         """
@@ -195,19 +199,27 @@ class Outbox(Replies):
             finally:
                 self._lock.release()
 
-    def _put(self, data: Data) -> None:
+    def _put(self, data: Data, spliced: int = 0) -> None:
+        """The one place where anything is sent, with the lock held."""
         if self._lost is not None:
             # A reply may have been sent by half: nothing that follows would be understood.
             raise ConnectionLostError(self._lost)
         try:
-            self._stream.sendall(data)
+            if spliced:
+                assert self._socket is not None
+                assert self._pipe is not None
+                self._socket.sendall(data, socket.MSG_MORE)
+                self._pipe.empty(self._socket.fileno(), spliced)
+            else:
+                self._stream.sendall(data)
         except OSError as error:
-            raise self._lose(_refusal(error)) from error
+            raise self._lose(f"the client takes no replies: {error.strerror or error}") from error
+        except MemoryError as error:
+            raise self._lose("there is no memory left to send replies with") from error
 
     def _lose(self, why: str) -> ConnectionLostError:
-        self._lost = why
-        return ConnectionLostError(why)
-
-
-def _refusal(error: OSError) -> str:
-    return f"the client takes no replies: {error.strerror or error}"
+        """From now on nothing is sent any more."""
+        if self._lost is None:
+            self._lost = why
+            self._tell_lost(why)
+        return ConnectionLostError(self._lost)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ssl
 import threading
 from typing import Protocol
@@ -37,6 +38,8 @@ class TlsStream:
         self._object = context.wrap_bio(self._received, self._to_send, server_side=True)
         self._lock = threading.Lock()
         self._sending = threading.Lock()
+        self._broken = False
+        """A record may have been sent by half, so that nothing that follows would be understood."""
 
     def handshake(self) -> None:
         """Agree on keys. ProtocolError when the client is not up to it; OSError when it goes away."""
@@ -81,7 +84,7 @@ class TlsStream:
                 while view:
                     view = view[self._object.write(view) :]
                 ciphertext = self._to_send.read()
-            self._sock.sendall(ciphertext)
+            self._pass_on(ciphertext)
 
     def end(self) -> None:
         """Tell the client that nobody has cut the connection, this is the end. OSError if it is gone."""
@@ -116,4 +119,14 @@ class TlsStream:
             with self._lock:
                 ciphertext = self._to_send.read()
             if ciphertext:
-                self._sock.sendall(ciphertext)
+                self._pass_on(ciphertext)
+
+    def _pass_on(self, ciphertext: bytes) -> None:
+        """Send records, with the lock of who sends held."""
+        if self._broken:
+            raise BrokenPipeError(errno.EPIPE, "what was sent before has not arrived whole")
+        try:
+            self._sock.sendall(ciphertext)
+        except BaseException:
+            self._broken = True
+            raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from nbdserve.backends.base import Backend
 from nbdserve.commands import WORTH_SPLICING, Commands
@@ -31,7 +32,8 @@ class Transmission:
     """Serves one client until it disconnects.
 
     ``early`` is what the client sent together with its last option. Its requests are counted in ``traffic``.
-    ``vigil`` waits for the next ones while all could be answered here.
+    ``vigil`` waits for the next ones while all could be answered here. ``lost`` is called with the reason,
+    from any thread, when the client can be sent nothing any more: it must end the connection.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Transmission:
         crew: Crew,
         traffic: Traffic | None = None,
         vigil: Vigil | None = None,
+        lost: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._agreement = agreement
         self._backend = backend
@@ -51,7 +54,7 @@ class Transmission:
         self._in_line = (0, 0)
         self._commands = Commands(agreement, self._framing, backend, traffic)
         self._inbox = Inbox(stream, early, self._framing.request.size)
-        self._outbox = Outbox(stream, backend.settle)
+        self._outbox = Outbox(stream, backend.settle, lost)
         self._payloads = Payloads(self._inbox, self._outbox)
         self._near = Handover(crew.near, self._outbox, self._framing, traffic)
         self._far = Handover(crew.far, self._outbox, self._framing, traffic)
