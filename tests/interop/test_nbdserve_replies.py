@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 
 from nbdserve.backends.file import FileBackend
+from nbdserve.certificates import Certificates, load
 from nbdserve.exports import Export, Exports
 from nbdserve.handshake import Terms
 from nbdserve.policy import Policy
 from nbdserve.protocol.constants import Command
 from nbdserve.server import Server
-from nbdserve.tls import Certificates, server_context
 from tests.support.disks import MIB, random_disk
 from tests.support.inprocess import running
 from tests.support.processes import wait_until
@@ -111,7 +111,7 @@ def serving(
     content = random_disk(directory / "disk.img", SIZE)
     backend = HalfFar(directory / "disk.img")
     files = Certificates.in_directory(identities.server, verify_peer=False)
-    terms = Terms(tls=server_context(files)) if transport == "tls" else Terms()
+    terms = Terms(tls=load(files).context) if transport == "tls" else Terms()
     exports = Exports([Export("", backend)])
     try:
         with running(exports, directory, Policy(stall=stall, terms=terms), tcp=transport != "unix") as (
