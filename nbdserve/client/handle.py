@@ -16,8 +16,10 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from nbdserve.client import tlsfaults, trust
 from nbdserve.client.libnbd import nbd
 from nbdserve.errors import ConnectError
 from nbdserve.protocol.constants import MAX_STRING
@@ -27,6 +29,9 @@ from nbdserve.uri import NbdUri, TlsType
 
 HandleError = nbd.Error
 """What every method of a handle raises; ``errnum`` is its errno, or 0."""
+
+_EXPLANATION = 3.0
+"""Seconds for each connection that is made to explain why TLS has failed."""
 
 _MAX_CONTEXTS = 64
 """How many of the contexts that a server lists are asked for."""
@@ -132,8 +137,25 @@ def open_handle(
 ) -> tuple[Handle, Export]:
     """Connect to an export within ``timeout`` seconds; None asks for all contexts that the server lists.
 
-    Raises ConnectError when nobody answers there in time, or refuses the export.
+    Raises ConnectError when nobody answers there in time, or refuses the export, or cannot be trusted.
     """
+    with trust.certificates(uri) as directory:
+        try:
+            return _open(uri, contexts, block_sizes, timeout, directory)
+        except ConnectError as error:
+            if why := tlsfaults.explain(uri, directory, _EXPLANATION):
+                raise ConnectError(f"{uri}: {why}") from error
+            raise
+
+
+def _open(
+    uri: NbdUri,
+    contexts: Sequence[str] | None,
+    block_sizes: bool,
+    timeout: float,
+    certificates: Path | None,
+) -> tuple[Handle, Export]:
+    """Do so, with these files for TLS."""
     deadline = time.monotonic() + timeout
     handle: Handle = nbd.NBD()
     try:
@@ -142,7 +164,7 @@ def open_handle(
             handle.add_meta_context(context)
         handle.set_request_block_size(block_sizes)
         handle.set_opt_mode(contexts is None)
-        _set_tls(handle, uri)
+        _set_tls(handle, uri, certificates)
         if uri.socket is None:
             _start_tcp(handle, uri, deadline)
         else:
@@ -270,7 +292,7 @@ def _start_unix(handle: Handle, path: str, deadline: float) -> None:
         peer.detach()  # libnbd closes it from now on
 
 
-def _set_tls(handle: Handle, uri: NbdUri) -> None:
+def _set_tls(handle: Handle, uri: NbdUri, certificates: Path | None) -> None:
     """Pass the URI's TLS parameters on; ConnectError for what this libnbd would silently not check."""
     tls = uri.tls
     if tls is None:
@@ -287,8 +309,8 @@ def _set_tls(handle: Handle, uri: NbdUri) -> None:
             raise ConnectError(f"{uri}: libnbd checks no certificate behind a Unix socket; {advice}")
     handle.set_tls(nbd.TLS_REQUIRE)
     handle.set_tls_verify_peer(tls.verify_peer)
-    if tls.certificates is not None:
-        handle.set_tls_certificates(tls.certificates)
+    if certificates is not None:
+        handle.set_tls_certificates(str(certificates))
     if tls.psk_file is not None:
         handle.set_tls_psk_file(tls.psk_file)
     if uri.user is not None:
