@@ -86,9 +86,11 @@ def test_a_server_and_a_client_of_one_authority_connect(kind: str, ca: Issued, t
     own, mine = issue(tmp_path / "made", "server", SERVER, ca), issue(tmp_path / "made", "client", CLIENT, ca)
     server_place = directory_of(tmp_path, "server", ca, own)
     client_place = directory_of(tmp_path, "client", ca, mine)
-    with serving(kind, server_place, tmp_path, verify=True) as server:
-        with connect(parse_uri(uri_of(server, client_place))) as client:
-            assert client.size == MIB
+    with (
+        serving(kind, server_place, tmp_path, verify=True) as server,
+        connect(parse_uri(uri_of(server, client_place))) as client,
+    ):
+        assert client.size == MIB
 
 
 def late(top: Path, ca: Issued, stranger: Issued) -> Issued:
