@@ -101,13 +101,13 @@ def _open_listeners(
     if given.service.stdio:
         return []
     addresses = given.listen or (NbdUri(host="", port=DEFAULT_PORT),)
-    return [listener for address in addresses for listener in _listen(stack, address)]
+    return [listener for address in addresses for listener in _listen(stack, address, given.service)]
 
 
-def _listen(stack: contextlib.ExitStack, address: NbdUri) -> list[Listener]:
+def _listen(stack: contextlib.ExitStack, address: NbdUri, service: ServiceOptions) -> list[Listener]:
     """Listen at one address, which may be several sockets."""
     if address.socket is not None:
-        found = [listen_unix(address.socket)]
+        found = [listen_unix(address.socket, service.socket_owner)]
     else:
         found = listen_tcp(address.host or None, address.port)
     for listener in found:
@@ -124,7 +124,7 @@ def _open_monitor(
         return [inherited.monitor]
     if service.monitor is None:
         return []
-    listener = listen_unix(service.monitor)
+    listener = listen_unix(service.monitor, service.monitor_owner)
     stack.callback(listener.close)
     return [listener]
 

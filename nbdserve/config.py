@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from nbdserve.backends.probe import FORMATS
 from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.certificates import Certificates
 from nbdserve.errors import UsageError
+from nbdserve.ownership import PRIVATE, Ownership, ownership
 from nbdserve.pem import Validity
 from nbdserve.policy import Policy
 from nbdserve.privileges import Identity
@@ -73,6 +75,9 @@ class ServiceOptions:
     stdio: bool = False
     monitor: str | None = None
     """The path of the monitor's socket."""
+    monitor_owner: Ownership = PRIVATE
+    socket_owner: Ownership = PRIVATE
+    """Whose the Unix sockets of clients are."""
     metrics: tuple[str, int] | None = None
     """The host and port where metrics are told; an empty host is every address."""
     identity: Identity | None = None
@@ -210,6 +215,25 @@ def monitor_path(text: str) -> str:
     if kind != "unix" or not path:
         raise UsageError(f"--qmp {text}: write unix:PATH")
     return check_socket_path(path, "--qmp")
+
+
+def socket_owner(given: argparse.Namespace, addresses: Sequence[NbdUri]) -> Ownership:
+    """Whose the clients' Unix sockets are to be; UsageError where that makes no sense."""
+    found = ownership(given.socket_mode, given.socket_owner, "--socket-")
+    paths = [each.socket for each in addresses if each.socket and not each.socket.startswith("\0")]
+    if found and not paths:
+        raise UsageError(
+            "--socket-mode and --socket-owner are for a Unix socket with a path: give it with -k"
+        )
+    return found
+
+
+def monitor_owner(given: argparse.Namespace) -> Ownership:
+    """Whose the monitor's socket is to be; UsageError where that makes no sense."""
+    found = ownership(given.qmp_mode, given.qmp_owner, "--qmp-")
+    if found and given.qmp is None:
+        raise UsageError("--qmp-mode and --qmp-owner are for the monitor: add --qmp")
+    return found
 
 
 def host_and_port(text: str) -> tuple[str, int]:

@@ -12,10 +12,11 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbdserve.errors import ConnectError
+from nbdserve.ownership import PRIVATE, Ownership
 
 _LOG = logging.getLogger("nbdserve")
 
@@ -142,11 +143,12 @@ def _bind(family: socket.AddressFamily, address: tuple[object, ...]) -> socket.s
     return sock
 
 
-def listen_unix(name: str) -> Listener:
-    """Listen on a Unix socket with mode 0600; a dead socket file in its place is removed, a live one is not.
+def listen_unix(name: str, whose: Ownership = PRIVATE) -> Listener:
+    """Listen on a Unix socket; a dead socket file in its place is removed, a live one is not.
 
-    A name that begins with NUL is in Linux's abstract namespace. Raises ConnectError with one line when that
-    cannot be done.
+    ``whose`` it is counts from its first instant on. A name that begins with NUL is in Linux's abstract
+    namespace, where nobody owns anything. Raises ConnectError or OperatorError with one line when that cannot
+    be done.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     path = None if name.startswith("\0") else Path(name)
@@ -154,11 +156,7 @@ def listen_unix(name: str) -> Listener:
         with contextlib.nullcontext() if path is None else _alone_in(path.parent):
             if path is not None:
                 _remove_dead_socket(path)
-            mask = os.umask(0o177)
-            try:
-                sock.bind(name)
-            finally:
-                os.umask(mask)
+            _bind_unix(sock, name, whose)
             sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -168,6 +166,27 @@ def listen_unix(name: str) -> Listener:
         sock.close()
         raise
     return Listener(sock, path)
+
+
+def _bind_unix(sock: socket.socket, name: str, whose: Ownership) -> None:
+    """Bind to a name; if that is a path, nobody may use the socket there before it is what it should be."""
+    mode = 0o600 if whose.mode is None else whose.mode
+    mask = os.umask(0o777 if whose.gives_away else 0o777 & ~mode)
+    try:
+        sock.bind(name)
+    finally:
+        os.umask(mask)
+    if not whose.gives_away or name.startswith("\0"):
+        return
+    try:
+        descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            replace(whose, mode=mode).apply(descriptor, address_text(name))
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 @contextlib.contextmanager

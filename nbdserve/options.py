@@ -22,10 +22,13 @@ from nbdserve.config import (
     directory,
     exports,
     host_and_port,
+    monitor_owner,
     monitor_path,
+    socket_owner,
 )
 from nbdserve.errors import UsageError
 from nbdserve.handshake import Terms
+from nbdserve.ownership import Ownership, add_options
 from nbdserve.policy import Policy
 from nbdserve.privileges import identity
 from nbdserve.psk import psk_context
@@ -44,14 +47,15 @@ def parse(arguments: Sequence[str]) -> Options:
     files = certificates(given)
     identity = None if files is None else load(files)
     terms = _terms(given, identity)
+    listen = addresses(given, terms.tls is not None)
     return Options(
         exports=wanted,
         directory=directory(given),
         images=_images(given),
-        listen=addresses(given, terms.tls is not None),
+        listen=listen,
         policy=_policy(given, terms),
-        service=_service(given),
         validity=() if identity is None else identity.validity,
+        service=_service(given, socket_owner(given, listen)),
     )
 
 
@@ -98,7 +102,7 @@ def _policy(given: argparse.Namespace, terms: Terms) -> Policy:
     )
 
 
-def _service(given: argparse.Namespace) -> ServiceOptions:
+def _service(given: argparse.Namespace, socket_owner: Ownership) -> ServiceOptions:
     if given.stdio and given.fork:
         raise UsageError("--stdio serves whoever started it, and --fork leaves them: use one of the two")
     return ServiceOptions(
@@ -108,6 +112,8 @@ def _service(given: argparse.Namespace) -> ServiceOptions:
         pid_file=given.pid_file,
         stdio=given.stdio,
         monitor=None if given.qmp is None else monitor_path(given.qmp),
+        monitor_owner=monitor_owner(given),
+        socket_owner=socket_owner,
         metrics=None if given.metrics is None else host_and_port(given.metrics),
         identity=identity(given.user, given.group),
     )
@@ -199,6 +205,7 @@ def _add_listen_options(parser: Parser) -> None:
     group.add_argument("-p", "--port", type=port, help=f"TCP port (default {DEFAULT_PORT})")
     group.add_argument("-b", "--bind", metavar="ADDRESS", help="TCP address (default: all)")
     group.add_argument("-k", "--socket", metavar="PATH", help="Unix socket instead of TCP")
+    add_options(group.add_argument, "--socket-", "Unix sockets")
     group.add_argument("--stdio", action="store_true", help="serve one client on standard input and output")
     group.add_argument(
         "--listen",
@@ -273,6 +280,7 @@ def _add_service_options(parser: Parser) -> None:
         "--log-format", choices=("text", "json"), default="text", help="lines of text, or an object on each"
     )
     group.add_argument("--qmp", metavar="unix:PATH", help="live control over QEMU's monitor protocol")
+    add_options(group.add_argument, "--qmp-", "the monitor's socket")
     group.add_argument("--metrics", metavar="HOST:PORT", help="tell Prometheus over HTTP")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbdserve
 from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, run
 from nbdserve.errors import ImageError, UsageError
+from nbdserve.ownership import Ownership, ownership
 from nbdserve.sizes import format_size, parse_size
 from nbdserve.socketpaths import check_socket_path
 from nbdserve.uri import NbdUri, parse_uri
@@ -123,6 +124,10 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cluster-size", metavar="SIZE", help="qed: 4K to 2M (default: 64K)")
     parser.add_argument("--force", action="store_true", help="overwrite an existing IMAGE")
+    parser.add_argument("--mode", metavar="MODE", help="mode of IMAGE, octal (default: 0644 less the umask)")
+    parser.add_argument(
+        "--owner", metavar="USER[:GROUP]", help="owner of IMAGE, as of a QEMU that runs as another user"
+    )
 
 
 def _create(arguments: argparse.Namespace) -> int:
@@ -141,11 +146,15 @@ def _create(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _whose(arguments: argparse.Namespace) -> Ownership:
+    return ownership(arguments.mode, arguments.owner, "--")
+
+
 def _create_flat(arguments: argparse.Namespace, size: int, backings: tuple[Backing, ...]) -> int:
     if arguments.cluster_size is not None:
         raise UsageError("--cluster-size is for --layout qed: a flat image has grains of 4K")
     header = flat.new_header(size, backings)
-    flat.create(real_path(arguments.image), header, replace=arguments.force)
+    flat.create(real_path(arguments.image), header, replace=arguments.force, whose=_whose(arguments))
     return header.size
 
 
@@ -156,7 +165,8 @@ def _create_qed(arguments: argparse.Namespace, size: int, backings: tuple[Backin
     if arguments.cluster_size is not None:
         cluster_size = parse_size(arguments.cluster_size, "--cluster-size")
     header = qed.new_header(size, backings[0], cluster_size)
-    qed.create(arguments.image, header, backings[0], replace=arguments.force)
+    whose = _whose(arguments)
+    qed.create(arguments.image, header, backings[0], replace=arguments.force, whose=whose)
     return header.image_size
 
 

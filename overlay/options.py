@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdserve.ownership import PRIVATE, Ownership
 from nbdserve.uri import NbdUri
 from overlay.open import Layout
 
@@ -27,6 +28,8 @@ class Options:
     layout: Layout | None = None
     """None: as the file looks."""
     monitor: str | None = None
+    socket_owner: Ownership = PRIVATE
+    monitor_owner: Ownership = PRIVATE
     backings: tuple[NbdUri, ...] = ()
     """Instead of those that the image names."""
     keep: bool = True

@@ -13,6 +13,7 @@ from nbdserve.exports import Export, Exports
 from nbdserve.handshake import Terms
 from nbdserve.listeners import Listener, listen_unix
 from nbdserve.notify import ServiceManager
+from nbdserve.ownership import Ownership
 from nbdserve.pidfile import PidFile
 from nbdserve.policy import Policy
 from nbdserve.server import Server
@@ -41,8 +42,8 @@ def serve(options: Options) -> int:
         daemon = _put_together(options)
         exports.add(Export(options.name, daemon.overlay))
         stack.callback(daemon.stop)
-        listener = _listen(stack, options.socket)
-        monitor = None if options.monitor is None else _listen(stack, options.monitor)
+        listener = _listen(stack, options.socket, options.socket_owner)
+        monitor = None if options.monitor is None else _listen(stack, options.monitor, options.monitor_owner)
         policy = Policy(
             timed=options.metrics is not None, terms=Terms(structured_replies=options.structured_replies)
         )
@@ -84,8 +85,8 @@ def _sources(image: Image, options: Options) -> Sources:
     return sources
 
 
-def _listen(stack: contextlib.ExitStack, path: str) -> Listener:
-    listener = listen_unix(path)
+def _listen(stack: contextlib.ExitStack, path: str, whose: Ownership) -> Listener:
+    listener = listen_unix(path, whose)
     stack.callback(listener.close)
     return listener
 

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from nbdserve.command import Parser, patience, positive
-from nbdserve.config import host_and_port, monitor_path
+from nbdserve.config import host_and_port, monitor_owner, monitor_path, socket_owner
 from nbdserve.errors import ImageError, UsageError
+from nbdserve.ownership import add_options
 from nbdserve.sizes import parse_size
 from nbdserve.socketpaths import check_socket_path
 from nbdserve.uri import NbdUri, parse_uri
@@ -38,6 +39,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     parser.add_argument("image", metavar="IMAGE", type=Path)
     add = parser.add_argument
     add("-k", "--socket", required=True, metavar="PATH", help="the Unix socket to serve on")
+    add_options(add, "--socket-", "that socket")
     add("-x", "--export-name", default="", metavar="NAME", help="name of the export (default: empty)")
     add(
         "--layout",
@@ -46,6 +48,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         "guest of a complete flat image can write what looks like QED)",
     )
     add("--qmp", metavar="unix:PATH", help="live control: stream, status, pause, ... over QEMU's protocol")
+    add_options(add, "--qmp-", "the monitor's socket")
     add(
         "--backing",
         action="append",
@@ -102,6 +105,8 @@ def read_options(given: argparse.Namespace) -> Options:
         socket=check_socket_path(given.socket, "--socket"),
         name=given.export_name,
         monitor=monitor,
+        socket_owner=socket_owner(given, [NbdUri(socket=given.socket)]),
+        monitor_owner=monitor_owner(given),
         backings=parse_backings(given.backing),
         keep=given.copy_on_read == "on",
         stream=given.stream,

@@ -12,6 +12,7 @@ from typing import Protocol
 from nbdserve.backends.fallocate import Mode, fallocate
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
 from nbdserve.errors import ImageError
+from nbdserve.ownership import Ownership
 
 _ZEROS = bytes(1 << 20)
 _PIECE = 128 << 10
@@ -205,14 +206,22 @@ def open_file(path: Path, *, writable: bool = False, force_share: bool = False) 
     return _locked(fd, path, WRITER if writable else READER, Permission.NONE if force_share else EXCLUSIVE)
 
 
-def create_file(path: Path, *, replace: bool = False) -> FileStorage:
+def create_file(path: Path, *, replace: bool = False, whose: Ownership | None = None) -> FileStorage:
     """Make a new, empty image file, or empty an existing one that nobody uses (``replace``).
 
-    Raises ImageError if the file exists and is not to be replaced, is in use, or cannot be made.
+    It is whose it should be (``whose``) before anything is in it. Raises ImageError if the file exists and is
+    not to be replaced, is in use, or cannot be made, OperatorError if it cannot be given to its owner.
     """
-    fd = _open(path, os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL))
+    flags = os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL)
+    fd = _open(path, flags, 0o600 if whose else 0o644)
     try:
         storage = _locked(fd, path, WRITER, EXCLUSIVE)
+        try:
+            if whose:
+                whose.apply(fd, path)
+        except BaseException:
+            storage.close()
+            raise
     except BaseException:
         if not replace:
             path.unlink()
@@ -230,10 +239,10 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _open(path: Path, flags: int) -> int:
+def _open(path: Path, flags: int, mode: int = 0o644) -> int:
     try:
         # Non-blocking, so that a FIFO is refused below instead of waited for here.
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode)
     except OSError as error:
         advice = {
             errno.ENOENT: "no such file or directory; check the path",

@@ -6,6 +6,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from nbdserve.errors import ImageError, UsageError
+from nbdserve.ownership import Ownership
 from overlay.flat.boot import current_boot
 from overlay.flat.header import (
     BACKINGS_AT,
@@ -46,8 +47,10 @@ def new_header(size: int, backings: tuple[Backing, ...]) -> Header:
     return header
 
 
-def create(path: Path, header: Header, *, replace: bool = False) -> None:
+def create(path: Path, header: Header, *, replace: bool = False, whose: Ownership | None = None) -> None:
     """Write an empty image and make it durable; with ``replace``, over files that nobody uses.
+
+    ``whose`` the data file is to be; the map is for nobody but who makes it.
 
     Raises ImageError if a file exists, is in use or cannot be made, OSError if it cannot be written; then
     no new file is left behind.
@@ -57,7 +60,7 @@ def create(path: Path, header: Header, *, replace: bool = False) -> None:
         raise ImageError(f"{beside}: the map of another image exists; choose another name, or --force")
     made: list[Path] = []
     try:
-        data = create_file(path, replace=replace)
+        data = create_file(path, replace=replace, whose=whose)
         made.append(path)
         try:
             file = create_file(beside, replace=replace)

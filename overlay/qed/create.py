@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbdserve.errors import ImageError, UsageError
+from nbdserve.ownership import Ownership
 from nbdserve.sizes import format_size
 from overlay.image import Backing
 from overlay.qed.header import (
@@ -74,13 +75,20 @@ def new_header(
     return header
 
 
-def create(path: Path, header: Header, backing: Backing | None, *, replace: bool = False) -> None:
-    """Write an empty image and make it durable; with ``replace``, over a file that nobody uses.
+def create(
+    path: Path,
+    header: Header,
+    backing: Backing | None,
+    *,
+    replace: bool = False,
+    whose: Ownership | None = None,
+) -> None:
+    """Write an empty image, ``whose`` it is to be, durably; with ``replace``, over a file that nobody uses.
 
     Raises ImageError if the file exists, is in use or cannot be made, OSError if it cannot be written; then
     no new file is left behind.
     """
-    storage = create_file(path, replace=replace)
+    storage = create_file(path, replace=replace, whose=whose)
     try:
         # The header comes last: until then the file is not an image.
         storage.truncate(header.l1_table_offset + header.table_bytes)
