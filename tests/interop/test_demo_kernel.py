@@ -144,7 +144,9 @@ def test_the_newest_of_several_cached_kernels_is_taken(tmp_path: Path) -> None:
 def test_modules_come_after_what_they_need_and_built_in_ones_not_at_all() -> None:
     files = kernel.fetch().in_load_order(["virtio-blk", "virtio_pci", "nbd", "ext4"])
     order = [file.name.removesuffix(".xz") for file in files]
-    assert order.index("virtio_ring.ko") < order.index("virtio.ko") < order.index("virtio_blk.ko")
+    chain = [name for name in ("virtio_ring.ko", "virtio.ko", "virtio_blk.ko") if name in order]
+    assert chain == sorted(chain, key=order.index)
+    assert chain[-1] == "virtio_blk.ko"
     assert "nbd.ko" in order
     assert not any(name.startswith("ext4") for name in order)
     assert len(set(order)) == len(order)

@@ -38,7 +38,7 @@ def test_wherever_python_is_started_it_is_told_to_stay_away_from_the_working_dir
 def test_the_trap_would_catch_one_who_looks_there(tmp_path: Path) -> None:
     traps = lay(tmp_path / "traps")
     run("/usr/bin/python3", "-c", "import json", cwd=traps)
-    assert "json" in sprung(traps)
+    assert sprung(traps)
 
 
 @pytest.mark.parametrize("command", ["nbdserve", "nbd-overlay", "nbd-migrate"])

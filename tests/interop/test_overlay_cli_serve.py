@@ -109,9 +109,9 @@ def test_a_disk_is_streamed_and_is_a_raw_file_then(image: Path, tmp_path: Path) 
 def test_streaming_is_started_slowed_paused_resumed_and_sped_up(image: Path) -> None:
     with served(image) as daemon:
         assert "not streaming" in daemon.must("status")
-        daemon.must("stream", "--speed", "1M")
+        daemon.must("stream", "--speed", "32K")
         told = json.loads(daemon.must("status", "--json"))
-        assert (told["phase"], told["speed"], told["size"]) == ("running", MIB, SIZE)
+        assert (told["phase"], told["speed"], told["size"]) == ("running", 32 * KIB, SIZE)
         daemon.must("pause")
         paused = json.loads(daemon.must("status", "--json"))
         assert (paused["phase"], paused["rate"], paused["seconds-left"]) == ("paused", None, None)
@@ -128,7 +128,8 @@ def test_streaming_is_started_slowed_paused_resumed_and_sped_up(image: Path) -> 
 
 
 def test_the_time_left_is_that_which_a_known_rate_takes(image: Path) -> None:
-    with served(image, "--stream", "--speed", "1M") as daemon:
+    speed = 256 * KIB
+    with served(image, "--stream", "--speed", str(speed)) as daemon:
         told: dict[str, Any] = {"seconds-left": None}
 
         def is_known() -> bool:
@@ -137,8 +138,8 @@ def test_the_time_left_is_that_which_a_known_rate_takes(image: Path) -> None:
 
         wait_until(is_known, "the time left is known", 10.0, 0.1)
         absent = told["size"] - told["local"]
-        assert told["seconds-left"] == pytest.approx(absent / MIB, rel=0.3)
-        assert told["rate"] == pytest.approx(MIB, rel=0.3)
+        assert told["seconds-left"] == pytest.approx(absent / told["rate"], rel=0.3)
+        assert 0 < told["rate"] <= 1.3 * speed
 
 
 def test_wait_says_why_nothing_will_come(image: Path, source: Server) -> None:

@@ -130,7 +130,7 @@ def test_pause_resume_and_speed_take_effect_at_once_and_progress_never_goes_back
                 assert isinstance(told, dict)
                 return told
 
-            qmp.execute("block-stream", device="disk", speed=2 * MIB)
+            qmp.execute("block-stream", device="disk", speed=512 * KIB)
             wait_until(lambda: job()["offset"] > 0, "something has been copied")
             qmp.execute("block-job-pause", device="disk")
             wait_until(lambda: daemon.status()["in-flight"] == 0, "what was under way has come")

@@ -38,7 +38,11 @@ def answer(*argv: str | Path) -> Any:
 
 def assert_same_map(image: Path) -> None:
     ours = answer(NBD_OVERLAY, "map", "--json", image)
-    assert ours == answer("qemu-img", "map", "--output=json", image)
+    theirs = answer("qemu-img", "map", "--output=json", image)
+    for extent in theirs:
+        # Told since QEMU 8.2; QED has no compression.
+        assert not extent.pop("compressed", False)
+    assert ours == theirs
 
 
 def dump(image: Path, directory: Path) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +9,11 @@ from pathlib import Path
 import pytest
 from qemu.qmp import ExecuteError
 
+from tests.support import versions
 from tests.support.jobs import Talk
 from tests.support.processes import Process, check, listens, run, wait_until
 from tests.support.vms import QEMU, Monitor, Role, Scene, monitor, scene
 from tests.vm.test_migrate_safety import fence, migrated_by_hand
-
-
-def version() -> tuple[int, ...]:
-    """QEMU's version, as (10, 0)."""
-    found = re.search(r"version (\d+)\.(\d+)", check(QEMU[0], "--version"))
-    assert found
-    return tuple(map(int, found.groups()))
 
 
 @pytest.fixture
@@ -38,7 +31,7 @@ def active(a: Monitor) -> bool | None:
 
 
 def test_the_disk_of_a_guest_that_has_left_is_inactive_and_qemu_says_so_since_10(stage: Scene) -> None:
-    tells = version() >= (10, 0)
+    tells = versions.qemu() >= (10, 0)
     with monitor(stage.monitor_a) as a:
         assert active(a) is (True if tells else None)
     with migrated_by_hand(stage), monitor(stage.monitor_a) as a:
@@ -56,13 +49,13 @@ def test_a_migrated_sources_own_nbd_server_gives_data_but_since_10_no_block_stat
     with migrated_by_hand(stage):
         check("qemu-io", "-r", "-f", "raw", "-c", "read 0 64k", uri)
         asked = run("nbdinfo", "--map", uri)
-        if version() >= (10, 0):
+        if versions.qemu() >= (10, 0):
             assert "Operation not permitted" in asked.stderr
         else:
             assert asked.returncode == 0
 
 
-@pytest.mark.skipif(version() < (10, 0), reason="before QEMU 10 there is no such command")
+@pytest.mark.skipif(versions.qemu() < (10, 0), reason="before QEMU 10 there is no such command")
 def test_the_fence_keeps_a_source_from_making_its_disk_active_again(stage: Scene) -> None:
     with migrated_by_hand(stage):
         pass
@@ -75,7 +68,7 @@ def test_the_fence_keeps_a_source_from_making_its_disk_active_again(stage: Scene
         assert active(a), "without the fence nothing keeps it from it"
 
 
-@pytest.mark.skipif(version() < (10, 0), reason="before QEMU 10 there is no such command")
+@pytest.mark.skipif(versions.qemu() < (10, 0), reason="before QEMU 10 there is no such command")
 def test_a_guest_whose_disk_is_made_inactive_while_it_runs_takes_qemu_down(stage: Scene) -> None:
     with monitor(stage.monitor_a) as a:
         a.execute("blockdev-set-active", node_name="disk0", active=False)
@@ -95,7 +88,7 @@ def test_a_destination_that_cannot_load_the_guest_ends_unless_told_otherwise(
         talk = Talk(monitor_path)
         options = {"exit_on_error": False} if stays else {}
         answer = talk.ask("migrate-incoming", uri=f"unix:{incoming}", **options)
-        if stays and version() < (9, 1):
+        if stays and versions.qemu() < (9, 1):
             assert "unexpected" in answer["error"]["desc"]
             return
         assert "return" in answer
