@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nbdserve import streams
 from nbdserve.errors import OperatorError, UsageError
@@ -17,8 +17,27 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Options as Python 3.13 shows them, in every version."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """An option's names, and after the last of them its value: ``-x, --export-name NAME``."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+
+class RawHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The same, and descriptions as they stand."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a mistake in one line instead of a page of usage."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """The arguments are argparse's."""
+        super().__init__(*arguments, **{"formatter_class": HelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with argparse's own words and a pointer to ``--help``."""

@@ -115,12 +115,18 @@ def shake_hands(timed: TimedSocket, catalog: Catalog, terms: Terms) -> Outcome:
         if not data:
             raise ConnectionLostError("the client went away before it chose an export")
         replies = haggling.receive(data)
-        if tls:
-            tls.sendall(replies)
-        else:
-            timed.sendall(replies)
+        _answer(tls or timed, replies, haggling)
     plain = timed.release()
     return Outcome(haggling.agreement, tls or plain, haggling.leftover)
+
+
+def _answer(stream: TlsStream | TimedSocket, replies: bytes, haggling: Haggling) -> None:
+    """Send replies. Who has said goodbye need not wait for one; nbdinfo 1.22 does not."""
+    try:
+        stream.sendall(replies)
+    except ConnectionError:
+        if haggling.state is not State.CLOSED:
+            raise
 
 
 def _receive(tls: TlsStream) -> bytes:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbdserve
-from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, run
+from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, run
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.ownership import Ownership, ownership
 from nbdserve.sizes import format_size, parse_size
@@ -71,7 +71,7 @@ def _parser() -> Parser:
         prog=PROGRAM,
         description="Overlay images: disks whose missing parts come over NBD.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawHelpFormatter,
     )
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {nbdserve.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -82,7 +82,7 @@ def _parser() -> Parser:
             help=summary,
             description=description,
             epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=RawHelpFormatter,
         )
         added.add_argument("image", metavar="IMAGE", type=Path)
         added.set_defaults(command=command)

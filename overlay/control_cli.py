@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from nbdserve import clock
-from nbdserve.command import EXIT_DONE, Parser, seconds
+from nbdserve.command import EXIT_DONE, Parser, RawHelpFormatter, seconds
 from nbdserve.config import monitor_path
 from nbdserve.errors import OperatorError, UsageError
 from nbdserve.sizes import parse_size
@@ -26,7 +26,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
             help=summary,
             description=description,
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=RawHelpFormatter,
         )
         parser.add_argument(
             "--qmp",

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nbdserve.command import Parser, patience, positive
+from nbdserve.command import Parser, RawHelpFormatter, patience, positive
 from nbdserve.config import host_and_port, monitor_owner, monitor_path, socket_owner
 from nbdserve.errors import ImageError, UsageError
 from nbdserve.ownership import add_options
@@ -33,7 +33,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         help="serve an image as a disk, and fill it",
         description=_DESCRIPTION,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawHelpFormatter,
     )
     parser.set_defaults(command=main)
     parser.add_argument("image", metavar="IMAGE", type=Path)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, tell
+from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, tell
 from nbdserve.sizes import format_size
 
 _DESCRIPTION = """\
@@ -28,7 +28,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         help="compare what was copied with the backing",
         description=_DESCRIPTION,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawHelpFormatter,
     )
     parser.set_defaults(command=main)
     parser.add_argument("image", metavar="IMAGE", type=Path)

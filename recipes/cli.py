@@ -57,7 +57,7 @@ def make_parser() -> command.Parser:
         prog=PROGRAM,
         description="Move a running virtual machine to another host, and its disk after it.",
         epilog=EPILOGUE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=command.RawHelpFormatter,
     )
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
     run = subcommands.add_parser("run", help="migrate the guest of a plan")

@@ -83,8 +83,10 @@ inside() {
         kept+=("$name=${!name}")
     done
     cd "$tree"
+    # Bash is the first process there, as somebody has to take leave of those that nobody waits for.
     exec env -i "${kept[@]}" HOME=/root LANG=C.UTF-8 TERM="${TERM:-dumb}" \
-        PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
+        PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+        bash -c '"$@"; exit $?' bash "$@"
 }
 
 if [ "${1:-}" = --inside ]; then

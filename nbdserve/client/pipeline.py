@@ -310,8 +310,10 @@ class Client:
             os.close(self._wake)
         if self._closing:
             _take_leave(handle)
-        del handle
         self._complete()
+        del handle
+        # A libnbd newer than 1.14 calls back for each request that it gives up then; we know better why.
+        self._over.clear()
         for request in list(self._in_flight):
             del self._in_flight[request]
             request.future.set_exception(OSError(reason.errno, reason.strerror))

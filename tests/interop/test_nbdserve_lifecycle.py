@@ -14,7 +14,7 @@ import pytest
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.processes import Process, check, is_alive, run, wait_until
 from tests.support.servers import NBDSERVE, Server, UnixAddress, free_tcp_address, nbdserve
-from tests.support.wire import Command, Wire, request
+from tests.support.wire import Command, Option, Reply, Wire, export_query, option, request
 
 
 @pytest.fixture
@@ -48,8 +48,22 @@ def test_once_ends_with_the_last_client(image: Path, tmp_path: Path) -> None:
 def test_once_is_not_ended_by_a_client_that_chose_no_export(image: Path, tmp_path: Path) -> None:
     with nbdserve("-f", "raw", "--once", image, directory=tmp_path) as server:
         server.connect().close()
-        assert check("nbdinfo", "--size", server.uri()) == f"{MIB}\n"
+        with Wire(server.address) as asking:
+            asking.greet()
+            assert asking.haggle(Option.INFO, export_query(""))[-1].kind == Reply.ACK
+        check("nbdcopy", server.uri(), "null:")
         assert server.process.wait() == 0
+
+
+def test_a_goodbye_whose_answer_nobody_waits_for_is_not_told_as_a_loss(image: Path, tmp_path: Path) -> None:
+    with nbdserve("-f", "raw", image, directory=tmp_path) as server:
+        for _ in range(20):
+            with Wire(server.address) as wire:
+                wire.greet()
+                wire.send(option(Option.ABORT))
+        assert check("nbdinfo", "--size", server.uri()) == f"{MIB}\n"
+        assert server.process.terminate() == 0
+        assert "connection lost" not in server.process.output()
 
 
 def test_shared_lets_the_next_client_in_when_one_goes(image: Path, tmp_path: Path) -> None:

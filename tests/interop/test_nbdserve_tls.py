@@ -81,7 +81,7 @@ def test_without_tls_nothing_is_told_where_it_is_required(required: Server, imag
         refused = run("nbdinfo", *command, required.uri())
         assert refused.returncode == 1
         assert str(ODD_SIZE) not in refused.stdout + refused.stderr
-    assert "requires TLS" in run("nbdinfo", "--size", required.uri()).stderr
+    assert "requires TLS" in run("nbdcopy", required.uri(), "null:").stderr
     before = image.read_bytes()
     assert run("qemu-io", "-f", "raw", "-c", "write 0 512", required.uri()).returncode == 1
     assert image.read_bytes() == before

@@ -23,9 +23,14 @@ def libnbd() -> tuple[int, ...]:
     return _version("nbdinfo")
 
 
+def nbd_client() -> tuple[int, ...]:
+    """That of nbd-client, as (3, 24) on Debian 12 and (3, 26) on Debian 13."""
+    return _version("nbd-client", "-V")
+
+
 @functools.cache
-def _version(program: str) -> tuple[int, ...]:
+def _version(program: str, option: str = "--version") -> tuple[int, ...]:
     """The first two numbers of what the program says of itself."""
-    found = re.search(r"(\d+)\.(\d+)", check(program, "--version"))
+    found = re.search(r"(\d+)\.(\d+)", check(program, option))
     assert found
     return int(found[1]), int(found[2])
