@@ -335,7 +335,10 @@ def test_an_answer_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     image = made(tmp_path / "x.qed", MIB)
     for command in ("info", "check", "map"):
         refused = run("sh", "-c", f'"$0" {command} "$1" >/dev/full', NBD_OVERLAY, image)
-        assert (refused.returncode, refused.stderr) == (1, "nbd-overlay: No space left on device\n")
+        assert (refused.returncode, refused.stderr) == (
+            1,
+            "nbd-overlay: standard output: No space left on device\n",
+        )
 
 
 def test_a_reader_that_goes_away_ends_the_map_quietly(tmp_path: Path) -> None:
