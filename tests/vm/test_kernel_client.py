@@ -15,6 +15,7 @@ SIZE = 128 << 20
 
 SCRIPT = """
 nbd-client 10.0.2.2 {port} /dev/nbd0 -N disk -b 4096 {connections}
+until [ "$(blockdev --getsize64 /dev/nbd0)" != 0 ]; do sleep 0.1; done
 blockdev --getsize64 /dev/nbd0 | sed 's/^/SIZE /'
 mkfs.ext4 -q -E nodiscard /dev/nbd0
 mount -t ext4 -o discard /dev/nbd0 /mnt
