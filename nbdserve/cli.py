@@ -77,7 +77,7 @@ def _check(given: Options, inherited: activation.Inheritance) -> None:
 
 def _open_exports(stack: contextlib.ExitStack, given: Options) -> Exports:
     shelf = None if given.directory is None else Directory(given.directory, given.images)
-    exports = Exports(shelf=shelf)
+    exports = Exports(shelf=shelf, patience=given.policy.terms.time_limit)
     stack.callback(exports.close)
     for wanted in given.exports:
         export = open_export(wanted, given.images)

@@ -66,6 +66,11 @@ class Clients(Generic[C]):
             self._haggling.pop(client, None)
         self._changed()
 
+    def discount(self, client: C) -> None:
+        """The client was cut off while it haggled: it keeps no place, even if its thread is stuck."""
+        with self._condition:
+            self._haggling.pop(client, None)
+
     def finish(self, client: C) -> None:
         """Nothing that the client asked for is still to be done; it is only left to close the connection."""
         with self._condition:

@@ -161,9 +161,10 @@ class Connection:
             self._clients.finish(self)
 
     def _transmit(self, outcome: Outcome, agreement: Agreement) -> None:
+        # It has chosen: what is opened now may take its time.
+        self._clients.settle(self)
         export = self.export = self._exports.enter(agreement.offer, self)
         try:
-            self._clients.settle(self)
             if not agreement.offer.flags & TransmissionFlags.READ_ONLY:
                 self._clients.wait_for_predecessors(self)
             self._log.debug("serving export %r", export.name)

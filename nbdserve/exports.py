@@ -10,8 +10,10 @@ from typing import Protocol
 
 from nbdserve.backends.base import Backend
 from nbdserve.errors import OperatorError, ProtocolError, UsageError
+from nbdserve.lookups import TooLateError
 from nbdserve.protocol.constants import MAX_STRING, TransmissionFlags
 from nbdserve.protocol.offers import Offer
+from nbdserve.shelf import PATIENCE, Looks, Shelf
 from nbdserve.threads import Thread
 from nbdserve.traffic import Traffic
 
@@ -25,19 +27,6 @@ class User(Protocol):
 
     def cut(self, reason: str) -> bool:
         """End its connection now, for this reason. May be called from any thread."""
-
-
-class Shelf(Protocol):
-    """Where more exports are, which are opened when they are used and closed when they are not."""
-
-    def names(self) -> list[str]:
-        """What there is now; OSError when that cannot be told."""
-
-    def offer(self, name: str) -> Offer | None:
-        """What a client is told of one; None if there is none of that name."""
-
-    def open(self, name: str) -> Export | None:
-        """The export; None if there is none of that name. OperatorError or OSError when it cannot be had."""
 
 
 class Export:
@@ -97,12 +86,19 @@ class Exports:
     """All exports, found by name: the Catalog of every client's option haggling.
 
     They may be added and removed at any time, from any thread. ``removed`` is called with each that has been
-    removed and closed. Those of the shelf come after those that were added.
+    removed and closed. Those of the shelf come after those that were added; what is looked up there is waited
+    for up to ``patience`` seconds, without the lock, and keeps nobody waiting who asks for something else.
     """
 
-    def __init__(self, exports: Iterable[Export] = (), shelf: Shelf | None = None) -> None:
+    def __init__(
+        self, exports: Iterable[Export] = (), shelf: Shelf[Export] | None = None, patience: float = PATIENCE
+    ) -> None:
+        # Held for moments only: nothing is opened, closed or asked of a file system under it.
         self._lock = threading.Lock()
-        self._shelf = shelf
+        self._shelf = Looks(shelf, patience)
+        # By name, who waits for an export of the shelf to be opened.
+        self._expected: dict[str, set[User]] = {}
+        self._closed = False
         self._by_identifier: dict[str, Export] = {}
         self._offered: dict[str, Export] = {}
         self.removed: Callable[[Export], None] = lambda export: None
@@ -148,32 +144,66 @@ class Exports:
     def enter(self, offer: Offer, user: User) -> Export:
         """The export behind an offer of this catalog, used from now on until ``leave``.
 
-        ProtocolError when it has been removed since the client chose it.
+        ProtocolError when it has been removed since the client chose it, or cannot be opened;
+        ConnectionLostError when that takes too long.
         """
-        with self._lock:
-            export = self._offered.get(offer.name)
-            if export is None:
-                export = self._take_from_shelf(offer.name)
-            if export is None or (export.offer != offer if export.shelved else export.offer is not offer):
-                if export is not None and export.shelved and not export.users:
-                    export.backend.close()
-                raise ProtocolError(f"export {offer.name!r} has been removed or replaced")
-            export.users.add(user)
-            if export.shelved:
-                self._offered[export.name] = self._by_identifier[export.identifier] = export
+        export = self._join(offer.name, user)
+        if export is None or (export.offer != offer if export.shelved else export.offer is not offer):
+            if export is not None:
+                self.leave(export, user)
+            raise ProtocolError(f"export {offer.name!r} has been removed or replaced")
         return export
 
-    def _take_from_shelf(self, name: str) -> Export | None:
-        """Open an export of the shelf; while it is used it is offered as one of ours."""
-        if self._shelf is None or name in self._by_identifier:
+    def _join(self, name: str, user: User) -> Export | None:
+        """Use an export from now on, one of the shelf after opening it or waiting for who opens it."""
+        while True:
+            with self._lock:
+                export = self._offered.get(name)
+                if export is not None:
+                    export.users.add(user)
+                    return export
+                if self._closed or name in self._by_identifier:
+                    return None
+                self._expected.setdefault(name, set()).add(user)
+            try:
+                export = self._shelf.open(name, self._take_in)
+            except TooLateError as error:
+                if self._expects(name, user):
+                    raise self._shelf.does_not_answer(name) from error
+            except (OperatorError, OSError) as error:
+                self._expects(name, user)
+                raise ProtocolError(f"export {name!r} cannot be opened: {error}") from error
+            else:
+                came_late = self._expects(name, user)
+                if export is None or (not came_late and user in export.users):
+                    return export
+
+    def _expects(self, name: str, user: User) -> bool:
+        """Whether the user still waits for an export; it does not any more."""
+        with self._lock:
+            expected = self._expected.get(name, set())
+            if user not in expected:
+                return False
+            expected.discard(user)
+            if not expected:
+                del self._expected[name]
+            return True
+
+    def _take_in(self, export: Export | None) -> Export | None:
+        """Offer what was on the shelf as one of ours, for all who expect it; if nobody does it is closed."""
+        if export is None:
             return None
-        try:
-            export = self._shelf.open(name)
-        except (OperatorError, OSError) as error:
-            raise ProtocolError(f"export {name!r} cannot be opened: {error}") from error
-        if export is not None:
-            export.shelved = True
-        return export
+        name = export.name
+        with self._lock:
+            users = self._expected.pop(name, set())
+            taken = name in self._offered or name in self._by_identifier
+            if users and not taken and not self._closed:
+                export.shelved = True
+                export.users |= users
+                self._offered[name] = self._by_identifier[name] = export
+                return export
+        export.backend.close()
+        return None
 
     def leave(self, export: Export, user: User) -> None:
         """The client uses the export no more."""
@@ -190,6 +220,7 @@ class Exports:
         What may not be durable then is named in the log, and ``intact`` is false.
         """
         with self._lock:
+            self._closed = True
             exports = list(self._by_identifier.values())
             self._by_identifier.clear()
             self._offered.clear()
@@ -215,22 +246,27 @@ class Exports:
         return total
 
     def names(self) -> list[str]:
-        """The names to list, in the order in which they were added."""
-        with self._lock:
-            own = [name for name, export in self._offered.items() if not export.shelved]
-        try:
-            more = [] if self._shelf is None else self._shelf.names()
-        except OSError as error:
-            _LOG.error("some exports are not listed: %s", error)
-            more = []
-        return own + [name for name in more if name not in own]
+        """All names in the order in which they were added; on the shelf also what cannot be served."""
+        own = [offer.name for offer in self._own_offers()]
+        return own + [name for name in self._shelf.names() if name not in own]
+
+    def listing(self) -> list[tuple[str, str]]:
+        """The name and description of each export to list, in the order in which they were added."""
+        own = {offer.name: offer.description for offer in self._own_offers()}
+        more = [name for name in self._shelf.names() if name not in own]
+        return [*own.items(), *self._shelf.listing(more)]
 
     def offer(self, name: str) -> Offer | None:
-        """What is said of an export, or None if there is none of that name."""
+        """What is said of an export, or None if there is none of that name.
+
+        ConnectionLostError when that takes too long to find out.
+        """
         export = self._offered.get(name)
-        if export is not None:
-            return export.offer
-        return None if self._shelf is None else self._shelf.offer(name)
+        return self._shelf.offer(name) if export is None else export.offer
+
+    def _own_offers(self) -> list[Offer]:
+        with self._lock:
+            return [export.offer for export in self._offered.values() if not export.shelved]
 
     def _forget(self, export: Export) -> bool:
         """Know an export no more, with the lock held; False when that was done before."""

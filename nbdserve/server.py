@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import selectors
 import signal
 import socket
@@ -11,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from nbdserve.clients import Clients
+from nbdserve.clients import SILENCE, Clients
 from nbdserve.connection import Connection, Shared
 from nbdserve.exports import Exports
 from nbdserve.listeners import Listener, Visitor
@@ -58,7 +57,7 @@ class Server:
         self._pools = Pools(WORKERS, self.memory, policy.worker_idle)
         self._shared = Shared(exports, self.clients, self._pools, Watch(policy.busy_poll), policy.stall)
         self._stopping = False
-        # By time.monotonic(); 0 when there is room to haggle, infinity until somebody has left or settled.
+        # By time.monotonic(); 0 when there is room to haggle, or when somebody has left or settled since.
         self._crowded_until = 0.0
         self._had_client = False
         self._on_signals = False
@@ -124,7 +123,7 @@ class Server:
         if self._crowded_until:
             # It may have come meanwhile.
             limits.append(max(0.0, self._crowded_until - time.monotonic()))
-        return min((limit for limit in limits if limit is not None and limit < math.inf), default=None)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _finished(self) -> bool:
         if self._stopping:
@@ -173,11 +172,12 @@ class Server:
         if first is None:
             return True
         client, seconds = first
-        self._crowded_until = math.inf
-        if seconds:
-            self._crowded_until = time.monotonic() + seconds
-        elif client.cut("cut off: it was slow to choose an export, and others wait to"):
+        if not seconds:
+            client.cut("cut off: it was slow to choose an export, and others wait to")
             self.turned_away["slow to choose"] += 1
+            # It is gone at once, unless it is stuck, in a file system perhaps: then it keeps no place.
+            self.clients.discount(client)
+        self._crowded_until = time.monotonic() + (seconds or SILENCE)
         return False
 
     def _turn_away(self, visitor: Visitor, reason: str, message: str, level: int = logging.INFO) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Thread(threading.Thread):
@@ -24,3 +28,22 @@ class Thread(threading.Thread):
             raise OSError(
                 errno.ENOMEM, "no thread can be started: look at ulimit -u, systemd's TasksMax and memory"
             ) from error
+
+
+def fulfil(promise: Future[T], name: str, work: Callable[[], T]) -> None:
+    """Let a thread of its own do what may hang, or this one where none can be started; tell the Future."""
+
+    def perform() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001, whoever waits is told
+            promise.set_exception(error)
+        else:
+            promise.set_result(result)
+
+    # Nobody can call it back.
+    promise.set_running_or_notify_cancel()
+    try:
+        Thread(perform, name).start()
+    except OSError:
+        perform()

@@ -261,12 +261,11 @@ class Haggling:
 
     def _list(self, option: int, payload: bytes) -> None:
         Reader(payload).end()
-        for name in self._catalog.names():
-            offer = self._catalog.offer(name)
-            if offer is not None:
-                encoded = name.encode()
-                description = offer.description.encode()
-                self._reply(option, OptionReply.SERVER, UINT32.pack(len(encoded)) + encoded + description)
+        for name, description in self._catalog.listing():
+            encoded = name.encode()
+            self._reply(
+                option, OptionReply.SERVER, UINT32.pack(len(encoded)) + encoded + description.encode()
+            )
         self._reply(option, OptionReply.ACK)
 
     def _info(self, option: int, payload: bytes) -> None:

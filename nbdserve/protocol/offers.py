@@ -40,8 +40,8 @@ class Offer:
 class Catalog(Protocol):
     """Where option haggling finds the exports."""
 
-    def names(self) -> list[str]:
-        """The names to list, in order."""
+    def listing(self) -> list[tuple[str, str]]:
+        """The name and description of each export to list, in order."""
 
     def offer(self, name: str) -> Offer | None:
         """The export of this name (the empty name means the default export), or None."""

@@ -102,7 +102,7 @@ def test_a_file_is_open_only_while_it_is_used(server: Server, directory: Path) -
     listed(server)
     assert opened() == []
     first, second = connected(server.uri("first.img")), connected(server.uri("first.img"))
-    assert opened() == [str(directory / "first.img")]
+    wait_until(lambda: opened() == [str(directory / "first.img")], "the file is open")
     first.pwrite(b"seen by both", 0)
     assert second.pread(12, 0) == b"seen by both"
     assert first.can_multi_conn()

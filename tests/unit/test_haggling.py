@@ -32,8 +32,8 @@ CLIENT_FLAGS = struct.pack(">I", 3)
 class TwoExports:
     """A catalog of two exports, of which the first is also the default."""
 
-    def names(self) -> list[str]:
-        return [DISK.name, SNOW.name]
+    def listing(self) -> list[tuple[str, str]]:
+        return [(offer.name, offer.description) for offer in (DISK, SNOW)]
 
     def offer(self, name: str) -> Offer | None:
         return {"": DISK, DISK.name: DISK, SNOW.name: SNOW}.get(name)
