@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from nbdserve.sizes import format_size, parse_size
 from nbdserve.socketpaths import check_socket_path
 from nbdserve.uri import NbdUri, parse_uri
 from overlay import control_cli, map_cli, serve_cli, verify_cli
+from overlay.discard import discard
 from overlay.flat import create as flat
 from overlay.flat import report as flat_report
 from overlay.flat.check import check_flat
@@ -48,6 +51,12 @@ Clusters that two references claim cannot be repaired: nobody knows to whom thei
 
 Flat: that data file and map belong together, and the map's counts agree with its bitmaps. --repair corrects
 the counts, and lets the image be used again after a failed sync, without what the log told of.
+"""
+
+_DISCARD_HELP = """\
+Remove an image that holds nothing, and its map: neither what a guest wrote nor what was copied. It undoes
+create, also one that was killed. Any other file is refused, and so is one that is in use. Where there is none
+nothing happens.
 """
 
 Command = Callable[[argparse.Namespace], int]
@@ -89,6 +98,7 @@ def _parser() -> Parser:
         return added
 
     _add_create_options(add("create", _create, "make an empty image", "Make an image that has nothing yet."))
+    add("discard", _discard, "remove an image in which nothing is", _DISCARD_HELP)
     info = add("info", _info, "show what an image says of itself", "Show what an image says of itself.")
     checker = add("check", _check, "look for corruptions and leaks", _CHECK_HELP)
     checker.add_argument("--repair", action="store_true", help="repair what can be repaired")
@@ -138,7 +148,8 @@ def _create(arguments: argparse.Namespace) -> int:
     uris = [_lasting(parse_uri(backing)) for backing in arguments.backing]
     size = parse_size(arguments.size, "--size") if arguments.size is not None else _size_of(uris)
     make = _create_qed if arguments.layout == "qed" else _create_flat
-    size = make(arguments, size, tuple(Backing(str(uri), raw=True) for uri in uris))
+    with _to_the_end():
+        size = make(arguments, size, tuple(Backing(str(uri), raw=True) for uri in uris))
     backing = ", ".join(map(str, uris))
     print(f"{arguments.image}: {format_size(size)} ({size} bytes), backing {backing}")
     if arguments.layout == "qed" and uris[0].tls:
@@ -148,6 +159,22 @@ def _create(arguments: argparse.Namespace) -> int:
 
 def _whose(arguments: argparse.Namespace) -> Ownership:
     return ownership(arguments.mode, arguments.owner, "--")
+
+
+@contextlib.contextmanager
+def _to_the_end() -> Iterator[None]:
+    """Within this SIGTERM and SIGHUP have to wait: an image is made whole, or not at all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _discard(arguments: argparse.Namespace) -> int:
+    if discard(arguments.image):
+        print(f"{arguments.image} was empty, and is removed")
+    return EXIT_DONE
 
 
 def _create_flat(arguments: argparse.Namespace, size: int, backings: tuple[Backing, ...]) -> int:

@@ -11,6 +11,7 @@ COMMANDS = (
     ("nbdserve",),
     ("nbd-overlay",),
     ("nbd-overlay", "create"),
+    ("nbd-overlay", "discard"),
     ("nbd-overlay", "info"),
     ("nbd-overlay", "check"),
     ("nbd-overlay", "map"),

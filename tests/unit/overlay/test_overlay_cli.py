@@ -11,6 +11,7 @@ import pytest
 
 from overlay import cli
 from overlay.image import Backing
+from overlay.open import Layout, open_image
 from overlay.qed.header import Feature, read_header
 from overlay.qed.image import QedImage
 from overlay.storage import open_file
@@ -147,6 +148,80 @@ def test_a_full_disk_leaves_no_image(run: Run, tmp_path: Path, monkeypatch: pyte
     code, _, err = run("create", *BACKING, "--size", "1M", tmp_path / "x")
     assert (code, err) == (1, f"nbd-overlay: {tmp_path}/x: No space left on device\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["flat", "qed"])
+def test_discard_removes_what_create_has_made(run: Run, tmp_path: Path, layout: str) -> None:
+    image = tmp_path / "x"
+    assert run("create", "--layout", layout, *BACKING, "--size", "1M", image)[0] == 0
+    assert run("discard", image) == (0, f"{image} was empty, and is removed\n", "")
+    assert list(tmp_path.iterdir()) == []
+    assert run("discard", image) == (0, "", ""), "there is nothing left to do"
+
+
+@pytest.mark.parametrize("layout", ["flat", "qed"])
+@pytest.mark.parametrize("content", ["written", "copied", "zeroed"])
+def test_discard_keeps_what_is_not_empty(run: Run, tmp_path: Path, layout: Layout, content: str) -> None:
+    image = tmp_path / "x"
+    assert run("create", "--layout", layout, *BACKING, "--size", "1M", image)[0] == 0
+    with open_image(image, writable=True, layout=layout) as opened:
+        if content == "written":
+            assert opened.write(0, b"x" * opened.cluster_size)
+        elif content == "copied":
+            assert opened.fill(0, b"x" * opened.cluster_size)
+        else:
+            assert opened.zero(0, opened.cluster_size)
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run("discard", image)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "it is no empty overlay" in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("layout", ["flat", "qed"])
+def test_discard_keeps_what_is_in_use(run: Run, tmp_path: Path, layout: Layout) -> None:
+    image = tmp_path / "x"
+    assert run("create", "--layout", layout, *BACKING, "--size", "1M", image)[0] == 0
+    with open_image(image, layout=layout):
+        code, _, err = run("discard", image)
+    assert (code, err.count("\n")) == (1, 1)
+    assert image.exists()
+
+
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("layout", ["flat", "qed"])
+def test_discard_removes_what_a_creation_that_was_killed_has_left(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, number: int
+) -> None:
+    """Killed at its ``number``-th system call that changes a file, as far as there are so many."""
+    image, calls = tmp_path / "x", 0
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def counting(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls > number:
+                os._exit(9)
+            return call(*arguments)
+
+        return counting
+
+    if not os.fork():
+        for name in ("ftruncate", "pwrite", "fdatasync", "fsync", "unlink"):
+            monkeypatch.setattr(os, name, counted(getattr(os, name)))
+        run("create", "--layout", layout, *BACKING, "--size", "1M", image)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9, "there are so many"
+    assert image.exists()
+    assert run("discard", image)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_discard_keeps_any_other_file(run: Run, tmp_path: Path) -> None:
+    for name, content in {"raw": b"x" * 4096, "text": b"mine\n", "zeros": bytes(4096)}.items():
+        (tmp_path / name).write_bytes(content)
+        assert run("discard", tmp_path / name)[0] == 1
+        assert (tmp_path / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("command", ["info", "check", "map"])
