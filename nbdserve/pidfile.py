@@ -86,7 +86,7 @@ def _put_in_place(fresh: Path, path: Path) -> None:
             os.link(fresh, path)
             return
         except FileExistsError:
-            _remove_abandoned(path)
+            remove_abandoned(path)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP) or os.path.lexists(path):
                 raise
@@ -95,7 +95,8 @@ def _put_in_place(fresh: Path, path: Path) -> None:
             return
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
+    """Remove the pid file of a process that has ended; OperatorError, or OSError, when it is not that."""
     try:
         abandoned = _open_abandoned(path)
     except FileNotFoundError:

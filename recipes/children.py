@@ -10,8 +10,9 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,6 +39,10 @@ KILL = 15.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
 
+RELEASE = b"release\n"
+"""What a keeper is told; see recipes/keeper.py."""
+
+
 def pidfd_of(pid: int) -> int:
     """A file descriptor for the process; -1 when it has ended, and its keeper has seen that, already."""
     try:
@@ -46,24 +51,46 @@ def pidfd_of(pid: int) -> int:
         return -1
 
 
+@dataclass(frozen=True)
+class Lifeline:
+    """What holds a process: who has both of these file descriptors shares in its life.
+
+    name      what messages call the process
+    words     our end of its keeper's standard input
+    messages  its keeper's standard output
+    """
+
+    name: str
+    words: int
+    messages: int
+
+
 class Child:
     """A process that was started through a keeper.
 
-    name      what messages call it
-    host      where it runs
-    pid       its process id there
-    lifeline  our end of the keeper's standard input, and its standard output: whoever holds both shares in
-              the process's life (file descriptors)
+    name  what messages call it
+    host  where it runs
+    pid   its process id there
     """
 
     def __init__(
-        self, name: str, host: Host, pid: int, lifeline: tuple[int, int], keeper: asyncio.subprocess.Process
+        self,
+        name: str,
+        host: Host,
+        pid: int,
+        lifeline: Lifeline,
+        keeper: asyncio.subprocess.Process,
+        *,
+        last_word: str,
+        ready: Path | None,
     ) -> None:
         self.name = name
         self.host = host
         self.pid = pid
-        self.lifeline = lifeline
+        self._lifeline = lifeline
         self._keeper = keeper
+        self._last_word = last_word
+        self._ready_file = ready
         self.released = False
         self.status: int | None = None
         self._tail = ""
@@ -102,17 +129,18 @@ class Child:
         lines = self._tail.strip().splitlines()
         return f"ended with code {self.status}" + (f": {lines[-1].strip()}" if lines else "")
 
-    def release(self) -> None:
-        """Let the process live on by itself when we end."""
-        self.released = True
-        self._say("release")
+    def release(self) -> bool:
+        """Let the process live on by itself when we end; False when its keeper is dead: then it ends too."""
+        if not self.released:
+            self.released = self._say(RELEASE)
+        return self.released
 
     async def stop(self, seconds: float) -> None:
         """End the process: SIGTERM, and SIGKILL when ``seconds`` have passed. Returns when it has ended.
 
         Raises MigrationError when it is there even then.
         """
-        if not self._say(f"stop {seconds:g}"):
+        if not self._say(f"stop {seconds:g}\n".encode()):
             await self._signal(signal.SIGTERM)
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -142,9 +170,14 @@ class Child:
             await self._end()
             self._gone.set()
 
+    def kill_command(self) -> list[str]:
+        """What kills the process when its keeper is dead, unless its id is another process's by now."""
+        script = 'if grep -qzF -- "$2" "/proc/$1/cmdline" 2>/dev/null; then kill -9 "$1"; fi'
+        return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self._last_word])
+
     async def close(self) -> None:
         """Let go of the lifeline: the keeper ends what was not released, and itself."""
-        for fd in (self.lifeline[0], self._pidfd):
+        for fd in (self._lifeline.words, self._pidfd):
             if fd >= 0:
                 os.close(fd)
         await give_up(self._keeper)
@@ -162,6 +195,14 @@ class Child:
                     return
             await asyncio.sleep(REMOTE_LOOK)
 
+    async def tidy(self) -> None:
+        """Remove the pid file of a process that has ended, where its keeper, who is dead, cannot any more."""
+        script = 'if [ "$(cat "$1" 2>/dev/null)" = "$2" ]; then rm -f -- "$1"; fi'
+        if self._ready_file and not self.running and self.status is None:
+            with suppress(MigrationError):
+                words = ("sh", "-c", script, "sh", str(self._ready_file), str(self.pid))
+                await self.host.run(*words, limit=KEEPER_START)
+
     async def _signal(self, number: signal.Signals) -> None:
         """Signal the process directly, when its keeper is not there to do it."""
         try:
@@ -175,10 +216,10 @@ class Child:
         with suppress(MigrationError):
             await self.host.run("kill", f"-{number.value}", str(self.pid), limit=KEEPER_START)
 
-    def _say(self, word: str) -> bool:
+    def _say(self, word: bytes) -> bool:
         """Give the keeper a word; False when there is no keeper any more."""
         try:
-            os.write(self.lifeline[0], f"{word}\n".encode())
+            os.write(self._lifeline.words, word)
         except BrokenPipeError:
             return False
         return True
@@ -214,19 +255,34 @@ class Children:
             follower.cancel()
         await asyncio.gather(*self._followers, return_exceptions=True)
         for child in self._children:
+            await child.tidy()
             await child.close()
 
     async def start(
-        self, name: str, host: Host, log: Path, argv: Sequence[str], *, ready: Path | None = None
+        self,
+        name: str,
+        host: Host,
+        log: Path,
+        argv: Sequence[str],
+        *,
+        ready: Path | None = None,
+        released: bool = False,
+        share: Callable[[Lifeline], None] = lambda lifeline: None,
     ) -> Child:
         """Start a process on a host, its output appended to ``log`` there.
 
-        ``ready`` is the file that it makes when it is ready, see Child.ready(). Raises MigrationError when it
-        cannot be started.
+        ``ready`` is the file that it makes when it is ready, see Child.ready(). With ``released`` it lives on
+        when we end, from its beginning. ``share`` is given the lifeline before there is a process. Raises
+        MigrationError when it cannot be started.
         """
         beginning = Beginning(host, host.own("keeper", str(log), str(ready or ""), *argv))
         words_out, words_in = os.pipe()
         messages_out, messages_in = os.pipe()
+        lifeline = Lifeline(name, words_in, messages_out)
+        share(lifeline)
+        if released:
+            os.write(words_in, RELEASE)
+        where = name if name.endswith(f" on {host.name}") else f"{name} on {host.name}"
         with tempfile.TemporaryFile() as errors:
             try:
                 keeper = await asyncio.create_subprocess_exec(
@@ -239,7 +295,7 @@ class Children:
             except OSError as error:
                 os.close(words_in)
                 os.close(messages_out)
-                raise cannot_start(host, f"{name} on {host.name}", error) from error
+                raise cannot_start(host, where, error) from error
             finally:
                 os.close(words_out)
                 os.close(messages_in)
@@ -251,12 +307,16 @@ class Children:
                         said = await beginning.first(messages)
                 if "started" not in said:
                     why = said.get("failed") or await beginning.failure(keeper, content(errors.fileno()))
-                    raise MigrationError(f"{name} on {host.name} cannot be started: {why}")
+                    raise MigrationError(f"{where} cannot be started: {why}")
             except BaseException:
+                # Others may share its life.
+                with suppress(BrokenPipeError):
+                    os.write(words_in, f"stop {KILL:g}\n".encode())
                 os.close(words_in)
                 await completed(give_up(keeper))
                 raise
-        child = Child(name, host, said["started"], (words_in, messages_out), keeper)
+        child = Child(name, host, said["started"], lifeline, keeper, last_word=argv[-1], ready=ready)
+        child.released = released
         self._children.append(child)
         self._followers.append(asyncio.create_task(child.follow(messages)))
         return child

@@ -9,13 +9,11 @@ from contextlib import suppress
 from qemu.qmp import EventListener
 
 from nbdserve.errors import MigrationError
+from recipes.destination import ARRIVE
 from recipes.migration import READY, Arrival, Migration
 from recipes.report import Moment
 from recipes.source import LOOK, WANTED, set_capabilities
 from recipes.vm import CommandError, Vm, VmGoneError
-
-ARRIVE = 20.0
-"""Seconds until the guest must run on B, once everything of it is there."""
 
 
 async def cut_over(m: Migration) -> str:
@@ -39,6 +37,8 @@ async def cut_over(m: Migration) -> str:
         # From here on only the two QEMUs count: a server that dies is started again while streaming.
         for name in ("the server on A", "nbd-overlay on B", "the guard"):
             m.no_longer_need(name)
+        # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
+        m.release()
         await a.execute("migrate-continue", state="pre-switchover")
         await switch_over(m, news)
     await arrive(m)
@@ -78,7 +78,6 @@ async def switch_over(m: Migration, news: EventListener) -> None:
 async def arrive(m: Migration) -> None:
     """Note that the guest is B's, and let what carries it live on without us."""
     m.arrived = time.monotonic()
-    m.release()
     m.no_longer_need("A's QEMU")
     await m.during(running(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)

@@ -3,10 +3,13 @@
 Keepers alone cannot do that: an orchestrator that dies while the guest stands still before the switch-over
 would leave it standing, and one that dies during the switch-over leaves it open which QEMU may live. The
 guard holds every child's lifeline too, so nothing ends before it has asked the source who has the guest. Then
-it either gives the guest back to the source and ends the children, or releases them.
+it either gives the guest back to the source and ends the children, or releases them (recipes/watch.py).
 
-The orchestrator's end is Guard; the process is this module. They share a socket of messages,
-and the end of file on it is the orchestrator's death.
+It has a deputy, which is told the same and acts when the guard is dead as well, or hangs: a source that
+stands still before the switch-over stands there for ever, and no two deaths may leave it there.
+
+The orchestrator's end is Guard; the process is this module. They share a socket of messages, and the end of
+file on it is the orchestrator's death.
 """
 
 from __future__ import annotations
@@ -14,66 +17,73 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from nbdserve import clock, command
-from nbdserve.errors import ConnectError, MigrationError, OperatorError
-from recipes.children import Child, stream
-from recipes.host import Host, module
-from recipes.source import Side, give_back, leave_alone
-from recipes.vm import VmGoneError, connect
+from nbdserve.errors import MigrationError, OperatorError
+from recipes.children import Child, Lifeline
+from recipes.host import module
+from recipes.watch import Orders, Watch
 
-MESSAGE = 1 << 16
-"""Longest message in bytes."""
+SEND = 2.0
+"""Seconds in which a guard must take a message; one that does not is as good as dead."""
 
-SETTLE = 10.0
-"""Seconds that a switch-over which is under way is given to come to its end."""
+CLOSE = 5.0
+"""Seconds in which a guard that was dismissed must have ended; then it is killed."""
 
-END = 15.0
-"""Seconds until a child whose lifeline was cut must have ended."""
+TURN = 240.0
+"""Seconds in which the guard must have done what it does; then its deputy kills it and takes its turn."""
 
 
-@dataclass(frozen=True)
-class Orders:
-    """What the guard must know of a migration.
+@dataclass
+class Watcher:
+    """A guard's process, and our end of the socket to it."""
 
-    source        QMP address of A's QEMU
-    destination   QMP address of B's QEMU
-    capabilities  migration capabilities that were on at A before
-    owned         the children end with the orchestrator in any case
-    limit         seconds for a connection to a monitor, and for a command
-    """
+    process: asyncio.subprocess.Process
+    channel: socket.socket
 
-    source: str
-    destination: str
-    capabilities: Sequence[str]
-    owned: bool
-    limit: float
+    def send(self, data: bytes, fds: Sequence[int]) -> None:
+        """Send a message; one that cannot take it is noticed by Guard.wait()."""
+        if self.channel.fileno() < 0:
+            return
+        try:
+            socket.send_fds(self.channel, [data], fds)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        except TimeoutError:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill it; it may have ended."""
+        with suppress(ProcessLookupError):
+            self.process.kill()
 
 
 class Guard:
-    """The orchestrator's end, made by start_guard()."""
+    """The orchestrator's end of the guard and its deputy, made by start_guard()."""
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: socket.socket) -> None:
-        self._process = process
-        self._channel = channel
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self._watchers = watchers
 
-    @property
-    def pid(self) -> int:
-        """The guard's process id."""
-        return self._process.pid
+    def share(self, lifeline: Lifeline) -> None:
+        """Share a child's life, before it begins."""
+        self._send("share", lifeline.name, (lifeline.words, lifeline.messages))
 
-    def watch(self, child: Child) -> None:
-        """Share a child's life."""
-        self._send("child", child.name, child.lifeline)
+    def know(self, child: Child) -> None:
+        """How to kill a child whose keeper is dead."""
+        self._send("kill", [child.name, child.kill_command()])
 
     def remove_later(self, argv: Sequence[str]) -> None:
-        """When the guest is given back to A, run this command, which removes what the migration has made."""
+        """When the guest is given back to A, run this command on B, in place of what was told before.
+
+        It removes what the migration has made, or may have made by then.
+        """
         self._send("remove", list(argv))
 
     def migrating(self) -> None:
@@ -81,137 +91,80 @@ class Guard:
         self._send("migrating", None)
 
     async def wait(self) -> str:
-        """Wait until the guard has ended, which it does not do by itself; return how, in words."""
-        status = await self._process.wait()
-        return f"ended with status {status}"
+        """Wait until one of them has ended, which it does not do by itself; return how, in words."""
+        waits = [asyncio.ensure_future(each.process.wait()) for each in self._watchers]
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waits:
+                each.cancel()
+        return f"ended with status {done.pop().result()}"
 
     def dismiss(self) -> None:
         """Let the guard go: nothing that happens from now on concerns it."""
-        if self._channel.fileno() >= 0:
-            self._send("dismiss", None)
-            self._channel.close()
+        self._send("dismiss", None)
+        for watcher in self._watchers:
+            watcher.channel.close()
 
     async def close(self) -> None:
-        """Dismiss the guard and wait until it has ended. The orchestrator has decided where the guest is."""
+        """Dismiss the guard and see it end. The orchestrator has decided where the guest is."""
         self.dismiss()
-        await self._process.wait()
+        ends = asyncio.gather(*(each.process.wait() for each in self._watchers))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE):
+                await asyncio.shield(ends)
+        for watcher in self._watchers:
+            watcher.kill()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE):
+                await ends
 
     def _send(self, kind: str, value: object, fds: Sequence[int] = ()) -> None:
-        # A guard that was killed is noticed by wait().
-        with suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self._channel, [json.dumps({kind: value}).encode()], fds)
+        for watcher in self._watchers:
+            watcher.send(json.dumps({kind: value}).encode(), fds)
 
 
 async def start_guard(orders: Orders) -> Guard:
-    """Start the guard of this process."""
+    """Start the guard of this process, and its deputy."""
+    done, tell = os.pipe()
+    try:
+        guard = await _start(orders, {"tell": tell})
+        chief = os.pidfd_open(guard.process.pid)
+        try:
+            deputy = await _start(orders, {"done": done, "chief": chief})
+        except BaseException:
+            await Guard([guard]).close()
+            raise
+        finally:
+            os.close(chief)
+    finally:
+        os.close(done)
+        os.close(tell)
+    return Guard([guard, deputy])
+
+
+async def _start(orders: Orders, fds: dict[str, int]) -> Watcher:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(SEND)
     with theirs:
-        argv = module("guard", json.dumps(asdict(orders)))
-        process = await asyncio.create_subprocess_exec(*argv, stdin=theirs.fileno(), start_new_session=True)
-    return Guard(process, ours)
+        process = await asyncio.create_subprocess_exec(
+            *module("guard", json.dumps(asdict(orders)), json.dumps(fds)),
+            stdin=theirs.fileno(),
+            pass_fds=tuple(fds.values()),
+            start_new_session=True,
+        )
+    return Watcher(process, ours)
 
 
-@dataclass
-class Watch:
-    """The guard's own side: what it was told until now. A lifeline is a keeper's (input, output)."""
-
-    orders: Orders
-    lifelines: list[tuple[int, int]] = field(default_factory=list)
-    removals: list[list[str]] = field(default_factory=list)
-    migrating: bool = False
-
-    def listen(self, channel: socket.socket) -> bool:
-        """Take messages; True when the orchestrator has died, False when it has dismissed us."""
-        while True:
-            data, fds, _, _ = socket.recv_fds(channel, MESSAGE, 2)
-            if not data:
-                return True
-            [(kind, value)] = json.loads(data).items()
-            if kind == "child":
-                self.lifelines.append((fds[0], fds[1]))
-            elif kind == "remove":
-                self.removals.append(value)
-            elif kind == "migrating":
-                self.migrating = True
-            else:
-                return False
-
-    async def act(self) -> str:
-        """Do what the orchestrator can no longer do; return one line about it.
-
-        Raises MigrationError, whose line says what is left for the operator.
-        """
-        try:
-            a = await connect("A's QEMU", self.orders.source, **self._limits)
-        except ConnectError as error:
-            return await self._without_source(error)
-        try:
-            if not self.migrating:
-                await self.end_children()
-                await self.remove()
-                return await leave_alone(a, self.orders.capabilities)
-            side = await give_back(a, self.end_children, self.orders.capabilities, settle=SETTLE)
-            if side is Side.DESTINATION:
-                self.release_children()
-                with suppress(VmGoneError):
-                    await a.execute("quit")
-                return "the guest runs on B; A's QEMU was ended; the disk is not complete: " + GO_ON
-            await self.remove()
-            return "the guest runs on A as before"
-        finally:
-            await a.disconnect()
-
-    async def _without_source(self, error: ConnectError) -> str:
-        if await self._destination_runs():
-            self.release_children()
-            return f"A's QEMU is gone; the guest runs on B; the disk is not complete: {GO_ON}"
-        await self.end_children()
-        await self.remove()
-        raise MigrationError(f"what was started has been ended, but the guest on A was not reached: {error}")
-
-    async def _destination_runs(self) -> bool:
-        try:
-            b = await connect("B's QEMU", self.orders.destination, **self._limits)
-        except ConnectError:
-            return False
-        try:
-            return bool((await b.execute("query-status"))["running"])
-        finally:
-            await b.disconnect()
-
-    @property
-    def _limits(self) -> dict[str, float]:
-        return {"limit": self.orders.limit, "command_limit": self.orders.limit}
-
-    def release_children(self) -> None:
-        """Let the children live on by themselves, unless they are owned."""
-        if not self.orders.owned:
-            for lifeline, _ in self.lifelines:
-                with suppress(BrokenPipeError):
-                    os.write(lifeline, b"release\n")
-
-    async def end_children(self) -> None:
-        """Cut the lifelines and wait until every child has ended; MigrationError when one does not."""
-        for lifeline, _ in self.lifelines:
-            os.close(lifeline)
-        for _, messages in self.lifelines:
-            reader = await stream(messages)
-            try:
-                async with asyncio.timeout(END):
-                    await reader.read()
-            except TimeoutError as error:
-                raise MigrationError(
-                    f"a process did not end within {END:g} s, so A was left as it is"
-                ) from error
-        self.lifelines.clear()
-
-    async def remove(self) -> None:
-        """Remove what the migration has made."""
-        for argv in self.removals:
-            await Host("this host").run(*argv, limit=self.orders.limit)
-
-
-GO_ON = "keep the server on A running and stream by hand (recipes/05-stream.sh, then 06-shutdown.sh)"
+def has_acted(done: int, chief: int) -> bool:
+    """Whether the guard has done what was to be done; one that is dead, or late and then killed, has not."""
+    poll = select.poll()
+    poll.register(done, select.POLLIN)
+    if poll.poll(TURN * 1000) and os.read(done, 1):
+        return True
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(chief, signal.SIGKILL)
+    return False
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -219,20 +172,31 @@ def main(arguments: Sequence[str]) -> int:
     # Whoever ends the orchestrator by a signal to its group or terminal must not end the guard with it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    watch = Watch(Orders(**json.loads(arguments[0])))
+    orders, fds = (json.loads(each) for each in (*arguments, "{}")[:2])
+    watch = Watch(Orders(**orders))
     with socket.socket(fileno=0) as channel:
         orphaned = watch.listen(channel)
-    if not orphaned:
+    if not orphaned or ("done" in fds and has_acted(fds["done"], fds["chief"])):
         return command.EXIT_DONE
 
     def body() -> int:
         try:
-            command.complain("nbd-migrate", f"the orchestrator was killed: {clock.run(watch.act())}")
+            outcome = clock.run(watch.act())
         except OperatorError as error:
+            tell(fds)
             raise MigrationError(f"the orchestrator was killed: {error}") from error
+        tell(fds)
+        command.complain("nbd-migrate", f"the orchestrator was killed: {outcome}")
         return command.EXIT_DONE
 
     return command.run("nbd-migrate", body)
+
+
+def tell(fds: dict[str, int]) -> None:
+    """Tell the deputy that there is nothing left to do."""
+    if "tell" in fds:
+        with suppress(BrokenPipeError):
+            os.write(fds["tell"], b"x")
 
 
 if __name__ == "__main__":

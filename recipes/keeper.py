@@ -10,7 +10,7 @@ keeper reads words from its standard input, one a line:
 
 and writes JSON objects to its standard output, one a line: ``{"started": PID}`` or ``{"failed": MESSAGE}``,
 ``{"ready": true}``, and at the end ``{"exited": STATUS, "tail": TEXT}`` (a negative status is a signal) with
-the end of the log.
+the end of the log. What a process that was killed has left of its file READY is removed before.
 
 End of file without ``release`` ends the process, so a holder that is killed leaves no orphan; over ssh too,
 as a lost connection is an end of file. The kernel's parent-death signal would do the same for the keeper's
@@ -31,6 +31,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from nbdserve import streams
+from nbdserve.errors import OperatorError
+from nbdserve.pidfile import remove_abandoned
 
 GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL when the holder is gone."""
@@ -47,8 +49,9 @@ class Keeper:
 
     def __init__(self, log: Path, ready: Path | None, command: list[str]) -> None:
         self._log = log
-        self._ready = ready
+        self._ready = self._pid_file = ready
         self._released = False
+        self._stopping = False
         self._deadline: float | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         self._before = identity(ready)
@@ -71,7 +74,9 @@ class Keeper:
             ready = [fd for fd, _ in poll.poll(self._milliseconds_left())]
             self._look()
             if pidfd in ready:
-                tell({"exited": self._process.wait(), "tail": self._tail()})
+                status = self._process.wait()
+                self._remove_pid_file()
+                tell({"exited": status, "tail": self._tail()})
                 return
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._signal(signal.SIGKILL)
@@ -83,9 +88,10 @@ class Keeper:
                     self._obey(word.decode(errors="replace"))
                 if not data:
                     poll.unregister(0)
-                    if self._released:
-                        return
-                    self._stop(GRACE)
+                    if not self._stopping:
+                        if self._released:
+                            return
+                        self._stop(GRACE)
 
     def _obey(self, word: str) -> None:
         verb, _, argument = word.partition(" ")
@@ -95,6 +101,7 @@ class Keeper:
             self._stop(float(argument))
 
     def _stop(self, seconds: float) -> None:
+        self._stopping = True
         self._signal(signal.SIGTERM)
         self._deadline = time.monotonic() + seconds
 
@@ -106,6 +113,11 @@ class Keeper:
         if self._ready and identity(self._ready) not in (None, self._before):
             self._ready = None
             tell({"ready": True})
+
+    def _remove_pid_file(self) -> None:
+        if self._pid_file and identity(self._pid_file) not in (None, self._before):
+            with suppress(OSError, OperatorError):
+                remove_abandoned(self._pid_file)
 
     def _milliseconds_left(self) -> float | None:
         waits = [LOOK] if self._ready else []

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 from nbdserve.errors import MigrationError, OperatorError
 from recipes import preflight, steps
-from recipes.children import Children
-from recipes.cutover import cut_over, fence_source
+from recipes.children import Child, Children
+from recipes.cutover import cut_over, fence_source, runs
 from recipes.engines import engine_of
-from recipes.guard import Orders, start_guard
+from recipes.guard import start_guard
 from recipes.interruption import undisturbed
+from recipes.leftovers import but, remove
 from recipes.migration import Migration, hosts
 from recipes.plan import Plan
 from recipes.report import Outcome, Report, Step, StepResult
 from recipes.source import Side, capabilities_on, give_back, leave_alone
 from recipes.stream import stream
 from recipes.vm import connect
+from recipes.watch import Orders
 
 STEPS: tuple[tuple[Step, Callable[[Migration], Awaitable[str]]], ...] = (
     (Step.EXPORT, steps.export),
@@ -54,6 +56,8 @@ async def migrate(plan: Plan, report: Report, *, children: Children | None = Non
             capabilities=await capabilities_on(a),
             owned=children is not None,
             limit=limits.connect,
+            shell=places[1].shell,
+            options=places[1].options,
         )
         ours = await stack.enter_async_context(Children()) if children is None else children
         guard = await start_guard(orders)
@@ -104,35 +108,62 @@ async def run(m: Migration, orders: Orders) -> Outcome:
 
 async def retreat(m: Migration, orders: Orders) -> str:
     """After a failure: give the guest back to A, or leave it on B; return one phrase that says which."""
-    if m.arrived is not None:
-        return await after_cut_over(m)
-    try:
-        if m.a.connected and not m.migrating:
-            await end_children(m)
-            where = await leave_alone(m.a, orders.capabilities)
-        elif m.a.connected:
-            side = await give_back(m.a, lambda: end_children(m), orders.capabilities)
-            if side is Side.DESTINATION:
-                m.arrived = time.monotonic()
+    if m.arrived is None:
+        try:
+            where = await go_back(m, orders)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing that may carry the guest ends
+            with suppress(MigrationError):
                 m.release()
-                return await after_cut_over(m)
-            where = "the guest runs on A as before"
-        else:
-            await end_children(m)
-            where = "A's QEMU is gone and with it the guest; its disk is untouched"
-        if m.created:
-            await m.host_b.run(*steps.remove_overlay(m.plan), limit=m.plan.limits.command)
-        return where
-    except Exception as error:  # noqa: BLE001 - whatever it is, nothing that may carry the guest ends with us
-        m.release()
-        return f"it is not known where the guest is: {error}; look at query-migrate on A before anything else"
+            unknown = f"it is not known where the guest is: {error}"
+            if m.qemu and m.qemu.running:
+                unknown += (
+                    f"; if B's QEMU (process {m.qemu.pid}) hangs too, kill it: A's goes on with the guest"
+                )
+            return f"{unknown}; look at query-migrate on A before anything else"
+        if where:
+            return but(where, *await clear(m))
+        m.arrived = time.monotonic()
+        with suppress(MigrationError):
+            m.release()
+    return await after_cut_over(m)
 
 
-async def end_children(m: Migration) -> None:
-    """End B's QEMU, then what it reads from."""
+async def go_back(m: Migration, orders: Orders) -> str:
+    """Give the guest back to A; return one phrase about that, or an empty one when it turns out to be on B.
+
+    Raises MigrationError when who has it is not known.
+    """
+    if not m.a.connected:
+        if m.migrating and m.b and await runs(m.b):
+            return ""
+        return "A's QEMU is gone and with it the guest; its disk is untouched"
+    if m.migrating:
+        said: list[str] = []
+        side = await give_back(m.a, lambda: stop(m, m.qemu), orders.capabilities, tell=said.append)
+        return but("the guest runs on A as before", *said) if side is Side.SOURCE else ""
+    try:
+        return await leave_alone(m.a, orders.capabilities)
+    except MigrationError as error:
+        return f"the guest was left on A, but look at it: {error}"
+
+
+async def clear(m: Migration) -> list[str]:
+    """End what was started and remove what was made; return a phrase for each that is left."""
+    left = []
     for child in (m.qemu, m.overlay, m.server):
-        if child and child.running:
-            await child.stop(m.plan.limits.stop)
+        try:
+            await stop(m, child)
+        except MigrationError as error:
+            left.append(str(error))
+    if m.removal:
+        left += await remove(m.host_b, m.removal, m.plan.limits.command)
+    return left
+
+
+async def stop(m: Migration, child: Child | None) -> None:
+    """End a child, if it was started; MigrationError when it does not end."""
+    if child and child.running:
+        await child.stop(m.plan.limits.stop)
 
 
 async def after_cut_over(m: Migration) -> str:

@@ -44,7 +44,7 @@ class Migration:
     server   nbdserve on A; fence: recipes.fence on A; qemu: the QEMU on B
     migrating  A's QEMU has taken our command to migrate
     overlay  nbd-overlay on B, with its monitor, where that is the engine
-    created  the overlay was created by this migration
+    removal  the command for B that removes what this migration has made there; none where it is nothing
     arrival  what the source said of the RAM's migration, when it is complete
     complete every block is on B, on stable storage: nothing on A is needed
     arrived  when the guest began to run on B (monotonic clock in seconds), None while it belongs to A
@@ -78,7 +78,7 @@ class Migration:
         self.qemu: Child | None = None
         self.overlay: Child | None = None
         self.overlay_monitor: Vm | None = None
-        self.created = False
+        self.removal: tuple[str, ...] = ()
         self.complete = False
         self.migrating = False
         self.arrived: float | None = None
@@ -147,14 +147,20 @@ class Migration:
         base = await self._place(host, image) / f"{Path(image).name}.{suffix}"
         ready_file = base.with_name(f"{base.name}.pid") if ready else None
         words = [str(ready_file) if word == READY else word for word in argv]
-        child = await self.children.start(
-            name, host, base.with_name(f"{base.name}.log"), words, ready=ready_file
-        )
+        log = base.with_name(f"{base.name}.log")
         if self.arrived is None:
-            self.guard.watch(child)
-        elif not self.owned:
-            child.release()
-        return child
+            share = self.guard.share
+            child = await self.children.start(name, host, log, words, ready=ready_file, share=share)
+            self.guard.know(child)
+            return child
+        # From its first instant on it must not end with us.
+        released = not self.owned
+        return await self.children.start(name, host, log, words, ready=ready_file, released=released)
+
+    def remove_later(self, *argv: str) -> None:
+        """From now on this command for B removes what was made there, when the guest is given back to A."""
+        self.removal = argv
+        self.guard.remove_later(argv)
 
     async def _place(self, host: Host, image: str) -> Path:
         """Where the logs of what belongs to an image are; its host is asked once."""
@@ -166,11 +172,16 @@ class Migration:
         return self._places[host, image]
 
     def release(self) -> None:
-        """The children carry the guest from now on: they live on when we end."""
-        if not self.owned:
-            for child in (self.server, self.fence, self.qemu, self.overlay):
-                if child:
-                    child.release()
+        """The children carry the guest, or may in a moment: from now on they live on when we end.
+
+        Raises MigrationError for one whose keeper is dead, when the others are released.
+        """
+        if self.owned:
+            return
+        children = [each for each in (self.server, self.fence, self.qemu, self.overlay) if each]
+        bound = [each.name for each in children if each.running and not each.release()]
+        if bound:
+            raise MigrationError(f"{' and '.join(bound)} ended, as its keeper was killed")
 
     async def close(self) -> None:
         """Stop watching, and leave B's monitor to others."""

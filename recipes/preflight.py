@@ -9,6 +9,7 @@ from nbdserve.errors import ConnectError, MigrationError, UsageError
 from recipes.engines import engine_of
 from recipes.host import Host
 from recipes.plan import Plan
+from recipes.quoting import pasted
 from recipes.source import UNDER_WAY, migration_status
 from recipes.vm import Vm, connect
 
@@ -100,14 +101,23 @@ async def check_destination(plan: Plan, host_b: Host) -> None:
             f"destination.image: {image} is a block device on B; name a file, as its map lies beside it"
         )
     for path in engine_of(plan).files(plan):
-        if await host_b.test("-e", path, limit):
+        if await in_the_way(host_b, path, limit):
+            discard = pasted(host_b.argv([host_b.tool("nbd-overlay"), "discard", image]))
             raise MigrationError(
-                f"destination.image: {path} exists on B; remove it if it is left from an interrupted run"
+                f"destination.image: {path} exists on B; remove it if it is left from an interrupted run, an "
+                f"overlay that holds nothing, and no other, with: {discard}"
             )
     if await answers(monitor, plan.limits.connect):
         raise MigrationError(
             f"destination.qmp: something answers at {monitor} already; end it or choose another"
         )
+
+
+async def in_the_way(host: Host, path: str, limit: float) -> bool:
+    """Whether something is there. A socket on which nobody listens is as good as none: it is replaced."""
+    dead = 'test -S "$1" && ! grep -qF -- " $1" /proc/net/unix'
+    script = f'if {dead}; then echo no; elif test -e "$1" || test -L "$1"; then echo yes; else echo no; fi'
+    return (await host.run("sh", "-c", script, "sh", path, limit=limit)).strip() == "yes"
 
 
 async def check_move(plan: Plan, host_a: Host) -> None:

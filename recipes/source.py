@@ -1,4 +1,21 @@
-"""The source's QEMU around the cut-over: who has the guest, and how it gets its guest back."""
+"""The source's QEMU around the cut-over: who has the guest, and how it gets its guest back.
+
+What QEMU 7.2 does on the source, with ``pause-before-switchover`` and ``return-path`` (each is a test in
+tests/vm/test_switch_over_states.py):
+
+    state           the guest       B's QEMU dies        cont       migrate_cancel
+    active          runs            it runs on           -          it runs on
+    pre-switchover  stands still    stands for ever      refused    it runs at once, and B's QEMU ends
+    device          stands still    it runs again        refused    it runs at once; and so may B's
+    completed       has left        has left             RUNS, TOO  nothing
+
+At ``device`` the monitor may not answer: QEMU holds its main loop while it writes what is left, and when B's
+QEMU hangs that takes as long. It comes to an end when B's goes on, or dies.
+
+So only who stands at pre-switchover needs somebody who acts, and migrate_cancel is right for that and nothing
+else: at ``device`` all of the guest may be with B already, which takes it up whatever the source says then.
+``migrate-continue`` at pre-switchover with B's QEMU dead lets the guest run on here as well.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +37,9 @@ LOOK = 0.05
 UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "postcopy-active", "wait-unplug"}
 """States of query-migrate in which the source still tries to migrate."""
 
+SWITCHES = "device"
+"""The state of query-migrate in which B's QEMU may get all of the guest at any instant."""
+
 WANTED = ("events", "return-path", "pause-before-switchover")
 """Capabilities that the source needs."""
 
@@ -32,27 +52,43 @@ class Side(Enum):
 
 
 async def give_back(
-    a: Vm, end_destination: Callable[[], Awaitable[None]], capabilities: Sequence[str], *, settle: float = 0.0
+    a: Vm,
+    end_destination: Callable[[], Awaitable[None]],
+    capabilities: Sequence[str],
+    *,
+    settle: float = 0.0,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Side:
     """Unless the migration is complete, end the destination and let the guest go on at the source.
 
     The guest changes sides in one instant, see has_left(). A switch-over that is under way may still get
-    there, and has ``settle`` seconds for it. Then the destination is ended *before* the source goes on, so
-    that never both run. ``capabilities`` were on before; the others are switched off again.
+    there, and has ``settle`` seconds for it; then the destination is ended *before* the source goes on, so
+    that never both run. In every state before it the destination lacks the end of the guest's state and can
+    never run it, so that one which cannot be ended, as its host is away, does not keep the guest from going
+    on. ``capabilities`` were on before; the others are switched off again. ``tell`` is told what is not as it
+    was when the guest runs on.
 
     Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
     """
     deadline = now() + settle
-    while await migration_status(a) == "device" and now() < deadline:
+    while await migration_status(a) == SWITCHES and now() < deadline:
         await asyncio.sleep(LOOK)
     # One that comes to its end from here on is the one to our destination: asked first, so that there is no
     # instant in which it could end unseen.
-    ours = await migration_status(a) in UNDER_WAY
+    status = await migration_status(a)
     if await has_left(a):
         return Side.DESTINATION
-    await end_destination()
-    await resume(a, ours=ours)
-    await restore_capabilities(a, capabilities)
+    try:
+        await end_destination()
+    except MigrationError as error:
+        if status == SWITCHES:
+            raise
+        tell(str(error))
+    await resume(a, ours=status in UNDER_WAY)
+    try:
+        await restore_capabilities(a, capabilities)
+    except MigrationError as error:
+        tell(f"the migration capabilities of A's QEMU are not as they were: {error}")
     return Side.SOURCE
 
 

@@ -6,15 +6,15 @@ that fails raises MigrationError or ConnectError and leaves the clearing up to m
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 from nbdserve.errors import MigrationError
 from recipes.children import Child
-from recipes.engines import blockdev_options, engine_of, reached
+from recipes.engines import blockdev_options, reached
 from recipes.interruption import completed
 from recipes.migration import READY, Migration
 from recipes.plan import Plan
-from recipes.rights import check_rights, explain_start
 from recipes.vm import CommandError, Vm
 
 SECTOR = 512
@@ -41,10 +41,7 @@ async def start_server(m: Migration) -> Child:
 def server_command(m: Migration) -> list[str]:
     """The server's command line, without the image."""
     address = m.plan.export.address
-    where = ["-b", address.host, "-p", str(address.port)]
-    if address.socket:
-        # It is on one host with B's QEMU, which may have to connect there again.
-        where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
+    where = ["-k", address.socket] if address.socket else ["-b", address.host, "-p", str(address.port)]
     replies = [] if m.engine.structured_replies else ["--simple-replies"]
     return [m.host_a.tool("nbdserve"), "-r", "-f", "raw", *replies, "-x", address.export, *where]
 
@@ -74,23 +71,30 @@ async def create_overlay(m: Migration) -> str:
     """Step 2: create the image on B whose backing is the export."""
     image, uri, limit = m.plan.destination.image, str(m.plan.export.address), m.plan.limits.start
     tool = m.host_b.tool("nbd-overlay")
-    argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", m.engine.layout]
-    argv += [*m.plan.destination.ownership("--"), image]
+    argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", m.engine.layout, image]
 
     async def create() -> None:
-        await m.host_b.run(*argv, limit=limit)
-        m.created = True
-        m.guard.remove_later(m.host_b.argv(remove_overlay(m.plan)))
+        # Until it is known whether the image is ours, only one is removed in which nothing is.
+        m.remove_later(tool, "discard", image)
+        maker = await m.start("nbd-overlay create", m.host_b, image, "overlay", argv)
+        try:
+            async with asyncio.timeout(limit):
+                end = await maker.wait()
+        except TimeoutError as error:
+            await maker.stop(m.plan.limits.stop)
+            raise MigrationError(f"nbd-overlay create on B took longer than {limit:g} s") from error
+        if maker.status == 0:
+            m.remove_later("rm", "-f", "--", *m.engine.files(m.plan))
+        elif maker.status is not None and maker.status > 0:
+            # It has refused, or failed and undone what it had done.
+            m.remove_later()
+        if maker.status:
+            raise MigrationError(f"nbd-overlay create on B {end}")
 
-    # To its end in any case: only then it is known whether the image is ours to remove.
+    # To its end in any case, so that nobody has to guess what it has come to.
     await completed(create())
     m.refuse_the_dead()
     return f"{image} over {uri}"
-
-
-def remove_overlay(plan: Plan) -> list[str]:
-    """The command for B that undoes step 2."""
-    return ["rm", "-f", "--", *engine_of(plan).files(plan)]
 
 
 async def launch(m: Migration) -> str:
@@ -102,12 +106,8 @@ async def launch(m: Migration) -> str:
     argv = [*destination.qemu, *blockdev_options(m.plan), "-incoming", "defer", "-qmp", monitor]
     m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
     m.need("B's QEMU", m.qemu.wait())
-    try:
-        m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
-    except MigrationError as error:
-        raise explain_start(m, error) from error
+    m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
     await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
-    await m.during(check_rights(m), limits.command, "looking at what B's QEMU may do")
     listen = m.b.execute("migrate-incoming", uri=destination.migration)
     await m.during(listen, limits.command, "listening for the RAM")
     return f"process {m.qemu.pid} waits at {destination.migration}"

@@ -1,6 +1,6 @@
-"""A migration in which one process is struck at one moment.
+"""A migration in which processes are struck at one moment.
 
-    python -m tests.support.doomed PLAN MOMENT ROLE SIGNAL
+    python -m tests.support.doomed PLAN MOMENT ROLE[+ROLE...] SIGNAL
 
 MOMENT is the name of a Step (when it begins) or of a Moment, or PROGRESS; ROLE is a Role's name. Then the
 migration goes on, if it can, exactly as that of ``nbd-migrate run`` does.
@@ -28,10 +28,10 @@ DEATH = 5.0
 class Doom(PlainReport):
     """Strikes once, in the middle of the report."""
 
-    def __init__(self, moment: str, victim: Role, number: signal.Signals, directory: Path) -> None:
+    def __init__(self, moment: str, victims: list[Role], number: signal.Signals, directory: Path) -> None:
         super().__init__()
         self._moment = moment
-        self._victim = victim
+        self._victims = victims
         self._number = number
         self._directory = directory
 
@@ -51,20 +51,23 @@ class Doom(PlainReport):
         if moment != self._moment:
             return
         self._moment = ""
-        if self._victim is Role.ORCHESTRATOR:
-            os.kill(os.getpid(), self._number)
-            return
-        struck = self._victim.find(self._directory)
-        assert struck, f"there is no {self._victim.name}"
+        struck = []
+        for victim in self._victims:
+            found = victim.find(self._directory) if victim is not Role.ORCHESTRATOR else []
+            assert found or victim is Role.ORCHESTRATOR, f"there is no {victim.name}"
+            struck += found
         for process in struck:
             process.send_signal(self._number)
         if self._number == signal.SIGKILL:
             wait_until(lambda: not any(lives(process.pid) for process in struck), "they are dead", DEATH)
+        if Role.ORCHESTRATOR in self._victims:
+            os.kill(os.getpid(), self._number)
 
 
-def main(plan: str, moment: str, role: str, number: str) -> int:
+def main(plan: str, moment: str, roles: str, number: str) -> int:
     """Run the migration as the command does."""
-    doom = Doom(moment, Role[role], signal.Signals[number], Path(plan).parent)
+    victims = [Role[name] for name in roles.split("+")]
+    doom = Doom(moment, victims, signal.Signals[number], Path(plan).parent)
     return command.run("nbd-migrate", lambda: clock.run(until_signal(load(Path(plan)), doom)))
 
 

@@ -94,6 +94,8 @@ class Role(Enum):
     SERVER = ("nbdserve", ("recipes.keeper",))
     FENCE = ("recipes.fence", ("recipes.keeper",))
     GUARD = ("recipes.guard", ())
+    CHIEF = ('"tell"', ())
+    DEPUTY = ('"chief"', ())
     OVERLAY = ("nbd-overlay serve", ("recipes.keeper",))
     KEEPER_OF_B = ("recipes.keeper", ("nbdserve", "recipes.fence", "nbd-overlay"))
     KEEPER_OF_OVERLAY = ("recipes.keeper", ("nbdserve", "recipes.fence", "-incoming"))
@@ -215,10 +217,11 @@ class Scene:
         path.write_text(as_toml(self.plan))
         return path
 
-    def run_doomed(self, moment: str, victim: Role, number: signal.Signals = signal.SIGKILL) -> Process:
-        """The same, with a signal to ``victim`` at this moment; see tests/support/doomed.py."""
+    def run_doomed(self, moment: str, *victims: Role, number: signal.Signals = signal.SIGKILL) -> Process:
+        """The same, with a signal to ``victims`` at this moment; see tests/support/doomed.py."""
         argv = [sys.executable, "-m", "tests.support.doomed", str(self.plan_file())]
-        return Process([*argv, moment, victim.name, number.name], self.directory / "run.log", cwd=ROOT)
+        names = "+".join(victim.name for victim in victims)
+        return Process([*argv, moment, names, number.name], self.directory / "run.log", cwd=ROOT)
 
     def run(self, *options: str, cwd: Path | None = None) -> Process:
         """``nbd-migrate run`` with the plan, from another working directory if one is given."""
@@ -261,6 +264,19 @@ class Scene:
             if moved[at : at + SECTOR] != original[at : at + SECTOR]
             and not is_record(at // SECTOR, moved[at : at + SECTOR])
         ]
+
+
+class TwoMonitors(Scene):
+    """A guest whose QEMU has a second monitor on A: a monitor serves one client at a time."""
+
+    @property
+    def second(self) -> Path:
+        """The second monitor's socket."""
+        return self.directory / "second.qmp"
+
+    def source_qemu(self) -> list[str]:
+        """A's command line."""
+        return [*super().source_qemu(), "-qmp", f"unix:{self.second},server=on,wait=off"]
 
 
 def is_record(sector: int, content: bytes) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -51,7 +53,7 @@ def test_the_guard_brings_the_guest_back_when_the_orchestrator_is_killed(stage: 
 def test_an_interrupted_migration_leaves_the_guest_on_a(
     stage: Scene, moment: str, number: signal.Signals
 ) -> None:
-    with stage.run_doomed(moment, Role.ORCHESTRATOR, number) as run:
+    with stage.run_doomed(moment, Role.ORCHESTRATOR, number=number) as run:
         assert run.wait(SECONDS) == 130, run.output()
     assert "interrupted in step" in run.output()
     # Whether the interruption or the switch-over comes first is a race; both ends of it are good.
@@ -168,7 +170,7 @@ def test_the_guest_survives_on_b_when_the_orchestrator_is_killed_after_the_cut_o
 
 def test_an_interrupted_stream_leaves_the_guest_on_b(stage: Scene) -> None:
     stage.change("limits", speed=8 << 20)
-    with stage.run_doomed("PROGRESS", Role.ORCHESTRATOR, signal.SIGTERM) as run:
+    with stage.run_doomed("PROGRESS", Role.ORCHESTRATOR, number=signal.SIGTERM) as run:
         assert run.wait(SECONDS) == 130
     assert "the guest is on B and stays there" in run.output()
     stage.wait_until_guest_works("b")
@@ -217,14 +219,21 @@ def test_a_destination_that_hangs_during_the_switch_over_is_ended_before_the_sou
         # What is left to send must fit into the socket: a QEMU that cannot send it answers nothing either.
         a.execute("migrate-set-parameters", downtime_limit=1)
     stage.change("limits", switch_over=1.0, stop=1.0)
-    with stage.run_doomed("SWITCHOVER", Role.B, signal.SIGSTOP) as run:
+    with stage.run_doomed("SWITCHOVER", Role.B, number=signal.SIGSTOP) as run:
         assert run.wait(SECONDS) == 1
+    if "it is not known where the guest is: A's QEMU did not answer" in run.output():
+        # A's QEMU had more to send than fits into a socket, and answers nobody until B's takes it.
+        remedy = re.search(r"if B's QEMU \(process ([0-9]+)\) hangs too, kill it", run.output())
+        assert remedy
+        os.kill(int(remedy[1]), signal.SIGKILL)
+        stage.wait_until_guest_works("a")
+        return
     assert "the switch-over took longer than 1 s; the guest runs on A as before" in run.output()
     assert_as_before(stage)
 
 
 def test_two_migrations_of_a_guest_do_not_meet(stage: Scene) -> None:
-    with stage.run_doomed("LAUNCH", Role.ORCHESTRATOR, signal.SIGSTOP) as first:
+    with stage.run_doomed("LAUNCH", Role.ORCHESTRATOR, number=signal.SIGSTOP) as first:
         first.wait_for_line("step 3")
         stage.change("limits", connect=1.0)
         with stage.run() as second:

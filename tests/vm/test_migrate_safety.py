@@ -24,7 +24,7 @@ from recipes.vm import connect
 from tests.support.disks import MIB, random_disk
 from tests.support.processes import Process, check, listens, wait_until
 from tests.support.servers import nbdserve
-from tests.support.vms import QEMU, Monitor, Role, Scene, lives, monitor, running, scene
+from tests.support.vms import QEMU, Monitor, Role, Scene, TwoMonitors, lives, monitor, running, scene
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def is_streamed(b: Monitor) -> bool:
 
 def test_a_server_that_hangs_ends_the_wait_but_not_the_guest(stage: Scene) -> None:
     stage.change("limits", speed=16 * MIB, stall=1.5)
-    with stage.run_doomed("PROGRESS", Role.SERVER, signal.SIGSTOP) as run:
+    with stage.run_doomed("PROGRESS", Role.SERVER, number=signal.SIGSTOP) as run:
         assert run.wait(30.0) == 1
     assert "the stream has not moved for 1.5 s; the guest on B" in run.output().splitlines()[-1]
     for server in Role.SERVER.find(stage.directory):
@@ -308,22 +308,9 @@ async def resume_source(stage: Scene) -> None:
         await a.disconnect()
 
 
-class TwoMonitors(Scene):
-    """A guest whose QEMU has a second monitor on A."""
-
-    @property
-    def second(self) -> Path:
-        """The second monitor's socket."""
-        return self.directory / "second.qmp"
-
-    def source_qemu(self) -> list[str]:
-        """A's command line."""
-        return [*super().source_qemu(), "-qmp", f"unix:{self.second},server=on,wait=off"]
-
-
 def test_a_failure_does_not_cancel_somebody_elses_migration(tmp_path: Path) -> None:
     stage = TwoMonitors(tmp_path)
-    with running(stage), stage.run_doomed("MIGRATE", Role.ORCHESTRATOR, signal.SIGSTOP) as run:
+    with running(stage), stage.run_doomed("MIGRATE", Role.ORCHESTRATOR, number=signal.SIGSTOP) as run:
         run.wait_for_line("step 4")
         with monitor(stage.second) as a:
             # For QEMU 10 so little RAM is otherwise below what it sends with the guest stopped.

@@ -1,0 +1,57 @@
+"""The destination's QEMU around the cut-over: whether it has the guest, as its monitor tells."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+
+from nbdserve.clock import now
+from nbdserve.errors import ConnectError, MigrationError
+from recipes.vm import connect
+
+ARRIVE = 20.0
+"""Seconds until the guest must run on B, once everything of it is there."""
+
+LOOK = 0.05
+"""Seconds between two looks."""
+
+
+class Destination(Enum):
+    """What B's QEMU says."""
+
+    NONE = "none"
+    """There is none at this address."""
+    WAITS = "waits"
+    """It does not have the guest, or not all of it."""
+    HAS_GUEST = "has the guest"
+    """Whether that runs, is paused or has been shut down."""
+    SILENT = "silent"
+    """It does not answer."""
+
+
+async def has_guest(address: str, limit: float) -> Destination:
+    """Ask B's QEMU, again for ARRIVE seconds while it may be about to have the guest.
+
+    ``limit`` is what a connection, and an answer, may take, in seconds.
+    """
+    deadline = now() + ARRIVE
+    while True:
+        found = await look(address, limit)
+        if found is not Destination.WAITS or now() > deadline:
+            return found
+        await asyncio.sleep(LOOK)
+
+
+async def look(address: str, limit: float) -> Destination:
+    """Ask B's QEMU once."""
+    try:
+        b = await connect("B's QEMU", address, limit=limit, command_limit=limit)
+    except ConnectError as error:
+        return Destination.SILENT if isinstance(error.__cause__, TimeoutError) else Destination.NONE
+    try:
+        status = (await b.execute("query-status"))["status"]
+    except MigrationError:
+        return Destination.SILENT
+    finally:
+        await b.disconnect()
+    return Destination.WAITS if status == "inmigrate" else Destination.HAS_GUEST
