@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from nbdserve.errors import MigrationError
 from recipes.children import Child, Children
 from recipes.host import Host, module
 from tests.support.processes import dying_with_parent, wait_until
+from tests.support.sshd import sshd
 from tests.support.vms import lives
 
 HERE = Host("this host")
@@ -106,6 +108,75 @@ def test_a_keeper_that_is_killed_takes_its_child_along_unless_it_was_released(
             await child.stop(60.0)
         assert await asyncio.wait_for(child.wait(), 60.0) == "ended, as its keeper was killed"
         assert not lives(child.pid)
+
+    run(body)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepers are not waited for for long."""
+    monkeypatch.setattr("recipes.children.KEEPER_ANSWER", 1.0)
+    monkeypatch.setattr("recipes.children.KEEPER_END", 1.0)
+
+
+def stop_keeper(child: Child) -> psutil.Process:
+    """Stop the parent of a local child, as somebody with a wrong number may."""
+    keeper = psutil.Process(child.pid).parent()
+    assert keeper
+    keeper.suspend()
+    wait_until(lambda: keeper.status() == psutil.STATUS_STOPPED, "it is stopped")
+    return keeper
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("words", [SLEEP, STUBBORN])
+def test_a_child_whose_keeper_was_stopped_is_ended_without_it(tmp_path: Path, words: list[str]) -> None:
+    kept: list[psutil.Process] = []
+
+    async def body(children: Children) -> None:
+        child = await children.start("a server", HERE, tmp_path / "log", words)
+        kept.append(stop_keeper(child))
+        await child.stop(1.0)
+        assert await child.wait() == "ended, and its keeper does not say how"
+        assert not lives(child.pid)
+
+    run(body)
+    assert not lives(kept[0].pid)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_end_of_a_child_is_seen_although_its_keeper_was_stopped(tmp_path: Path) -> None:
+    async def body(children: Children) -> None:
+        child = await children.start("a server", HERE, tmp_path / "log", SLEEP)
+        keeper = stop_keeper(child)
+        os.kill(child.pid, signal.SIGKILL)
+        assert await child.wait() == "ended, and its keeper does not say how"
+        keeper.resume()
+
+    run(body)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_child_on_another_host_whose_keeper_was_stopped_is_ended_without_it(tmp_path: Path) -> None:
+    with sshd(tmp_path) as server:
+        host = Host("A", server.prefix, str(Path(sys.executable).parent))
+
+        async def body(children: Children) -> None:
+            child = await children.start("a server", host, tmp_path / "log", SLEEP)
+            keeper = stop_keeper(child)
+            await child.stop(1.0)
+            assert not lives(child.pid)
+            keeper.kill()
+
+        run(body)
+
+
+def test_a_line_that_is_no_message_does_not_end_the_following_of_a_child(tmp_path: Path) -> None:
+    noisy = Host("A", ("sh", "-c", '(sleep 0.5; echo; echo 1; echo Hello) & exec "$@"', "sh"))
+
+    async def body(children: Children) -> None:
+        child = await children.start("a server", noisy, tmp_path / "log", ["sh", "-c", "sleep 1; exit 7"])
+        assert await child.wait() == "ended with code 7"
 
     run(body)
 
