@@ -29,8 +29,11 @@ KEEPER_START = 60.0
 KEEPER_END = 10.0
 """Seconds until a keeper that has been let go of has ended, with what it kept."""
 
+KEEPER_ANSWER = 10.0
+"""Seconds in which a keeper must obey, and tell of an end; one that was stopped (SIGSTOP) does neither."""
+
 REMOTE_LOOK = 1.0
-"""Seconds between two looks for a process on another host whose keeper is gone."""
+"""Seconds between two looks for a process on another host whose keeper is of no use."""
 
 _LOOK = 'if grep -qs "^State:.[^XZ]" "/proc/$1/status"; then echo lives; else echo ended; fi'
 """Says whether process $1 is there, and is no zombie."""
@@ -44,7 +47,7 @@ RELEASE = b"release\n"
 
 
 def pidfd_of(pid: int) -> int:
-    """A file descriptor for the process; -1 when it has ended, and its keeper has seen that, already."""
+    """A file descriptor for the process, readable when that has ended; -1 when its keeper has seen it end."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:
@@ -94,9 +97,16 @@ class Child:
         self.released = False
         self.status: int | None = None
         self._tail = ""
+        self._orphan = False
         self._ready = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._exited = asyncio.Event()
         self._gone = asyncio.Event()
         self._pidfd = -1 if host.remote else pidfd_of(pid)
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._exited.set)
+        elif not host.remote:
+            self._exited.set()
 
     @property
     def running(self) -> bool:
@@ -108,12 +118,7 @@ class Child:
 
         Raises MigrationError when it ends first, or is not ready after ``limit`` seconds.
         """
-        waits = [asyncio.create_task(event.wait()) for event in (self._ready, self._gone)]
-        try:
-            await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in waits:
-                each.cancel()
+        await first_of(limit, self._ready, self._gone)
         if not self.running:
             raise MigrationError(f"{self.name} {await self.wait()}")
         if not self._ready.is_set():
@@ -123,7 +128,11 @@ class Child:
         """Wait until the process has ended; return how, in words, with the last line that it wrote."""
         await self._gone.wait()
         if self.status is None:
-            return "ended, as its keeper was killed"
+            return (
+                "ended, as its keeper was killed"
+                if self._orphan
+                else "ended, and its keeper does not say how"
+            )
         if self.status < 0:
             return f"was ended by signal {-self.status}"
         lines = self._tail.strip().splitlines()
@@ -140,33 +149,45 @@ class Child:
 
         Raises MigrationError when it is there even then.
         """
-        if not self._say(f"stop {seconds:g}\n".encode()):
+        # A keeper may be dead, or have been stopped (SIGSTOP).
+        told = self._say(f"stop {seconds:g}\n".encode())
+        if not (told and await first_of(KEEPER_ANSWER, self._stopping, self._gone)):
             await self._signal(signal.SIGTERM)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._gone.wait()
+        await self._ended(seconds)
         if self.running:
             await self._signal(signal.SIGKILL)
-        try:
-            async with asyncio.timeout(KILL):
-                await self._gone.wait()
-        except TimeoutError as error:
-            raise MigrationError(
-                f"{self.name} (process {self.pid}) cannot be ended, not even killed"
-            ) from error
+            await self._ended(KILL)
+        if self.running:
+            raise MigrationError(f"{self.name} (process {self.pid}) cannot be ended, not even killed")
 
     async def follow(self, messages: asyncio.StreamReader) -> None:
+        """Learn of the end of the process: from its keeper, or from the kernel when that says nothing."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self._listen(messages)
+        finally:
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        await self._exited.wait()
+        await first_of(KEEPER_ANSWER, self._gone)
+        self._gone.set()
+
+    async def _listen(self, messages: asyncio.StreamReader) -> None:
         """Read what the keeper says until the process has ended; its own death must leave no orphan."""
         while line := await messages.readline():
             message = message_in(line)
             if "ready" in message:
                 self._ready.set()
+            if "stopping" in message:
+                self._stopping.set()
             if "exited" in message:
                 self.status, self._tail = message["exited"], message["tail"]
                 self._gone.set()
-        if self.running and not self.released:
-            await self._signal(signal.SIGKILL)
         if self.running:
+            self._orphan = True
+            if not self.released:
+                await self._signal(signal.SIGKILL)
             await self._end()
             self._gone.set()
 
@@ -177,23 +198,38 @@ class Child:
 
     async def close(self) -> None:
         """Let go of the lifeline: the keeper ends what was not released, and itself."""
-        for fd in (self._lifeline.words, self._pidfd):
-            if fd >= 0:
-                os.close(fd)
+        os.close(self._lifeline.words)
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
         await give_up(self._keeper)
 
+    async def _ended(self, seconds: float) -> None:
+        """Wait for so many seconds until the process has ended, whoever tells."""
+        looking = asyncio.create_task(self._end())
+        telling = asyncio.create_task(self._gone.wait())
+        try:
+            await asyncio.wait({looking, telling}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if looking.done():
+                # Its keeper knows how it has ended.
+                await asyncio.wait({telling}, timeout=KEEPER_ANSWER)
+                self._gone.set()
+        finally:
+            looking.cancel()
+            telling.cancel()
+
     async def _end(self) -> None:
-        """Wait for the end of a process that has no keeper any more."""
-        if self._pidfd >= 0:
-            await readable(self._pidfd)
+        """Wait until the process has ended, without its keeper."""
+        if not self.host.remote:
+            await self._exited.wait()
             return
         while True:
+            await asyncio.sleep(REMOTE_LOOK)
             # A host that cannot be reached says nothing about the process.
             with suppress(MigrationError):
                 look = await self.host.run("sh", "-c", _LOOK, "sh", str(self.pid), limit=KEEPER_START)
                 if look.strip() == "ended":
                     return
-            await asyncio.sleep(REMOTE_LOOK)
 
     async def tidy(self) -> None:
         """Remove the pid file of a process that has ended, where its keeper, who is dead, cannot any more."""
@@ -330,15 +366,15 @@ async def stream(fd: int) -> asyncio.StreamReader:
     return reader
 
 
-async def readable(fd: int) -> None:
-    """Wait until a file descriptor becomes readable; a pidfd does when its process has ended."""
-    loop = asyncio.get_running_loop()
-    event = asyncio.Event()
-    loop.add_reader(fd, event.set)
+async def first_of(seconds: float, *events: asyncio.Event) -> bool:
+    """Wait until one of the events is set, for so many seconds; whether one is."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
     try:
-        await event.wait()
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        loop.remove_reader(fd)
+        for each in waits:
+            each.cancel()
+    return any(event.is_set() for event in events)
 
 
 async def give_up(keeper: asyncio.subprocess.Process) -> None:
