@@ -47,6 +47,11 @@ class Engine(ABC):
         """The guest's disk in B's QEMU, as -blockdev options; the last one is what the -device refers to."""
 
     @abstractmethod
+    def needed_later(self, plan: Plan) -> dict[str, dict[str, object]]:
+        """What B's QEMU has to do again or for the first time while the guest is there: as -blockdev options,
+        by what it is called."""
+
+    @abstractmethod
     def streamed(self, plan: Plan) -> str:
         """The device that block-stream is told."""
 
@@ -105,6 +110,12 @@ class QemuEngine(Engine):
             {"node-name": node, "driver": "copy-on-read", "file": f"{node}-overlay"},
         ]
 
+    def needed_later(self, plan: Plan) -> dict[str, dict[str, object]]:
+        """Connect to the export again."""
+        export = {**self.nodes(plan)[0], "open-timeout": 0}
+        del export["node-name"]
+        return {f"connect to {plan.export.address} again": export}
+
     def streamed(self, plan: Plan) -> str:
         """The overlay's node."""
         return f"{plan.destination.node}-overlay"
@@ -150,6 +161,19 @@ class OverlayEngine(Engine):
                 "discard": "unmap",
             }
         ]
+
+    def needed_later(self, plan: Plan) -> dict[str, dict[str, object]]:
+        """Connect to nbd-overlay again when that was started again, and open the file in the end."""
+        there = plan.destination
+        return {
+            f"connect to {there.overlay_socket} again": {
+                "driver": "nbd",
+                "server": {"type": "unix", "path": there.overlay_socket},
+                "read-only": True,
+            },
+            # Without locks, as nbd-overlay holds them until it is complete.
+            f"open {there.image} in the end": {"driver": "file", "filename": there.image, "locking": "off"},
+        }
 
     def streamed(self, plan: Plan) -> str:
         """nbd-overlay has only one disk."""
@@ -219,6 +243,7 @@ class OverlayEngine(Engine):
             # What QEMU 7.2 does with a failed block status, see QemuEngine, it does here too.
             *("--copy-on-read", "on", "--simple-replies", "--pid-file", READY),
             *("--connections", str(limits.connections)),
+            *destination.ownership("--socket-"),
             *("--reconnect-timeout", f"{limits.reconnect_timeout:g}", *options),
         ]
         m.overlay = await m.start(

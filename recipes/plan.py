@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field, fields
 
 from nbdserve.errors import UsageError
+from nbdserve.ownership import parse_mode
 from nbdserve.socketpaths import SOCKET_PATH_LIMIT, check_socket_path
 from nbdserve.uri import NbdUri, is_ipv6, parse_uri
 
@@ -74,6 +75,8 @@ class Destination:
 
     ``qemu`` is its command line without the migrated disk, without ``-incoming`` and without ``-qmp``: these
     three are added. Its ``-device`` refers to the disk as ``node`` and says ``rerror=stop,werror=stop``.
+    ``owner`` (USER, USER:GROUP or :GROUP) and ``mode`` (octal) are those of the image and of the sockets to
+    it, for a QEMU that runs as another user.
     """
 
     qemu: Command
@@ -84,6 +87,8 @@ class Destination:
     shell: Command = ()
     bin: str = ""
     engine: str = "overlay"
+    owner: str = ""
+    mode: str = ""
 
     @property
     def overlay_socket(self) -> str:
@@ -94,6 +99,11 @@ class Destination:
     def overlay_monitor(self) -> str:
         """nbd-overlay's own QMP socket."""
         return f"{self.image}.qmp"
+
+    def ownership(self, option: str) -> list[str]:
+        """The words that make something B's QEMU's: ``OPTIONowner`` and ``OPTIONmode`` with their values."""
+        words = [f"{option}owner", self.owner] if self.owner else []
+        return [*words, f"{option}mode", self.mode] if self.mode else words
 
     def check(self) -> None:
         """Raise UsageError if a value cannot be right."""
@@ -106,6 +116,10 @@ class Destination:
                 f"with which {self.overlay_monitor!r} has at most {SOCKET_PATH_LIMIT} bytes"
             )
         check_absolute("destination.image", self.image)
+        if self.mode:
+            parse_mode(self.mode, "destination.mode")
+        if self.owner and not re.fullmatch(r"[^\s:]*(:[^\s:]+)?", self.owner):
+            raise UsageError(f"destination.owner: {self.owner!r} is not usable: write USER or USER:GROUP")
         if is_among_devices(self.image):
             raise UsageError(
                 f"destination.image: {self.image!r} is among the devices; name a file in a file system"

@@ -16,6 +16,7 @@ node = "disk0"                            the block node that this -device refer
 image = "/var/lib/images/vm.qed"          the overlay that is made there
 engine = "qemu"                           who copies: B's "qemu", or "overlay" (nbd-overlay)
 qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is started there
+owner = "libvirt-qemu:kvm"                who that QEMU runs as, if not who starts it; mode: of its files
 migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOST:PORT" or "unix:PATH"
 
 [limits]                                  seconds, unless said otherwise; see Limits

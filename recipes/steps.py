@@ -15,6 +15,7 @@ from recipes.engines import blockdev_options, reached
 from recipes.interruption import completed
 from recipes.migration import READY, Migration
 from recipes.plan import Plan
+from recipes.rights import check_rights, explain_start
 from recipes.vm import CommandError, Vm
 
 SECTOR = 512
@@ -41,7 +42,10 @@ async def start_server(m: Migration) -> Child:
 def server_command(m: Migration) -> list[str]:
     """The server's command line, without the image."""
     address = m.plan.export.address
-    where = ["-k", address.socket] if address.socket else ["-b", address.host, "-p", str(address.port)]
+    where = ["-b", address.host, "-p", str(address.port)]
+    if address.socket:
+        # It is on one host with B's QEMU, which may have to connect there again.
+        where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if m.engine.structured_replies else ["--simple-replies"]
     return [m.host_a.tool("nbdserve"), "-r", "-f", "raw", *replies, "-x", address.export, *where]
 
@@ -71,7 +75,8 @@ async def create_overlay(m: Migration) -> str:
     """Step 2: create the image on B whose backing is the export."""
     image, uri, limit = m.plan.destination.image, str(m.plan.export.address), m.plan.limits.start
     tool = m.host_b.tool("nbd-overlay")
-    argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", m.engine.layout, image]
+    argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", m.engine.layout]
+    argv += [*m.plan.destination.ownership("--"), image]
 
     async def create() -> None:
         # Until it is known whether the image is ours, only one is removed in which nothing is.
@@ -106,8 +111,12 @@ async def launch(m: Migration) -> str:
     argv = [*destination.qemu, *blockdev_options(m.plan), "-incoming", "defer", "-qmp", monitor]
     m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
     m.need("B's QEMU", m.qemu.wait())
-    m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
+    try:
+        m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
+    except MigrationError as error:
+        raise explain_start(m, error) from error
     await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
+    await m.during(check_rights(m), limits.command, "looking at what B's QEMU may do")
     listen = m.b.execute("migrate-incoming", uri=destination.migration)
     await m.during(listen, limits.command, "listening for the RAM")
     return f"process {m.qemu.pid} waits at {destination.migration}"

@@ -204,3 +204,24 @@ def test_a_destination_among_the_devices_is_refused(tmp_path: Path, image: str) 
 
 def test_a_destination_in_memory_is_a_file_like_any_other(tmp_path: Path) -> None:
     assert plan_of(tmp_path, MINIMAL.replace("/images/vm.qed", "/dev/shm/vm.raw"))
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('owner = "a b"', "destination.owner: 'a b' is not usable: write USER or USER:GROUP"),
+        ('owner = "a:b:c"', "destination.owner: 'a:b:c' is not usable"),
+        ('mode = "rw"', "destination.mode rw: write an octal mode"),
+        ("mode = 660", "destination.mode: a string is wanted, not 660"),
+    ],
+)
+def test_an_owner_or_mode_that_cannot_be_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        plan_of(tmp_path, f"{MINIMAL}{line}\n")
+
+
+def test_an_owner_may_be_a_user_a_group_or_both(tmp_path: Path) -> None:
+    for owner in ("qemu", "107:36", ":kvm"):
+        there = plan_of(tmp_path, f'{MINIMAL}owner = "{owner}"\nmode = "0660"\n').destination
+        assert there.ownership("--x-") == ["--x-owner", owner, "--x-mode", "0660"]
+    assert plan_of(tmp_path, MINIMAL).destination.ownership("--") == []
