@@ -280,12 +280,12 @@ def test_a_command_with_the_rights_of_another_is_ended_all_the_same(tmp_path: Pa
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
         try:
-            answer(host.run("sh", "-c", "sleep 1000; :", mark, limit=2.0))
+            answer(host.run("sh", "-c", "sleep 1000; :", mark, limit=20.0))
         except MigrationError as error:
             return str(error)
         return "it has ended"
 
-    assert in_a_child(as_nobody) == "sh on A: no end within 2 s"
+    assert in_a_child(as_nobody) == "sh on A: no end within 20 s"
     wait_until(lambda: not with_word(mark), "it ends")
 
 

@@ -53,27 +53,31 @@ DEVICE = ("-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop")
 def boot_sector(disk_size: int) -> bytes:
     """The guest: 16-bit code for address 0x7c00, which finds the number of its BIOS drive in DL.
 
-    The counter is at 0x7e00, the disk address packet of INT 13h's extensions at 0x7e10, the buffer at 0x8000.
+    The counter is at 0x5e00, the disk address packet of INT 13h's extensions at 0x5e10, the buffer at 0x8000,
+    the stack below 0x7000: on the page of the code each write would have it translated again.
     """
     mask = struct.pack("<I", disk_size // SECTOR - 1).hex()
     code = bytes.fromhex(
-        # xor ax,ax; mov ds,ax; mov es,ax; mov ss,ax; mov sp,0x7c00; cld; sti
-        "31c0 8ed8 8ec0 8ed0 bc007c fc fb"
-        # again: inc dword [0x7e00]
-        "66ff06007e"
-        # mov eax,[0x7e00]; mov edi,0x8000; mov cx,128; rep stosd
-        "66a1007e 66bf00800000 b98000 66f3ab"
-        # mov eax,[0x7e00]; and eax,1023; add eax,2048; mov bh,0x43 (write); call access
-        "66a1007e 6625ff030000 660500080000 b743 e82000"
-        # mov eax,[0x7e00]; imul eax,eax,0x9e3779b1; and eax,MASK; mov bh,0x42 (read); call access
-        f"66a1007e 6669c0b179379e 6625{mask} b742 e80a00"
-        # push dx; mov dx,0x3f8; mov al,'.'; out dx,al; pop dx; jmp again
-        "52 baf803 b02e ee 5a ebb6"
-        # access: mov dword [0x7e10],0x10010; mov dword [0x7e14],0x8000; mov [0x7e18],eax; mov dword
-        # [0x7e1c],0
-        "66c706107e10000100 66c706147e00800000 66a3187e 66c7061c7e00000000"
-        # mov si,0x7e10; mov ah,bh; mov al,0; push dx; int 0x13; pop dx; jc failed; ret
-        "be107e 88fc b000 52 cd13 5a 7201 c3"
+        # xor ax,ax; mov ds,ax; mov es,ax; mov ss,ax; mov sp,0x7000; cld; sti
+        "31c0 8ed8 8ec0 8ed0 bc0070 fc fb"
+        # again: inc dword [0x5e00]
+        "66ff06005e"
+        # mov eax,[0x5e00]; mov edi,0x8000; mov cx,128; rep stosd
+        "66a1005e 66bf00800000 b98000 66f3ab"
+        # mov eax,[0x5e00]; and eax,1023; add eax,2048; mov bh,0x43 (write); call access
+        "66a1005e 6625ff030000 660500080000 b743 e82800"
+        # mov eax,[0x5e00]; imul eax,eax,0x9e3779b1; and eax,MASK; mov bh,0x42 (read); call access
+        f"66a1005e 6669c0b179379e 6625{mask} b742 e81200"
+        # push dx; mov dx,0x3f8; mov al,'.'; out dx,al; pop dx
+        "52 baf803 b02e ee 5a"
+        # test byte [0x5e00],3; jnz again; hlt (until the next tick of 55 ms, for others to use the processor);
+        # jmp again
+        "f606005e03 75b1 f4 ebae"
+        # access: mov dword [0x5e10],0x10010; mov dword [0x5e14],0x8000; mov [0x5e18],eax; mov dword
+        # [0x5e1c],0
+        "66c706105e10000100 66c706145e00800000 66a3185e 66c7061c5e00000000"
+        # mov si,0x5e10; mov ah,bh; mov al,0; push dx; int 0x13; pop dx; jc failed; ret
+        "be105e 88fc b000 52 cd13 5a 7201 c3"
         # failed: mov dx,0x3f8; mov al,'!'; out dx,al; cli; hlt
         "baf803 b021 ee fa f4"
     )
