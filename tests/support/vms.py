@@ -70,7 +70,7 @@ def boot_sector(disk_size: int) -> bytes:
         f"66a1005e 6669c0b179379e 6625{mask} b742 e81200"
         # push dx; mov dx,0x3f8; mov al,'.'; out dx,al; pop dx
         "52 baf803 b02e ee 5a"
-        # test byte [0x5e00],3; jnz again; hlt (until the next tick of 55 ms, for others to use the processor);
+        # test byte [0x5e00],3; jnz again; hlt (until the next tick of 55 ms: others use the processor too);
         # jmp again
         "f606005e03 75b1 f4 ebae"
         # access: mov dword [0x5e10],0x10010; mov dword [0x5e14],0x8000; mov [0x5e18],eax; mov dword
