@@ -14,6 +14,22 @@ _GULP = 128 << 10
 """Bytes of ciphertext that are received at a time."""
 
 
+_REASONS = {
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the client has shown no certificate",
+    "TLSV1_ALERT_UNKNOWN_CA": "the client does not know the authority of this server's certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "this server's certificate has expired, says the client",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "the client does not accept this server's certificate",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "the client does not accept this server's certificate",
+}
+
+
+def _reason(error: ssl.SSLError) -> str:
+    """What OpenSSL says, and for what operators have to do with, what it means."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the client's certificate is refused: {error.verify_message}"
+    return _REASONS.get(error.reason or "", error.reason or str(error))
+
+
 class Carrier(Protocol):
     """What carries the ciphertext: a socket, or one with a deadline."""
 
@@ -53,7 +69,7 @@ class TlsStream:
             except ssl.SSLError as error:
                 # OpenSSL has left an alert that tells the client why.
                 self._send_pending()
-                raise ProtocolError(f"TLS handshake failed: {error.reason or error}") from error
+                raise ProtocolError(f"TLS handshake failed: {_reason(error)}") from error
             else:
                 self._send_pending()
                 return

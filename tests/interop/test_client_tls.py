@@ -181,6 +181,31 @@ def test_whose_certificate_the_server_does_not_trust_is_told_so(
         assert complaint(uri_of(server, client_place)) == told
 
 
+@pytest.mark.parametrize(
+    ("whose", "line"),
+    [
+        ("nobody", "the client has shown no certificate"),
+        ("stranger", "the client's certificate is refused: unable to get local issuer certificate"),
+        ("late", "the client's certificate is refused: certificate has expired"),
+        ("distrustful", "the client does not know the authority of this server's certificate"),
+    ],
+)
+def test_the_servers_log_says_why_a_client_was_not_let_in(
+    whose: str, line: str, ca: Issued, stranger: Issued, tmp_path: Path
+) -> None:
+    server_place = directory_of(tmp_path, "server", ca, issue(tmp_path / "made", "server", SERVER, ca))
+    mine = None
+    if whose == "late":
+        mine = issue(tmp_path / "made", "client", CLIENT, ca, begins=-3 * DAY, ends=-DAY)
+    elif whose == "stranger":
+        mine = issue(tmp_path / "made", "client", CLIENT, stranger)
+    trusted = stranger if whose == "distrustful" else ca
+    client_place = directory_of(tmp_path, "client", trusted, mine)
+    with serving("nbdserve", server_place, tmp_path, verify=whose != "distrustful") as server:
+        complaint(uri_of(server, client_place))
+        server.process.wait_for_line(f"TLS handshake failed: {line}")
+
+
 def test_whose_own_certificate_has_expired_is_told_so(ca: Issued, tmp_path: Path) -> None:
     server_place = directory_of(tmp_path, "server", ca, issue(tmp_path / "made", "server", SERVER, ca))
     mine = issue(tmp_path / "made", "client", CLIENT, ca, begins=-3 * DAY, ends=-DAY)
