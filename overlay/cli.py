@@ -25,7 +25,7 @@ from overlay.flat import create as flat
 from overlay.flat import report as flat_report
 from overlay.flat.check import check_flat
 from overlay.image import Backing
-from overlay.open import layout_of, open_image, real_path
+from overlay.open import LAYOUT_HELP, LAYOUTS, layout_of, open_image, real_path
 from overlay.qed import create as qed
 from overlay.qed.check import check
 from overlay.qed.header import read_header
@@ -105,6 +105,7 @@ def _parser() -> Parser:
     mapper = add("map", map_cli.main, "show which parts of the disk are here", map_cli.DESCRIPTION)
     map_cli.configure(mapper)
     for reader in (info, checker, mapper):
+        reader.add_argument("--layout", choices=LAYOUTS, help=LAYOUT_HELP)
         reader.add_argument("--json", action="store_true", help="answer with qemu-img's JSON")
         reader.add_argument(
             "-U",
@@ -128,7 +129,7 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="SIZE", help="the disk's size (default: ask the backing)")
     parser.add_argument(
         "--layout",
-        choices=["flat", "qed"],
+        choices=LAYOUTS,
         default="flat",
         help="flat: a raw file with a map beside it, IMAGE.map; qed: QEMU's format (default: flat)",
     )
@@ -221,7 +222,7 @@ def _size_of(uris: list[NbdUri]) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     path = real_path(arguments.image)
-    if layout_of(path) == "flat":
+    if (arguments.layout or layout_of(path)) == "flat":
         show_flat = flat_report.info_json if arguments.json else flat_report.info_text
         with open_image(path, force_share=arguments.force_share, layout="flat") as image:
             print(show_flat(str(arguments.image), image, path.stat().st_blocks * 512))
@@ -241,7 +242,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if repair and arguments.force_share:
         raise UsageError("an image in use cannot be repaired: --force-share and --repair exclude each other")
     path, name = real_path(arguments.image), str(arguments.image)
-    if layout_of(path) == "flat":
+    if (arguments.layout or layout_of(path)) == "flat":
         found = check_flat(path, repair=repair, force_share=arguments.force_share)
         print((flat_report.check_json if arguments.json else flat_report.check_text)(name, found))
         return EXIT_FAILED if found.corruptions else EXIT_DONE

@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
     title = printable(str(arguments.image))
     if arguments.png is not None:
         _require_harmless(arguments.png, arguments.image)
-    with open_image(arguments.image, force_share=arguments.force_share) as image:
+    with open_image(arguments.image, force_share=arguments.force_share, layout=arguments.layout) as image:
         if arguments.json:
             sys.stdout.writelines(map_json(image))
         elif arguments.png is not None:

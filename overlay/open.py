@@ -17,6 +17,13 @@ from overlay.qed.image import QedImage
 from overlay.storage import open_file
 
 Layout = Literal["flat", "qed"]
+LAYOUTS: tuple[Layout, ...] = ("flat", "qed")
+
+LAYOUT_HELP = (
+    "the image's layout (default: as the file looks; give it where guests are not trusted, as the guest of a "
+    "complete flat image can write what looks like another format)"
+)
+"""What ``--layout`` means to all that read an image."""
 
 
 def open_image(
@@ -50,8 +57,8 @@ def layout_of(path: Path) -> Layout:
             return "qed"
         if kind := looks_like(first):
             raise ImageError(
-                f"{path}: looks like a {kind} image, not like an overlay: check the path; if it is a whole "
-                "disk, and the guest keeps such an image at its start, serve it with nbdserve -f raw"
+                f"{path}: looks like a {kind} image, not like an overlay: check the path; if it is a complete "
+                "disk that happens to begin like that, say --layout flat"
             )
         return "flat"
     finally:

@@ -13,6 +13,7 @@ from nbdserve.ownership import add_options
 from nbdserve.sizes import parse_size
 from nbdserve.socketpaths import check_socket_path
 from nbdserve.uri import NbdUri, parse_uri
+from overlay.open import LAYOUT_HELP, LAYOUTS
 from overlay.options import Options
 
 MOST_CONNECTIONS = 64
@@ -43,9 +44,8 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     add("-x", "--export-name", default="", metavar="NAME", help="name of the export (default: empty)")
     add(
         "--layout",
-        choices=("flat", "qed"),
-        help="the image's layout (default: as the file looks; give it where guests are not trusted, as the "
-        "guest of a complete flat image can write what looks like QED)",
+        choices=LAYOUTS,
+        help=LAYOUT_HELP,
     )
     add("--qmp", metavar="unix:PATH", help="live control: stream, status, pause, ... over QEMU's protocol")
     add_options(add, "--qmp-", "the monitor's socket")

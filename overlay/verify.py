@@ -13,7 +13,7 @@ from nbdserve.errors import ConnectError, ImageError
 from nbdserve.protocol.constants import ExtentFlags
 from nbdserve.uri import NbdUri, parse_uri
 from overlay.image import Image, Run, State
-from overlay.open import open_image
+from overlay.open import Layout, open_image
 from overlay.picture import knows_writer
 from overlay.qed.image import QedImage
 from overlay.reads import sectors, start_read
@@ -48,14 +48,17 @@ class Verdict:
 
 
 def verify(
-    path: Path, backings: Sequence[NbdUri] = (), on_progress: OnProgress = lambda done, total: None
+    path: Path,
+    backings: Sequence[NbdUri] = (),
+    on_progress: OnProgress = lambda done, total: None,
+    layout: Layout | None = None,
 ) -> Verdict:
     """Compare an image that nobody else writes to with its backing: at ``backings``, or where it says itself.
 
     Raises ImageError where the image does not say what was copied, ConnectError, and OSError when the
     backing, or the file, cannot be read.
     """
-    with open_image(path) as image:
+    with open_image(path, layout=layout) as image:
         _require_knowledge(image, path)
         with _connect(image, path, backings or [parse_uri(each.name) for each in image.backings]) as client:
             verdict = Verdict(str(path), str(client.uri), image.size)

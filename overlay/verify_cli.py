@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nbdserve.command import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, tell
 from nbdserve.sizes import format_size
+from overlay.open import LAYOUT_HELP, LAYOUTS
 
 _DESCRIPTION = """\
 Compare what was copied, and not written since, with the backing. The image must not be in use, and the
@@ -40,6 +41,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         help="where the disk is now, instead of what the image says; may be repeated: the first that answers "
         "is compared with",
     )
+    parser.add_argument("--layout", choices=LAYOUTS, help=LAYOUT_HELP)
     parser.add_argument("--json", action="store_true", help="what was found, as a JSON object")
 
 
@@ -51,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
     backings = parse_backings(arguments.backing)
     progress = _Progress()
     try:
-        verdict = verify(arguments.image, backings, progress.show)
+        verdict = verify(arguments.image, backings, progress.show, arguments.layout)
     finally:
         progress.clear()
     if arguments.json:

@@ -7,14 +7,16 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.delay import delayed
 from tests.support.disks import MIB
-from tests.support.processes import Process, check, run, wait_until
+from tests.support.monitors import monitor
+from tests.support.processes import Process, check, listens, run, wait_until
 from tests.support.recipes import COMMANDS, DIRECTORY
 from tests.support.servers import Server, UnixAddress, nbdserve
 from tests.support.vms import DISK_SIZE, QEMU, SECTOR, is_record, original_disk
@@ -156,6 +158,127 @@ def test_a_template_that_is_away_for_a_while_costs_time_but_no_data(template: Se
         guest.wait_until_it_works()
         guest.end()
     assert guest.wrong_sectors() == []
+
+
+def overlay_of(directory: Path) -> psutil.Process | None:
+    """The nbd-overlay that has the guest's disk, when it is ready."""
+    for pid_file in directory.glob("instant-start.*/pid"):
+        with suppress(OSError, ValueError, psutil.NoSuchProcess):
+            return psutil.Process(int(pid_file.read_text()))
+    return None
+
+
+def another_overlay(directory: Path, before: int | None) -> psutil.Process:
+    """Wait for one with another process id."""
+    found: list[psutil.Process] = []
+
+    def came() -> bool:
+        process = overlay_of(directory)
+        if process is not None and process.pid != before and process.is_running():
+            found.append(process)
+        return bool(found)
+
+    wait_until(came, "another nbd-overlay is ready", 30.0)
+    return found[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_nbd_overlay_that_ends_is_started_again_and_the_guest_only_waits(
+    template: Server, tmp_path: Path, number: signal.Signals
+) -> None:
+    with started(tmp_path, uri(template.address), SPEED=str(MIB // 4)) as guest:
+        guest.wait_until_it_works()
+        pid = None
+        for _ in range(3):
+            process = another_overlay(tmp_path, pid)
+            pid = process.pid
+            process.send_signal(number)
+            another_overlay(tmp_path, pid)
+            guest.wait_until_it_works()
+        told = guest.process.output().count("nbd-overlay has ended; it is started again")
+        assert told == 3, guest.process.output()
+        guest.stream_without_limit()
+        guest.wait_until_complete()
+        guest.wait_until_it_works()
+        guest.end()
+    assert guest.wrong_sectors() == []
+    assert list(tmp_path.glob("instant-start.*")) == []
+
+
+def test_an_nbd_overlay_that_dies_at_once_each_time_is_given_up_and_the_guest_loses_nothing(
+    template: Server, tmp_path: Path
+) -> None:
+    with started(tmp_path, uri(template.address), SPEED=str(MIB // 4), RESTARTS="2") as guest:
+        guest.wait_until_it_works()
+        pid = None
+        for _ in range(3):
+            process = another_overlay(tmp_path, pid)
+            pid = process.pid
+            process.kill()
+        guest.process.wait_for_line("nbd-overlay has ended too often; the guest waits, and loses nothing", 30)
+        guest.end()
+    # It goes on where it was.
+    with started(tmp_path, uri(template.address)) as again:
+        again.wait_until_complete()
+        again.end()
+    assert again.wrong_sectors() == []
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 1.0, 1.5, 2.0])
+def test_an_nbd_overlay_may_be_killed_at_any_moment(template: Server, tmp_path: Path, delay: float) -> None:
+    """Before QEMU has connected, while the guest boots, and while the disk is finished."""
+    with started(tmp_path, uri(template.address), SPEED=str(48 * MIB), RESTARTS="20") as guest:
+        process = another_overlay(tmp_path, None)
+        time.sleep(delay)
+        process.kill()
+        guest.wait_until_complete()
+        guest.wait_until_it_works()
+        guest.end()
+    assert guest.wrong_sectors() == []
+    assert list(tmp_path.glob("instant-start.*")) == []
+
+
+MAGICS = {
+    "LUKS": b"LUKS\xba\xbe\0\2",
+    "QED": b"QED\0",
+    "qcow2": b"QFI\xfb\0\0\0\3",
+    "VMDK": b"KDMV",
+    "a whole QED header": None,
+}
+
+
+@pytest.mark.parametrize("kind", MAGICS)
+def test_a_complete_disk_is_started_again_whatever_the_guest_keeps_at_its_beginning(
+    tmp_path: Path, kind: str
+) -> None:
+    disk = tmp_path / "vm.raw"
+    content = bytearray(original_disk(DISK_SIZE))
+    magic = MAGICS[kind]
+    if magic is None:
+        check("qemu-img", "create", "-q", "-f", "qed", tmp_path / "inner.qed", "16M")
+        magic = (tmp_path / "inner.qed").read_bytes()[:64]
+    content[: len(magic)] = magic
+    disk.write_bytes(content)
+    options = [*QEMU[1:], "-serial", "null", "-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"]
+    argv = [str(RECIPE), "nbd://192.0.2.1/nowhere", str(disk), "--", *options]
+    with Process(argv, tmp_path / "start.log", env=environment(tmp_path)) as process:
+        process.wait_for_line("is complete, and needs no template")
+        wait_until(lambda: listens(tmp_path / "qmp"), "QEMU's monitor", 20.0)
+        with monitor(tmp_path / "qmp") as guest:
+            (node,) = [each for each in guest.execute("query-named-block-nodes") if each["drv"] == "raw"]
+            assert node["image"]["virtual-size"] == DISK_SIZE
+            guest.execute("quit")
+        assert process.wait(20) == 0
+
+
+def test_a_qed_overlay_is_a_disk_only_for_who_says_so(tmp_path: Path) -> None:
+    image = tmp_path / "vm.raw"
+    made = ("create", "--layout", "qed", "--backing", "nbd://192.0.2.1/x", "--size", "1M", image)
+    check(COMMANDS / "nbd-overlay", *made)
+    refused = run(RECIPE, "nbd://192.0.2.1/x", image, env=environment(tmp_path))
+    assert "is a QED overlay; choose another name, or say LAYOUT=flat" in refused.stderr
+    changed = environment(tmp_path, LAYOUT="flat", QEMU="true")
+    assert run(RECIPE, "nbd://192.0.2.1/x", image, env=changed).returncode == 0
 
 
 @pytest.mark.parametrize("layout", ["flat", "qed"])

@@ -243,6 +243,30 @@ def test_what_is_no_image_is_refused_in_one_line(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("magic", [b"QED\0", b"LUKS\xba\xbe\0\2", b"QFI\xfb\0\0\0\3", b"KDMV"])
+@pytest.mark.parametrize("command", ["info", "check", "map"])
+def test_a_complete_disk_is_one_whatever_its_guest_keeps_at_its_beginning(
+    run: Run, tmp_path: Path, command: str, magic: bytes
+) -> None:
+    (tmp_path / "x").write_bytes(magic + bytes(8192 - len(magic)))
+    assert run(command, tmp_path / "x")[0] == 1
+    code, out, err = run(command, "--layout", "flat", tmp_path / "x")
+    assert (code, err) == (0, "")
+    assert out
+    code, out, err = run(command, "--layout", "flat", "--json", tmp_path / "x")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    if command == "info":
+        assert (told["format"], told["virtual-size"], told["local-size"]) == ("raw", 8192, 8192)
+
+
+@pytest.mark.parametrize("command", ["info", "check", "map"])
+def test_a_layout_that_an_image_does_not_have_is_refused(run: Run, tmp_path: Path, command: str) -> None:
+    assert run("create", *BACKING, "--size", "1M", tmp_path / "x")[0] == 0
+    code, out, err = run(command, "--layout", "qed", tmp_path / "x")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+
+
 def test_info_shows_what_the_header_says(run: Run, tmp_path: Path) -> None:
     make_image(tmp_path / "x", MIB, backing="nbd://h/a\x1b[31m\n")
     out = run("info", tmp_path / "x")[1]
