@@ -57,8 +57,8 @@ def layout_of(path: Path) -> Layout:
             return "qed"
         if kind := looks_like(first):
             raise ImageError(
-                f"{path}: looks like a {kind} image, not like an overlay: check the path; if it is a complete "
-                "disk that happens to begin like that, say --layout flat"
+                f"{path}: looks like a {kind} image, not like an overlay: check the path; if it is a "
+                "complete disk that happens to begin like that, say --layout flat"
             )
         return "flat"
     finally:
