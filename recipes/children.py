@@ -97,7 +97,7 @@ class Child:
         self.released = False
         self.status: int | None = None
         self._tail = ""
-        self._orphan = False
+        self._orphan = self._mute = False
         self._ready = asyncio.Event()
         self._stopping = asyncio.Event()
         self._exited = asyncio.Event()
@@ -151,7 +151,8 @@ class Child:
         """
         # A keeper may be dead, or have been stopped (SIGSTOP).
         told = self._say(f"stop {seconds:g}\n".encode())
-        if not (told and await first_of(KEEPER_ANSWER, self._stopping, self._gone)):
+        self._mute = not (told and await first_of(KEEPER_ANSWER, self._stopping, self._gone))
+        if self._mute:
             await self._signal(signal.SIGTERM)
         await self._ended(seconds)
         if self.running:
@@ -192,8 +193,11 @@ class Child:
             self._gone.set()
 
     def kill_command(self) -> list[str]:
-        """What kills the process when its keeper is dead, unless its id is another process's by now."""
-        script = 'if grep -qzF -- "$2" "/proc/$1/cmdline" 2>/dev/null; then kill -9 "$1"; fi'
+        """What kills the process when its keeper is of no use, unless its id is another process's by now.
+
+        It ends when the process has ended.
+        """
+        script = 'while grep -qszF -- "$2" "/proc/$1/cmdline"; do kill -9 "$1"; sleep 0.1; done'
         return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self._last_word])
 
     async def close(self) -> None:
@@ -202,6 +206,8 @@ class Child:
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
+        if self._mute:
+            await end_group(self._keeper)
         await give_up(self._keeper)
 
     async def _ended(self, seconds: float) -> None:
@@ -212,7 +218,7 @@ class Child:
             await asyncio.wait({looking, telling}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if looking.done():
                 # Its keeper knows how it has ended.
-                await asyncio.wait({telling}, timeout=KEEPER_ANSWER)
+                await asyncio.wait({telling}, timeout=0 if self._mute else KEEPER_ANSWER)
                 self._gone.set()
         finally:
             looking.cancel()

@@ -162,7 +162,9 @@ class Watch:
         for child in reversed(self.children):
             tell(child, f"stop {GRACE:g}")
             os.close(child.words)
-        stubborn = [child.name for child in reversed(self.children) if not await ended(child)]
+        children = self.children[::-1]
+        ends = await asyncio.gather(*(ended(child) for child in children))
+        stubborn = [child.name for child, end in zip(children, ends, strict=True) if not end]
         self.children.clear()
         if stubborn:
             raise MigrationError(f"{' and '.join(stubborn)} did not end within {END:g} s")
@@ -187,15 +189,19 @@ def tell(child: Watched, word: str) -> None:
 
 
 async def ended(child: Watched) -> bool:
-    """Wait for a child's end, killing it where its keeper has died; False when it does not end in time."""
+    """Wait for a child's end; False when it does not end in time.
+
+    Where its keeper is dead, or was stopped (SIGSTOP) and ends nothing, the child is killed.
+    """
     said = b""
     reader = await stream(child.messages)
     try:
-        async with asyncio.timeout(END):
-            while data := await reader.read(4096):
-                said += data
-            if b'"exited"' not in said and child.kill:
-                await HERE.run(*child.kill, limit=END)
-    except (TimeoutError, MigrationError):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END):
+                while data := await reader.read(4096):
+                    said += data
+        if b'"exited"' not in said and child.kill:
+            await HERE.run(*child.kill, limit=END)
+    except MigrationError:
         return False
-    return True
+    return b'"exited"' in said or bool(child.kill) or reader.at_eof()

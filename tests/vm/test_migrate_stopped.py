@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.processes import Process, wait_until
-from tests.support.vms import Scene, scene
+from tests.support.vms import Role, Scene, monitor, scene
 
 LIMIT = 6.0
 """Seconds; more than anything here takes, even on a busy machine."""
 
 STOP = LIMIT + 1.0
 """Seconds for which the orchestrator is stopped."""
+
+
+KEEPERS = (Role.KEEPER_OF_B, Role.KEEPER_OF_OVERLAY, Role.KEEPER_OF_SERVER)
 
 
 def stop_for_long(run: Process) -> None:
@@ -44,6 +48,30 @@ def test_the_time_in_which_the_orchestrator_was_stopped_does_not_count(
         stage.wait_until_guest_works("b")
         stage.quit_b()
         assert stage.wrong_sectors() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_keeper_that_was_stopped_is_in_nobodys_way_back(tmp_path: Path, number: signal.Signals) -> None:
+    with scene(tmp_path) as stage:
+        with monitor(stage.monitor_a) as a:
+            # So that the RAM is on its way for long enough.
+            a.execute("migrate-set-parameters", max_bandwidth=1 << 16)
+        with stage.run() as run:
+            run.wait_for_line("step 4", 30.0)
+            keepers = [keeper for role in KEEPERS for keeper in role.find(stage.directory)]
+            assert len(keepers) == len(KEEPERS)
+            for keeper in keepers:
+                keeper.suspend()
+            run.signal(number)
+            back = "the guest runs on A as before"
+            wait_until(lambda: back in run.output(), back, 90.0)
+            assert run.wait(90.0) == (-number if number == signal.SIGKILL else 130)
+        assert stage.started() <= set(KEEPERS)
+        assert not stage.overlay.exists()
+        stage.wait_until_guest_works("a")
+        for keeper in keepers:
+            with suppress(psutil.NoSuchProcess):
+                keeper.kill()
 
 
 def forgive_little(stage: Scene) -> None:
