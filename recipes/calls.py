@@ -7,15 +7,14 @@ before the first is a login's greeting; where there is none, the prefix has fail
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import secrets
 import shlex
-import signal
 from collections.abc import Sequence
 from contextlib import suppress
 
 from nbdserve.errors import MigrationError
+from recipes.ending import KILL, end_group
 from recipes.ssh import explain
 from recipes.way import Way
 
@@ -25,9 +24,6 @@ MISSING = (126, 127)
 REST = 1.0
 """Seconds in which the rest of the output must come once a command has ended: a shared ssh may hold it open
 for hours."""
-
-KILL = 3.0
-"""Seconds in which a command that was over its limit must be gone."""
 
 _FRAME = (
     "read -r a b c d group e < /proc/$$/stat; "
@@ -132,23 +128,13 @@ class Call:
         # What runs elsewhere does not end with the way there, and what is somebody else's cannot be killed.
         with suppress(MigrationError):
             await Call(self._way, ["kill", "-KILL", f"-{begun[1]}"]).run(KILL)
+        await end_group(process)
 
 
 def cannot_start(way: Way, what: str, error: OSError) -> MigrationError:
     """The error that the first word of a command line is no program of this host."""
     reason = f"{what}: {error.filename}: {error.strerror}"
     return HostError(f"{reason}; install that on this host") if way.shell else MigrationError(reason)
-
-
-async def end_group(process: asyncio.subprocess.Process) -> None:
-    """Kill a child of ours with its session, and wait a moment until it has ended."""
-    if process.returncode is None:
-        # One with the rights of another user, as sudo has, cannot be killed.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(KILL):
-                await process.wait()
 
 
 async def _collect(stream: asyncio.StreamReader | None, into: bytearray) -> None:

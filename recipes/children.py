@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from nbdserve.errors import MigrationError
-from recipes.calls import cannot_start, end_group
+from recipes.calls import cannot_start
+from recipes.ending import end_group
 from recipes.host import Host
 from recipes.interruption import completed
 from recipes.messages import Beginning, message_in

@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
+from recipes.ending import end_group
+
 _WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
 """The letters of ssh's options that take a value."""
 
@@ -89,8 +91,7 @@ async def _configuration(argv: Sequence[str]) -> Mapping[str, str]:
         async with asyncio.timeout(_LOOK):
             output, _ = await process.communicate()
     except TimeoutError:
-        process.kill()
-        await process.wait()
+        await end_group(process)
         return {}
     lines = (line.partition(" ") for line in output.decode(errors="replace").lower().splitlines())
     return {key: value for key, _, value in lines} if process.returncode == 0 else {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shlex
 import socket
 import stat
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ from recipes import ssh
 from recipes.calls import HostError
 from recipes.children import Children
 from recipes.host import Host
+from tests.support.guests import short_directory
 from tests.support.processes import check, run, wait_until
 from tests.support.servers import NBDSERVE, free_tcp_address
 from tests.support.sshd import Sshd, sshd
@@ -263,30 +266,49 @@ def test_added_options_reach_ssh_and_not_the_command(server: Sshd) -> None:
     assert "A=b" in answer(printed()).splitlines()
 
 
-def test_a_command_with_the_rights_of_another_is_ended_all_the_same(tmp_path: Path) -> None:
-    """As behind sudo, whose process an orchestrator without those rights cannot kill."""
+@pytest.fixture
+def privileged() -> Iterator[tuple[str, ...]]:
+    """A prefix with which others than root run what they cannot kill, as with sudo."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to give it up")
-    privileged = tmp_path / "setpriv"
-    privileged.write_bytes(Path("/usr/bin/setpriv").read_bytes())
-    privileged.chmod(stat.S_ISUID | 0o755)
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        directory.chmod(directory.stat().st_mode | 0o711)
-    mark = f"{tmp_path}/sleeper"
-    host = Host("A", (str(privileged), "--reuid=0", "--regid=0", "--clear-groups"))
+    with short_directory() as directory:
+        directory.chmod(0o755)
+        program = directory / "setpriv"
+        program.write_bytes(Path("/usr/bin/setpriv").read_bytes())
+        program.chmod(stat.S_ISUID | 0o755)
+        yield (str(program), "--reuid=0", "--regid=0", "--clear-groups")
 
-    def as_nobody() -> str:
+
+def complaint_of_nobody(host: Host, *words: str) -> str:
+    """What somebody without any rights reads when a command takes more than 2 s."""
+
+    def body() -> str:
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
+        ignored: list[str] = []
+        sys.unraisablehook = lambda what: ignored.append(repr(what))
         try:
-            answer(host.run("sh", "-c", "sleep 1000; :", mark, limit=20.0))
+            answer(host.run(*words, limit=2.0))
         except MigrationError as error:
-            return str(error)
+            gc.collect()
+            return "\n".join([str(error), *ignored])
         return "it has ended"
 
-    assert in_a_child(as_nobody) == "sh on A: no end within 20 s"
+    return in_a_child(body)
+
+
+def test_a_command_with_the_rights_of_another_is_ended_all_the_same(privileged: tuple[str, ...]) -> None:
+    mark = f"{privileged[0]} sleeper"
+    said = complaint_of_nobody(Host("A", privileged), "sh", "-c", "sleep 1000; :", mark)
+    assert said == "sh on A: no end within 2 s"
     wait_until(lambda: not with_word(mark), "it ends")
+
+
+def test_a_prefix_that_hangs_and_cannot_be_killed_is_left(privileged: tuple[str, ...]) -> None:
+    said = complaint_of_nobody(Host("A", (*privileged, "sh", "-c", "exec sleep 12")), "true")
+    assert re.fullmatch(r"there is no way to A by '.*sleep 12'': no answer within 2 s", said)
+    wait_until(lambda: not with_word("12"), "it ends", 20.0)
 
 
 def in_a_child(body: Callable[[], str]) -> str:
