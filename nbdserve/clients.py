@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+from nbdserve.changes import Changes
 from nbdserve.errors import ConnectionLostError
 from nbdserve.exports import Export
 
@@ -27,6 +28,8 @@ class Client(Protocol):
     """What it uses; None while it is haggling."""
     host: str | None
     """Its host's address, if it came over IP."""
+    changes: Changes
+    """What it has under way that changes the disk."""
 
     @property
     def silent_for(self) -> float:
@@ -47,7 +50,8 @@ class Clients(Generic[C]):
         self._condition = threading.Condition()
         self._threads: dict[C, threading.Thread] = {}
         self._haggling: dict[C, float] = {}
-        self._working: dict[C, None] = {}
+        # Who may still have something to do, and the exports whose disks it may not change any more.
+        self._working: dict[C, set[str]] = {}
         self._closed = False
 
     def __len__(self) -> int:
@@ -58,7 +62,7 @@ class Clients(Generic[C]):
         with self._condition:
             self._threads[client] = thread
             self._haggling[client] = time.monotonic()
-            self._working[client] = None
+            self._working[client] = set()
 
     def settle(self, client: C) -> None:
         """The client's handshake is over."""
@@ -114,15 +118,16 @@ class Clients(Generic[C]):
         return None
 
     def wait_for_predecessors(self, newcomer: C) -> None:
-        """Let those who came before, use the same export and have gone since finish what they asked for.
+        """Let changes end that were begun by those who came before, use the same export and have gone since.
 
         One of them may be the newcomer itself on its former connection: a write that it sent there must not
-        land on a newer one that it sends here. Raises ConnectionLostError when that takes too long or the
-        server stops: then the newcomer must not be served.
+        land on a newer one that it sends here. So those begin no others, whatever they have sent, and what
+        they read keeps nobody waiting. Raises ConnectionLostError when that takes too long, the server stops,
+        or the newcomer itself has gone and another one has come meanwhile: it must not be served.
         """
         deadline = time.monotonic() + PATIENCE
         with self._condition:
-            while self._ghosts(newcomer):
+            while self._supersedes(newcomer):
                 left = deadline - time.monotonic()
                 if self._closed:
                     raise ConnectionLostError("turned away: the server stops")
@@ -132,6 +137,14 @@ class Clients(Generic[C]):
                         f"for {PATIENCE:g} s; look at the disk, then connect again"
                     )
                 self._condition.wait(left)
+            if _name(newcomer) in self._working[newcomer]:
+                newcomer.changes.stop()
+                newcomer.changes.require()
+
+    def look_again(self) -> None:
+        """The last change of a client that begins no other is over."""
+        with self._condition:
+            self._condition.notify_all()
 
     def close(self) -> None:
         """The server stops: nobody waits for others any more."""
@@ -139,12 +152,18 @@ class Clients(Generic[C]):
             self._closed = True
             self._condition.notify_all()
 
-    def _ghosts(self, newcomer: C) -> list[C]:
-        """Whoever haggles may be about to enter the same export, with its requests sent already."""
-        earlier = itertools.takewhile(lambda client: client is not newcomer, self._working)
-        return [
-            client for client in earlier if client.export in (None, newcomer.export) and client.has_gone()
-        ]
+    def _supersedes(self, newcomer: C) -> bool:
+        """Whether a change is under way of one whom the newcomer succeeds; none of them begins another."""
+        name, busy = _name(newcomer), False
+        for client in itertools.takewhile(lambda client: client is not newcomer, self._working):
+            if client.export not in (None, newcomer.export) or not client.has_gone():
+                continue
+            # Who haggles may be about to enter the same export, with its requests sent already.
+            self._working[client].add(name)
+            if client.export is not None:
+                client.changes.stop()
+                busy = busy or client.changes.under_way
+        return busy
 
 
 def _name(client: Client) -> str:

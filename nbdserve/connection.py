@@ -11,6 +11,7 @@ import termios
 import time
 from dataclasses import dataclass
 
+from nbdserve.changes import Changes
 from nbdserve.clients import Clients
 from nbdserve.errors import ConnectionLostError, ProtocolError
 from nbdserve.exports import Export, Exports
@@ -67,6 +68,8 @@ class Connection:
         self.agreement: Agreement | None = None
         self.export: Export | None = None
         self.traffic = traffic
+        self.changes = Changes(shared.clients.look_again)
+        """What it has under way that changes the disk of its export."""
         self._log = ClientLog(visitor.name)
         self._sock = sock = visitor.sock
         self._clients = shared.clients
@@ -178,6 +181,7 @@ class Connection:
                 self._pools.of(export),
                 self.traffic,
                 Vigil(self._sock, self._watch),
+                self.changes,
                 self.cut,
             )
             self._transmission.run()

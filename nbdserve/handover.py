@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from nbdserve.changes import Changes
+from nbdserve.errors import ConnectionLostError
 from nbdserve.outbox import Outbox, Parcel, Replies
 from nbdserve.protocol.constants import Command, NbdError
 from nbdserve.protocol.framing import Framing, Request
+from nbdserve.protocol.requests import CHANGING
 from nbdserve.traffic import Traffic
 from nbdserve.workers import InFlight, Workers
 
@@ -30,24 +33,42 @@ class Handover:
     A worker never waits for a client that does not take its replies: it leaves them to whoever already does.
     """
 
-    def __init__(self, workers: Workers, outbox: Outbox, framing: Framing, traffic: Traffic) -> None:
+    def __init__(
+        self, workers: Workers, outbox: Outbox, framing: Framing, changes: Changes, traffic: Traffic
+    ) -> None:
         self._workers = workers
+        self._changes = changes
         self._outbox = outbox
         self._framing = framing
         self._traffic = traffic
         self._in_flight = InFlight(MAX_IN_FLIGHT, MAX_BYTES_IN_FLIGHT, workers.memory)
 
     def admit(self, request: Request) -> None:
-        """Wait until there is room for the request; what was answered goes out before."""
+        """Wait until there is room for the request; what was answered goes out before.
+
+        ConnectionLostError when the client was lost meanwhile.
+        """
         self._outbox.flush()
         self._in_flight.begin(_memory_for(request))
+        if self._outbox.lost:
+            self.dismiss(request)
+            self._outbox.require()
 
     def dismiss(self, request: Request) -> None:
         """An admitted request is over."""
         self._in_flight.end(_memory_for(request))
 
     def submit(self, request: Request, serve: Serve) -> None:
-        """Let a worker serve an admitted request; its reply goes out when it is ready."""
+        """Let a worker serve an admitted request; its reply goes out when it is ready.
+
+        ConnectionLostError when it is a change, and none must begin any more.
+        """
+        if request.command in CHANGING:
+            try:
+                self._changes.hand_over()
+            except ConnectionLostError:
+                self.dismiss(request)
+                raise
         began = time.perf_counter()
         self._workers.submit(lambda: self._serve(request, serve, began))
 
@@ -61,11 +82,15 @@ class Handover:
                 self._traffic.took(request.command, time.perf_counter() - began)
             self.dismiss(request)
 
+        changing = request.command in CHANGING
+        if self._changes.stopped if changing else self._outbox.lost:
+            # Nobody waits for it any more, and others may.
+            if changing:
+                self._changes.done()
+            self.dismiss(request)
+            return
         try:
-            data = request.length if request.command == Command.READ else 0
-            reply = Parcel(self._framing.data_head + data + _SMALL_REPLY)
-            serve(reply)
-            content = reply.content()
+            content = self._reply(request, serve)
         except BaseException as error:
             # Nothing of a reply has been sent: the client is told, and not left waiting for ever.
             number = NbdError.ENOMEM if isinstance(error, MemoryError) else NbdError.EIO
@@ -73,7 +98,15 @@ class Handover:
             content = memoryview(self._framing.error(request, number, "the server could not finish this"))
             raise
         finally:
+            if changing:
+                self._changes.done()
             self._outbox.post(content, over)
+
+    def _reply(self, request: Request, serve: Serve) -> memoryview:
+        data = request.length if request.command == Command.READ else 0
+        reply = Parcel(self._framing.data_head + data + _SMALL_REPLY)
+        serve(reply)
+        return reply.content()
 
 
 def _memory_for(request: Request) -> int:

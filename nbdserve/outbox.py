@@ -141,6 +141,16 @@ class Outbox(Replies):
         self._posted.append((reply, over))
         self._send_posted()
 
+    @property
+    def lost(self) -> bool:
+        """Whether nothing is sent any more. From any thread."""
+        return self._lost is not None
+
+    def require(self) -> None:
+        """ConnectionLostError when nothing is sent any more."""
+        if self._lost is not None:
+            raise ConnectionLostError(self._lost)
+
     def most_to_splice(self, source: FileRange) -> int:
         """How many bytes of a file ``splice`` can take with one reply; 0 where it cannot take any."""
         if self._socket is None:
@@ -201,9 +211,8 @@ class Outbox(Replies):
 
     def _put(self, data: Data, spliced: int = 0) -> None:
         """The one place where anything is sent, with the lock held."""
-        if self._lost is not None:
-            # A reply may have been sent by half: nothing that follows would be understood.
-            raise ConnectionLostError(self._lost)
+        # A reply may have been sent by half: nothing that follows would be understood.
+        self.require()
         try:
             if spliced:
                 assert self._socket is not None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from nbdserve.backends.base import Backend
+from nbdserve.changes import Changes
 from nbdserve.commands import WORTH_SPLICING, Commands
 from nbdserve.errors import ProtocolError
 from nbdserve.handover import Handover
@@ -16,7 +17,7 @@ from nbdserve.payloads import Payloads
 from nbdserve.protocol.constants import Command, CommandFlags, NbdError, TransmissionFlags
 from nbdserve.protocol.framing import Request, framing_of
 from nbdserve.protocol.offers import Agreement, Mode
-from nbdserve.protocol.requests import choose_contexts, refusal, without_payload
+from nbdserve.protocol.requests import CHANGING, choose_contexts, refusal, without_payload
 from nbdserve.stream import Stream
 from nbdserve.traffic import Traffic
 from nbdserve.vigil import Vigil
@@ -32,8 +33,9 @@ class Transmission:
     """Serves one client until it disconnects.
 
     ``early`` is what the client sent together with its last option. Its requests are counted in ``traffic``.
-    ``vigil`` waits for the next ones while all could be answered here. ``lost`` is called with the reason,
-    from any thread, when the client can be sent nothing any more: it must end the connection.
+    ``vigil`` waits for the next ones while all could be answered here. ``changes`` says whether it may still
+    change the disk. ``lost`` is called with the reason, from any thread, when the client can be sent nothing
+    any more: it must end the connection.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Transmission:
         crew: Crew,
         traffic: Traffic | None = None,
         vigil: Vigil | None = None,
+        changes: Changes | None = None,
         lost: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._agreement = agreement
@@ -56,8 +59,9 @@ class Transmission:
         self._inbox = Inbox(stream, early, self._framing.request.size)
         self._outbox = Outbox(stream, backend.settle, lost)
         self._payloads = Payloads(self._inbox, self._outbox)
-        self._near = Handover(crew.near, self._outbox, self._framing, traffic)
-        self._far = Handover(crew.far, self._outbox, self._framing, traffic)
+        self._changes = changes = changes or Changes(lambda: None)
+        self._near = Handover(crew.near, self._outbox, self._framing, changes, traffic)
+        self._far = Handover(crew.far, self._outbox, self._framing, changes, traffic)
         self._vigil = vigil
         self._finish_by: float | None = None
         self._received = time.perf_counter()
@@ -81,7 +85,7 @@ class Transmission:
             self._outbox.flush()
             raise
         finally:
-            # An old write must not land after this client has come back with a newer one.
+            self._changes.end()
             self._near.wait_until_none()
             self._far.wait_until_none()
             self._outbox.close()
@@ -102,8 +106,10 @@ class Transmission:
         received, payloads, out, view = inbox.buffer, inbox.view, outbox.buffer, outbox.view
         capacity, size = outbox.capacity, self._agreement.offer.size
         read_now, write_now, writable = self._backend.read_now, self._backend.write_now, self._writable
+        changes = self._changes
         while True:
             reads = read_bytes = writes = written = 0
+            changing = False
             position, end = inbox.start, inbox.end
             while end - position >= header:
                 magic, flags, command, cookie, offset, length = unpack(received, position)
@@ -115,6 +121,8 @@ class Transmission:
                     try:
                         if command == 0:  # READ; looking up the enumeration's member costs a tenth, too
                             stop = start + head + length
+                            if changing:
+                                changing = changes.end()
                             if stop > capacity:
                                 outbox.flush()
                                 start, stop = 0, head + length
@@ -131,10 +139,13 @@ class Transmission:
                                 break
                             stop = start + success
                             if stop > capacity:
+                                changing = changes.end()
                                 outbox.flush()
                                 start, stop = 0, success
                             payload = payloads[position : position + length]
                             position += length
+                            if not changing or changes.stopped:
+                                changing = changes.begin()
                             if write_now(offset, payload):
                                 put_success(out, start, cookie, offset)
                                 outbox.used = stop
@@ -148,6 +159,8 @@ class Transmission:
                         self._traffic.requests[command] += 1
                         continue
                 inbox.start = position
+                if changing:
+                    changing = changes.end()
                 if command == Command.DISC:
                     self._count_in_line(reads, read_bytes, writes, written)
                     return
@@ -155,6 +168,8 @@ class Transmission:
                 # A write may have received more.
                 position, end = inbox.start, inbox.end
             inbox.start = position
+            if changing:
+                changes.end()
             self._count_in_line(reads, read_bytes, writes, written)
             outbox.flush()
             if not self._receive():
@@ -227,6 +242,10 @@ class Transmission:
         return self._far if is_far else self._near
 
     def _serve_here(self, request: Request) -> None:
+        if request.command in CHANGING:
+            with self._changes.one():
+                self._commands.serve(request, self._outbox)
+            return
         whole = not self._framing.pieces or request.flags & CommandFlags.DF
         if request.command != Command.READ or request.length < CAPACITY or not whole:
             self._commands.serve(request, self._outbox)
@@ -262,9 +281,12 @@ class Transmission:
             handover.submit(request, lambda replies: self._commands.store(request, payload, replies))
             return False
         elif request.length < WORTH_SPLICING:
-            self._commands.store(request, self._payloads.take(request.length), self._outbox)
+            data = self._payloads.take(request.length)
+            with self._changes.one():
+                self._commands.store(request, data, self._outbox)
         else:
-            self._store_as_it_arrives(request)
+            with self._changes.one():
+                self._store_as_it_arrives(request)
         return True
 
     def _store_as_it_arrives(self, request: Request) -> None:

@@ -26,7 +26,8 @@ ALLOWED_FLAGS: Final[dict[int, int]] = {
 }
 """The flags each command may carry; FUA is harmless on any (proto.md, "Command flags")."""
 
-_CHANGING: Final = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
+CHANGING: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
+"""The commands that change what the disk holds."""
 
 _WIRE_ERRORS: Final = {
     errno.EPERM: NbdError.EPERM,
@@ -66,7 +67,7 @@ def refusal(agreement: Agreement, request: Request) -> tuple[NbdError, str] | No
         return NbdError.EINVAL, f"flags {flags:#x} do not fit request type {command}"
     if command == Command.FLUSH:
         return None
-    if command in _CHANGING and offer.flags & TransmissionFlags.READ_ONLY:
+    if command in CHANGING and offer.flags & TransmissionFlags.READ_ONLY:
         return NbdError.EPERM, "the export is read-only"
     if command in (Command.READ, Command.WRITE) and length > offer.block_sizes.maximum:
         # EOVERFLOW is for what could have been sent in chunks (proto.md, "Error values").
