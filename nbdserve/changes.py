@@ -36,7 +36,9 @@ class Changes:
     def require(self) -> None:
         """ConnectionLostError when no change may begin any more."""
         if self.stopped:
-            raise ConnectionLostError("superseded: this client has gone, and another one uses the export now")
+            raise ConnectionLostError(
+                "the client went away in the middle of a change; another uses the disk now"
+            )
 
     def begin(self) -> bool:
         """The connection's own thread is about to change the disk, until ``end``; returns True.
