@@ -14,16 +14,12 @@ KILL = 3.0
 async def end_group(process: asyncio.subprocess.Process) -> None:
     """Kill a child with its session, and wait a moment until it has ended; it may have.
 
-    One with the rights of another user, as sudo has, cannot be killed: it is left, and forgotten.
+    One with the rights of another user, as sudo has, cannot be killed, and is left.
     """
     if process.returncode is not None:
         return
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(KILL):
             await process.wait()
-    except TimeoutError:
-        # Otherwise asyncio would try the same when it forgets it, and print a traceback.
-        with suppress(PermissionError):
-            process._transport.close()  # type: ignore[attr-defined]
