@@ -7,6 +7,7 @@
 # NBD_ADDRESS  where A serves the disk
 # NBD_PORT  TCP port (default 10809)
 # NBD_NAME  name of the export (default disk)
+# OWNER     USER or USER:GROUP whose the image is to be, as of a QEMU that another user starts (default: not changed)
 #
 # The overlay gets the size of the export. A server that offers structured replies is refused: QEMU 7.2 and 10.0 store
 # garbage when such a server fails while it copies.
@@ -31,5 +32,5 @@ case $answer in
 0) die "$uri offers structured replies; serve the disk with step 1" ;;
 *) die "$uri cannot be reached; run step 1" ;;
 esac
-nbd-overlay create --layout qed --backing "$uri" "$OVERLAY"
+nbd-overlay create --layout qed --backing "$uri" ${OWNER:+--owner "$OWNER"} "$OVERLAY"
 echo "$me: $OVERLAY is created, its backing is $uri"

@@ -15,6 +15,7 @@
 # SPEED        bytes per second to copy at most (default 0, no limit)
 # CONNECTIONS  to the template's server (default: nbd-overlay's)
 # RESTARTS     how often in ten minutes an nbd-overlay that has ended is started again (default 5)
+# OWNER        USER or USER:GROUP whose the disk is when it is made, and its socket: of a QEMU that becomes another user
 # LAYOUT       "flat": IMAGE is a complete raw disk, even if it begins like a QED image with a backing
 #
 # It runs as long as QEMU does, with QEMU's exit code. Ctrl-C and SIGTERM end QEMU, and nothing is lost that the guest
@@ -29,10 +30,13 @@ DEVICE=${DEVICE:-virtio-blk-pci}
 SPEED=${SPEED:-0}
 RESTARTS=${RESTARTS:-5}
 need_number SPEED RESTARTS
-connections=()
+connections=() disk_owner=() socket_owner=()
 if [ -n "${CONNECTIONS:-}" ]; then
     need_number CONNECTIONS
     connections=(--connections "$CONNECTIONS")
+fi
+if [ -n "${OWNER:-}" ]; then
+    disk_owner=(--owner "$OWNER") socket_owner=(--socket-owner "$OWNER")
 fi
 if [ $# -lt 2 ] || [ "${3:---}" != -- ]; then
     die "give BACKING-URI IMAGE [-- QEMU options] (see $me --help)" 2
@@ -43,7 +47,7 @@ need_programs "$QEMU" nbd-overlay nbd-migrate timeout
 
 guest=("$QEMU" -device "$DEVICE,drive=disk0,rerror=stop,werror=stop" "$@")
 if [ ! -e "$image" ]; then
-    timeout 30 nbd-overlay create --backing "$backing" "$image" >/dev/null
+    timeout 30 nbd-overlay create --backing "$backing" "${disk_owner[@]}" "$image" >/dev/null
 elif [ ! -e "$image.map" ]; then
     # One that has lost its map is no whole disk, and is refused here. What a whole one begins with is the guest's.
     timeout 30 nbd-overlay info --layout flat "$image" >/dev/null
@@ -58,7 +62,11 @@ fi
 # A private place for the sockets, whose paths must be short. They are gone with QEMU.
 place=${XDG_RUNTIME_DIR:-/tmp}
 [ ${#place} -le 75 ] || place=/tmp
+if [ -n "${OWNER:-}" ] && [[ $(stat -L -c %A -- "$place") != *[xt] ]]; then
+    place=/tmp
+fi
 place=$(mktemp -d "$place/instant-start.XXXXXX")
+[ -z "${OWNER:-}" ] || chmod 711 "$place"
 control=unix:$place/overlay
 machine='' filler=''
 
@@ -101,7 +109,7 @@ trap clean_up EXIT
 serve() {
     local template=()
     [ ! -e "$image.map" ] || template=(--backing "$backing")
-    timeout 60 nbd-overlay serve "$image" --layout flat "${template[@]}" --socket "$place/nbd" --qmp "$control" \
+    timeout 60 nbd-overlay serve "$image" --layout flat "${template[@]}" --socket "$place/nbd" "${socket_owner[@]}" --qmp "$control" \
         --simple-replies --stream --speed "$SPEED" "${connections[@]}" --daemonize --pid-file "$place/pid" \
         2>"$place/why"
 }

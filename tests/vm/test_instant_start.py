@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.delay import delayed
 from tests.support.disks import MIB
+from tests.support.guests import short_directory
 from tests.support.monitors import monitor
 from tests.support.processes import Process, check, listens, run, wait_until
 from tests.support.recipes import COMMANDS, DIRECTORY
@@ -87,10 +88,10 @@ def environment(directory: Path, **changes: str) -> dict[str, str]:
 
 
 @contextmanager
-def started(directory: Path, backing: str, **changes: str) -> Iterator[Guest]:
+def started(directory: Path, backing: str, *more: str, **changes: str) -> Iterator[Guest]:
     """A guest, started by the recipe."""
     (directory / "serial").unlink(missing_ok=True)
-    options = [*QEMU[1:], "-serial", f"file:{directory / 'serial'}"]
+    options = [*QEMU[1:], "-serial", f"file:{directory / 'serial'}", *more]
     argv = [str(RECIPE), backing, str(directory / "vm.raw"), "--", *options]
     with Process(argv, directory / "start.log", env=environment(directory, **changes)) as process:
         yield Guest(directory, process)
@@ -203,6 +204,25 @@ def test_an_nbd_overlay_that_ends_is_started_again_and_the_guest_only_waits(
         guest.end()
     assert guest.wrong_sectors() == []
     assert list(tmp_path.glob("instant-start.*")) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_qemu_that_becomes_another_user_connects_again_and_pivots(template: Server) -> None:
+    with short_directory() as directory:
+        directory.chmod(0o755)
+        changes = {"SPEED": str(MIB // 4), "OWNER": "nobody"}
+        with started(directory, uri(template.address), "-runas", "nobody", **changes) as guest:
+            guest.wait_until_it_works()
+            process = another_overlay(directory, None)
+            process.kill()
+            another_overlay(directory, process.pid)
+            guest.wait_until_it_works()
+            guest.stream_without_limit()
+            guest.wait_until_complete()
+            guest.wait_until_it_works()
+            guest.end()
+        assert guest.wrong_sectors() == []
+        assert guest.disk.stat().st_uid == 65534
 
 
 def test_an_nbd_overlay_that_dies_at_once_each_time_is_given_up_and_the_guest_loses_nothing(
