@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,17 +156,22 @@ def source(text: str) -> Path | NbdUri:
     return parse_uri(text) if ":" in text and scheme in ("nbd", "nbds") else Path(text)
 
 
+_EXPORT = re.compile(r"((?:[^=]|==)*)=(?!=)(.*)", re.DOTALL)
 _ATTRIBUTES = ("read-only", "format", "description", "offset", "size")
 
 
 def _export(text: str, read_only: bool) -> ExportOptions:
-    """Read ``NAME=FILE[,ATTRIBUTE...]``; two commas stand for one in a value."""
-    name, equals, rest = text.partition("=")
-    if not equals:
-        raise UsageError(f"--export {text}: write NAME=FILE")
+    """Read ``NAME=FILE[,ATTRIBUTE...]``; two commas stand for one in a value, and ``==`` for one in NAME."""
+    match = _EXPORT.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--export {text}: write NAME=FILE, and == for each = in NAME")
+    name, rest = match[1].replace("==", "="), match[2]
     path, *attributes = [part.replace("\0", ",") for part in rest.replace(",,", "\0").split(",")]
     if not path:
         raise UsageError(f"--export {text}: the file name is missing")
+    file = source(path)
+    if isinstance(file, Path) and "=" in path and not os.path.lexists(file):
+        raise UsageError(f"--export {text}: there is no file {path}; if a = belongs to NAME, write ==")
     given: dict[str, str] = {}
     for attribute in attributes:
         key, has_value, value = attribute.partition("=")
@@ -178,7 +185,7 @@ def _export(text: str, read_only: bool) -> ExportOptions:
         raise UsageError(f"--export {text}: format {given['format']} is not one of {', '.join(FORMATS)}")
     return ExportOptions(
         name,
-        source(path),
+        file,
         given.get("format"),
         read_only or "read-only" in given,
         given.get("description", ""),

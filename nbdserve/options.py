@@ -148,7 +148,7 @@ def _add_export_options(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE[,format=F][,read-only][,description=TEXT][,offset=N][,size=N]",
-        help="serve FILE under NAME; may be repeated",
+        help="serve FILE under NAME, in which == stands for =; may be repeated",
     )
     group.add_argument(
         "--directory", type=Path, metavar="DIR", help="serve each file in DIR, a raw image, under its name"

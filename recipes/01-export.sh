@@ -28,4 +28,4 @@ need_programs nbdserve
 nbdserve --read-only --format raw --simple-replies \
     --bind "$NBD_ADDRESS" --port "$NBD_PORT" --export-name "$NBD_NAME" \
     --fork --pid-file "$NBD_PID_FILE" "$DISK"
-echo "$me: $DISK is served as nbd://$NBD_ADDRESS:$NBD_PORT/$NBD_NAME by process $(cat "$NBD_PID_FILE")"
+echo "$me: $DISK is served as $(nbd_uri "$NBD_ADDRESS" "$NBD_PORT" "$NBD_NAME") by process $(cat "$NBD_PID_FILE")"

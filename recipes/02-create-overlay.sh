@@ -24,7 +24,7 @@ need_number NBD_PORT
 need_programs nbd-overlay nbdinfo timeout
 [ ! -e "$OVERLAY" ] || die "OVERLAY: $OVERLAY exists; remove it, or choose another name"
 
-uri=nbd://$NBD_ADDRESS:$NBD_PORT/$NBD_NAME
+uri=$(nbd_uri "$NBD_ADDRESS" "$NBD_PORT" "$NBD_NAME")
 answer=0
 timeout 20 nbdinfo --can structured-reply "$uri" 2>/dev/null || answer=$?
 case $answer in

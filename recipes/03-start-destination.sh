@@ -44,7 +44,7 @@ if [ -s "$DESTINATION_PID_FILE" ] && [ -e "/proc/$(cat "$DESTINATION_PID_FILE")"
 fi
 rm -f "$DESTINATION_PID_FILE"
 
-export="driver=nbd,server.type=inet,server.host=$NBD_ADDRESS,server.port=$NBD_PORT,export=$NBD_NAME"
+export="driver=nbd,server.type=inet,server.host=$NBD_ADDRESS,server.port=$NBD_PORT,export=${NBD_NAME//,/,,}"
 export="$export,reconnect-delay=$RECONNECT_DELAY,open-timeout=$RECONNECT_DELAY"
 if ! why=$(timeout 60 "$@" \
     -blockdev "node-name=$NODE-export,read-only=on,$export" \

@@ -22,6 +22,7 @@ from recipes.calls import cannot_start
 from recipes.ending import end_group
 from recipes.host import Host
 from recipes.interruption import completed
+from recipes.lastwords import last_words
 from recipes.messages import Beginning, message_in
 
 KEEPER_START = 60.0
@@ -136,8 +137,8 @@ class Child:
             )
         if self.status < 0:
             return f"was ended by signal {-self.status}"
-        lines = self._tail.strip().splitlines()
-        return f"ended with code {self.status}" + (f": {lines[-1].strip()}" if lines else "")
+        why = last_words(self._tail)
+        return f"ended with code {self.status}" + (f": {why}" if why else "")
 
     def release(self) -> bool:
         """Let the process live on by itself when we end; False when its keeper is dead: then it ends too."""

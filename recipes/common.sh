@@ -53,6 +53,14 @@ need_programs() {
     done
 }
 
+# nbd_uri ADDRESS PORT NAME: the URI of an export.
+nbd_uri() {
+    local host=$1 port=$2 name=$3
+    [[ $host != *:* ]] || host="[${host/\%/%25}]"
+    [[ $name =~ ^[A-Za-z0-9._~=/-]*$ ]] || name=$(printf %s "$name" | od -An -v -tx1 | tr -d '\n' | tr ' ' %)
+    echo "nbd://$host:$port/$name"
+}
+
 # capabilities NAME...: the arguments of migrate-set-capabilities that switch these on.
 capabilities() {
     local name list=''

@@ -13,7 +13,7 @@ from recipes.destination import ARRIVE
 from recipes.migration import READY, Arrival, Migration
 from recipes.report import Moment
 from recipes.source import LOOK, WANTED, set_capabilities
-from recipes.vm import CommandError, Vm, VmGoneError
+from recipes.vm import CommandError, RefusedGuestError, Vm, VmGoneError
 
 
 async def cut_over(m: Migration) -> str:
@@ -59,7 +59,7 @@ async def reaching(state: str, a: Vm, news: EventListener) -> None:
             return
         if event["status"] in ("failed", "cancelled"):
             reason = (await a.execute("query-migrate")).get("error-desc", "the other side gave up")
-            raise MigrationError(f"A's QEMU says that the migration is {event['status']}: {reason}")
+            raise RefusedGuestError(f"A's QEMU says that the migration is {event['status']}: {reason}")
 
 
 async def switch_over(m: Migration, news: EventListener) -> None:

@@ -15,7 +15,7 @@ from recipes.host import Host
 from recipes.places import place_of
 from recipes.plan import Plan
 from recipes.report import Report
-from recipes.vm import Vm, VmGoneError
+from recipes.vm import RefusedGuestError, Vm, VmGoneError
 
 if TYPE_CHECKING:
     from recipes.engines import Engine
@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 LAST_WORDS = 5.0
 """Seconds in which a process whose monitor hung up says how it ended."""
+
+LAST_WORD_OF_LOAD = 1.0
+"""Seconds in which B's QEMU, which could not load the guest, says why; the guest may wait meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,9 @@ class Migration:
 
     async def explain(self, error: Exception) -> str:
         """Why a step failed. A process says more about its end than its monitor does, but a moment later."""
-        if isinstance(error, VmGoneError) and self._needed:
-            await asyncio.wait(self._needed.values(), timeout=LAST_WORDS, return_when=asyncio.FIRST_COMPLETED)
+        limit = LAST_WORDS if isinstance(error, VmGoneError) else LAST_WORD_OF_LOAD
+        if isinstance(error, VmGoneError | RefusedGuestError) and self._needed:
+            await asyncio.wait(self._needed.values(), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             return next(self._ends(), str(error))
         return str(error)
 

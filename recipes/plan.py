@@ -12,6 +12,7 @@ from nbdserve.errors import UsageError
 from nbdserve.ownership import parse_mode
 from nbdserve.socketpaths import SOCKET_PATH_LIMIT, check_socket_path
 from nbdserve.uri import NbdUri, is_ipv6, parse_uri
+from overlay.options import CONNECTIONS, PATIENCE
 
 Command = tuple[str, ...]
 
@@ -171,9 +172,9 @@ class Limits:
     recover: float = 60.0
     stop: float = 30.0
     reconnect_delay: int = 10
-    reconnect_timeout: float = 60.0
+    reconnect_timeout: float = PATIENCE
     restarts: int = 5
-    connections: int = 4
+    connections: int = CONNECTIONS
     speed: int = 0
 
     def check(self) -> None:

@@ -13,8 +13,8 @@ uri = "nbd://192.0.2.1:10809/vm"          where A serves the disk and B finds it
 [destination]                             the guest as it is going to run
 qemu = ["qemu-system-x86_64", ..., "-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"]
 node = "disk0"                            the block node that this -device refers to
-image = "/var/lib/images/vm.qed"          the overlay that is made there
-engine = "qemu"                           who copies: B's "qemu", or "overlay" (nbd-overlay)
+image = "/var/lib/images/vm.raw"          the image that is made there, which is a raw disk in the end
+engine = "overlay"                        who copies: "overlay" (the default), or B's "qemu"
 qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is started there
 owner = "libvirt-qemu:kvm"                who that QEMU runs as, if not who starts it; mode: of its files
 migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOST:PORT" or "unix:PATH"
@@ -27,6 +27,7 @@ directory = "/var/log/nbd-migrate"        where what is started writes, on A and
 
 from __future__ import annotations
 
+import codecs
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -46,13 +47,22 @@ def load(path: Path, overrides: Mapping[str, Mapping[str, object]] | None = None
         # Reading a FIFO could take for ever.
         raise UsageError(f"{path}: not a regular file; write the plan to one")
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(decoded(path.read_bytes()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from error
     try:
         return build(document, overrides or {})
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def decoded(content: bytes) -> str:
+    """The text of a TOML file, which is UTF-8; editors on other systems put a mark before it, or use UTF-16.
+
+    Raises UnicodeDecodeError.
+    """
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf_16 else "utf-8-sig")
 
 
 def build(document: Mapping[str, Any], overrides: Mapping[str, Mapping[str, object]]) -> Plan:

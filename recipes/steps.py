@@ -13,6 +13,7 @@ from nbdserve.errors import MigrationError
 from recipes.children import Child
 from recipes.engines import blockdev_options, reached
 from recipes.interruption import completed
+from recipes.machine import check_machine
 from recipes.migration import READY, Migration
 from recipes.plan import Plan
 from recipes.rights import check_rights, explain_start
@@ -116,6 +117,7 @@ async def launch(m: Migration) -> str:
     except MigrationError as error:
         raise explain_start(m, error) from error
     await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
+    await m.during(check_machine(m.a, m.b), limits.command, "comparing B's machine with A's")
     await m.during(check_rights(m), limits.command, "looking at what B's QEMU may do")
     listen = m.b.execute("migrate-incoming", uri=destination.migration)
     await m.during(listen, limits.command, "listening for the RAM")

@@ -35,6 +35,10 @@ class VmSilentError(MigrationError):
     """A QEMU did not answer, or what was waited for did not happen, within the limit."""
 
 
+class RefusedGuestError(MigrationError):
+    """A source's QEMU says that its migration has failed; why, the destination's says, if it still can."""
+
+
 class CommandError(MigrationError):
     """A QEMU refused a command; ``reason`` is what it said."""
 

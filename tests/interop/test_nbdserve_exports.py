@@ -49,18 +49,20 @@ def test_a_size_is_exact_to_the_byte(tmp_path: Path, size: int) -> None:
 
 
 def test_several_exports_are_listed_and_each_is_its_own_disk(tmp_path: Path) -> None:
-    names = ["first", "with space", "größe", "a/b?c"]
+    names = ["first", "with space", "größe", "a/b?c", "a=b", "=", "a==b=", "x,y=z"]
     contents = [
-        random_disk(tmp_path / f"{number}.img", 64 * KIB + number, seed=number) for number in range(4)
+        random_disk(tmp_path / f"{number}.img", 64 * KIB + number, seed=number)
+        for number in range(len(names))
     ]
     options = []
     for number, name in enumerate(names):
         attributes = "format=raw,description=Disk number " + str(number)
-        options += ["--export", f"{name}={tmp_path}/{number}.img,{attributes}"]
+        written = name.replace("=", "==")
+        options += ["--export", f"{written}={tmp_path}/{number}.img,{attributes}"]
     with nbdserve(*options, directory=tmp_path) as server:
         told = json.loads(check("nbdinfo", "--list", "--json", server.uri()))["exports"]
         assert [export["export-name"] for export in told] == names
-        assert [export["description"] for export in told] == [f"Disk number {n}" for n in range(4)]
+        assert [export["description"] for export in told] == [f"Disk number {n}" for n in range(len(names))]
         for number, name in enumerate(names):
             check("nbdcopy", server.uri(name), tmp_path / "copy.img")
             assert (tmp_path / "copy.img").read_bytes() == contents[number]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import run
+from nbdserve.uri import NbdUri, parse_uri
+from tests.support.disks import MIB, random_disk
+from tests.support.monitors import monitor
+from tests.support.processes import check, is_alive, run, wait_until
 from tests.support.recipes import COMMANDS, RECIPES, Operator, variables_of
+from tests.support.servers import free_tcp_address
+from tests.support.vms import QEMU
 
 # Enough for each recipe to get as far as its checks.
 OPERATOR = Operator(
@@ -109,3 +116,41 @@ def test_a_destination_that_does_not_start_is_one_line(tmp_path: Path) -> None:
     changes = {"OVERLAY": str(overlay), "DESTINATION_QMP": str(tmp_path / "b.qmp"), "RECONNECT_DELAY": "0"}
     line = OPERATOR.fails(3, "qemu-system-x86_64", "-display", "none", **changes)
     assert "B's QEMU did not start, and the guest runs on, on A: qemu-system-x86_64: -blockdev" in line
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [("127.0.0.1", "a=b"), ("::1", "vm"), ("127.0.0.1", "größe #1, 50% a/b?c=d&e")],
+)
+def test_an_export_may_have_any_name_and_an_address_of_ipv6(tmp_path: Path, address: str, name: str) -> None:
+    random_disk(tmp_path / "disk.raw", MIB)
+    port = free_tcp_address(address).port
+    operator = Operator(
+        {
+            "DISK": str(tmp_path / "disk.raw"),
+            "OVERLAY": str(tmp_path / "overlay.qed"),
+            "NBD_ADDRESS": address,
+            "NBD_PORT": str(port),
+            "NBD_NAME": name,
+            "NBD_PID_FILE": str(tmp_path / "server.pid"),
+            "DESTINATION_QMP": str(tmp_path / "b.qmp"),
+            "MIGRATION": f"unix:{tmp_path}/migration",
+        }
+    )
+    running = []
+    try:
+        operator.must(1)
+        running.append(int((tmp_path / "server.pid").read_text()))
+        operator.must(2)
+        told = json.loads(check(COMMANDS / "nbd-overlay", "info", "--json", tmp_path / "overlay.qed"))
+        assert parse_uri(told["backing-filename"]) == NbdUri(address, port, export=name)
+        device = "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"
+        operator.must(3, *QEMU, "-device", device)
+        running.append(int((tmp_path / "b.qmp.pid").read_text()))
+        with monitor(tmp_path / "b.qmp") as b:
+            (export,) = [each for each in b.execute("query-named-block-nodes") if each["drv"] == "nbd"]
+            assert export["image"]["virtual-size"] == MIB
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(is_alive, running)), "they have ended")

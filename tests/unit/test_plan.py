@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from nbdserve.errors import UsageError
-from recipes.plan import Plan
+from recipes.plan import Limits, Plan
 from recipes.planfile import build, load
 from tests.support.vms import as_toml
 
@@ -39,7 +40,7 @@ def test_a_plan_needs_no_more_than_what_cannot_be_guessed(tmp_path: Path) -> Non
     assert plan.source.shell == ()
     assert plan.destination.node == "disk0"
     assert plan.export.address.port == 10809
-    assert (plan.limits.speed, plan.limits.connections, plan.destination.engine) == (0, 4, "overlay")
+    assert (plan.limits.speed, plan.limits.connections, plan.destination.engine) == (0, 3, "overlay")
     assert plan.finish.move_aside == ""
 
 
@@ -173,9 +174,26 @@ def test_a_mistake_is_named_with_its_section_and_key(
     assert "plan.toml" in str(caught.value)
 
 
-def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_plan_may_come_from_any_editor(tmp_path: Path, encoding: str, end: str) -> None:
+    text = MINIMAL.replace("/images/vm.raw", "/images/Gäste.raw").replace("\n", end)
     path = tmp_path / "plan.toml"
-    path.write_bytes(b"\xff\xfe")
+    path.write_bytes(text.encode(encoding))
+    assert load(path).source.image == "/images/Gäste.raw"
+
+
+def test_the_defaults_in_the_manual_are_those_of_the_program() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
+    block = text.partition("    [limits]")[2].partition("    [finish]")[0]
+    told = dict(re.findall(r"^    (\w+) = (\S+)", block, re.MULTILINE))
+    assert {name: float(value) for name, value in told.items()} == dataclasses.asdict(Limits())
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"a = '\xe4'", b"\x00\x01"])
+def test_a_file_that_is_not_text_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_bytes(content)
     with pytest.raises(UsageError, match=r"plan\.toml: not a TOML file"):
         load(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -90,11 +91,44 @@ def test_the_destination_must_wait_when_the_export_is_away(stage: Scene, device:
     assert not stage.overlay.exists()
 
 
-def test_a_destination_that_is_another_machine_gives_the_guest_back(stage: Scene) -> None:
-    qemu = stage.plan.destination.qemu
-    stage.change("destination", qemu=tuple("q35" if word == "pc" else word for word in qemu))
-    assert_refused(stage, "the guest runs on A as before")
+DIMM = "-object memory-backend-ram,id=m,size=128M -device pc-dimm,memdev=m"
+
+
+@pytest.mark.parametrize(
+    ("word", "other", "complaint"),
+    [
+        ("16", "32", "32 MiB of RAM, A's 16 MiB: write -m size=16M"),
+        ("pc", "q35", "the machine type pc-q35-"),
+        ("-nodefaults", "-nodefaults -smp 2", "2 processors, A's 1: write -smp 1"),
+        (
+            "16",
+            f"size=16M,slots=2,maxmem=1G {DIMM}",
+            "128 MiB in memory devices, A's nothing: give it those of A",
+        ),
+    ],
+)
+def test_a_destination_that_is_another_machine_is_refused_before_anything_is_sent(
+    stage: Scene, word: str, other: str, complaint: str
+) -> None:
+    words = [other.split() if each == word else [each] for each in stage.plan.destination.qemu]
+    stage.change("destination", qemu=tuple(itertools.chain.from_iterable(words)))
+    assert_refused(stage, f"destination.qemu: B's machine has {complaint}")
+    with monitor(stage.monitor_a) as a:
+        assert a.execute("query-migrate") == {}
     assert not stage.overlay.exists()
+
+
+def test_what_b_could_not_load_is_said_in_its_own_words(tmp_path: Path) -> None:
+    stage = Scene(tmp_path)
+    with Process([*stage.source_qemu(), "-device", "virtio-rng-pci"], tmp_path / "a.log") as source:
+        source.wait_for(lambda: listens(stage.monitor_a), "a monitor")
+        stage.wait_until_guest_works("a")
+        with stage.run() as run:
+            assert run.wait(60.0) == 1
+        assert "load of migration failed: Invalid argument: Unknown savevm section" in run.output()
+        assert "virtio-rng" in run.output()
+        assert "the guest runs on A as before" in run.output()
+        stage.wait_until_guest_works("a")
 
 
 def test_a_disk_that_does_not_end_with_a_sector_is_refused_with_a_remedy(tmp_path: Path) -> None:
