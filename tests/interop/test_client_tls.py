@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -14,8 +15,11 @@ from nbdserve.errors import ConnectError
 from nbdserve.uri import parse_uri
 from tests.support.certificates import AUTHORITY, CLIENT, DAY, SERVER, Issued, issue
 from tests.support.disks import MIB, random_disk
+from tests.support.overlays import make_overlay, overlay
+from tests.support.processes import check, run
 from tests.support.servers import Server, TcpAddress, free_tcp_address, nbdkit, nbdserve, qemu_nbd
 
+BIN = Path(sys.executable).parent
 SERVERS = ("nbdserve", "nbdkit", "qemu-nbd")
 
 
@@ -151,6 +155,41 @@ def test_a_name_that_the_certificate_does_not_have_is_told_with_those_that_it_ha
     with serving("nbdserve", server_place, tmp_path) as server:
         told = complaint(uri_of(server, client_place, "localhost"))
         assert told == "the server's certificate is for elsewhere.example, and not for localhost"
+
+
+COMMANDS = {
+    "nbdserve": ["{uri}", "-k", "sock"],
+    "nbd-overlay": ["create", "--backing", "{uri}", "new.img"],
+    "nbd-migrate": ["probe", "{uri}"],
+}
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_every_command_that_is_a_client_says_it_in_one_line(
+    program: str, ca: Issued, stranger: Issued, tmp_path: Path
+) -> None:
+    server_place = directory_of(tmp_path, "server", ca, late(tmp_path / "made", ca, stranger))
+    client_place = directory_of(tmp_path, "client", ca)
+    with serving("nbdkit", server_place, tmp_path) as server:
+        uri = uri_of(server, client_place)
+        words = [word.format(uri=uri) for word in COMMANDS[program]]
+        done = run(BIN / program, *words, cwd=tmp_path, seconds=20)
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"{program}: {uri}: the server's certificate has expired, on 20"), line
+
+
+def test_a_running_overlay_tells_it_in_its_log_and_in_its_status(
+    ca: Issued, stranger: Issued, tmp_path: Path
+) -> None:
+    server_place = directory_of(tmp_path, "server", ca, late(tmp_path / "made", ca, stranger))
+    client_place = directory_of(tmp_path, "client", ca)
+    with serving("nbdkit", server_place, tmp_path) as server:
+        image = make_overlay(tmp_path / "overlay", "flat", MIB, uri_of(server, client_place))
+        with overlay(image, directory=tmp_path) as daemon:
+            daemon.process.wait_for_line("the server's certificate has expired, on 20")
+            told = check(BIN / "nbd-overlay", "status", "--qmp", f"unix:{daemon.qmp_path}")
+            assert "the server's certificate has expired" in told
 
 
 @pytest.mark.parametrize("kind", SERVERS)
