@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
 from nbdserve.errors import UsageError
 
@@ -32,5 +31,8 @@ def check_socket_path(path: str, where: str) -> str:
 
 def place_for_sockets() -> str:
     """The directory for temporary files, or /tmp where it leaves no room for the names of sockets."""
+    # Imported where it is used, as it brings a lot with it.
+    import tempfile
+
     usual = tempfile.gettempdir()
     return usual if len(os.fsencode(usual)) <= SOCKET_PATH_LIMIT - _ROOM else "/tmp"

@@ -131,6 +131,27 @@ def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> Non
         ),
         ("tcp:[2001:db8::2]:4444", "tcp:[]:4444", "destination.migration: 'tcp:[]:4444' is not usable"),
         ("tcp:[2001:db8::2]:4444", "unix:migration", "destination.migration: 'unix:migration' is not usable"),
+        (
+            "tcp:[2001:db8::2]:4444",
+            f"unix:/{'m' * 107}",
+            f"destination.migration: /{'m' * 107} has 108 bytes, a Unix socket's path at most 107",
+        ),
+        (
+            "/run/a.qmp",
+            f"/{'a' * 107}",
+            f"source.qmp: /{'a' * 107} has 108 bytes, a Unix socket's path at most",
+        ),
+        (
+            "192.0.2.2:4000",
+            f"/{'b' * 107}",
+            f"destination.qmp: /{'b' * 107} has 108 bytes, a Unix socket's path",
+        ),
+        ("/images/vm.qed", f"/{'i' * 103}", "is too long for the sockets beside it"),
+        (
+            "nbd://192.0.2.1/vm",
+            f"nbd+unix:///vm?socket=/{'s' * 107}",
+            "the socket's path has 108 bytes; 107 are possible",
+        ),
         ("tcp:[2001:db8::2]:4444", "exec:cat", "destination.migration: 'exec:cat' is not usable"),
         ("[destination]", '[destination]\nnode = "0"', "destination.node: '0' is not usable"),
         ("[source]", "[limits]\nspeed = -1\n[source]", "limits.speed: -1 is too small"),
