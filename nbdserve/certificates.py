@@ -77,22 +77,42 @@ def load(files: Certificates) -> Identity:
         leaf = Dates.of(_verify(context, chain[:1], _ANY_TIME))
     except ssl.SSLCertVerificationError as error:
         raise UsageError(f"{files.certificate}: {_purpose_fault(error)}") from error
-    validity = [(files.certificate, dates) for dates in (leaf, *_dates(chain[1:]))]
+    _require_valid(files.certificate, [leaf])
+    issuers = [(files.certificate, dates) for dates in _dates(chain[1:])]
     if files.authority is not None:
-        found = _dates(authorities)
-        if not found:
-            raise UsageError(
-                f"{files.authority}: no certificate in it is an authority's, which has CA:TRUE and may sign"
-            )
-        validity += [(files.authority, dates) for dates in found]
-    for path, dates in validity:
-        if fault := dates.fault(time.time()):
-            raise UsageError(f"{path}: the certificate of {dates.subject} {fault}")
-    _check_chain(context, files, chain, authorities, leaf)
+        issuers += [(files.authority, dates) for dates in _require_authority(files.authority, authorities)]
+    try:
+        _check_chain(context, files, chain, authorities, leaf)
+    except ssl.SSLCertVerificationError as error:
+        for path, dates in issuers:
+            _require_valid(path, [dates])
+        reason = f"the certificate cannot be verified: clients would refuse it: {error.verify_message}"
+        raise UsageError(f"{files.certificate}: {reason}") from error
     if files.verify_peer:
         context.load_verify_locations(cadata="\n".join(authorities))
         context.verify_mode = ssl.CERT_REQUIRED
-    return Identity(context, tuple(validity))
+    return Identity(context, ((files.certificate, leaf), *_watched(issuers)))
+
+
+def _require_valid(path: Path, certificates: list[Dates]) -> None:
+    """Refuse a file in which none of some certificates is valid now; the first one says why."""
+    faults = [dates.fault(time.time()) for dates in certificates]
+    if all(faults):
+        raise UsageError(f"{path}: the certificate of {certificates[0].subject} {faults[0]}")
+
+
+def _require_authority(path: Path, certificates: list[str]) -> list[Dates]:
+    """The authorities in a file, of which one must be valid: others may be about to follow, or be of old."""
+    found = _dates(certificates)
+    if not found:
+        raise UsageError(f"{path}: no certificate in it is an authority's, which has CA:TRUE and may sign")
+    _require_valid(path, found)
+    return found
+
+
+def _watched(issuers: list[tuple[Path, Dates]]) -> list[tuple[Path, Dates]]:
+    """Of each file's issuers the one that is valid for the longest: when that expires nothing is left."""
+    return list(dict(sorted(issuers, key=lambda each: each[1].ends)).items())
 
 
 def _purpose_fault(error: ssl.SSLCertVerificationError) -> str:
@@ -106,7 +126,10 @@ def _purpose_fault(error: ssl.SSLCertVerificationError) -> str:
 def _check_chain(
     context: ssl.SSLContext, files: Certificates, chain: list[str], authorities: list[str], leaf: Dates
 ) -> None:
-    """Refuse what a client that trusts the authority would; without one, certificates that are no chain."""
+    """Refuse what a client that trusts the authority would; without one, certificates that are no chain.
+
+    Raises UsageError when an issuer is missing, SSLCertVerificationError when one is no good.
+    """
     if authorities:
         # The authority may be that of clients only: then the file's own last certificate is where it ends.
         anchors = authorities + [each for each in chain[1:] if _is_self_signed(each)]
@@ -124,10 +147,10 @@ def _check_chain(
         if error.verify_code == _SELF_SIGNED and not files.one_authority:
             # Clients know the certificate itself.
             return
-        reason = f"clients would refuse it: {error.verify_message}"
-        if error.verify_code in (*_UNKNOWN_ISSUER, _SELF_SIGNED):
-            reason = f"its issuer, {leaf.issuer}, {where}"
-        raise UsageError(f"{files.certificate}: the certificate cannot be verified: {reason}") from error
+        if error.verify_code not in (*_UNKNOWN_ISSUER, _SELF_SIGNED):
+            raise
+        reason = f"the certificate cannot be verified: its issuer, {leaf.issuer}, {where}"
+        raise UsageError(f"{files.certificate}: {reason}") from error
 
 
 def _verify(context: ssl.SSLContext, anchors: list[str], flags: int = 0) -> dict[str, object]:

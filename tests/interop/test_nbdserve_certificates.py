@@ -219,6 +219,29 @@ def test_who_has_one_authority_for_clients_and_another_for_servers_puts_that_int
     served(image, *options)
 
 
+def test_an_authority_may_be_followed_by_another_before_it_expires(
+    ca: Issued, image: Path, tmp_path: Path
+) -> None:
+    old = issue(tmp_path / "made", "old", AUTHORITY, begins=-3 * DAY, ends=-DAY)
+    place = laid_out(tmp_path, [issue(tmp_path / "made", "server", SERVER, ca)], ca)
+    for authorities in (old.text + ca.text, ca.text + old.text):
+        (place / "ca-cert.pem").write_text(authorities)
+        log = served(image, f"--tls-certificates={place}", "--tls-verify-peer")
+        assert "expire" not in log
+
+
+def test_what_is_old_in_a_chain_does_no_harm_where_it_is_not_needed(
+    ca: Issued, image: Path, tmp_path: Path
+) -> None:
+    server = issue(tmp_path / "made", "server", SERVER, ca)
+    place = laid_out(tmp_path, [server], ca)
+    # What an older authority once signed of the same key, as authorities do that follow one another.
+    older = issue(tmp_path / "older", "older", AUTHORITY)
+    crossed = issue(tmp_path / "older", "middle", AUTHORITY, older, begins=-3 * DAY, ends=-DAY)
+    (place / "server-cert.pem").write_text(server.text + crossed.text)
+    served(image, f"--tls-certificates={place}")
+
+
 def test_a_certificate_that_signs_itself_is_served_to_clients_that_know_it(
     ca: Issued, image: Path, tmp_path: Path
 ) -> None:
