@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 from nbdserve.backends.probe import FORMATS
 from nbdserve.backends.slices import Slice
@@ -18,6 +19,7 @@ from nbdserve.protocol.constants import Command, TransmissionFlags
 from nbdserve.qmp.commands import CommandError, Handler
 from nbdserve.qmp.monitor import Monitor
 from nbdserve.server import Server
+from nbdserve.threads import promised
 
 _LOG = logging.getLogger("nbdserve")
 
@@ -52,7 +54,7 @@ class Control:
         description: str = "",
         offset: int = 0,
         size: int | None = None,
-    ) -> None:
+    ) -> Future[None]:
         """Serve a file. QEMU names a node of its block graph here; this server has files."""
         if type_ != "nbd":
             raise CommandError(f"Invalid parameter '{type_}': the type of an export is nbd here")
@@ -72,18 +74,22 @@ class Control:
             description,
             Slice(offset, size),
         )
-        export = open_export(wanted, self._images, id_)
+        return promised(f"open {filename}", lambda: self._add(wanted, id_))
+
+    def _add(self, wanted: ExportOptions, identifier: str) -> None:
+        export = open_export(wanted, self._images, identifier)
         try:
             self._server.exports.add(export)
         except OperatorError:
             export.close()
             raise
-        _LOG.info("export %r added: %s", export.name, filename)
+        _LOG.info("export %r added: %s", export.name, wanted.source)
 
-    def _block_export_del(self, id_: str, mode: str = "safe") -> None:
+    def _block_export_del(self, id_: str, mode: str = "safe") -> Future[None]:
         if mode not in ("safe", "hard"):
             raise CommandError(f"Invalid parameter '{mode}': modes are safe and hard")
-        self._server.exports.remove(id_, hard=mode == "hard")
+        exports = self._server.exports
+        return promised(f"close {id_}", lambda: exports.remove(id_, hard=mode == "hard"))
 
     def _query_clients(self) -> object:
         return [_told_of_client(client) for client in self._server.clients.everyone()]

@@ -108,8 +108,10 @@ class Exports:
             self.add(export)
 
     def add(self, export: Export) -> None:
-        """Offer it to clients from now on; UsageError when its name or identifier is taken."""
+        """Offer it to clients from now on; UsageError when name or identifier is taken, or all is over."""
         with self._lock:
+            if self._closed:
+                raise UsageError(f"export {export.name!r} comes too late: the server stops")
             if export.name in self._offered:
                 raise UsageError(f"two exports are called {export.name!r}, give each its own name")
             if export.identifier in self._by_identifier:

@@ -30,6 +30,13 @@ class Thread(threading.Thread):
             ) from error
 
 
+def promised(name: str, work: Callable[[], T]) -> Future[T]:
+    """What a thread of its own does that may hang; it is done already where none could be started."""
+    promise: Future[T] = Future()
+    fulfil(promise, name, work)
+    return promise
+
+
 def fulfil(promise: Future[T], name: str, work: Callable[[], T]) -> None:
     """Let a thread of its own do what may hang, or this one where none can be started; tell the Future."""
 

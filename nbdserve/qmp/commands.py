@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 Handler = Callable[..., object]
-"""Carries out a command and returns what can be told as JSON; None is told as an empty object.
+"""Carries out a command and returns what can be told as JSON, None for an empty object; or a Future of that.
 
 Its keyword parameters are the command's arguments: ``node_name`` for ``node-name``, ``type_`` for ``type``.
 Their types are str, bool, int, dict or list, or one of these ``| None``; a default makes one optional. To

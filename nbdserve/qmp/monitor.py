@@ -30,7 +30,8 @@ _END = 5.0
 class Monitor:
     """Carries out commands, one after the other, whichever client they come from; tells all of events.
 
-    Handlers run in the monitor's thread and must be quick. ``program`` is what clients are told they talk to.
+    Handlers run in the monitor's thread and must be quick, or return a Future: then only their client waits.
+    ``program`` is what clients are told they talk to.
     """
 
     def __init__(self, listener: Listener, program: str, commands: Mapping[str, Handler]) -> None:

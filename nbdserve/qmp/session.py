@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 
 from qemu.qmp.error import ProtocolError, QMPError
 from qemu.qmp.message import Message, UnexpectedTypeError
@@ -30,7 +31,7 @@ _PATIENCE = 1.0
 _MEMBERS = {"execute", "arguments", "id"}
 
 Run = Callable[[str, Mapping[str, object]], object]
-"""Carries out a command of this name; raises CommandError, OperatorError or OSError."""
+"""Carries out a command of this name, as a Handler does; raises CommandError, OperatorError or OSError."""
 
 
 class Session(AsyncProtocol[Message]):
@@ -108,14 +109,17 @@ class Session(AsyncProtocol[Message]):
         await self._writer.drain()
 
     async def _on_message(self, message: Message) -> None:
-        reply = self._answer(message)
+        reply = await self._answer(message)
         if "id" in message:
             reply["id"] = message["id"]
         await self._send(reply)
 
-    def _answer(self, message: Message) -> Message:
+    async def _answer(self, message: Message) -> Message:
         try:
-            return Message({"return": self._execute(message)})
+            result = self._execute(message)
+            if isinstance(result, Future):
+                result = await asyncio.wrap_future(result)
+            return Message({"return": {} if result is None else result})
         except CommandError as error:
             return _refusal(str(error), error.kind)
         except OperatorError as error:
@@ -136,8 +140,7 @@ class Session(AsyncProtocol[Message]):
             raise CommandError("QMP input member 'arguments' must be an object")
         if not self._negotiated:
             return self._negotiate(name, arguments)
-        result = self._run(name, arguments)
-        return {} if result is None else result
+        return self._run(name, arguments)
 
     def _negotiate(self, name: str, arguments: Mapping[str, object]) -> object:
         if name != "qmp_capabilities":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from tests.support.disks import MIB, random_disk
 from tests.support.monitors import monitor
 from tests.support.processes import Process, check, wait_until
 from tests.support.servers import Server, free_tcp_address, fresh_path, nbdserve
-from tests.support.wire import Option, Reply, Wire, export_query, option
+from tests.support.wire import Command, Option, Reply, Wire, export_query, option, request
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not os.access("/dev/fuse", os.W_OK), reason="mounts a file system"
@@ -181,3 +183,56 @@ def test_a_server_ends_although_a_file_hangs(hanging: Hanging, observed: Observe
         works(observed)
         assert server.process.terminate(SECONDS) == 0
         close(wires)
+
+
+@contextmanager
+def asked(qmp: Path, command: str, **arguments: object) -> Iterator[Callable[[], dict[str, object]]]:
+    """A client of the monitor that has sent a command; what is yielded waits for its answer."""
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as lines:
+        connection.settimeout(SECONDS)
+        connection.connect(str(qmp))
+        for name, given in (("qmp_capabilities", {}), (command, arguments)):
+            lines.readline()
+            lines.write(json.dumps({"execute": name, "arguments": given}) + "\n")
+            lines.flush()
+
+        def answer() -> dict[str, object]:
+            while "event" in (told := json.loads(lines.readline())):
+                pass
+            assert isinstance(told, dict)
+            return told
+
+        yield answer
+
+
+def test_a_file_that_hangs_when_the_monitor_opens_or_closes_it_keeps_other_clients_of_the_monitor_going(
+    hanging: Hanging, observed: Observed
+) -> None:
+    server, slow = observed.server, str(hanging.directory / "slow")
+    added = {"type": "nbd", "id": "added", "filename": slow, "writable": True, "format": "raw"}
+    with ExitStack() as sleeping:
+        sleeping.enter_context(hanging.asleep())
+        with asked(observed.qmp, "block-export-add", **added) as answer:
+            works(observed)
+            sleeping.close()
+            assert answer() == {"return": {}}
+    assert answer_of(observed, "query-block-exports") == ["added"]
+    with Wire(server.address, SECONDS) as wire:
+        wire.go("added")
+        wire.send(request(Command.WRITE, 0, data=b"new!"))
+        assert wire.simple_reply().error == 0
+    wait_until(lambda: answer_of(observed, "query-block-exports", "clients") == [0], "it is not in use")
+    with ExitStack() as sleeping:
+        sleeping.enter_context(hanging.asleep())
+        with asked(observed.qmp, "block-export-del", id="added") as answer:
+            works(observed)
+            sleeping.close()
+            assert answer() == {"return": {}}
+    assert answer_of(observed, "query-block-exports") == []
+    assert server.process.terminate() == 0
+
+
+def answer_of(observed: Observed, command: str, member: str = "id") -> list[object]:
+    """One member of each object that a command returns."""
+    with monitor(observed.qmp) as client:
+        return [each[member] for each in client.execute(command)]
