@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 -qq
 PACKAGES := python3-venv python3-libnbd libnbd-bin qemu-system-x86 qemu-utils nbdkit nbd-client nbd-server \
-	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3 openssl gnutls-bin curl strace systemd openssh-client openssh-server sudo
+	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3 openssl gnutls-bin curl strace systemd \
+	openssh-client openssh-server sudo git
 
 .PHONY: setup packages demo test check unit lint types bench bench-quick fuzz soak chaos docs clean
 

@@ -106,5 +106,8 @@ configure
 find "$root/tmp" -mindepth 1 -xdev -delete
 copy_tree
 enter make setup
+# Some tests look into the history.
+enter sh -c 'rm -rf .git && git init -q && git add -A &&
+    git -c user.name=nobody -c user.email=nobody@example.org commit -qm "A copy"'
 enter .venv/bin/python -c 'from recipes.demo.kernel import fetch; fetch()'
 enter --net "$@"

@@ -100,8 +100,8 @@ def test_what_the_server_can_do_is_taken_over(tmp_path: Path, kind: str) -> None
         assert ours.pop("can_multi_conn")
         theirs.pop("can_multi_conn")
         # Replies are framed, and long requests cut up, by this server.
-        for own in ("can_df", "block_size_maximum"):
-            ours.pop(own)
+        for own in ("can_df", "can_block_status_payload", "block_size_maximum"):
+            ours.pop(own, None)
             theirs.pop(own, None)
         if "block_size_minimum" not in theirs:
             assert (ours.pop("block_size_minimum"), ours.pop("block_size_preferred")) == (1, 4096)

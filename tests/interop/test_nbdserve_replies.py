@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import socket
+import ssl
 import struct
 import sys
 import termios
@@ -88,8 +89,8 @@ class Client:
         try:
             while data := self.wire.socket.recv(MIB):
                 received += data
-        except ConnectionResetError:
-            pass
+        except (ConnectionResetError, ssl.SSLError):
+            pass  # the end came without TLS's goodbye
         return bytes(received)
 
 

@@ -214,7 +214,7 @@ def nbd_server(
     )
     pid_file = fresh_path(directory, "nbd-server", ".pid")
     # It always becomes a daemon, so a shell stands in its place and ends it when the test does.
-    guard = """trap 'kill $(cat "$2") $!' TERM; nbd-server -C "$1" -p "$2"; sleep infinity & wait"""
+    guard = """sleep infinity & trap 'kill $(cat "$2") $!' TERM; nbd-server -C "$1" -p "$2"; wait"""
     log = fresh_path(directory, "nbd-server", ".log")
     with Process(["sh", "-c", guard, "sh", config, pid_file], log, death_signal=signal.SIGTERM) as process:
         try:

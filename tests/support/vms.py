@@ -22,6 +22,7 @@ import psutil
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from recipes.plan import Destination, Export, Finish, Limits, Plan, Source
+from tests.support import versions
 from tests.support.disks import MIB, random_bytes
 from tests.support.processes import Process, check, run, wait_until
 from tests.support.servers import UnixAddress
@@ -48,6 +49,10 @@ QEMU = (
     "pc",
 )
 DEVICE = ("-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop")
+
+
+AS_NOBODY_LATER = ("-runas", "nobody") if versions.qemu() < (9, 1) else ("-run-with", "user=nobody")
+"""What lets QEMU give up root once everything is open."""
 
 
 def boot_sector(disk_size: int) -> bytes:

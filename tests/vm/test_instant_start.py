@@ -20,7 +20,7 @@ from tests.support.monitors import monitor
 from tests.support.processes import Process, check, listens, run, wait_until
 from tests.support.recipes import COMMANDS, DIRECTORY
 from tests.support.servers import Server, UnixAddress, nbdserve
-from tests.support.vms import DISK_SIZE, QEMU, SECTOR, is_record, original_disk
+from tests.support.vms import AS_NOBODY_LATER, DISK_SIZE, QEMU, SECTOR, is_record, original_disk
 
 RECIPE = DIRECTORY / "instant-start.sh"
 LATE = 0.01
@@ -211,7 +211,7 @@ def test_a_qemu_that_becomes_another_user_connects_again_and_pivots(template: Se
     with short_directory() as directory:
         directory.chmod(0o755)
         changes = {"SPEED": str(MIB // 4), "OWNER": "nobody"}
-        with started(directory, uri(template.address), "-runas", "nobody", **changes) as guest:
+        with started(directory, uri(template.address), *AS_NOBODY_LATER, **changes) as guest:
             guest.wait_until_it_works()
             process = another_overlay(directory, None)
             process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from tests.support.processes import wait_until
 from tests.support.vms import Role, Scene, monitor, scene
 
 SECONDS = 40.0
+OVERLAY_ENDED = r"nbd-overlay on B (was ended by signal 9|ended, as its keeper was killed)"
+"""A keeper on a busy host may be taken for a dead one."""
 """More than any of these migrations takes, with its failure, even on a busy machine."""
 
 
@@ -59,7 +62,7 @@ def test_before_the_cut_over_the_guest_stays_on_a(stage: Scene, moment: str, vic
 def test_the_guest_stays_on_a_when_nbd_overlay_dies_before_it_was_needed(stage: Scene) -> None:
     with stage.run_doomed("MIGRATE", Role.OVERLAY) as run:
         assert run.wait(SECONDS) == 1
-    assert "nbd-overlay on B was ended by signal 9" in run.output().splitlines()[-1]
+    assert re.search(OVERLAY_ENDED, run.output().splitlines()[-1])
     assert_as_before(stage)
 
 
@@ -72,7 +75,7 @@ def test_nbd_overlay_that_dies_at_the_switch_over_is_started_again_or_the_guest_
         assert_complete(stage)
     else:
         # Its death was known before the guest was let go.
-        assert "nbd-overlay on B was ended by signal 9" in run.output().splitlines()[-1]
+        assert re.search(OVERLAY_ENDED, run.output().splitlines()[-1])
         assert_as_before(stage)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.guests import short_directory
 from tests.support.processes import wait_until
-from tests.support.vms import Role, Scene, running
+from tests.support.vms import AS_NOBODY_LATER, Role, Scene, running
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 SECONDS = 90.0
@@ -26,7 +26,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Scene]:
         nobodys = directory / "nobody"
         nobodys.mkdir()
         os.chown(nobodys, 65534, 65534)
-        qemu = (*made.plan.destination.qemu, "-runas", "nobody")
+        qemu = (*made.plan.destination.qemu, *AS_NOBODY_LATER)
         made.change("destination", qemu=qemu, migration=f"unix:{nobodys}/migration")
         made.change("limits", speed=32 << 20)
         with running(made):
@@ -97,7 +97,7 @@ def test_the_file_alone_may_be_out_of_reach(stage: Scene) -> None:
 @pytest.mark.parametrize("stage", ["overlay"], indirect=True)
 def test_a_qemu_that_is_started_as_another_user_needs_the_same(stage: Scene) -> None:
     nobodys = stage.directory / "nobody"
-    qemu = [word for word in stage.plan.destination.qemu if word not in ("-runas", "nobody")]
+    qemu = [word for word in stage.plan.destination.qemu if word not in AS_NOBODY_LATER]
     qemu = [word.replace(f"{stage.directory}/b.serial", f"{nobodys}/b.serial") for word in qemu]
     stage.monitor_b = nobodys / "b.qmp"
     stage.change("destination", qemu=(*AS_NOBODY, *qemu), qmp=str(stage.monitor_b))
