@@ -95,7 +95,9 @@ class Call:
         if self._way.shell:
             begun = self._begun()
             if begun is None:
-                raise unreachable(self._way, errors, f"it ended with code {code}")
+                # What keeps somebody out may say so on either output, as nologin(8) does.
+                said = errors if errors.strip() else output
+                raise unreachable(self._way, said, f"it ended with code {code}")
             output = output[begun.end() :]
             end = re.search(rf"\r?\n{self._mark} ([0-9]+)\r?\n", output)
             if end is None:

@@ -27,6 +27,7 @@ class Beginning:
         self._keeper = keeper
         self._mark = secrets.token_hex(8)
         self._greeted = not way.shell
+        self._greeting = ""
 
     def argv(self) -> list[str]:
         """The keeper's command line, with the prefix."""
@@ -39,6 +40,8 @@ class Beginning:
             if self._greeted and (message := message_in(line)):
                 return message
             self._greeted = self._greeted or self._mark.encode() in line
+            if not self._greeted:
+                self._greeting = line.decode(errors="replace")
         return {}
 
     async def failure(self, process: asyncio.subprocess.Process, said: str) -> str:
@@ -50,7 +53,7 @@ class Beginning:
             code = 0
         if not self._greeted:
             otherwise = f"{self._way.shell[0]} ended with code {code}" if code else "no answer in time"
-            return explain(said, self._way.shell) or otherwise
+            return explain(said if said.strip() else self._greeting, self._way.shell) or otherwise
         if code in MISSING:
             return f"there is no {self._keeper[0]} on {self._way.name}; install it there"
         lines = said.strip().splitlines()

@@ -171,6 +171,20 @@ def test_a_host_that_accepts_and_says_nothing_is_waited_for_only_so_long() -> No
         assert "no answer within 1 s" in complaint(Host("A", (*shell, "-o", "ConnectTimeout=60")), 1.0)
 
 
+def test_who_is_kept_out_on_standard_output_reads_why(tmp_path: Path) -> None:
+    why = "This account is currently not available."
+    with sshd(tmp_path, f"ForceCommand echo {why}; exit 1") as server:
+        host = Host("A", server.prefix)
+        assert complaint(host).endswith(f"': {why}")
+
+        async def start() -> None:
+            async with Children() as children:
+                await children.start("a thing", host, tmp_path / "log", ["true"])
+
+        with pytest.raises(MigrationError, match=f"^a thing on A cannot be started: {re.escape(why)}$"):
+            answer(start())
+
+
 @pytest.mark.parametrize(
     ("shell", "expected"),
     [
