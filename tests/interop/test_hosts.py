@@ -320,9 +320,10 @@ def test_a_command_with_the_rights_of_another_is_ended_all_the_same(privileged: 
 
 
 def test_a_prefix_that_hangs_and_cannot_be_killed_is_left(privileged: tuple[str, ...]) -> None:
-    said = complaint_of_nobody(Host("A", (*privileged, "sh", "-c", "exec sleep 12")), "true")
-    assert re.fullmatch(r"there is no way to A by '.*sleep 12'': no answer within 2 s", said)
-    wait_until(lambda: not with_word("12"), "it ends", 20.0)
+    seconds = f"12.{os.getpid()}"
+    said = complaint_of_nobody(Host("A", (*privileged, "sh", "-c", f"exec sleep {seconds}")), "true")
+    assert re.fullmatch(rf"there is no way to A by '.*sleep {seconds}'': no answer within 2 s", said)
+    wait_until(lambda: not with_word(seconds), "it ends", 20.0)
 
 
 def in_a_child(body: Callable[[], str]) -> str:
