@@ -164,7 +164,8 @@ fill() {
             # Where the guest has ended meanwhile, the next start uses the file.
             if nbd-migrate pivot --qmp "$place/qemu" --node disk0 "$image" >/dev/null 2>"$place/why"; then
                 [ -z "$nurse" ] || kill "$nurse" 2>/dev/null || true
-                kill "$(daemon)"
+                # It may have ended by itself in this moment.
+                kill "$(daemon)" 2>/dev/null || true
                 echo "$me: $image is complete, and the guest uses it; the template is not needed any more"
                 return 0
             fi

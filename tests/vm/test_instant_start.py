@@ -258,6 +258,27 @@ def test_an_nbd_overlay_may_be_killed_at_any_moment(template: Server, tmp_path: 
     assert list(tmp_path.glob("instant-start.*")) == []
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_nbd_overlay_may_be_killed_just_before_and_after_the_guest_takes_the_file(
+    template: Server, tmp_path: Path, moment: str
+) -> None:
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    kill = f"touch {shims}/done; kill -9 $(cat {tmp_path}/instant-start.*/pid)"
+    kill = f'[ "$1" != pivot ] || [ -e {shims}/done ] || {{ {kill}; }}'
+    real = f'{COMMANDS}/nbd-migrate "$@" || exit'
+    lines = [kill, real] if moment == "before" else [real, kill]
+    (shims / "nbd-migrate").write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    (shims / "nbd-migrate").chmod(0o755)
+    path = f"{shims}:{COMMANDS}:{os.environ['PATH']}"
+    with started(tmp_path, uri(template.address), PATH=path) as guest:
+        guest.wait_until_complete()
+        guest.wait_until_it_works()
+        assert (shims / "done").exists()
+        guest.end()
+    assert guest.wrong_sectors() == []
+
+
 MAGICS = {
     "LUKS": b"LUKS\xba\xbe\0\2",
     "QED": b"QED\0",
