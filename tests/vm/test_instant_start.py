@@ -250,7 +250,8 @@ def test_an_nbd_overlay_may_be_killed_at_any_moment(template: Server, tmp_path: 
     with started(tmp_path, uri(template.address), SPEED=str(48 * MIB), RESTARTS="20") as guest:
         process = another_overlay(tmp_path, None)
         time.sleep(delay)
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
         guest.wait_until_complete()
         guest.wait_until_it_works()
         guest.end()
