@@ -288,8 +288,8 @@ def _start_unix(handle: Handle, path: str, deadline: float) -> None:
         except BlockingIOError as error:
             raise TimeoutError from error
         peer.setblocking(False)
-        handle.aio_connect_socket(peer.fileno())
-        peer.detach()  # libnbd closes it from now on
+        # libnbd closes it from now on, also when this fails, as where the server has refused already.
+        handle.aio_connect_socket(peer.detach())
 
 
 def _set_tls(handle: Handle, uri: NbdUri, certificates: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import signal
 import socket
 import threading
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from nbdserve.client import connect
+from nbdserve.client.libnbd import nbd
 from nbdserve.errors import ConnectError
 from nbdserve.protocol.extents import Extent
 from nbdserve.uri import NbdUri, Tls, parse_uri
 from tests.support.disks import MIB, random_disk, sparse_disk, sparse_runs
+from tests.support.processes import PATIENCE
 from tests.support.servers import TcpAddress, free_tcp_address, nbdkit, qemu_nbd
 
 HOLE = 3
@@ -137,6 +140,35 @@ def test_an_export_that_the_server_lacks_is_named_in_the_error(tmp_path: Path) -
         pytest.raises(ConnectError, match="no export named 'b'"),
     ):
         connect(parse_uri(server.uri("b")))
+
+
+class Behindhand(nbd.NBD):  # type: ignore[misc]
+    """A handle whose thread comes to its socket only when the server has spoken already, as under load."""
+
+    def aio_connect_socket(self, sock: int) -> None:
+        """Wait for that first."""
+        assert select.select([sock], [], [], PATIENCE)[0]
+        super().aio_connect_socket(sock)
+
+
+def test_a_server_that_fails_before_libnbd_looks_at_its_socket_is_told_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The socket is libnbd's to close then. To close it twice could close a descriptor of another thread."""
+    monkeypatch.setattr(nbd, "NBD", Behindhand)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        server.listen()
+
+        def answer() -> None:
+            with server.accept()[0] as peer:
+                peer.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConnectError, match="NBD magic"):
+            connect(NbdUri(socket=str(tmp_path / "socket")))
+        thread.join()
 
 
 @pytest.mark.parametrize(
