@@ -16,7 +16,7 @@ INTERVAL = 2.0
 
 
 class Checkpoints:
-    """Flushes an image in a thread of its own, so that nobody waits for the disk but who asked to."""
+    """Flushes and tidies an image in a thread of its own: nobody waits for the disk but who asked to."""
 
     def __init__(self, image: Image, interval: float = INTERVAL) -> None:
         self._image = image
@@ -35,19 +35,20 @@ class Checkpoints:
             self._thread.join()
 
     def _run(self) -> None:
-        flushed = self._image.local_bytes
+        flushed: int | None = None
         trouble = ""
-        while not self._end.wait(self._interval):
-            local = self._image.local_bytes
-            if local == flushed:
-                continue
+        while True:
             try:
-                self._image.flush()
-            except (OSError, ImageError) as error:
-                # Guests are told by their own requests; here nobody waits for an answer.
-                # It is tried again, as there may be room some day.
-                if str(error) != trouble:
-                    _LOG.error("what was fetched could not be made durable: %s", error)
-                trouble = str(error)
-            else:
+                self._image.tidy()
+                local = self._image.local_bytes
+                if flushed is not None and local != flushed:
+                    self._image.flush()
                 flushed, trouble = local, ""
+            except Exception as error:  # noqa: BLE001 - it is tried again, as there may be room some day
+                # Guests are told by their own requests; here nobody waits for an answer.
+                reason = str(error) if isinstance(error, OSError | ImageError) else repr(error)
+                if reason != trouble:
+                    _LOG.error("what was fetched could not be made durable: %s", reason)
+                trouble = reason
+            if self._end.wait(self._interval):
+                return

@@ -161,6 +161,10 @@ class Image(ABC):
         """
 
     @abstractmethod
+    def tidy(self) -> None:
+        """Try again to remove what is needed no more. Called now and then; says in the log why it cannot."""
+
+    @abstractmethod
     def share(self) -> None:
         """Give the image locks back while the image stays open, so that another process can take over."""
 

@@ -10,6 +10,7 @@ from threading import Lock
 from uuid import UUID
 
 from overlay.flat.header import CHUNK_GRAINS, GRAIN, Flag, Header, Trailer, trailer_at
+from overlay.flat.leftover import Leftover
 from overlay.flat.map import Map
 from overlay.image import Buffer, Image, Run, State, zero_runs
 from overlay.storage import Storage
@@ -51,7 +52,7 @@ class FlatImage(Image):
         self.size, self.backings = header.size, header.backings
         self._data, self._path = data, path
         self._writable = writable
-        self._remove_map = remove_map
+        self._leftover = Leftover(file, remove_map, path)
         self._map = Map(file, header, path, writable=writable, boot=boot)
         self._grains = self._map.grains
         self._lock = self._grains.lock
@@ -233,8 +234,12 @@ class FlatImage(Image):
         self.flush()
 
     def finish(self) -> None:
-        """Cut the trailer off and remove the map; see Image."""
+        """Cut the trailer off and remove the map; see Image.
+
+        The disk is finished also where the map cannot be removed yet: see :meth:`tidy`.
+        """
         if self._is_raw:
+            self.tidy()
             return
         self._check_change(0, 0)
         if not self.complete:
@@ -250,8 +255,13 @@ class FlatImage(Image):
                 self._map.drop_notes()
                 # From now on no write looks any further.
                 self._grains.set(0, self._map.header.grains, written=True)
-            self._remove_map()
-            self._map.close()
+                self._map.give_up()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the map, once it is needed no more."""
+        if self._is_raw:
+            self._leftover.remove()
 
     def share(self) -> None:
         """Give QEMU's image locks back."""
@@ -270,7 +280,9 @@ class FlatImage(Image):
             if self._writable and not self._is_raw:
                 self._map.mark_clean()
         finally:
-            if not self._is_raw:
+            if self._is_raw:
+                self._leftover.close()
+            else:
                 self._map.close()
             self._data.close()
 

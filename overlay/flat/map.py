@@ -111,9 +111,13 @@ class Map:
         """Give the image locks back."""
         self._file.share()
 
-    def close(self) -> None:
-        """Give the map up."""
+    def give_up(self) -> None:
+        """Nothing of it matters any more; its file stays open."""
         self._closed = True
+
+    def close(self) -> None:
+        """Give the map up, and its file back."""
+        self.give_up()
         self._file.close()
 
     def _write_header(self) -> None:

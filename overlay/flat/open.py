@@ -9,6 +9,8 @@ no       no       a complete raw disk
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
@@ -19,6 +21,7 @@ from overlay.flat.create import map_path
 from overlay.flat.grains import Grains
 from overlay.flat.header import SECTOR, Flag, Header, Trailer, read_header, read_trailer
 from overlay.flat.image import FlatImage
+from overlay.flat.leftover import Leftover
 from overlay.flat.map import sync_failed
 from overlay.flat.raw import RawImage
 from overlay.image import Image
@@ -42,7 +45,7 @@ def open_flat(path: Path, *, writable: bool = False, force_share: bool = False) 
             str(path),
             writable=writable,
             boot=current_boot(),
-            remove_map=lambda: _remove(beside),
+            remove_map=lambda: _remove(beside, file),
         )
     except BaseException:
         data.close()
@@ -67,11 +70,13 @@ def assemble(
     header = read_header(file, f"{path}.map")
     if trailer is None:
         check_finished(data, file, header, path)
-        if writable:
-            data.sync()  # who cut the trailer off may not have come so far
-            remove_map()
-        file.close()
-        return RawImage(data, header.size, path, writable=writable)
+        if not writable:
+            file.close()
+            return RawImage(data, header.size, path, writable=False)
+        data.sync()  # who cut the trailer off may not have come so far
+        leftover = Leftover(file, remove_map, path)
+        leftover.remove()
+        return RawImage(data, header.size, path, writable=True, leftover=leftover)
     check_pair(trailer, header, path)
     if writable and (trailer.flags | header.flags) & Flag.FAILED:
         raise sync_failed(path)
@@ -114,6 +119,10 @@ def raw_size(data: Storage, trailer: Trailer | None, path: str) -> int:
     return size
 
 
-def _remove(beside: Path) -> None:
-    beside.unlink()
+def _remove(beside: Path, file: Storage | None) -> None:
+    """Remove the map of this name, if it is still this file: an operator may have put another there."""
+    fd = None if file is None else file.fileno()
+    with contextlib.suppress(FileNotFoundError):
+        if fd is None or os.path.samestat(os.fstat(fd), os.stat(beside)):
+            beside.unlink()
     sync_directory(beside.absolute().parent)

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 
 from overlay.flat.header import GRAIN
+from overlay.flat.leftover import Leftover
 from overlay.image import Buffer, Image, Run, State
 from overlay.storage import Storage
 
@@ -16,11 +17,14 @@ class RawImage(Image):
     cluster_size = GRAIN
     backings = ()
 
-    def __init__(self, data: Storage, size: int, path: str, *, writable: bool) -> None:
-        """Serve the whole of a storage, which the image closes in the end."""
+    def __init__(
+        self, data: Storage, size: int, path: str, *, writable: bool, leftover: Leftover | None = None
+    ) -> None:
+        """Serve the whole of a storage, which the image closes in the end, as it does the map left over."""
         self.size = size
         self._data, self._path = data, path
         self._writable = writable
+        self._leftover = leftover
         self._closed = False
 
     @property
@@ -100,6 +104,11 @@ class RawImage(Image):
     def finish(self) -> None:
         """It is finished."""
 
+    def tidy(self) -> None:
+        """Remove the map that is left over, if there is one."""
+        if self._leftover is not None:
+            self._leftover.remove()
+
     def share(self) -> None:
         """Give QEMU's image locks back."""
         self._data.share()
@@ -113,6 +122,8 @@ class RawImage(Image):
             if self._writable:
                 self._data.sync()
         finally:
+            if self._leftover is not None:
+                self._leftover.close()
             self._data.close()
 
     def _check_range(self, offset: int, length: int) -> None:

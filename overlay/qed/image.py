@@ -234,6 +234,9 @@ class QedImage(Image):
             write_header(self._storage, header)
             self.header, self.backings = header, ()
 
+    def tidy(self) -> None:
+        """Nothing is left over."""
+
     def share(self) -> None:
         """Give QEMU's image locks back."""
         self._storage.share()

@@ -19,7 +19,7 @@ from qemu.qmp import ExecuteError
 from tests.support.delay import delayed
 from tests.support.disks import KIB, MIB, Run, random_bytes, random_disk, sparse_disk
 from tests.support.overlays import LAYOUTS, Daemon, Layout, end, make_overlay, overlay, requests
-from tests.support.processes import Argument, check, wait_until
+from tests.support.processes import Argument, check, run, wait_until
 from tests.support.servers import Server, UnixAddress, nbdkit
 
 SIZE = 4 * MIB
@@ -265,3 +265,31 @@ def test_fifty_lost_connections_leave_no_thread_descriptor_or_memory_behind(tmp_
                     wait_until(partial(uses_at_most, daemon.process.pid, most), f"no more than {most}")
                 end(server, signal.SIGKILL)
         assert daemon.process.output().count("connected, ") == 50
+
+
+def test_a_map_that_cannot_be_removed_keeps_neither_job_nor_guest_waiting_and_goes_when_it_can(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    content = random_disk(tmp_path / "disk", SIZE)
+    if run("chattr", "+i", place).returncode != 0:
+        pytest.skip("no file can be protected here")
+    try:
+        check("chattr", "-i", place)
+        with nbdkit("file", tmp_path / "disk", directory=tmp_path) as server:
+            image = make_overlay(place / "overlay", "flat", SIZE, server.uri())
+            check("chattr", "+i", place)
+            with overlay(image, "--stream", directory=tmp_path) as daemon, daemon.guest() as guest:
+                daemon.wait_for_status(phase="done")
+                assert (place / "overlay.map").exists()
+                guest.write(0, b"new")
+                assert guest.read(0, SIZE) == b"new" + content[3:]
+            assert "overlay.map cannot be removed: Operation not permitted" in daemon.log.read_text()
+        # Who opens the disk next has it as well, and removes the map as soon as that is possible.
+        with overlay(image, directory=tmp_path) as daemon, daemon.guest() as guest:
+            assert guest.read(0, SIZE) == b"new" + content[3:]
+            check("chattr", "-i", place)
+            wait_until(lambda: not (place / "overlay.map").exists(), "the map is removed", 20)
+    finally:
+        check("chattr", "-i", place)
