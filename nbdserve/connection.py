@@ -93,6 +93,8 @@ class Connection:
             self._log.info("%s", self._cut_because or error)
         except OSError as error:
             self._log.info("%s", self._cut_because or f"connection lost: {error.strerror or error}")
+        except MemoryError:
+            self._log.error("connection closed: there is no memory left to serve it")
         else:
             if self._cut_because is not None:
                 self._log.info("%s", self._cut_because)

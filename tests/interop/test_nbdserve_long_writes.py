@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import random
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nbdserve.backends.base import Backend
+from nbdserve.backends.base import Backend, Buffer
 from nbdserve.backends.file import FileBackend
+from nbdserve.certificates import Certificates, load
 from nbdserve.exports import Export, Exports
+from nbdserve.handshake import Terms
+from nbdserve.policy import Policy
 from nbdserve.splicing import FileRange
 from tests.support.disks import KIB, MIB, random_bytes, random_disk
 from tests.support.inprocess import running
-from tests.support.processes import wait_until
-from tests.support.wire import SIMPLE_REPLY, Command, Flag, Wire, request
+from tests.support.processes import PATIENCE, wait_until
+from tests.support.servers import Address
+from tests.support.tls import Identities, client_context, encrypt
+from tests.support.wire import SIMPLE_REPLY, Command, Flag, Option, Reply, Wire, export_query, request
 
 SIZE = 8 * MIB + 1
+SHORT = 128 * KIB
+"""Bytes from which on a write is stored as it arrives: docs/architecture.md says so."""
+LIMIT = 10 * PATIENCE
+"""Seconds in which a server that is not stuck answers."""
 
 
 class Unwilling(FileBackend):
@@ -140,6 +151,138 @@ def test_a_file_that_takes_only_a_part_fails_the_write_and_the_stream_stays_in_s
         assert wire.receive(28) == evil[:28]
         wire.send(request(Command.WRITE, MIB - 5, cookie=3, data=b"x" * 5))
         assert SIMPLE_REPLY.unpack(wire.receive(SIMPLE_REPLY.size))[1:] == (0, 3)
+    disk.close()
+    os.close(descriptor)
+
+
+def open_as(kind: type[FileBackend], path: Path) -> FileBackend:
+    """A disk of one of these kinds."""
+    return Unwilling(path) if kind is Unwilling else kind(path, read_only=False)
+
+
+class Looking(FileBackend):
+    """A file whose writes have to be looked at, so that they are not spliced."""
+
+    def write_range(self, offset: int) -> FileRange | None:
+        """Nowhere."""
+        return None
+
+
+def killed_in_a_write(
+    address: Address, context: ssl.SSLContext | None, length: int, sent: int, first: int
+) -> None:
+    """A client that has one write acknowledged, of zeroes, and dies in the middle of another."""
+    with Wire(address, LIMIT) as wire:
+        wire.greet()
+        if context is not None:
+            assert wire.haggle(Option.STARTTLS)[-1].kind == Reply.ACK
+            encrypt(wire, context)
+        assert wire.haggle(Option.GO, export_query(""))[-1].kind == Reply.ACK
+        wire.send(request(Command.WRITE, 0, data=bytes(first)))
+        assert wire.simple_reply().error == 0
+        wire.send(request(Command.WRITE, 123, cookie=9, data=b"x" * length)[: 28 + sent])
+
+
+@pytest.mark.parametrize("kind", [FileBackend, Looking, Unwilling])
+@pytest.mark.parametrize("transport", ["unix", "tcp", "tls"])
+@pytest.mark.parametrize("length", [4096, SHORT - 1, SHORT, 3 * MIB])
+def test_a_client_that_dies_in_a_write_leaves_nothing_of_a_short_one_and_at_most_what_it_sent_of_a_long_one(
+    tmp_path: Path, identities: Identities, kind: type[FileBackend], transport: str, length: int
+) -> None:
+    before = bytearray(random_disk(tmp_path / "disk.img", SIZE))
+    before[: 256 * KIB] = bytes(256 * KIB)
+    disk = open_as(kind, tmp_path / "disk.img")
+    files = Certificates.in_directory(identities.server, verify_peer=False)
+    terms = Terms(tls=load(files).context) if transport == "tls" else Terms()
+    context = client_context(identities.nobody) if transport == "tls" else None
+    with running(exports(disk), tmp_path, Policy(terms=terms), tcp=transport != "unix") as (server, address):
+        for sent in (0, 1, length // 2, length - 1):
+            # After a long write only the header of the next is received, after a short one more of it is.
+            for first in (4096, 256 * KIB):
+                disk.path.write_bytes(before)
+                killed_in_a_write(address, context, length, sent, first)
+                wait_until(lambda: not server.clients, "the client's end is noticed")
+                after = disk.path.read_bytes()
+                stored = len(after[123:]) - len(after[123:].lstrip(b"x"))
+                assert stored <= (0 if length < SHORT else sent)
+                assert after == before[:123] + b"x" * stored + before[123 + stored :]
+    disk.close()
+
+
+class Exhausted(FileBackend):
+    """A disk for whose writes there is no memory."""
+
+    def write(self, offset: int, data: Buffer, fua: bool) -> None:
+        """Never."""
+        raise MemoryError
+
+    def write_range(self, offset: int) -> FileRange | None:
+        """Nowhere."""
+        return None
+
+
+def test_a_client_for_whom_there_is_no_memory_is_disconnected_with_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    random_disk(tmp_path / "disk.img", SIZE)
+    disk = Exhausted(tmp_path / "disk.img", read_only=False)
+    with (
+        caplog.at_level(logging.INFO, "nbdserve"),
+        running(exports(disk), tmp_path) as (server, address),
+        Wire(address, LIMIT) as other,
+    ):
+        other.go()
+        with Wire(address, LIMIT) as wire:
+            wire.go()
+            wire.send(request(Command.WRITE, 0, data=bytes(MIB)))
+            assert wire.is_closed_by_server()
+        wait_until(lambda: len(server.clients) == 1, "it is gone")
+        other.send(request(Command.READ, 0, 4096))
+        assert other.simple_reply().error == 0
+    assert [record.levelname for record in caplog.records if "no memory left" in record.message] == ["ERROR"]
+    disk.close()
+
+
+@pytest.mark.parametrize("kind", [FileBackend, Looking, Unwilling])
+def test_a_write_that_comes_in_many_parts_lands_where_it_belongs(
+    tmp_path: Path, kind: type[FileBackend]
+) -> None:
+    """The pipe may be full of single bytes long before all has come."""
+    wanted = bytearray(random_disk(tmp_path / "disk.img", SIZE))
+    disk = open_as(kind, tmp_path / "disk.img")
+    with running(exports(disk), tmp_path) as (_, address), Wire(address) as wire:
+        wire.go()
+        wire.send(request(Command.WRITE, 0, data=bytes(wanted[:MIB])))
+        assert wire.simple_reply().error == 0
+        for offset in (0, 100, 4 * MIB + 4095):
+            data = random_bytes(MIB - 1, offset)
+            message = request(Command.WRITE, offset, cookie=9, data=data)
+            wire.send_slowly(message[:1028], 0.0002)
+            wire.send(message[1028:])
+            reply = wire.simple_reply()
+            assert (reply.error, reply.cookie) == (0, 9)
+            wanted[offset : offset + len(data)] = data
+    assert disk.path.read_bytes() == wanted
+    disk.close()
+
+
+def test_a_full_disk_is_told_after_the_whole_payload(tmp_path: Path) -> None:
+    """A pipe that holds what could not be stored is empty for the next write."""
+    descriptor = os.memfd_create("disk", os.MFD_ALLOW_SEALING)
+    os.truncate(descriptor, 8 * MIB)
+    disk = FileBackend(Path(f"/proc/self/fd/{descriptor}"), read_only=False)
+    os.truncate(descriptor, MIB)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    data = random_bytes(MIB)
+    with running(exports(disk), tmp_path) as (_, address), Wire(address) as wire:
+        wire.go()
+        for offset in (2 * MIB, MIB - 5000, MIB // 2 + 123):
+            wire.send(request(Command.WRITE, offset, cookie=1, data=data))
+            assert wire.simple_reply().error == 1, "EPERM: the file is sealed"
+            wire.send(request(Command.WRITE, 0, cookie=2, data=data[: 512 * KIB]))
+            reply = wire.simple_reply()
+            assert (reply.error, reply.cookie) == (0, 2)
+            assert os.pread(descriptor, 512 * KIB, 0) == data[: 512 * KIB]
     disk.close()
     os.close(descriptor)
 
