@@ -89,11 +89,15 @@ class Observed:
 
 @pytest.fixture
 def observed(hanging: Hanging, tmp_path: Path) -> Iterator[Observed]:
-    """It gives up looking files up after 2 s."""
+    """It gives up looking files up after 8 s; to list what hangs takes it half of that.
+
+    What hangs and ``works`` together are fewer than may haggle, also while some are just leaving: where too
+    many haggle the oldest gives way.
+    """
     port, qmp = free_tcp_address().port, tmp_path / "qmp"
     options = [
-        "--handshake-timeout=2",
-        "--max-handshakes=4",
+        "--handshake-timeout=8",
+        "--max-handshakes=8",
         f"--metrics=127.0.0.1:{port}",
         f"--qmp=unix:{qmp}",
     ]
@@ -141,8 +145,10 @@ def test_a_file_that_hangs_costs_those_who_want_it_and_nobody_else(
             wires = ask_for_slow(server, 3)
             works(observed)
         works(observed)
-        late = "slow': its file system has not answered for 2 s"
-        wait_until(lambda: server.process.output().count(late) == 3, "they are told")
+        # On a machine that is very busy the time for a handshake may be over before somebody has asked.
+        late, idle = "slow': its file system has not answered for 8 s", "no export chosen within 8 s"
+        wait_until(lambda: sum(map(server.process.output().count, (late, idle))) >= 3, "they are told")
+        assert late in server.process.output()
         close(wires)
         # More than may haggle at a time: they keep no place.
         crowd = ask_for_slow(server, 12)
