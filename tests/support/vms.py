@@ -241,6 +241,13 @@ class Scene:
         """What a migration has started and is still there."""
         return {role for role in Role if role is not Role.A and role.find(self.directory)}
 
+    def wait_until_only(self, roles: set[Role]) -> None:
+        """Wait until these alone are there of what a migration has started.
+
+        An orchestrator that was killed is gone before its guard, and a process before its keeper.
+        """
+        wait_until(lambda: self.started() == roles, f"{roles} alone are left", 30.0)
+
     def capabilities_of_a(self) -> list[str]:
         """The migration capabilities that are on at A."""
         with monitor(self.monitor_a) as a:

@@ -27,7 +27,7 @@ def test_a_guest_and_its_disk_move_while_it_writes(tmp_path: Path, engine: str) 
         with stage.run() as run:
             assert run.wait(60.0) == 0, run.output()
         stage.wait_until_guest_works("b")
-        assert stage.started() == {Role.B}
+        stage.wait_until_only({Role.B})
         assert stage.moved.exists()
         assert not stage.image.exists()
         assert stage.moved.read_bytes()[:512] == stage.original[:512]
@@ -45,7 +45,7 @@ def test_a_migration_goes_on_when_nobody_reads_what_it_prints(stage: Scene) -> N
         assert run.wait(60.0) == 0, run.output()
     assert "Traceback" not in run.output()
     stage.wait_until_guest_works("b")
-    assert stage.started() == {Role.B}
+    stage.wait_until_only({Role.B})
     stage.quit_b()
     assert stage.wrong_sectors() == []
 
@@ -75,7 +75,7 @@ def test_a_migration_whose_streams_take_nothing_is_complete_all_the_same(
             "outcome could not be written to standard output: No space left on device"
         )
     stage.wait_until_guest_works("b")
-    assert stage.started() == {Role.B}
+    stage.wait_until_only({Role.B})
     stage.quit_b()
     assert stage.wrong_sectors() == []
 

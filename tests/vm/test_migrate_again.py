@@ -56,7 +56,7 @@ def assert_moves(stage: Scene) -> None:
     with stage.run() as run:
         assert run.wait(SECONDS) == 0, run.output()
     stage.wait_until_guest_works("b")
-    assert stage.started() == {Role.B}
+    stage.wait_until_only({Role.B})
     stage.quit_b()
     assert stage.wrong_sectors(interrupted=True) == []
     assert left_behind(stage) - {"b.qmp", "migration"} == {"a.moved", stage.overlay.name}

@@ -146,7 +146,7 @@ def test_the_stream_goes_on_when_the_server_or_a_keeper_dies(stage: Scene, victi
     with stage.run_doomed("PROGRESS", victim) as run:
         assert run.wait(SECONDS * 2) == 0, run.output()
     assert ("the export is back" in run.output()) == (victim is Role.SERVER)
-    assert stage.started() == {Role.B}
+    stage.wait_until_only({Role.B})
     stage.wait_until_guest_works("b")
     stage.quit_b()
     assert stage.wrong_sectors(interrupted=True) == []
@@ -174,7 +174,7 @@ def test_an_interrupted_stream_leaves_the_guest_on_b(stage: Scene) -> None:
         assert run.wait(SECONDS) == 130
     assert "the guest is on B and stays there" in run.output()
     stage.wait_until_guest_works("b")
-    assert stage.started() == {Role.B, Role.SERVER, Role.FENCE}
+    stage.wait_until_only({Role.B, Role.SERVER, Role.FENCE})
     # What docs/migrate.md says about ending it by hand.
     operator = Operator(
         {
@@ -188,7 +188,7 @@ def test_an_interrupted_stream_leaves_the_guest_on_b(stage: Scene) -> None:
     )
     assert "every block is local" in operator.must(5)
     assert f"{stage.image} is now {stage.moved}" in operator.must(6)
-    assert stage.started() == {Role.B}
+    stage.wait_until_only({Role.B})
     stage.quit_b()
     assert stage.wrong_sectors() == []
 
@@ -200,7 +200,7 @@ def test_both_halves_of_the_disk_are_kept_when_the_destination_dies_while_stream
     last = run.output().splitlines()[-1]
     assert "B's QEMU was ended by signal 9" in last
     assert f"its disk is {stage.overlay} on B together with {stage.image} on A, which is still served" in last
-    assert stage.started() == {Role.SERVER, Role.FENCE}
+    stage.wait_until_only({Role.SERVER, Role.FENCE})
     # And so it is: whoever opens the overlay now finds the guest's whole disk.
     assert stage.wrong_sectors(interrupted=True) == []
 
@@ -209,7 +209,7 @@ def test_a_server_that_dies_at_the_very_end_is_only_told(stage: Scene) -> None:
     with stage.run_doomed("SHUTDOWN", Role.SERVER) as run:
         assert run.wait(SECONDS) == 0, run.output()
     assert "the server on A was ended by signal 9" in run.output()
-    assert stage.started() == {Role.B}
+    stage.wait_until_only({Role.B})
 
 
 def test_a_destination_that_hangs_during_the_switch_over_is_ended_before_the_source_goes_on(

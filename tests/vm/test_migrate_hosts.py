@@ -128,7 +128,7 @@ def test_sessions_that_break_after_the_cut_over_end_nothing(over_ssh: Scene) -> 
             os.killpg(session.pid, signal.SIGKILL)
         assert run.wait(60.0) == 0, run.output()
     over_ssh.wait_until_guest_works("b")
-    assert over_ssh.started() == {Role.B}
+    over_ssh.wait_until_only({Role.B})
     over_ssh.quit_b()
     assert over_ssh.wrong_sectors() == []
 

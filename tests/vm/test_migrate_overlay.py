@@ -40,7 +40,7 @@ def assert_as_before(stage: Scene) -> None:
 
 def assert_complete(stage: Scene) -> None:
     """The guest works on B, with nothing but its file."""
-    assert stage.started() == {Role.B}
+    stage.wait_until_only({Role.B})
     stage.wait_until_guest_works("b")
     with monitor(stage.monitor_b) as b:
         nodes = b.execute("query-named-block-nodes", flat=True)
@@ -124,4 +124,4 @@ def test_the_guest_survives_on_b_when_the_orchestrator_is_killed_while_the_disk_
     with stage.run_doomed("PROGRESS", Role.ORCHESTRATOR) as run:
         assert run.wait(SECONDS) == -signal.SIGKILL
     stage.wait_until_guest_works("b")
-    assert stage.started() == {Role.B, Role.SERVER, Role.OVERLAY, Role.FENCE}
+    stage.wait_until_only({Role.B, Role.SERVER, Role.OVERLAY, Role.FENCE})
