@@ -29,8 +29,9 @@ need_programs nbd-migrate setsid
 qmp() { nbd-migrate qmp "$SOURCE_QMP" "$@"; }
 
 # waiting: qmp in the background, as the shell does not see a signal before a command in the foreground has ended.
+# What it complains of stands in FENCE_FILE.log, which the fence needs later only.
 waiting() {
-    nbd-migrate qmp "$SOURCE_QMP" "$@" >/dev/null 2>&1 &
+    nbd-migrate qmp "$SOURCE_QMP" "$@" >/dev/null 2>"$FENCE_FILE.log" &
     waiter=$!
     # In short turns, as a signal that comes just before a wait begins is not seen before that ends.
     while kill -0 "$waiter" 2>/dev/null; do
@@ -64,7 +65,7 @@ give_up() {
         die "interrupted, but the guest had arrived: it runs on B"
     fi
     why=$(qmp query-migrate --get error-desc 2>/dev/null) || die "A's QEMU does not answer any more"
-    why=${cause:-${why:-it took longer than $MIGRATE_TIMEOUT s}}
+    why=${cause:-${why:-$(tail -n 1 "$FENCE_FILE.log")}}
     qmp migrate_cancel >/dev/null
     qmp query-migrate --get status --until 'cancelled|failed' --timeout 30 >/dev/null
     if qmp query-status --get status --until running --timeout 5 >/dev/null 2>&1; then
@@ -89,7 +90,7 @@ qmp migrate "{\"uri\": \"$MIGRATION\"}" >/dev/null
 waiting query-migrate --get status --until pre-switchover --unless 'failed|cancelled' \
     --timeout "$MIGRATE_TIMEOUT" || give_up
 # Not by the function: what the trap says while it runs would go where its output goes.
-nbd-migrate qmp "$SOURCE_QMP" migrate-continue '{"state": "pre-switchover"}' >/dev/null 2>&1 || give_up
+nbd-migrate qmp "$SOURCE_QMP" migrate-continue '{"state": "pre-switchover"}' >/dev/null 2>"$FENCE_FILE.log" || give_up
 waiting query-migrate --get status --until completed --unless 'failed|cancelled' --timeout 300 || give_up
 # Nothing may come between the guest's leaving and the fence.
 trap '' INT TERM HUP

@@ -43,8 +43,6 @@ end() {
     await 30 "process $pid of $1 does not end" ended "$pid"
 }
 
-qemu_ended() { ! nbd-migrate qmp "$SOURCE_QMP" query-status --timeout 5 >/dev/null 2>&1; }
-
 # Is anything here still needed?
 status=$(nbd-migrate qmp "$DESTINATION_QMP" query-status --get status)
 [ "$status" = running ] || die "the guest does not run on B but is in state $status; nothing was ended"
@@ -58,7 +56,7 @@ if [ "$SOURCE_QMP" != ended ]; then
     status=$(nbd-migrate qmp "$SOURCE_QMP" query-status --get status)
     [ "$status" = postmigrate ] || die "A's guest is in state $status and not migrated away; nothing was ended"
     nbd-migrate qmp "$SOURCE_QMP" quit >/dev/null
-    await 30 "A's QEMU does not end" qemu_ended
+    await 30 "A's QEMU does not end" nobody_at "$SOURCE_QMP"
 fi
 [ -z "$MOVE_TO" ] || mv -n "$DISK" "$MOVE_TO"
 end "$NBD_PID_FILE" '^(.*/)?nbdserve$'

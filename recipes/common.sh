@@ -70,6 +70,12 @@ capabilities() {
     echo "{\"capabilities\": [$list]}"
 }
 
+# nobody_at MONITOR: whether no QEMU listens there. One that does not answer is busy, or stopped, but it is there.
+nobody_at() {
+    local why
+    ! why=$(nbd-migrate qmp "$1" query-status --timeout 5 2>&1) && [[ $why = *"no monitor at $1: "* ]]
+}
+
 # await SECONDS WHAT COMMAND...: wait until the command succeeds.
 await() {
     local end=$((SECONDS + $1)) what=$2

@@ -41,6 +41,11 @@ class Operator:
         """Run recipe ``number``, with some variables changed; an empty one counts as not set."""
         return run(RECIPES[number - 1], *arguments, seconds=LIMIT, env=self.environment(changes))
 
+    def log_of_b(self) -> str:
+        """What B's QEMU has complained of, for a test that fails."""
+        log = Path(self.variables["DESTINATION_QMP"] + ".log")
+        return f"\n{log}:\n{log.read_text()}" if log.exists() else ""
+
     def start(self, number: int, log: Path, **changes: str) -> Process:
         """Start recipe ``number``, in a process group of its own, and do not wait for it."""
         return Process(["setsid", RECIPES[number - 1]], log, env=self.environment(changes))
@@ -53,7 +58,7 @@ class Operator:
     def must(self, number: int, *arguments: str, **changes: str) -> str:
         """Run it and return what it printed; it must succeed."""
         done = self.run(number, *arguments, changes=changes)
-        assert done.returncode == 0, f"{done.args}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{done.args}\n{done.stdout}{done.stderr}{self.log_of_b()}"
         return done.stdout
 
     def fails(self, number: int, *arguments: str, **changes: str) -> str:
@@ -67,7 +72,7 @@ class Operator:
     def complains(self, code: int, number: int, *arguments: str, changes: Mapping[str, str]) -> str:
         """Run it and return the one line that it complained with; it must fail with this exit code."""
         done = self.run(number, *arguments, changes=changes)
-        assert done.returncode == code, f"{done.args}\n{done.stdout}{done.stderr}"
+        assert done.returncode == code, f"{done.args}\n{done.stdout}{done.stderr}{self.log_of_b()}"
         assert done.stderr.count("\n") == 1, done.stderr
         return done.stderr
 
