@@ -29,8 +29,10 @@ REQUEST_TIMEOUT = 60.0
 PATIENCE = 10.0
 """Seconds for which requests wait for a lost server, unless the operator says otherwise."""
 
+_FIRST_DIAL_TIMEOUT = 20.0
+"""Seconds that the first attempt to reach the server may take: no other one follows."""
 _DIAL_TIMEOUT = 5.0
-"""Seconds that one attempt to reach the server may take."""
+"""Seconds that one of those after a loss may take."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two attempts."""
 
@@ -106,7 +108,7 @@ class Upstream:
         self._durable = 0
         self._doubt = False
         self._given_up: str | None = None
-        self._session = self._open_session()
+        self._session = self._open_session(_FIRST_DIAL_TIMEOUT)
         self.export: Export = self._session.export
 
     def call(self, start: Start[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -236,11 +238,11 @@ class Upstream:
                 return session
         raise OSError(errno.EIO, self._given_up)
 
-    def _open_session(self) -> Session:
-        clients = [self._dial(_DIAL_TIMEOUT)]
+    def _open_session(self, timeout: float = _DIAL_TIMEOUT) -> Session:
+        clients = [self._dial(timeout)]
         try:
             if clients[0].export.multi_conn:
-                clients += [self._dial(_DIAL_TIMEOUT) for _ in range(self._connections - 1)]
+                clients += [self._dial(timeout) for _ in range(self._connections - 1)]
         except BaseException:
             clients[0].close()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,18 @@ def connected(uri: str, *contexts: str) -> nbd.NBD:
         client.add_meta_context(context)
     client.connect_uri(uri)
     return client
+
+
+def test_a_server_that_takes_its_time_to_answer_is_waited_for_at_the_start(tmp_path: Path) -> None:
+    content = random_disk(tmp_path / "disk.img", MIB)
+    with nbdserve("-f", "raw", tmp_path / "disk.img", directory=tmp_path) as upstream:
+        upstream.process.signal(signal.SIGSTOP)
+        # Longer than an attempt to reach a server that was lost may take.
+        awake = threading.Timer(6, upstream.process.signal, [signal.SIGCONT])
+        awake.start()
+        with nbdserve(upstream.uri(), directory=tmp_path) as proxy:
+            assert connected(proxy.uri()).pread(MIB, 0) == content
+        awake.join()
 
 
 @pytest.mark.parametrize("patience", ["0", "1"])
