@@ -190,7 +190,7 @@ def _add_export_options(parser: Parser) -> None:
         type=patience,
         default=10.0,
         metavar="S",
-        help="how long requests wait for another server that is lost (%(default)g)",
+        help="how long requests wait for another server that is lost, or, if over 60, silent (%(default)g)",
     )
     group.add_argument(
         "--fence",

@@ -254,4 +254,4 @@ class Source:
         return client
 
     def _dial(self) -> Client:
-        return connect(self.uri, timeout=_DIAL_TIMEOUT, request_timeout=_REQUEST_TIMEOUT)
+        return connect(self.uri, timeout=_DIAL_TIMEOUT, silence=_REQUEST_TIMEOUT)

@@ -9,8 +9,9 @@ from typing import TypeVar
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.client.handle import Export
-from nbdserve.client.pipeline import Client, connect
-from nbdserve.client.upstream import PATIENCE, REQUEST_TIMEOUT, Upstream
+from nbdserve.client.pace import Pace, timed
+from nbdserve.client.pipeline import SILENCE, Client, connect
+from nbdserve.client.upstream import PATIENCE, Upstream
 from nbdserve.errors import UsageError
 from nbdserve.protocol.constants import Command, CommandFlags
 from nbdserve.protocol.extents import Extent
@@ -18,10 +19,10 @@ from nbdserve.protocol.offers import BlockSizes
 from nbdserve.uri import NbdUri
 
 _NONE = CommandFlags(0)
-_LONGEST_PAYLOAD = 4 << 20
-"""Bytes of one read or write upstream: a slow link must carry it within the time limit."""
-_LONGEST_RANGE = 1 << 30
-"""Bytes of one request upstream that carries no data: a slow disk must do it within the time limit."""
+_PAYLOAD = 16 << 10, 64 << 10, 4 << 20
+"""Bytes of one read or write upstream: at least, at first, and at most."""
+_RANGE = 1 << 20, 64 << 20, 1 << 30
+"""The same of a request that carries no data: the server's disk may take its time."""
 
 _LEAST_PATIENCE, _MOST_PATIENCE = 1.0, 10.0
 """Seconds that the server is given for its last flush when this one ends."""
@@ -36,7 +37,7 @@ def open_nbd(uri: NbdUri, *, read_only: bool, part: Slice = WHOLE, patience: flo
     """
 
     def dial(timeout: float) -> Client:
-        return connect(uri, timeout=timeout, request_timeout=REQUEST_TIMEOUT, contexts=None)
+        return connect(uri, timeout=timeout, silence=max(SILENCE, patience), contexts=None)
 
     return NbdBackend(Upstream(str(uri), dial, patience=patience), read_only=read_only, part=part)
 
@@ -67,18 +68,20 @@ class NbdBackend(Backend):
             # All clients here share what is one client, or several that see one another's writes, there.
             multi_conn=True,
         )
-        self._longest_payload = min(export.maximum_block or _LONGEST_PAYLOAD, _LONGEST_PAYLOAD)
+        self._payload, self._range = Pace(*_PAYLOAD), Pace(*_RANGE)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer."""
-        for begin, end in _pieces(len(buffer), self._longest_payload):
-            self._upstream.call(Client.start_read, self._base + offset + begin, buffer[begin:end])
+        for begin, end in self._pieces(offset, len(buffer), self._payload):
+            start = timed(Client.start_read, self._payload, end - begin)
+            self._upstream.call(start, self._base + offset + begin, buffer[begin:end])
 
     def write(self, offset: int, data: Buffer, fua: bool) -> None:
         """Write all of ``data``."""
         view = memoryview(data)
-        for begin, end in _pieces(len(data), self._longest_payload):
-            self._change(fua, Client.start_write, self._base + offset + begin, view[begin:end])
+        for begin, end in self._pieces(offset, len(data), self._payload):
+            start = timed(Client.start_write, self._payload, end - begin)
+            self._change(fua, start, self._base + offset + begin, view[begin:end])
 
     def settle(self) -> None:
         """Nothing: no write is taken at once."""
@@ -88,19 +91,22 @@ class NbdBackend(Backend):
         flags = _NONE if may_trim else CommandFlags.NO_HOLE
         if fast:
             flags |= CommandFlags.FAST_ZERO
-        for begin, end in _pieces(length, _LONGEST_RANGE):
-            self._change(fua, Client.start_zero, self._base + offset + begin, end - begin, flags)
+        for begin, end in self._pieces(offset, length, self._range):
+            start = timed(Client.start_zero, self._range, end - begin)
+            self._change(fua, start, self._base + offset + begin, end - begin, flags)
 
     def trim(self, offset: int, length: int, fua: bool) -> None:
         """Let the server give the range back."""
-        for begin, end in _pieces(length, _LONGEST_RANGE):
-            self._change(fua, Client.start_trim, self._base + offset + begin, end - begin)
+        for begin, end in self._pieces(offset, length, self._range):
+            start = timed(Client.start_trim, self._range, end - begin)
+            self._change(fua, start, self._base + offset + begin, end - begin)
 
     def cache(self, offset: int, length: int) -> None:
         """Let the server bring the range closer."""
         # qemu-nbd takes no more here than in a read.
-        for begin, end in _pieces(length, self._longest_payload):
-            self._upstream.call(Client.start_cache, self._base + offset + begin, end - begin)
+        for begin, end in self._pieces(offset, length, self._payload):
+            start = timed(Client.start_cache, self._payload, end - begin)
+            self._upstream.call(start, self._base + offset + begin, end - begin)
 
     def flush(self) -> None:
         """Let the server flush, if it can."""
@@ -140,6 +146,20 @@ class NbdBackend(Backend):
         """Take leave of the server."""
         self._upstream.close()
 
+    def _pieces(self, offset: int, length: int, pace: Pace) -> Iterator[tuple[int, int]]:
+        """Where the requests that make up a range begin and end.
+
+        They are as long as the pace says and the server takes, and end with its blocks.
+        """
+        block = self._export.minimum_block or 1
+        most = (self._export.maximum_block or pace.longest) if pace is self._payload else pace.longest
+        begin = 0
+        while begin < length:
+            end = begin + max(min(pace.length, most), block)
+            end -= (self._base + offset + end) % block
+            yield begin, min(end, length)
+            begin = end
+
     def _change(
         self,
         fua: bool,
@@ -163,8 +183,3 @@ def _block_sizes(export: Export) -> BlockSizes:
     minimum = export.minimum_block or default.minimum
     preferred = max(export.preferred_block or default.preferred, minimum)
     return BlockSizes(minimum, preferred, default.maximum)
-
-
-def _pieces(length: int, longest: int) -> Iterator[tuple[int, int]]:
-    """Where the parts of a request begin and end, none longer than ``longest``."""
-    return ((begin, min(begin + longest, length)) for begin in range(0, length, longest))

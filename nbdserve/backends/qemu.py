@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from nbdserve.backends.nbd import NbdBackend
 from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.client.pipeline import Client, connect
-from nbdserve.client.upstream import PATIENCE, REQUEST_TIMEOUT, Fate, Upstream
+from nbdserve.client.upstream import PATIENCE, Fate, Upstream
 from nbdserve.errors import ConnectError, ImageError, OperatorError
 from nbdserve.socketpaths import place_for_sockets
 from nbdserve.threads import Thread
@@ -127,7 +128,8 @@ class Child:
                     client = connect(
                         uri,
                         timeout=timeout,
-                        request_timeout=REQUEST_TIMEOUT,
+                        # It waits for the same disk as we would; killing it would lose what it holds.
+                        silence=math.inf,
                         contexts=None,
                         block_sizes=False,
                     )

@@ -1,6 +1,6 @@
 """libnbd's handle, of its Python binding ``nbd``.
 
-libnbd itself waits for ever. Here a handle is driven by poll(2) under a deadline, with libnbd's ``aio_``
+libnbd itself waits for ever. Here a handle is driven by poll(2) under a limit, with libnbd's ``aio_``
 functions. What goes wrong while connecting is a ConnectError for the operator.
 """
 
@@ -9,22 +9,21 @@ from __future__ import annotations
 import errno
 import math
 import os
-import queue
 import select
 import socket
-import struct
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from nbdserve.client import tlsfaults, trust
+from nbdserve.client.dial import Countdown, begin, connect_tcp, connect_unix, in_time, race, resolve, tune
 from nbdserve.client.libnbd import nbd
+from nbdserve.client.replies import broken
 from nbdserve.errors import ConnectError
 from nbdserve.protocol.constants import MAX_STRING
 from nbdserve.protocol.offers import BASE_ALLOCATION
-from nbdserve.threads import Thread
 from nbdserve.uri import NbdUri, TlsType
 
 HandleError = nbd.Error
@@ -32,6 +31,9 @@ HandleError = nbd.Error
 
 _EXPLANATION = 3.0
 """Seconds for each connection that is made to explain why TLS has failed."""
+
+_TRANSPORT = "recv", "send", "gnutls"
+"""What libnbd's messages begin with where the trouble is on the way and there is no errno for it."""
 
 _MAX_CONTEXTS = 64
 """How many of the contexts that a server lists are asked for."""
@@ -46,6 +48,12 @@ class ErrorCell(Protocol):
 Completion = Callable[[ErrorCell], int]
 """Called once when a request is over; returning 1 says that nobody will ask for it again."""
 
+OnChunk = Callable[[memoryview, int, int, ErrorCell], int]
+"""Called with a piece of a read's data, its offset, and what it is: data, zeros or, empty, an error."""
+
+CHUNK_ERROR: int = nbd.READ_ERROR
+"""What a piece is that only says where an error is."""
+
 OnExtents = Callable[[str, int, list[int], ErrorCell], int]
 """Called with a context, the offset, and lengths and flags in turn."""
 
@@ -59,6 +67,7 @@ class Handle(Protocol):
     def set_export_name(self, export_name: str) -> None: ...
     def add_meta_context(self, name: str) -> None: ...
     def set_request_block_size(self, request: bool) -> None: ...
+    def set_pread_initialize(self, request: bool) -> None: ...
     def set_opt_mode(self, enable: bool) -> None: ...
     def set_tls(self, tls: int) -> None: ...
     def set_tls_certificates(self, dir: str) -> None: ...  # noqa: A002
@@ -79,6 +88,9 @@ class Handle(Protocol):
     def aio_notify_read(self) -> None: ...
     def aio_notify_write(self) -> None: ...
     def aio_pread(self, buf: memoryview, offset: int, completion: Completion) -> int: ...
+    def aio_pread_structured(
+        self, buf: memoryview, offset: int, chunk: OnChunk, completion: Completion
+    ) -> int: ...
     def aio_pwrite(
         self, buf: bytes | bytearray | memoryview, offset: int, completion: Completion, flags: int
     ) -> int: ...
@@ -135,15 +147,18 @@ class Export:
 def open_handle(
     uri: NbdUri, contexts: Sequence[str] | None, block_sizes: bool, timeout: float
 ) -> tuple[Handle, Export]:
-    """Connect to an export within ``timeout`` seconds; None asks for all contexts that the server lists.
+    """Connect to an export; None asks for all contexts that the server lists.
 
-    Raises ConnectError when nobody answers there in time, or refuses the export, or cannot be trusted.
+    Raises ConnectError when nobody takes the connection within ``timeout`` seconds, or the server then says
+    nothing for so long, or refuses the export, or cannot be trusted.
     """
     with trust.certificates(uri) as directory:
         try:
             return _open(uri, contexts, block_sizes, timeout, directory)
         except ConnectError as error:
-            if why := tlsfaults.explain(uri, directory, _EXPLANATION):
+            # What is not libnbd's own error comes from before TLS, or from after it.
+            is_strange = not isinstance(error.__cause__, OSError)
+            if is_strange and (why := tlsfaults.explain(uri, directory, _EXPLANATION)):
                 raise ConnectError(f"{uri}: {why}") from error
             raise
 
@@ -156,7 +171,7 @@ def _open(
     certificates: Path | None,
 ) -> tuple[Handle, Export]:
     """Do so, with these files for TLS."""
-    deadline = time.monotonic() + timeout
+    limit = Countdown(timeout)
     handle: Handle = nbd.NBD()
     try:
         handle.set_export_name(uri.export)
@@ -164,37 +179,38 @@ def _open(
             handle.add_meta_context(context)
         handle.set_request_block_size(block_sizes)
         handle.set_opt_mode(contexts is None)
+        # A read that is not covered by its reply fails: what was in the buffer is nobody's data.
+        handle.set_pread_initialize(False)
         _set_tls(handle, uri, certificates)
-        if uri.socket is None:
-            _start_tcp(handle, uri, deadline)
-        else:
-            _start_unix(handle, uri.socket, deadline)
-        drive(handle, lambda: not handle.aio_is_connecting(), deadline)
+        _start(handle, uri, limit)
+        tune(handle.aio_get_fd())
+        limit.moved()
+        drive(handle, lambda: not handle.aio_is_connecting(), limit)
         if handle.aio_is_negotiating():
-            contexts = _haggle(handle, deadline)
+            contexts = _haggle(handle, limit)
         if not handle.aio_is_ready():
             raise ConnectError(f"{uri}: the server hung up before it offered the export")
         export = _describe(handle, contexts or ())
     except TimeoutError as error:
-        raise ConnectError(f"{uri}: no answer within {timeout:g} s; is it an NBD server?") from error
+        why = error.strerror or f"no answer within {timeout:g} s"
+        raise ConnectError(f"{uri}: {why}; is it an NBD server?") from error
     except (OSError, nbd.Error) as error:
         raise ConnectError(f"{uri}: {_why(error)}") from error
     return handle, export
 
 
-def drive(handle: Handle, done: Callable[[], bool], deadline: float) -> None:
-    """Let libnbd work until ``done``; TimeoutError at the deadline (of the monotonic clock, in seconds)."""
+def drive(handle: Handle, done: Callable[[], bool], limit: Countdown) -> None:
+    """Let libnbd work until ``done``; TimeoutError when there is silence for too long."""
     while not done():
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        drive_once(handle, left)
+        if drive_once(handle, limit.left):
+            limit.moved()
 
 
-def drive_once(handle: Handle, seconds: float | None, wake: int | None = None) -> None:
+def drive_once(handle: Handle, seconds: float, wake: int | None = None) -> bool:
     """Wait, at most so long, until the server can be heard or spoken to, and let libnbd do so once.
 
-    ``wake`` is an eventfd that ends the wait as well. Raises HandleError when the connection ends.
+    ``wake`` is an eventfd that ends the wait as well. Returns whether anything came or went. Raises
+    HandleError when the connection ends.
     """
     poll = select.poll()
     fd, direction = handle.aio_get_fd(), handle.aio_get_direction()
@@ -203,13 +219,17 @@ def drive_once(handle: Handle, seconds: float | None, wake: int | None = None) -
     poll.register(fd, wanted)
     if wake is not None:
         poll.register(wake, select.POLLIN)
-    for ready, happened in poll.poll(None if seconds is None else math.ceil(seconds * 1000)):
+    moved = False
+    for ready, happened in poll.poll(math.ceil(seconds * 1000)):
         if ready == wake:
             os.eventfd_read(wake)
         elif direction & nbd.AIO_DIRECTION_READ and happened & ~select.POLLOUT:
             handle.aio_notify_read()
+            moved = True
         elif direction & nbd.AIO_DIRECTION_WRITE:
             handle.aio_notify_write()
+            moved = True
+    return moved
 
 
 def needs_waking(handle: Handle) -> bool:
@@ -217,12 +237,20 @@ def needs_waking(handle: Handle) -> bool:
     return bool(handle.aio_get_direction() != nbd.AIO_DIRECTION_READ)
 
 
+def loss(error: nbd.Error) -> OSError:
+    """Why a connection ended: EPROTO when what came makes no sense, else ENOTCONN."""
+    text = _why(error)
+    if error.errnum == errno.EPROTO or (not error.errnum and not text.startswith(_TRANSPORT)):
+        return broken(text)
+    return OSError(errno.ENOTCONN, "the server hung up")
+
+
 def is_over(handle: Handle) -> bool:
     """Whether the connection has ended, one way or the other."""
     return handle.aio_is_closed() or handle.aio_is_dead()
 
 
-def _haggle(handle: Handle, deadline: float) -> list[str]:
+def _haggle(handle: Handle, limit: Countdown) -> list[str]:
     """Ask for every context that the server lists, and for the export; OSError when it refuses that."""
     listed: list[str] = []
     outcome: list[int] = []
@@ -238,7 +266,7 @@ def _haggle(handle: Handle, deadline: float) -> list[str]:
 
     try:
         handle.aio_opt_list_meta_context(add, complete)
-        drive(handle, lambda: bool(outcome), deadline)
+        drive(handle, lambda: bool(outcome), limit)
     except nbd.Error:
         if is_over(handle):
             raise
@@ -247,7 +275,7 @@ def _haggle(handle: Handle, deadline: float) -> list[str]:
         handle.add_meta_context(context)
     outcome.clear()
     handle.aio_opt_go(complete)
-    drive(handle, lambda: bool(outcome) and not handle.aio_is_connecting(), deadline)
+    drive(handle, lambda: bool(outcome) and not handle.aio_is_connecting(), limit)
     if outcome[0] == errno.ENOENT:
         raise OSError(errno.ENOENT, "the server has no export of that name")
     if outcome[0]:
@@ -255,41 +283,37 @@ def _haggle(handle: Handle, deadline: float) -> list[str]:
     return listed
 
 
-def _start_tcp(handle: Handle, uri: NbdUri, deadline: float) -> None:
-    """Begin to connect. libnbd looks the name up right here, for as long as that takes: so in a thread."""
-    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def start() -> None:
-        try:
-            handle.aio_connect_tcp(uri.host, str(uri.port))
-        except nbd.Error as error:
-            outcome.put(error)
-        else:
-            outcome.put(None)
-
-    Thread(start, f"look up {uri.host}").start()
-    try:
-        error = outcome.get(timeout=max(0.0, deadline - time.monotonic()))
-    except queue.Empty:
-        raise ConnectError(f"{uri}: the name {uri.host!r} could not be looked up in time") from None
-    if error:
-        raise error
+def _start(handle: Handle, uri: NbdUri, limit: Countdown) -> None:
+    """Give libnbd a connected socket."""
+    if uri.socket is not None:
+        _hand_over(handle, connect_unix(uri.socket, limit))
+    elif uri.tls is None or uri.tls.psk_file is not None:
+        _hand_over(handle, connect_tcp(uri.host, uri.port, limit))
+    else:
+        _start_verified(handle, uri, limit)
 
 
-def _start_unix(handle: Handle, path: str, deadline: float) -> None:
-    """Connect, waiting until the deadline for a place in the server's queue; libnbd gets the socket."""
-    with socket.socket(socket.AF_UNIX) as peer:
-        left = max(0.001, deadline - time.monotonic())
-        limit = struct.pack("@ll", int(left), int(left % 1 * 1_000_000))
-        # A connect that does not block would fail at once on a full queue, so it blocks, under this limit.
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        try:
-            peer.connect(path)
-        except BlockingIOError as error:
-            raise TimeoutError from error
-        peer.setblocking(False)
-        # libnbd closes it from now on, also when this fails, as where the server has refused already.
-        handle.aio_connect_socket(peer.detach())
+def _hand_over(handle: Handle, peer: socket.socket) -> None:
+    # libnbd closes it from now on, also when this fails, as where the server has refused already.
+    handle.aio_connect_socket(peer.detach())
+
+
+def _start_verified(handle: Handle, uri: NbdUri, limit: Countdown) -> None:
+    """Give libnbd a connected socket, and the name that the server's certificate must have.
+
+    libnbd 1.14 learns the name only where it connects by itself, and then it tries one address, in a call
+    that looks the name up for as long as that takes. So it gets another socket in place of its own, unless
+    that is the first to be connected.
+    """
+    first, *others = resolve(uri.host, uri.port, limit)
+    in_time(lambda: handle.aio_connect_tcp(uri.host, str(uri.port)), f"connect to {uri.host}", limit)
+    fd = handle.aio_get_fd()
+    own = socket.socket(fileno=os.dup(fd))
+    attempts: list[tuple[str, Callable[[], socket.socket]]] = [(str(first), lambda: own)]
+    attempts += [(str(each), partial(begin, each)) for each in others]
+    with race(attempts, limit) as peer:
+        if peer is not own:
+            os.dup2(peer.fileno(), fd, inheritable=False)
 
 
 def _set_tls(handle: Handle, uri: NbdUri, certificates: Path | None) -> None:

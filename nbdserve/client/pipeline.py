@@ -1,23 +1,26 @@
 """One connection to an export, with many requests in flight.
 
 Whoever starts a request sends it, as far as the socket takes it, and gets a Future. One thread for each
-connection receives the replies and completes the Futures, also when the server dies or falls silent: no
-Future stays open for longer than the time limit.
+connection receives the replies and completes the Futures, also when the server dies, falls silent or breaks
+the protocol, and when the thread itself fails: no Future stays open.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
+from nbdserve.client.dial import SILENT_NETWORK, Countdown, is_cut_off, unsent
+from nbdserve.client.flight import Flight, Request
 from nbdserve.client.handle import (
+    CHUNK_ERROR,
     Completion,
     ErrorCell,
     Export,
@@ -26,20 +29,27 @@ from nbdserve.client.handle import (
     drive,
     drive_once,
     is_over,
+    loss,
     needs_waking,
     open_handle,
 )
+from nbdserve.client.replies import Coverage, broken, sound_runs
 from nbdserve.protocol.constants import CommandFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
 from nbdserve.threads import Thread
 from nbdserve.uri import NbdUri
 
+_LOG = logging.getLogger("nbdserve.client")
+
 DEFAULT_TIMEOUT = 10.0
-"""Seconds that connecting, or one request, may take."""
+"""Seconds in which a server must take a connection, and for which it may be silent until it is made."""
+
+SILENCE = 60.0
+"""Seconds for which a server may be silent while it is asked for something: its disk may be slow."""
 
 STATUS_LIMIT = 1 << 30
-"""Longest block status request in bytes: short enough that a slow server answers it within the time limit."""
+"""Longest block status request in bytes: short enough that a slow server answers it in good time."""
 
 _READ_PART = 1 << 20
 _READS_AT_ONCE = 4
@@ -48,65 +58,47 @@ _READS_AT_ONCE = 4
 _CLOSE_TIMEOUT = 1.0
 
 Buffer = bytes | bytearray | memoryview
-T = TypeVar("T")
 
 
 def connect(
     uri: NbdUri,
     *,
     timeout: float = DEFAULT_TIMEOUT,
-    request_timeout: float | None = None,
+    silence: float = SILENCE,
     contexts: Sequence[str] | None = (BASE_ALLOCATION,),
     block_sizes: bool = True,
 ) -> Client:
-    """Connect to an export; ``timeout`` seconds for that, and for each later request unless it has its own.
+    """Connect to an export; limits in seconds: ``timeout`` until then, ``silence`` for what is asked later.
 
     ``contexts`` are the meta contexts to ask for, None for all that the server lists; ``block_sizes`` says
     whether to ask for the server's constraints on requests. Raises ConnectError when nobody answers there in
     time, or refuses the export.
     """
     handle, export = open_handle(uri, contexts, block_sizes, timeout)
-    return Client(uri, export, handle, timeout if request_timeout is None else request_timeout)
-
-
-class _Request(Generic[T]):
-    """A request in flight. ``result`` yields what its Future is to return, once it has succeeded."""
-
-    def __init__(self, deadline: float, result: Callable[[], T]) -> None:
-        self.future: Future[T] = Future()
-        # It is on its way: nobody can call it back.
-        self.future.set_running_or_notify_cancel()
-        self.deadline = deadline
-        self.result = result
-
-    def succeed(self) -> None:
-        try:
-            self.future.set_result(self.result())
-        except OSError as error:
-            self.future.set_exception(error)
+    return Client(uri, export, handle, silence)
 
 
 class Client:
     """One connection to an export, made by :func:`connect`.
 
-    Futures end with an OSError: ENOTCONN when the connection is lost, ETIMEDOUT when an answer is late, which
-    ends the connection too, else what the server says. Their callbacks run in the connection's own thread and
-    must not wait.
+    Futures end with an OSError: ENOTCONN when the connection is lost; ETIMEDOUT when the server is silent for
+    too long, and EPROTO when it breaks the protocol so that nothing more can be understood, which end the
+    connection; EPROTO also when it answered something else than what was asked, else what the server says.
+    Their callbacks run in the connection's own thread and must not wait.
     """
 
-    def __init__(self, uri: NbdUri, export: Export, handle: Handle, timeout: float) -> None:
+    def __init__(self, uri: NbdUri, export: Export, handle: Handle, silence: float) -> None:
         self.uri = uri
         self.export = export
-        self._timeout = timeout
         self._lock = threading.Lock()
         self._handle: Handle | None = handle
         self._thread: Thread | None = None
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # In the order of their deadlines, as all have the same time. libnbd's callbacks touch neither this
-        # nor the lock, as they run with libnbd's own lock held; they only append to _over.
-        self._in_flight: dict[_Request[Any], None] = {}
-        self._over: deque[tuple[_Request[Any], int]] = deque()
+        self._unsent = 0
+        self._flight = Flight(silence)
+        # libnbd's callbacks run with libnbd's own lock held, so they take none of ours: they only append.
+        self._over: deque[tuple[Request[Any], int]] = deque()
 
     @property
     def size(self) -> int:
@@ -118,10 +110,31 @@ class Client:
         """Whether the connection still stands, as far as is known."""
         return self._handle is not None
 
+    @property
+    def quiet(self) -> float:
+        """Seconds for which nothing has come or gone although something is asked for; 0 if nothing is."""
+        return self._flight.quiet
+
     def start_read(self, offset: int, buffer: memoryview) -> Future[None]:
         """Fill ``buffer``, which must stay as it is until the Future is done."""
         self._check_range(offset, len(buffer))
-        return self._start(lambda handle, over: handle.aio_pread(buffer, offset, over))
+        if not self.export.structured_replies:
+            return self._start(lambda handle, over: handle.aio_pread(buffer, offset, over))
+        coverage = Coverage(offset, len(buffer))
+
+        def take(data: memoryview, place: int, kind: int, error: ErrorCell) -> int:
+            try:
+                if kind != CHUNK_ERROR:
+                    coverage.add(place, len(data))
+            except MemoryError:
+                error.value = errno.ENOMEM
+                return -1
+            return 0
+
+        return self._start(
+            lambda handle, over: handle.aio_pread_structured(buffer, offset, take, over),
+            coverage.require_whole,
+        )
 
     def start_write(self, offset: int, data: Buffer, flags: CommandFlags) -> Future[None]:
         """Write all of ``data``, which must stay as it is until the Future is done."""
@@ -150,21 +163,17 @@ class Client:
     def start_extents(self, offset: int, length: int, context: str) -> Future[list[Extent]]:
         """The runs from ``offset`` on, at least one, none empty; they may end before or after the range."""
         self._check_range(offset, length)
-        runs: list[Extent] = []
+        length = min(length, STATUS_LIMIT)
+        replies: list[list[Extent]] = []
 
         def collect(name: str, start: int, entries: list[int], error: ErrorCell) -> int:
             if name == context and start == offset:
-                runs.extend(Extent(*entries[i : i + 2]) for i in range(0, len(entries), 2))
+                replies.append([Extent(*entries[i : i + 2]) for i in range(0, len(entries), 2)])
             return 0
 
-        def checked() -> list[Extent]:
-            if not runs or any(run.length <= 0 for run in runs):
-                raise OSError(errno.EPROTO, f"{self.uri}: the server's block status at {offset} is empty")
-            return runs
-
-        length = min(length, STATUS_LIMIT)
         return self._start(
-            lambda handle, over: handle.aio_block_status(length, offset, collect, over), checked
+            lambda handle, over: handle.aio_block_status(length, offset, collect, over),
+            lambda: sound_runs(replies, offset, length, self.export.size, self.export.minimum_block or 1),
         )
 
     def read(self, offset: int, length: int) -> bytes:
@@ -200,17 +209,20 @@ class Client:
                     break
         return runs
 
-    def close(self) -> None:
-        """Take leave of the server, if it still listens, and free the connection. Requests in flight fail."""
+    def hang_up(self) -> None:
+        """Let the connection end; :meth:`close` waits until it has."""
         with self._lock:
             self._closing = True
-            thread = self._thread
-            if thread is not None and self._handle is not None:
+            if self._thread is not None and self._handle is not None:
                 os.eventfd_write(self._wake, 1)
-        if thread is None:
-            self._end(OSError(errno.ENOTCONN, f"{self.uri}: the connection is closed"))
+
+    def close(self) -> None:
+        """Take leave of the server, if it still listens, and free the connection. Requests in flight fail."""
+        self.hang_up()
+        if self._thread is None:
+            self._end(OSError(errno.ENOTCONN, "the connection is closed"))
         else:
-            thread.join(2 * _CLOSE_TIMEOUT)
+            self._thread.join(2 * _CLOSE_TIMEOUT)
 
     def __enter__(self) -> Self:
         return self
@@ -228,7 +240,7 @@ class Client:
         self, issue: Callable[[Handle, Completion], int], result: Callable[[], Any] = lambda: None
     ) -> Future[Any]:
         """Send a request; OSError when that cannot be done."""
-        request = _Request(time.monotonic() + self._timeout, result)
+        request = Request(result)
 
         def over(error: ErrorCell) -> int:
             self._over.append((request, error.value))
@@ -240,13 +252,16 @@ class Client:
                 raise OSError(errno.ENOTCONN, f"{self.uri}: the connection is closed")
             if self._thread is None:
                 self._thread = self._listen()
-            self._in_flight[request] = None
+            self._flight.begin(request)
             try:
                 issue(handle, over)
             except HandleError as error:
-                self._in_flight.pop(request, None)
+                self._flight.end(request)
                 number = errno.ENOTCONN if is_over(handle) else error.errnum
                 raise OSError(number or errno.EIO, f"{self.uri}: {error.args[0]}") from error
+            except BaseException:
+                self._flight.end(request)
+                raise
             if self._over or needs_waking(handle):
                 os.eventfd_write(self._wake, 1)
         return request.future
@@ -264,42 +279,61 @@ class Client:
         """Receive replies until the connection ends, for whatever reason."""
         handle = self._handle
         assert handle is not None
-        reason = OSError(errno.ENOTCONN, f"{self.uri}: the connection is closed")
+        reason = OSError(errno.ENOTCONN, "the connection is closed")
         try:
             while not self._closing:
                 if is_over(handle):
-                    raise OSError(errno.ENOTCONN, f"{self.uri}: the server hung up")
-                drive_once(handle, self._seconds_left(), self._wake)
+                    raise OSError(errno.ENOTCONN, "the server hung up")
+                if drive_once(handle, self._flight.seconds_to_look(), self._wake):
+                    self._flight.moved()
+                else:
+                    self._look(handle)
                 self._complete()
-        except HandleError:
-            reason = OSError(errno.ENOTCONN, f"{self.uri}: the server hung up")
+        except HandleError as error:
+            reason = loss(error)
         except OSError as error:
             reason = error
+        except Exception as error:  # noqa: BLE001 - those who wait must be told, whatever it is
+            reason = OSError(errno.ENOTCONN, f"its thread has failed: {error!r}")
+            _LOG.error("%s: the connection's thread has failed: %r", self.uri, error)
         finally:
             del handle
             self._end(reason)
 
-    def _seconds_left(self) -> float:
-        """Until a request is late, also one that comes while this is waited for; TimeoutError when one is."""
-        with self._lock:
-            oldest = next(iter(self._in_flight), None)
-        if oldest is None:
-            return self._timeout
-        left = oldest.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(errno.ETIMEDOUT, f"{self.uri}: no answer within {self._timeout:g} s")
-        return left
+    def _look(self, handle: Handle) -> None:
+        """Nothing came. What was sent may still be on its way, or its way be cut off: TimeoutError."""
+        quiet = self._flight.quiet
+        if quiet < self._flight.look:
+            return
+        fd = handle.aio_get_fd()
+        before, self._unsent = self._unsent, unsent(fd)
+        if self._unsent < before:
+            self._flight.moved()
+        elif quiet >= SILENT_NETWORK and is_cut_off(fd):
+            raise TimeoutError(
+                errno.ETIMEDOUT, f"its host has acknowledged nothing for {SILENT_NETWORK:g} s: cut off"
+            )
 
-    def _complete(self) -> None:
-        """Complete what libnbd says is over, without libnbd's lock, so that callbacks may go on from here."""
+    def _complete(self, reason: OSError | None = None) -> None:
+        """Complete what libnbd says is over, without libnbd's lock, so that callbacks may go on from here.
+
+        ``reason`` is why the connection has ended, if it has.
+        """
         while self._over:
             request, number = self._over.popleft()
-            if request in self._in_flight:
-                del self._in_flight[request]
-                if number:
-                    request.future.set_exception(OSError(number, f"{self.uri}: {os.strerror(number)}"))
-                else:
-                    request.succeed()
+            if not self._flight.end(request):
+                continue
+            if not number:
+                request.succeed(str(self.uri))
+            elif number == errno.ENOTCONN and reason is not None:
+                self._fail(request, reason)
+            elif number == errno.EPROTO:
+                self._fail(request, broken("a reply makes no sense"))
+            else:
+                self._fail(request, OSError(number, os.strerror(number)))
+
+    def _fail(self, request: Request[Any], reason: OSError) -> None:
+        request.future.set_exception(OSError(reason.errno, f"{self.uri}: {reason.strerror}"))
 
     def _end(self, reason: OSError) -> None:
         """Free the handle, and only then fail what is in flight: libnbd touches no buffer any more."""
@@ -310,18 +344,17 @@ class Client:
             os.close(self._wake)
         if self._closing:
             _take_leave(handle)
-        self._complete()
+        self._complete(reason)
         del handle
         # A libnbd newer than 1.14 calls back for each request that it gives up then; we know better why.
         self._over.clear()
-        for request in list(self._in_flight):
-            del self._in_flight[request]
-            request.future.set_exception(OSError(reason.errno, reason.strerror))
+        for request in self._flight.end_all():
+            self._fail(request, reason)
 
 
 def _take_leave(handle: Handle) -> None:
     try:
         handle.aio_disconnect()
-        drive(handle, lambda: is_over(handle), time.monotonic() + _CLOSE_TIMEOUT)
+        drive(handle, lambda: is_over(handle), Countdown(_CLOSE_TIMEOUT))
     except (OSError, HandleError):
         pass  # the connection was lost already; nothing was promised that this could break

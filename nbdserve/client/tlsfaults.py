@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from nbdserve.client.dial import Countdown, connect_tcp, connect_unix
 from nbdserve.client.trust import AUTHORITY
 from nbdserve.errors import UsageError
 from nbdserve.pem import Dates, load_identity
@@ -177,15 +178,9 @@ def _encrypted(uri: NbdUri, context: ssl.SSLContext, seconds: float) -> Iterator
 
 
 def _connected(uri: NbdUri, seconds: float) -> socket.socket:
-    if uri.socket is None:
-        return socket.create_connection((uri.host, uri.port), seconds)
-    peer = socket.socket(socket.AF_UNIX)
-    try:
-        peer.settimeout(seconds)
-        peer.connect(uri.socket)
-    except BaseException:
-        peer.close()
-        raise
+    limit = Countdown(seconds)
+    peer = connect_unix(uri.socket, limit) if uri.socket else connect_tcp(uri.host, uri.port, limit)
+    peer.settimeout(seconds)
     return peer
 
 

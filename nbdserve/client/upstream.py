@@ -23,16 +23,16 @@ from nbdserve.errors import OperatorError
 
 _LOG = logging.getLogger("nbdserve")
 
-REQUEST_TIMEOUT = 60.0
-"""Seconds that the server may take for one request."""
-
 PATIENCE = 10.0
 """Seconds for which requests wait for a lost server, unless the operator says otherwise."""
 
-_FIRST_DIAL_TIMEOUT = 20.0
-"""Seconds that the first attempt to reach the server may take: no other one follows."""
 _DIAL_TIMEOUT = 5.0
-"""Seconds that one of those after a loss may take."""
+"""Seconds in which a server must take a connection, and for which it may be silent until it is made.
+
+Twice as many each time that it was silent, up to the last, as one may take long to open its disk."""
+_LONGEST_DIAL = 60.0
+_FIRST_DIAL_TIMEOUT = 20.0
+"""The same, in seconds, at the start: no other attempt follows."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two attempts."""
 
@@ -72,8 +72,15 @@ class Session:
         """One connection after the other."""
         return self._clients[next(self._turns) % len(self._clients)]
 
+    @property
+    def quiet(self) -> float:
+        """Seconds for which nothing has come or gone although something is asked for."""
+        return max(client.quiet for client in self._clients)
+
     def close(self) -> None:
         """Close all of them. May be called again."""
+        for client in self._clients:
+            client.hang_up()
         for client in self._clients:
             client.close()
 
@@ -108,7 +115,8 @@ class Upstream:
         self._durable = 0
         self._doubt = False
         self._given_up: str | None = None
-        self._session = self._open_session(_FIRST_DIAL_TIMEOUT)
+        self._dial_limit = max(_FIRST_DIAL_TIMEOUT, patience)
+        self._session = self._open_session()
         self.export: Export = self._session.export
 
     def call(self, start: Start[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -150,7 +158,10 @@ class Upstream:
 
     @property
     def waited(self) -> float:
-        """For how many seconds the request that waits the longest has been waiting; 0 if none waits."""
+        """For how many seconds somebody has been waiting in vain: for a byte, or while the server is lost."""
+        session = self._session
+        if session.connected:
+            return session.quiet
         now = time.monotonic()
         return now - min(list(self._waiting.values()), default=now)
 
@@ -158,7 +169,8 @@ class Upstream:
         """Take leave of the server."""
         with self._books:
             self._given_up = f"{self.name}: closed"
-        self._session.close()
+            session = self._session
+        session.close()
 
     def _perform(self, start: Start[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, Session]:
         """The result, and the session that it came from."""
@@ -178,6 +190,8 @@ class Upstream:
             try:
                 return start(session.next(), *args, **kwargs).result(), session
             except OSError as error:
+                if error.errno == errno.EPROTO:
+                    raise self._distrust(session, error) from error
                 if error.errno not in _GONE:
                     raise
                 # One that is late or shutting down is of no more use than one that is gone.
@@ -185,6 +199,15 @@ class Upstream:
                 if attempt and time.monotonic() >= deadline:
                     raise OSError(errno.EIO, error.strerror) from error
         raise AssertionError
+
+    def _distrust(self, session: Session, error: OSError) -> OSError:
+        """The server answered something else than what was asked: nothing that it says counts any more."""
+        session.close()
+        with self._books:
+            if self._given_up is None:
+                self._given_up = f"{self.name}: it broke the protocol and is not used any more"
+                _LOG.error("%s: the server is not used any more", error.strerror)
+            return OSError(errno.EIO, self._given_up)
 
     def _connected(self, deadline: float) -> Session:
         """The session, a new one if need be; EIO when there is none by the deadline."""
@@ -195,16 +218,27 @@ class Upstream:
         try:
             if not self._session.connected:
                 self._account_for_loss(self._session)
-                self._session = self._renew(deadline)
+                self._use(self._renew(deadline))
             return self._session
         finally:
             self._renewing.release()
+
+    def _use(self, session: Session) -> None:
+        """Let requests go to a session; EIO if the upstream has been closed, or given up, meanwhile."""
+        with self._books:
+            given_up = self._given_up
+            if given_up is None:
+                self._session = session
+                return
+        session.close()
+        raise OSError(errno.EIO, given_up)
 
     def _account_for_loss(self, session: Session) -> None:
         """Before another session begins, find out what the loss of the last one means."""
         if session.fate is not None:
             return
-        _LOG.warning("%s: the connection is lost", self.name)
+        if self._given_up is None:
+            _LOG.warning("%s: the connection is lost", self.name)
         session.close()
         fate = self._fate()
         with self._books:
@@ -238,15 +272,25 @@ class Upstream:
                 return session
         raise OSError(errno.EIO, self._given_up)
 
-    def _open_session(self, timeout: float = _DIAL_TIMEOUT) -> Session:
-        clients = [self._dial(timeout)]
+    def _open_session(self) -> Session:
+        clients = [self._reach()]
         try:
-            if clients[0].export.multi_conn:
-                clients += [self._dial(timeout) for _ in range(self._connections - 1)]
+            while clients[0].export.multi_conn and len(clients) < self._connections:
+                clients.append(self._reach())
         except BaseException:
-            clients[0].close()
+            Session(clients).close()
             raise
+        self._dial_limit = _DIAL_TIMEOUT
         return Session(clients)
+
+    def _reach(self) -> Client:
+        began = time.monotonic()
+        try:
+            return self._dial(self._dial_limit)
+        except (OperatorError, OSError):
+            if time.monotonic() - began >= self._dial_limit:
+                self._dial_limit = min(2 * self._dial_limit, _LONGEST_DIAL)
+            raise
 
     def _require_same_disk(self, session: Session) -> None:
         """EIO when what answers now is certainly another disk than before."""

@@ -236,7 +236,7 @@ def test_a_read_error_of_the_server_keeps_its_errno_and_the_connection(tmp_path:
 def test_a_server_that_stops_answering_is_an_error_in_time_and_never_data(tmp_path: Path) -> None:
     with (
         nbdkit("memory", "1M", directory=tmp_path) as server,
-        connect(parse_uri(server.uri()), timeout=2) as client,
+        connect(parse_uri(server.uri()), silence=2) as client,
     ):
         server.process.freeze()
         with pytest.raises(TimeoutError, match=r"no answer within 2 s"):

@@ -1,0 +1,123 @@
+"""The requests that a connection has under way, and when its server has been silent for too long.
+
+The limit is on silence, not on how long an answer takes: as long as bytes move nothing is late, however slow
+the link is. One that is passed over again and again while others are answered is late, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_LOOK = 5.0
+"""Seconds between two looks at a connection on which nothing moves, at most."""
+
+
+class Request(Generic[T]):
+    """A request in flight. ``result`` yields what its Future is to return, once it has succeeded."""
+
+    def __init__(self, result: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
+        # It is on its way: nobody can call it back.
+        self.future.set_running_or_notify_cancel()
+        self.result = result
+        self.number = 0
+        self.sent = 0.0
+        self.overtaken = math.inf
+        """Since when later ones are answered before it."""
+        self.rounds = 0
+        """How often one that was sent after it had been overtaken was answered before it."""
+        self.next_round = 0
+        """The number from which on requests make another round."""
+
+    def succeed(self, name: str) -> None:
+        """The server with this name has done it."""
+        try:
+            result = self.result()
+        except OSError as error:
+            self.future.set_exception(OSError(error.errno, f"{name}: {error.strerror}"))
+        except Exception as error:  # noqa: BLE001 - whoever waits for it must be told
+            what = f"{name}: its answer could not be taken: {error!r}"
+            self.future.set_exception(OSError(errno.ENOMEM, what))
+        else:
+            self.future.set_result(result)
+
+
+class Flight:
+    """What is under way on one connection. Safe for several threads.
+
+    ``silence`` is for how many seconds nothing may come or go while something is under way.
+    """
+
+    def __init__(self, silence: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.silence = silence
+        self._clock = clock
+        self.look = min(_LOOK, silence)
+        """Seconds between two looks at a connection on which nothing moves."""
+        self._lock = threading.Lock()
+        # In the order in which they were sent.
+        self._requests: dict[Request[Any], None] = {}
+        self._number = 0
+        self._moved = clock()
+
+    def begin(self, request: Request[Any]) -> None:
+        """A request is about to be sent."""
+        with self._lock:
+            self._number += 1
+            request.number, request.sent = self._number, self._clock()
+            self._requests[request] = None
+
+    def end(self, request: Request[Any]) -> bool:
+        """It is over; False if that was known already."""
+        with self._lock:
+            if request not in self._requests:
+                return False
+            del self._requests[request]
+            oldest = next(iter(self._requests), None)
+            if oldest is not None and oldest.number < request.number:
+                self._overtake(oldest, request)
+            return True
+
+    def end_all(self) -> list[Request[Any]]:
+        """All are over; those of which that was not known."""
+        with self._lock:
+            requests, self._requests = list(self._requests), {}
+            return requests
+
+    def moved(self) -> None:
+        """Something came or went."""
+        self._moved = self._clock()
+
+    @property
+    def quiet(self) -> float:
+        """Seconds for which nothing has come or gone although something is under way; 0 if nothing is."""
+        with self._lock:
+            return self._quiet(next(iter(self._requests), None))
+
+    def seconds_to_look(self) -> float:
+        """When to look again, also for what is sent meanwhile. TimeoutError, ETIMEDOUT, if one is late."""
+        with self._lock:
+            oldest = next(iter(self._requests), None)
+            quiet = self._quiet(oldest)
+        if quiet >= self.silence:
+            raise TimeoutError(errno.ETIMEDOUT, f"no answer within {self.silence:g} s")
+        if oldest is not None and oldest.rounds and self._clock() - oldest.overtaken >= self.silence:
+            text = f"a request was passed over for {self.silence:g} s while others were answered"
+            raise TimeoutError(errno.ETIMEDOUT, text)
+        return min(self.look, self.silence - quiet)
+
+    def _quiet(self, oldest: Request[Any] | None) -> float:
+        return 0.0 if oldest is None else max(0.0, self._clock() - max(self._moved, oldest.sent))
+
+    def _overtake(self, oldest: Request[Any], answered: Request[Any]) -> None:
+        if oldest.overtaken == math.inf:
+            oldest.overtaken, oldest.next_round = self._clock(), self._number
+        elif answered.number > oldest.next_round:
+            oldest.rounds, oldest.next_round = oldest.rounds + 1, self._number
