@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,7 +12,8 @@ from nbdserve.protocol.constants import ExtentFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
 from overlay.image import Image, State
-from overlay.source import GONE, Session
+from overlay.session import Session
+from overlay.source import GONE
 
 _AHEAD = 8
 """Requests for block status under way at once: a sparse disk is looked over at the speed of the link."""
@@ -24,7 +26,7 @@ def fill_zeros(image: Image, session: Session, offset: int, goes_on: Callable[[i
     """Mark as zeros what is absent from ``offset`` on and reads as zeros in the backing.
 
     ``goes_on`` is called now and then with how far it has come, in bytes, and may raise to end it. Raises
-    OSError when the connection is lost, or the image cannot be changed.
+    OSError when the connection is lost, the server broke the protocol, or the image cannot be changed.
     """
     if not session.export.has_extents:
         return
@@ -84,7 +86,7 @@ def _told(
         try:
             extents = future.result()
         except OSError as error:
-            if error.errno in GONE:
+            if error.errno in (*GONE, errno.EPROTO):
                 raise
             return  # a server that cannot tell: it is fetched, and zeros are found then
         for extent in extents:

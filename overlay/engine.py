@@ -18,16 +18,17 @@ from nbdserve.protocol.constants import Command, ExtentFlags
 from nbdserve.protocol.extents import Extent, coalesce
 from nbdserve.protocol.offers import ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSizes
 from nbdserve.splicing import FileRange
-from overlay.fetch import LONGEST, Fetcher
+from overlay.fetch import Fetcher
 from overlay.image import Image, Run, State
+from overlay.reads import LONGEST
 from overlay.sources import Sources
 
 _LOG = logging.getLogger("nbd-overlay")
 
 _HERE, _BACKING = 1, 2
 """Allocation depths: in the overlay itself, and in its backing."""
-_FETCH_TIMEOUT = 30.0
-"""Seconds that what was being fetched may take until a range can be invalidated."""
+_FETCH_SILENCE = 30.0
+"""Seconds for which servers may be silent while a range that is to be invalidated is being fetched."""
 _MOST_STATUS, _MOST_QUESTIONS = 1 << 30, 64
 """Bytes, and absent ranges, whose status is asked for in one reply: it must not take for ever."""
 
@@ -92,10 +93,10 @@ class Overlay(Backend):
                 raise OSError(errno.EBUSY, "the guest runs here: what it reads cannot be taken away any more")
             # What is on its way may have been read before the guest changed it.
             for claim in self.fetcher.claims.within(offset, length):
-                if not claim.done.wait(_FETCH_TIMEOUT):
-                    raise OSError(
-                        errno.ETIMEDOUT, f"{claim.length} bytes at {claim.offset} are being fetched"
-                    )
+                while not claim.done.wait(1.0):
+                    if self.sources.quiet >= _FETCH_SILENCE or not self.sources.connected:
+                        reason = f"{claim.length} bytes at {claim.offset} are being fetched"
+                        raise OSError(errno.ETIMEDOUT, f"{reason}, and nothing comes")
             self.image.invalidate(offset, length)
             self.sources.samples.forget()
 
@@ -103,7 +104,7 @@ class Overlay(Backend):
         """Serve what is local without waiting; False when it is not all local."""
         try:
             return self.image.read_now(offset, buffer)
-        except ImageError as error:
+        except (ImageError, MemoryError) as error:
             raise _as_os_error(error) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -121,7 +122,7 @@ class Overlay(Backend):
             self.activate()
         try:
             return self.image.write_now(offset, data)
-        except ImageError as error:
+        except (ImageError, MemoryError) as error:
             raise _as_os_error(error) from error
 
     def settle(self) -> None:
@@ -299,13 +300,15 @@ class Overlay(Backend):
 
 @contextlib.contextmanager
 def _data_path() -> Iterator[None]:
-    """In the data path a damaged image is an input/output error."""
+    """In the data path a damaged image is an input/output error, and a lack of memory one of its own."""
     try:
         yield
-    except ImageError as error:
+    except (ImageError, MemoryError) as error:
         raise _as_os_error(error) from error
 
 
-def _as_os_error(error: ImageError) -> OSError:
+def _as_os_error(error: ImageError | MemoryError) -> OSError:
+    if isinstance(error, MemoryError):
+        return OSError(errno.ENOMEM, "no memory is left")
     _LOG.error("%s", error)
     return OSError(errno.EIO, str(error))

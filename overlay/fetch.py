@@ -7,11 +7,13 @@ guest's write wins over a fetch that was under way.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,10 +29,8 @@ from overlay.sources import Sources
 
 _LOG = logging.getLogger("nbd-overlay")
 
-LONGEST = 1 << 20
-"""Bytes of one request to a server."""
 _TOGETHER = 8
-"""Requests that are under way at once for one read of a guest."""
+"""Requests that are under way at once for one read of a guest, and that may be read ahead of it."""
 _WAITING_HINTS = 4
 _MOST_BAD = 4
 """Units of what is read together in which single clusters are tried, when something cannot be read."""
@@ -81,6 +81,7 @@ class Fetcher:
         self._sources = sources
         self._ahead = ReadAhead(image.size)
         self._hints: queue.Queue[tuple[int, int] | None] = queue.Queue(_WAITING_HINTS)
+        self._starting = threading.Lock()
         self._thread: Thread | None = None
         self._closed = False
 
@@ -89,13 +90,13 @@ class Fetcher:
         if self._image.is_local(offset, length):
             return
         with self.miss():
-            claims, others = self.claims.take(offset, length, self._is_absent, LONGEST)
+            claims, others = self._claim(offset, length)
             # Only now that we have claimed ours may others claim what is around.
             self._look_ahead(offset, length)
             while claims or others:
                 self._fetch(claims)
                 _wait_for(others)
-                claims, others = self.claims.take(offset, length, self._is_absent, LONGEST)
+                claims, others = self._claim(offset, length)
 
     def bring_cluster(self, offset: int) -> None:
         """Make the one cluster local that has ``offset``, and fetch no more than that."""
@@ -106,7 +107,7 @@ class Fetcher:
             return
         with self.miss():
             while not self._image.is_local(start, length):
-                claims, others = self.claims.take(start, length, self._is_absent, LONGEST)
+                claims, others = self._claim(start, length)
                 self._fetch(claims, (start, length))
                 _wait_for(others)
 
@@ -150,8 +151,9 @@ class Fetcher:
 
     def close(self) -> None:
         """Read ahead no more."""
-        if self._thread is not None:
+        with self._starting:
             self._closed = True
+        if self._thread is not None:
             with contextlib.suppress(queue.Full):
                 self._hints.put_nowait(None)
             self._thread.join(1.0)
@@ -175,35 +177,47 @@ class Fetcher:
         self.store(offset, data)
         return None
 
+    def _claim(self, offset: int, length: int) -> tuple[list[Claim], list[Claim]]:
+        """Claim what is absent; on a slow link in small parts, as others wait for all of a claim."""
+        longest = max(self.claims.unit, self._sources.length)
+        return self.claims.take(offset, length, self._is_absent, longest)
+
     def _is_absent(self, offset: int, length: int) -> bool:
         return not self._image.is_local(offset, length)
 
     def _fetch(self, claims: list[Claim], only: tuple[int, int] | None = None) -> None:
         """Fetch and store what is claimed, or only a part of it, and release the claims in any case."""
+        held = deque(claims)
         try:
-            for first in range(0, len(claims), _TOGETHER):
-                batch = (
-                    [only]
-                    if only
-                    else [self.absent_part(claim) for claim in claims[first : first + _TOGETHER]]
-                )
-                parts = [(offset, memoryview(bytearray(length))) for offset, length in batch if length]
-                if not parts:
-                    continue
-                try:
-                    self._sources.read(*parts)
-                except OSError:
-                    if not self._sources.connected:
-                        raise
-                    self._salvage(parts)
-                else:
-                    for offset, data in parts:
-                        self.store(offset, data)
-                with self.fetched.lock:
-                    self.fetched.bytes += sum(len(data) for _, data in parts)
+            while held:
+                batch, size = [held[0]], held[0].length
+                for claim in itertools.islice(held, 1, _TOGETHER):
+                    size += claim.length
+                    if size > _TOGETHER * self._sources.length:
+                        break
+                    batch.append(claim)
+                self._fetch_parts([only] if only else [self.absent_part(claim) for claim in batch])
+                for _ in batch:
+                    self.claims.release(held.popleft())
         finally:
-            for claim in claims:
+            for claim in held:
                 self.claims.release(claim)
+
+    def _fetch_parts(self, batch: list[tuple[int, int]]) -> None:
+        parts = [(offset, memoryview(bytearray(length))) for offset, length in batch if length]
+        if not parts:
+            return
+        try:
+            self._sources.read(*parts)
+        except OSError:
+            if not self._sources.connected:
+                raise
+            self._salvage(parts)
+        else:
+            for offset, data in parts:
+                self.store(offset, data)
+        with self.fetched.lock:
+            self.fetched.bytes += sum(len(data) for _, data in parts)
 
     def _salvage(self, parts: list[tuple[int, memoryview]]) -> None:
         """Keep what can be read of them; OSError when that is not all."""
@@ -220,28 +234,35 @@ class Fetcher:
         if ahead is None:
             return
         try:
-            self._hints.put_nowait(ahead)
+            # On a slow link what is read ahead stands before what somebody waits for.
+            self._hints.put_nowait((ahead[0], min(ahead[1], _TOGETHER * self._sources.length)))
         except queue.Full:
             return
-        if self._thread is None:
-            thread = Thread(self._run_ahead, "read-ahead")
-            try:
-                thread.start()
-            except OSError as error:
-                # The guest does not need it; the next miss tries again.
-                _LOG.debug("nothing is read ahead: %s", error.strerror)
-            else:
-                self._thread = thread
+        with self._starting:
+            if self._thread is None and not self._closed:
+                thread = Thread(self._run_ahead, "read-ahead")
+                try:
+                    thread.start()
+                except OSError as error:
+                    # The guest does not need it; the next miss tries again.
+                    _LOG.debug("nothing is read ahead: %s", error.strerror)
+                else:
+                    self._thread = thread
 
     def _run_ahead(self) -> None:
+        trouble = ""
         while (hint := self._hints.get()) is not None and not self._closed:
             before = time.monotonic()
             try:
-                claims, _ = self.claims.take(*hint, self._is_absent, LONGEST)
+                claims, _ = self._claim(*hint)
                 self._fetch(claims)
             except (OSError, ImageError) as error:
                 # Nobody waits for it; a guest that will is told by its own request.
                 _LOG.debug("read-ahead: %s", error)
+            except Exception as error:  # noqa: BLE001 - it goes on with the next, and says so once
+                if repr(error) != trouble:
+                    _LOG.error("reading ahead has failed: %r; it goes on with what is missed next", error)
+                trouble = repr(error)
             else:
                 with self.fetched.lock:
                     self.fetched.ahead += sum(claim.length for claim in claims)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from hashlib import blake2b
 
@@ -12,7 +13,7 @@ from nbdserve.client import Client
 from nbdserve.errors import ImageError
 from overlay.flat.image import FlatImage
 from overlay.image import Image, State
-from overlay.reads import start_read
+from overlay.reads import Reading, new_pace
 
 _BLOCK = 4096
 _MOST = 16
@@ -21,6 +22,8 @@ _OF_EACH, _APART = 8, 128 << 10
 """Blocks that are taken of what lies together, at most; and bytes from one to the next, at least."""
 _ENOUGH = 4
 """Blocks of which none is as it was, after which it is another disk even while the guest runs elsewhere."""
+_LOOK = 0.5
+"""Seconds between two looks whether a server that says nothing is still waited for."""
 _MOST_RUNS = 1024
 """Runs of an image that are looked at to recall what was copied."""
 
@@ -77,14 +80,17 @@ class Samples:
             self._digests.clear()
             self._settled = True
 
-    def require_same(self, client: Client, name: str) -> None:
-        """Compare; ImageError for another disk, OSError when nothing of it can be read."""
+    def require_same(self, client: Client, name: str, go_on: Callable[[], None]) -> None:
+        """Compare; ImageError for another disk, OSError when nothing of it can be read.
+
+        ``go_on`` is called now and then, and raises to end the wait for the server.
+        """
         with self._lock:
             wanted, settled = dict(self._digests), self._settled
         unreadable, differing = list[OSError](), list[int]()
-        for offset, found in _read(client, wanted):
+        for offset, found in _read(client, wanted, go_on):
             if isinstance(found, OSError):
-                if not client.connected:
+                if not client.connected or found.errno == errno.EPROTO:
                     raise found
                 unreadable.append(found)
             elif found != wanted[offset]:
@@ -106,13 +112,16 @@ def _places(length: int) -> Iterator[int]:
     return itertools.islice(iter(range(0, length - _BLOCK + 1, step)), _OF_EACH)
 
 
-def _read(client: Client, offsets: dict[int, bytes]) -> Iterator[tuple[int, bytes | OSError]]:
+def _read(
+    client: Client, offsets: dict[int, bytes], go_on: Callable[[], None]
+) -> Iterator[tuple[int, bytes | OSError]]:
     """The digests of blocks as the server has them now, or why it does not tell; asked for all at once."""
-    started = []
+    started, pace = [], new_pace()
     for offset in offsets:
         block = bytearray(_BLOCK)
-        started.append((offset, block, start_read(client, offset, memoryview(block))))
-    wait([future for _, _, future in started])
+        started.append((offset, block, Reading(offset, memoryview(block)).start(client, pace)))
+    while wait([future for _, _, future in started], _LOOK).not_done:
+        go_on()
     for offset, block, future in started:
         error = future.exception()
         if error is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from enum import Enum
+
+_LOG = logging.getLogger("nbd-overlay")
 
 
 class Phase(Enum):
@@ -110,5 +113,8 @@ class Job:
                 return False
             self._phase, self.error, self.error_number = target, error, number
             self._changed.notify_all()
-            self.tell(target)
+            try:
+                self.tell(target)
+            except Exception as error:  # noqa: BLE001 - who listens must not keep the job from going on
+                _LOG.error("nobody could be told that the job is %s: %r", target.value, error)
             return True

@@ -83,9 +83,23 @@ class Collector(PrometheusCollector):
             "nbd_overlay_source_latency_seconds", "What small requests took lately", labels=label
         )
         errors = CounterMetricFamily("nbd_overlay_source_errors", "Requests that it failed", labels=label)
+        rate = GaugeMetricFamily(
+            "nbd_overlay_source_rate_bytes_per_second", "How fast its answers came lately", labels=label
+        )
+        slow = GaugeMetricFamily(
+            "nbd_overlay_source_slow", "1 when it is asked for little at once", labels=label
+        )
+        quiet = GaugeMetricFamily(
+            "nbd_overlay_source_quiet_seconds",
+            "For how long it has left requests without a byte",
+            labels=label,
+        )
         # A source that is named twice is told once: samples with the same labels make a scrape fail.
         for health in {health.uri: health for health in self._daemon.sources.health()}.values():
             connected.add_metric((health.uri,), int(health.connected))
             latency.add_metric((health.uri,), health.latency)
             errors.add_metric((health.uri,), health.errors)
-        yield from (connected, latency, errors)
+            rate.add_metric((health.uri,), health.rate)
+            slow.add_metric((health.uri,), int(health.slow))
+            quiet.add_metric((health.uri,), health.quiet)
+        yield from (connected, latency, errors, rate, slow, quiet)

@@ -78,7 +78,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         type=patience,
         default=Options.patience,
         metavar="S",
-        help="how long guests wait for a backing that is lost (%(default)g)",
+        help="how long guests wait for a backing that is lost, or connected and silent (%(default)g)",
     )
     add("--simple-replies", action="store_true", help="offer no structured replies")
     add("--metrics", metavar="HOST:PORT", help="tell Prometheus over HTTP")

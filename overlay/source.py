@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import threading
 import time
@@ -11,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbdserve.client import Client, connect
-from nbdserve.client.handle import Export
 from nbdserve.errors import ConnectError, OperatorError
 from nbdserve.threads import Thread
 from nbdserve.uri import NbdUri
+from overlay.reads import new_pace
+from overlay.session import Session
 
 _LOG = logging.getLogger("nbd-overlay")
 
@@ -22,66 +22,17 @@ GONE = (errno.ENOTCONN, errno.ETIMEDOUT, errno.ESHUTDOWN)
 """What says that a connection, not a request, is the trouble."""
 
 _DIAL_TIMEOUT = 5.0
-"""Seconds that one attempt to reach the server may take."""
-_REQUEST_TIMEOUT = 10.0
-"""Seconds that the server may take for one request: one that hangs is as good as dead."""
+"""Seconds in which a server must take a connection, and for which it may be silent until it is made.
+
+Twice as many each time that it was silent, as one may take long to open its disk."""
+_HUNG = 10.0
+"""Seconds of silence after which another server is asked, where there is one that is no worse."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 3.0
 """Seconds between two attempts: they grow from the first to the longest."""
 _LOOK = 0.5
 """Seconds between two looks at a connection that nobody uses."""
-
-
-class Session:
-    """Connections to one server that stand and fall together; more may come after the first.
-
-    ``demand`` is for what a guest waits for, so that it never queues behind streaming.
-    """
-
-    def __init__(self, source: Source, first: Client) -> None:
-        self.source = source
-        self.demand = first
-        self.clients: tuple[Client, ...] = (first,)
-        self._turns = itertools.count()
-        self._lock = threading.Lock()
-        self._closed = False
-
-    @property
-    def connected(self) -> bool:
-        """Whether all connections still stand, as far as is known."""
-        return all(client.connected for client in self.clients)
-
-    @property
-    def export(self) -> Export:
-        """What the server says of the disk."""
-        return self.demand.export
-
-    def bulk(self) -> Client:
-        """One of the connections for streaming, in turn."""
-        bulk = self.clients[1:] or self.clients
-        return bulk[next(self._turns) % len(bulk)]
-
-    def add(self, client: Client) -> None:
-        """Use this connection, too; it is closed at once if the others are."""
-        with self._lock:
-            if not self._closed:
-                self.clients += (client,)
-                return
-        client.close()
-
-    def close(self) -> None:
-        """Hang up. May be called again."""
-        with self._lock:
-            self._closed = True
-        # Each takes leave for up to a second from a server that hangs: at the same time.
-        leaving = [(client, Thread(client.close, "hang up")) for client in self.clients]
-        for client, thread in leaving:
-            try:
-                thread.start()
-            except OSError:
-                client.close()
-        for _, thread in leaving:
-            if thread.ident is not None:
-                thread.join()
+_HALF_LIFE = 60.0
+"""Seconds after which an error counts half as much when servers are compared."""
 
 
 @dataclass(frozen=True)
@@ -96,30 +47,50 @@ class Health:
     """Seconds that small requests took lately."""
     trouble: str | None
     """Why it is not connected."""
+    rate: float
+    """Bytes a second that answers came with lately; 0 if there were none."""
+    slow: bool
+    """Answers take so long that shorter ones are asked for."""
+    quiet: float
+    """Seconds for which nothing has come although something is asked for; 0 if nothing is."""
 
 
 class Source:
-    """A server at a URI. ``accept`` refuses a new session by raising OSError or OperatorError.
+    """A server at a URI. ``accept`` refuses a session by raising OSError or OperatorError.
 
-    ``changed`` is called, in the source's thread, whenever it was connected or lost.
+    While it waits for the server it calls the function that it is given, and lets what that raises pass.
+    ``silence`` is for how many seconds the server may say nothing. ``changed`` is called, in the source's
+    thread, whenever it was connected or lost; ``has_another`` tells whether another server is no worse.
     """
 
     def __init__(
         self,
         uri: NbdUri,
         connections: int,
-        accept: Callable[[Session], None],
+        silence: float,
+        accept: Callable[[Session, Callable[[], None]], None],
         changed: Callable[[], None],
+        has_another: Callable[[Source], bool],
     ) -> None:
         self.uri = uri
         self.session: Session | None = None
         self.errors = 0
+        self.pace = new_pace()
         self._connections = connections
+        self._silence = silence
         self._accept = accept
         self._changed = changed
+        self._has_another = has_another
+        self._dial_limit = _DIAL_TIMEOUT
         self._latency = 0.0
         self._trouble: str | None = "not connected yet"
+        self._distrusted = False
+        self._blame, self._blamed = 0.0, time.monotonic()
+        self._lock = threading.Lock()
+        """Held for moments only: a session is set only as long as the source is not closed."""
         self._closed = False
+        self._is_told = False
+        """Whether ``changed`` was called for a session that is used."""
         self._is_checked = True
         self._kick = threading.Event()
         self._thread = Thread(self._run, f"source {uri}")
@@ -139,10 +110,37 @@ class Source:
 
     def lost(self, session: Session) -> None:
         """Somebody found a session out of order: it is of no more use."""
-        if self.session is session:
-            self.session = None
+        with self._lock:
+            if self.session is session:
+                self.session = None
         session.close()
         self.retry()
+
+    def failed(self) -> None:
+        """It could not do what it was asked."""
+        self.errors += 1
+        with self._lock:
+            self._blame, self._blamed = self._blame_now() + 1, time.monotonic()
+
+    def distrust(self, session: Session, why: str) -> None:
+        """It broke the protocol: nothing that it says counts, until the operator says otherwise."""
+        with self._lock:
+            is_news, self._distrusted = not self._distrusted, True
+        if is_news:
+            self.failed()
+            self._trouble = why
+            _LOG.error("%s: the server is not used any more", why)
+        self.lost(session)
+
+    def trust(self) -> None:
+        """The operator says that it is in order again."""
+        self._distrusted = False
+        self.retry()
+
+    @property
+    def is_distrusted(self) -> bool:
+        """Whether it is not used any more."""
+        return self._distrusted
 
     def answered(self, seconds: float) -> None:
         """A small request took so long."""
@@ -150,54 +148,108 @@ class Source:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """The healthier a server, the lower. A server that is a little slower is as good as another."""
-        return self.errors, round(self._latency, 2)
+        """The healthier a server, the lower. A server that is a little slower is as good as another.
+
+        Errors count less the longer ago they were: one bad sector says nothing of the rest for ever.
+        """
+        return round(self._blame_now()), round(self._latency, 2)
 
     def health(self) -> Health:
         """How it is doing now."""
         session = self.session
-        count = len(session.clients) if session else 0
-        return Health(str(self.uri), session is not None, count, self.errors, self._latency, self._trouble)
+        return Health(
+            uri=str(self.uri),
+            connected=session is not None,
+            connections=len(session.clients) if session else 0,
+            errors=self.errors,
+            latency=self._latency,
+            trouble=self._trouble,
+            rate=self.pace.rate,
+            slow=self.pace.is_slow,
+            quiet=session.quiet if session else 0.0,
+        )
 
     def close(self) -> None:
         """Hang up for good."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            session, self.session = self.session, None
         self._kick.set()
-        session, self.session = self.session, None
         if session is not None:
             session.close()
         if self._thread.is_alive():
             self._thread.join(_DIAL_TIMEOUT)
 
+    def _blame_now(self) -> float:
+        return float(self._blame * 0.5 ** ((time.monotonic() - self._blamed) / _HALF_LIFE))
+
     def _run(self) -> None:
         pause = _FIRST_PAUSE
         while not self._closed:
-            session = self.session
-            if session is not None and session.connected:
-                if not self._is_checked:
-                    self._check(session)
-                else:
-                    self._wait(_LOOK)
-                continue
-            if session is not None:
-                self.lost(session)
+            try:
+                pause = self._look(pause)
+            except Exception as error:  # noqa: BLE001 - it is told, and tried again
+                self._complain(f"{self.uri}: {error!r}")
+                session = self.session
+                if session is not None:
+                    self.lost(session)
+                self._wait(_LONGEST_PAUSE)
+
+    def _look(self, pause: float) -> float:
+        """Watch the connection for a while, or try to make one; the pause after the next failure."""
+        session = self.session
+        if session is not None and session.connected:
+            if not self._is_checked:
+                self._check(session)
+            else:
+                self._wait(_LOOK)
+                self._watch(session)
+            return pause
+        if session is not None:
+            self.lost(session)
+        if self._is_told:
+            self._is_told = False
             if self._trouble is None:
                 _LOG.warning("%s: the connection is lost", self.uri)
                 self._trouble = "the connection is lost"
-                self._changed()
-            if self._connect():
-                pause = _FIRST_PAUSE
-            else:
-                self._wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+            self._changed()
+        if self._distrusted:
+            self._wait(_LONGEST_PAUSE)
+        elif self._connect():
+            return _FIRST_PAUSE
+        else:
+            self._wait(pause)
+        return min(2 * pause, _LONGEST_PAUSE)
+
+    def _watch(self, session: Session) -> None:
+        try:
+            self._require_hope(session)
+        except OSError as error:
+            self._refuse(session, error)
+
+    def _require_hope(self, session: Session) -> None:
+        """OSError when a server that says nothing should not be waited for any more."""
+        if self._closed:
+            raise OSError(errno.ENOTCONN, f"{self.uri}: closed")
+        if session.quiet >= _HUNG and self._has_another(self):
+            self.failed()
+            raise OSError(errno.ETIMEDOUT, f"{self.uri}: no answer for {_HUNG:g} s: another server is asked")
 
     def _check(self, session: Session) -> None:
         self._is_checked = True
         try:
-            self._accept(session)
+            self._accept(session, lambda: self._require_hope(session))
         except (OperatorError, OSError) as error:
-            _LOG.warning("%s", (isinstance(error, OSError) and error.strerror) or error)
-            self.lost(session)
+            self._refuse(session, error)
+
+    def _refuse(self, session: Session, error: OperatorError | OSError) -> None:
+        """What was found out about a server keeps it from being used."""
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        if isinstance(error, OSError) and error.errno == errno.EPROTO:
+            self.distrust(session, reason)
+            return
+        self._complain(reason)
+        self.lost(session)
 
     def _wait(self, seconds: float) -> None:
         self._kick.wait(seconds)
@@ -205,14 +257,24 @@ class Source:
 
     def _connect(self) -> bool:
         try:
-            session = self._open()
+            session = Session(self, self._dial())
         except (OperatorError, OSError) as error:
             self._complain((isinstance(error, OSError) and error.strerror) or str(error))
             return False
-        if self._closed:
+        try:
+            began = time.monotonic()
+            self._accept(session, lambda: self._require_hope(session))
+        except (OperatorError, OSError) as error:
+            self._refuse(session, error)
+            return False
+        except BaseException:
+            session.close()
+            raise
+        self._latency = self._latency or time.monotonic() - began
+        if not self._use(session):
             session.close()
             return False
-        self.session, self._trouble = session, None
+        self._is_told = True
         self._changed()
         # Who waits goes on with the first. The disk does not change under us, so several connections are
         # safe where the server says that it is read-only, too.
@@ -221,22 +283,19 @@ class Source:
         _LOG.info("%s: connected, %d connections", self.uri, len(session.clients))
         return True
 
+    def _use(self, session: Session) -> bool:
+        """Let others use a session; False if the source has been closed meanwhile."""
+        with self._lock:
+            if self._closed:
+                return False
+            self.session, self._trouble = session, None
+            return True
+
     def _complain(self, trouble: str) -> None:
         """Say why, once for each reason."""
-        if trouble != self._trouble:
+        if trouble != self._trouble and not self._closed:
             _LOG.warning("%s; trying again", trouble)
         self._trouble = trouble
-
-    def _open(self) -> Session:
-        session = Session(self, self._dial())
-        try:
-            began = time.monotonic()
-            self._accept(session)
-        except BaseException:
-            session.close()
-            raise
-        self._latency = self._latency or time.monotonic() - began
-        return session
 
     def _add_connections(self, session: Session) -> None:
         """Add connections as far as the server takes them: one is enough to go on with."""
@@ -254,4 +313,12 @@ class Source:
         return client
 
     def _dial(self) -> Client:
-        return connect(self.uri, timeout=_DIAL_TIMEOUT, silence=_REQUEST_TIMEOUT)
+        began = time.monotonic()
+        try:
+            client = connect(self.uri, timeout=self._dial_limit, silence=self._silence)
+        except (OperatorError, OSError):
+            if time.monotonic() - began >= self._dial_limit:
+                self._dial_limit = min(2 * self._dial_limit, self._silence)
+            raise
+        self._dial_limit = _DIAL_TIMEOUT
+        return client

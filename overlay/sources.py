@@ -20,10 +20,16 @@ from nbdserve.protocol.offers import BASE_ALLOCATION
 from nbdserve.uri import NbdUri
 from overlay.identity import Samples
 from overlay.options import CONNECTIONS, PATIENCE
-from overlay.reads import sectors, start_read
-from overlay.source import GONE, Health, Session, Source
+from overlay.reads import LONGEST, Reading, sectors
+from overlay.session import Session
+from overlay.source import GONE, Health, Source
 
 _LOG = logging.getLogger("nbd-overlay")
+
+_LEAST_SILENCE = 10.0
+"""Seconds for which a server may be silent, however little patience there is."""
+_SMALL = 64 << 10
+"""Bytes of what is read at once that tells how long small requests take."""
 
 
 class Sources:
@@ -46,7 +52,11 @@ class Sources:
         self._lost_since: float | None = time.monotonic()
         self._closed = False
         self.samples = Samples()
-        self._sources = [Source(uri, connections, self._require_same_disk, self._tell) for uri in uris]
+        silence = max(_LEAST_SILENCE, patience)
+        self._sources = [
+            Source(uri, connections, silence, self._require_same_disk, self._tell, self._has_another)
+            for uri in uris
+        ]
 
     def start(self) -> None:
         """Connect from now on; what is asked waits until that is done."""
@@ -57,25 +67,46 @@ class Sources:
     def failed(self) -> bool:
         """Whether all servers have been lost for longer than patience lasts."""
         since = self._lost_since
-        return since is not None and time.monotonic() >= since + self._patience
+        lost = since is not None and time.monotonic() >= since + self._patience
+        return lost or self._is_nobody_trusted()
 
     @property
     def connected(self) -> bool:
         """Whether a server can be asked now."""
         return self._best() is not None
 
+    @property
+    def quiet(self) -> float:
+        """For how many seconds no server that is asked for something has said anything; 0 if one does."""
+        sessions = [source.session for source in self._sources]
+        return min((session.quiet for session in sessions if session is not None), default=0.0)
+
+    @property
+    def length(self) -> int:
+        """How many bytes the healthiest server should be asked for in one request."""
+        best = self._best()
+        return LONGEST if best is None else best.source.pace.length
+
+    @property
+    def room(self) -> int | None:
+        """How many bytes streaming should have under way; None where only the link's capacity matters."""
+        best = self._best()
+        if best is None or best.source.pace.length >= LONGEST:
+            return None
+        return best.source.pace.room
+
     def health(self) -> list[Health]:
         """How each server is doing."""
         return [source.health() for source in self._sources]
 
     def retry(self) -> None:
-        """Have patience once more, and try at once."""
+        """Have patience and trust once more, and try at once."""
         with self._changed:
             if self._lost_since is not None:
                 self._lost_since = time.monotonic()
             self._changed.notify_all()
         for source in self._sources:
-            source.retry()
+            source.trust()
 
     def wait(self, seconds: float) -> None:
         """Return when a server can be asked, or after so many seconds."""
@@ -93,28 +124,31 @@ class Sources:
             while (best := self._best()) is None:
                 self._note_loss()
                 left = self._seconds_left()
-                if self._closed or left <= 0:
+                if self._closed or left <= 0 or self._is_nobody_trusted():
                     raise OSError(errno.EIO, f"the backing is lost: {self.troubles()}")
                 self._changed.wait(min(left, 1.0))
         return best
 
     def read(self, *parts: tuple[int, memoryview]) -> None:
         """Fill each buffer from its offset, for somebody who waits; OSError when no server can."""
+        readings = [Reading(offset, buffer) for offset, buffer in parts]
 
         def ask(session: Session) -> None:
             began = time.monotonic()
             started: list[Future[None]] = []
             try:
-                for offset, buffer in parts:
-                    started.append(start_read(session.demand, offset, buffer))
+                for reading in readings:
+                    if reading.bytes_missing:
+                        started.append(reading.start(session.demand, session.source.pace))
             finally:
                 # All must be over before a buffer may be used again, or for something else.
                 wait(started)
             for future in started:
                 future.result()
-            session.source.answered(time.monotonic() - began)
+            if sum(len(buffer) for _, buffer in parts) <= _SMALL:
+                session.source.answered(time.monotonic() - began)
 
-        self._ask(ask)
+        self._ask(ask, lambda: sum(reading.bytes_missing for reading in readings))
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """The runs of ``base:allocation`` from ``offset`` on, at least one; all data if no server knows.
@@ -132,11 +166,13 @@ class Sources:
         return found
 
     def blame(self, session: Session, error: OSError) -> None:
-        """A request of a session failed: a lost connection is closed, a server that fails is asked last."""
-        if error.errno in GONE:
+        """A request of a session failed: what that says of the connection, and of the server."""
+        if error.errno == errno.EPROTO:
+            session.source.distrust(session, error.strerror or str(error))
+        elif error.errno in GONE:
             session.source.lost(session)
         else:
-            session.source.errors += 1
+            session.source.failed()
 
     def check_again(self) -> None:
         """What servers must have has changed: compare, soon, and hang up where it differs."""
@@ -151,10 +187,13 @@ class Sources:
         for source in self._sources:
             source.close()
 
-    def _ask(self, ask: Callable[[Session], None]) -> None:
-        """Ask the healthiest; when its connection is lost ask again, when it fails ask the others."""
+    def _ask(self, ask: Callable[[Session], None], left: Callable[[], int] = lambda: 0) -> None:
+        """Ask the healthiest; when its connection is lost ask again, when it fails ask the others.
+
+        Patience begins anew whenever ``left``, what has not come yet, has become less.
+        """
         refused: dict[Source, OSError] = {}
-        give_up = time.monotonic() + self._patience
+        before, give_up = left(), time.monotonic() + self._patience
         while True:
             session = self.session()
             if session.source in refused:
@@ -167,10 +206,25 @@ class Sources:
                 return ask(session)
             except OSError as error:
                 self.blame(session, error)
+                if left() < before:
+                    before, give_up = left(), time.monotonic() + self._patience
+                if error.errno == errno.EPROTO:
+                    continue
                 if error.errno not in GONE:
                     refused[session.source] = error
                 elif time.monotonic() >= give_up:
                     raise OSError(errno.EIO, error.strerror) from error
+
+    def _has_another(self, source: Source) -> bool:
+        """Whether another server can be asked that fails no more often than this one."""
+        others = [(other, other.session) for other in self._sources if other is not source]
+        return any(
+            session is not None and not session.quiet and other.rank[0] <= source.rank[0]
+            for other, session in others
+        )
+
+    def _is_nobody_trusted(self) -> bool:
+        return bool(self._sources) and all(source.is_distrusted for source in self._sources)
 
     def _best(self) -> Session | None:
         ranked = sorted(
@@ -199,11 +253,11 @@ class Sources:
         """Why no server can be asked."""
         return "; ".join(health.trouble or "" for health in self.health()) or "no server is named"
 
-    def _require_same_disk(self, session: Session) -> None:
+    def _require_same_disk(self, session: Session, go_on: Callable[[], None]) -> None:
         """Refuse a server whose disk is certainly another one."""
         name = str(session.source.uri)
         if sectors(session.export.size) != self.size:
             raise ImageError(
                 f"{name}: not used: the disk has {self.size} bytes, what answers there {session.export.size}"
             )
-        self.samples.require_same(session.demand, name)
+        self.samples.require_same(session.demand, name, go_on)

@@ -22,6 +22,8 @@ from overlay.remote import GoneError, Remote, connected
 LIVE, PLAIN = 0.5, 5.0
 """Seconds between two looks: on a terminal, and between two lines where there is none."""
 WATCH = 1.0
+QUIET = 3.0
+"""Seconds of a server's silence from which on it is worth a word."""
 _ENDS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 Status = Mapping[str, Any]
@@ -57,6 +59,9 @@ def line(told: Status) -> str:
     lost = [source for source in told["sources"] if not source["connected"]]
     if lost and len(lost) == len(told["sources"]) and not told["complete"]:
         parts.append("the backing is lost")
+    quiet = [source["quiet"] for source in told["sources"] if source["connected"]]
+    if quiet and min(quiet) >= QUIET and not told["complete"]:
+        parts.append(f"the backing says nothing for {duration(min(quiet))}")
     return ", ".join(parts)
 
 
@@ -226,4 +231,8 @@ def _source(source: Mapping[str, Any], complete: bool) -> str:
     if not source["connected"]:
         return f"{source['uri']}: lost: {source['trouble']}{errors}"
     how = f"{source['connections']} connections, {source['latency'] * 1000:.2f} ms"
+    if source["quiet"] >= QUIET:
+        how += f", no answer for {duration(source['quiet'])}"
+    elif source["slow"]:
+        how += f", slow: {format_size(int(source['rate']))}/s"
     return f"{source['uri']}: connected, {how}{errors}"

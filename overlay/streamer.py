@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import errno
 import logging
-import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 
 from nbdserve.errors import ImageError
 from nbdserve.threads import Thread
 from overlay.census import fill_zeros
 from overlay.claims import Claim
-from overlay.fetch import LONGEST, Fetcher, Refusal
+from overlay.fetch import Fetcher, Refusal
+from overlay.flow import Flow, Read, Share
 from overlay.image import Image, State
 from overlay.job import Interrupted, Job, Phase
 from overlay.pacing import QUIET_STEP, RateLimit, Window
-from overlay.reads import start_read
-from overlay.source import GONE, Session
+from overlay.reads import LONGEST
+from overlay.session import Session
+from overlay.source import GONE
 from overlay.sources import Sources
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -38,23 +37,6 @@ _QUIET = 0.02
 """Seconds after a guest had to wait in which it is expected to have to again."""
 _TICK = 0.2
 """Seconds in which a pause, a change of speed or an end is noticed at the latest."""
-
-
-@dataclass(slots=True)
-class _Read:
-    """A request that is under way. ``share`` is of the claim that it serves, released with its last read."""
-
-    session: Session
-    offset: int
-    data: memoryview
-    sent: float
-    share: _Share
-
-
-@dataclass(slots=True)
-class _Share:
-    claim: Claim
-    reads: int
 
 
 class Streamer:
@@ -78,17 +60,18 @@ class Streamer:
         self._job = job
         self._finished = finished
         self._hints: deque[int] = deque(maxlen=_HINTS)
-        self._answers: queue.SimpleQueue[tuple[_Read, Future[None]]] = queue.SimpleQueue()
-        self.in_flight = 0
-        """Bytes that were asked for and have not come yet."""
-        self._reads = 0
-        self._spare: list[bytearray] = []
+        self._flow = Flow(fetcher.claims)
         self._refused = 0
         """Parts that no server can read, in this pass."""
         self._refusal: Refusal | None = None
         """The first of them."""
         self._thread = Thread(self._run, "streamer")
         fetcher.on_miss = self._hint
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes that were asked for and have not come yet."""
+        return self._flow.bytes
 
     def start(self) -> None:
         """Be ready to stream whenever the job runs."""
@@ -103,22 +86,26 @@ class Streamer:
     def _hint(self, offset: int, length: int) -> None:
         """A guest has missed something here: it may want more around it."""
         if self._job.phase is Phase.RUNNING:
-            self._hints.append(offset // LONGEST * LONGEST)
+            self._hints.append(offset)
 
     def _run(self) -> None:
         while self._job.wait_until_running():
             try:
-                try:
-                    self._stream()
-                finally:
-                    self._drain()
+                self._stream()
             except Interrupted:
-                self._abandon()
-            except (OSError, ImageError) as error:
-                self._abandon()
-                reason = (isinstance(error, OSError) and error.strerror) or str(error)
-                _LOG.error("streaming has stopped: %s", reason)
-                self._job.fail(reason, error.errno if isinstance(error, OSError) else None)
+                self._settle()
+            except Exception as error:  # noqa: BLE001 - whoever waits for the job is told, whatever it is
+                self._settle()
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Let the job have failed, with the reason."""
+        if isinstance(error, OSError | ImageError):
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        else:
+            reason = f"it has failed inside: {error!r}"
+        _LOG.error("streaming has stopped: %s", reason)
+        self._job.fail(reason, error.errno if isinstance(error, OSError) else None)
 
     def _stream(self) -> None:
         """Go over the disk until nothing is absent; OSError when it cannot go on."""
@@ -133,7 +120,7 @@ class Streamer:
                 self._ask_for(claims)
                 if self._refused > _MOST_REFUSED:
                     break
-            self._drain()
+            self._finish_pass()
             if self._refusal is not None and not self._image.complete:
                 # What can be copied has been.
                 offset, error = self._refusal
@@ -148,7 +135,7 @@ class Streamer:
         self._sources.close()
 
     def _mark_zeros(self) -> None:
-        """Ask for the zeros of the whole disk; again from where it came to when the connection is lost."""
+        """Ask for the zeros of the whole disk; again from where it came to when the server is of no use."""
         come = 0
 
         def goes_on(offset: int) -> None:
@@ -161,7 +148,7 @@ class Streamer:
             try:
                 return fill_zeros(self._image, session, come, goes_on)
             except OSError as error:
-                if error.errno not in GONE:
+                if error.errno not in (*GONE, errno.EPROTO):
                     raise
                 self._sources.blame(session, error)
 
@@ -176,7 +163,8 @@ class Streamer:
                 # A guest that wants what is claimed waits for it, but never for room.
                 self._make_room()
                 while self._hints:
-                    yield self._claim(self._hints.popleft(), LONGEST)
+                    hint = self._hints.popleft()
+                    yield self._claim(hint - hint % step, step)
                     self._make_room()
                 stop = min(offset // step * step + step, end)
                 yield self._claim(offset, stop - offset)
@@ -190,8 +178,9 @@ class Streamer:
         return claims
 
     def _step(self) -> int:
-        """How much to fetch at a time: less beside a guest that waits, and when the speed is limited."""
+        """How much to fetch at a time: less on a slow link, beside a guest that waits, and with a limit."""
         step = QUIET_STEP if self._fetcher.fetched.lately(_QUIET) else LONGEST
+        step = min(step, self._sources.length)
         unit = self._fetcher.claims.unit
         while self.limit.speed and step > unit and step > self.limit.speed // 20:
             step //= 2
@@ -199,90 +188,106 @@ class Streamer:
 
     def _ask_for(self, claims: list[Claim]) -> None:
         """Ask for what is absent of claimed ranges."""
-        shares = [_Share(claim, 1) for claim in claims]
+        shares = [Share(claim, 1) for claim in claims]
         try:
             for share in shares:
                 for run in list(self._image.runs(share.claim.offset, share.claim.length)):
                     if run.state is State.ABSENT:
-                        self._send(share, run.offset, run.length)
+                        self._flow.ask(self._session(), share, run.offset, run.length)
+                        self.limit.passed(run.length)
         finally:
             for share in shares:
-                self._release(share)
-
-    def _send(self, share: _Share, offset: int, length: int) -> None:
-        session = self._session()
-        data = memoryview(self._buffer(length))[:length]
-        read = _Read(session, offset, data, time.monotonic(), share)
-        try:
-            future = start_read(session.bulk(), offset, data)
-        except OSError as error:
-            self._sources.blame(session, error)
-            return
-        self.limit.passed(length)
-        share.reads += 1
-        self.in_flight += length
-        self._reads += 1
-        future.add_done_callback(lambda done: self._answers.put((read, done)))
+                self._flow.release(share)
 
     def _make_room(self) -> None:
         """Store answers until the window and the speed allow another request."""
         while True:
             self._job.pause_point()
+            self._ask_again()
             delay = self.limit.delay()
-            if self.in_flight < self._room() and delay <= 0:
+            if self._flow.bytes < self._room() and delay <= 0:
                 return
-            if not self._reads:
+            if not self._flow.reads:
                 self.window.idle()
             self._store_next(min(_TICK, delay) if delay > 0 else _TICK)
 
     def _room(self) -> int:
         """How many bytes may be in flight."""
-        return self.window.quiet_size if self._fetcher.fetched.lately(_QUIET) else self.window.size
+        room = self.window.quiet_size if self._fetcher.fetched.lately(_QUIET) else self.window.size
+        on_slow_link = self._sources.room
+        return room if on_slow_link is None else min(room, on_slow_link)
 
-    def _drain(self) -> None:
-        """Store, or give up, everything that is under way. It ends, as every request has a time limit."""
-        while self._reads:
+    def _finish_pass(self) -> None:
+        """Store everything that is under way, or find out that it cannot be had."""
+        while self._flow.reads or self._flow.lost:
+            self._job.pause_point()
+            self._ask_again()
             self._store_next(_TICK)
 
-    def _abandon(self) -> None:
-        """Take what is still under way without storing it: the image takes no more, or nobody wants it."""
-        while self._reads:
-            self._store_next(_TICK, self._forget)
+    def _ask_again(self) -> None:
+        """Ask for the rest of what lost connections have left in part."""
+        while self._flow.lost:
+            session = self._session()
+            read = self._flow.lost.popleft()
+            read.session = session
+            try:
+                self._flow.begin(read)
+            except BaseException:
+                self._flow.end(read)
+                raise
 
-    def _forget(self, read: _Read) -> None:
-        pass
+    def _settle(self) -> None:
+        """Store what is still under way, as far as the image takes it, and ask for nothing more.
 
-    def _store_next(self, seconds: float, store: Callable[[_Read], None] | None = None) -> None:
+        It ends, as no server may be silent for ever.
+        """
+        is_taken = True
+        while self._flow.reads or self._flow.lost:
+            while self._flow.lost:
+                self._flow.end(self._flow.lost.popleft())
+            answer = self._flow.next(_TICK)
+            if answer is None:
+                continue
+            read, error = answer
+            try:
+                if error is None and is_taken:
+                    self._store(read)
+            except Exception as trouble:  # noqa: BLE001 - what has stopped the job is told, this is not
+                _LOG.debug("what came after the end was not stored: %r", trouble)
+                is_taken = False
+            finally:
+                self._flow.end(read)
+
+    def _store_next(self, seconds: float) -> None:
         """Store one answer, if one comes in time. OSError when the image takes no more."""
-        try:
-            read, future = self._answers.get(timeout=seconds)
-        except queue.Empty:
+        answer = self._flow.next(seconds)
+        if answer is None:
             return
-        self.in_flight -= len(read.data)
-        self._reads -= 1
+        read, error = answer
+        if error is not None and error.errno in GONE:
+            # What came is kept, and the rest asked for when a server is there again.
+            self._sources.blame(read.session, error)
+            self._flow.lost.append(read)
+            return
         try:
-            error = future.exception()
-            if isinstance(error, OSError):
-                self._note(read, error)
+            if error is None:
+                self._store(read)
             else:
-                future.result()
-                (store or self._store)(read)
+                self._note(read, error)
         finally:
-            self._release(read.share)
-            self._recycle(read.data)
+            self._flow.end(read)
 
-    def _store(self, read: _Read) -> None:
+    def _store(self, read: Read) -> None:
         self.window.answered(len(read.data), time.monotonic() - read.sent)
         self._fetcher.store(read.offset, read.data)
         self.streamed += len(read.data)
 
-    def _note(self, read: _Read, error: OSError) -> None:
-        """A request failed. What a lost connection leaves absent is asked for again in the next pass."""
+    def _note(self, read: Read, error: OSError) -> None:
+        """A server could not do it: ask the others, and for less of it."""
         self._sources.blame(read.session, error)
-        if error.errno not in GONE:
-            unit = self._fetcher.claims.unit
-            for begin in range(0, len(read.data), unit):
-                self._try_again(read.offset + begin, read.data[begin : begin + unit])
+        unit = self._fetcher.claims.unit
+        for begin in range(0, len(read.data), unit):
+            self._try_again(read.offset + begin, read.data[begin : begin + unit])
 
     def _try_again(self, offset: int, data: memoryview) -> None:
         """Ask every server for a small part of what one of them could not read, and then for less of it."""
@@ -295,11 +300,6 @@ class Streamer:
             if self._refusal is None or refusal.offset < self._refusal.offset:
                 self._refusal = refusal
 
-    def _release(self, share: _Share) -> None:
-        share.reads -= 1
-        if not share.reads:
-            self._fetcher.claims.release(share.claim)
-
     def _session(self) -> Session:
         """The backing; waits for it as long as it is worth it, with an eye on the job."""
         while not self._sources.connected:
@@ -308,15 +308,3 @@ class Streamer:
             self._sources.wait(_TICK)
             self._job.pause_point()
         return self._sources.session()
-
-    def _buffer(self, length: int) -> bytearray:
-        """Long buffers are used again: the kernel's zeroing of fresh memory costs as much as a copy."""
-        if length <= LONGEST // 4:
-            return bytearray(length)
-        return self._spare.pop() if self._spare else bytearray(LONGEST)
-
-    def _recycle(self, data: memoryview) -> None:
-        buffer = data.obj
-        data.release()
-        if isinstance(buffer, bytearray) and len(buffer) == LONGEST:
-            self._spare.append(buffer)

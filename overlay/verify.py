@@ -16,11 +16,10 @@ from overlay.image import Image, Run, State
 from overlay.open import Layout, open_image
 from overlay.picture import knows_writer
 from overlay.qed.image import QedImage
-from overlay.reads import sectors, start_read
+from overlay.reads import LONGEST, Reading, new_pace, sectors
 
-_PART = 1 << 20
-_AT_ONCE = 16
-"""Bytes of one request to the backing, and how many requests are under way."""
+_AT_ONCE, _SLOWLY = 16, 2
+"""Parts of at most a MiB that are read from the backing at once; and where the link is slow."""
 _GRAIN = 4096
 """Bytes in which differences are counted."""
 _MOST_OFFSETS = 16
@@ -101,20 +100,20 @@ def _connect(image: Image, path: Path, backings: Sequence[NbdUri]) -> Client:
 
 def _compare(image: Image, client: Client, verdict: Verdict, on_progress: OnProgress) -> None:
     under_way: deque[tuple[int, bytearray, Future[None]]] = deque()
+    pace = new_pace()
     for offset, length in _copied(image, client, verdict):
-        if len(under_way) == _AT_ONCE:
+        while len(under_way) >= (_AT_ONCE if pace.length == LONGEST else _SLOWLY):
             _check(image, verdict, *under_way.popleft())
             on_progress(offset, image.size)
         data = bytearray(length)
-        under_way.append((offset, data, start_read(client, offset, memoryview(data))))
+        under_way.append((offset, data, Reading(offset, memoryview(data)).start(client, pace)))
     while under_way:
         _check(image, verdict, *under_way.popleft())
     on_progress(image.size, image.size)
 
 
 def _copied(image: Image, client: Client, verdict: Verdict) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what is to be read and compared, in parts that one request can ask for."""
-    part = min(_PART, client.export.maximum_block or _PART)
+    """(offset, length) of what is to be read and compared, in parts."""
     for run in image.runs(0, image.size):
         if run.state is State.ABSENT:
             verdict.absent += run.length
@@ -124,8 +123,8 @@ def _copied(image: Image, client: Client, verdict: Verdict) -> Iterator[tuple[in
             verdict.compared += run.length
             found = [(run.offset, run.length)] if run.state is State.DATA else _doubtful(run, client)
             for begin, length in found:
-                for place in range(begin, begin + length, part):
-                    yield place, min(part, begin + length - place)
+                for place in range(begin, begin + length, LONGEST):
+                    yield place, min(LONGEST, begin + length - place)
 
 
 def _doubtful(run: Run, client: Client) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from nbdserve.errors import UsageError
 from nbdserve.ownership import parse_mode
 from nbdserve.socketpaths import SOCKET_PATH_LIMIT, check_socket_path
 from nbdserve.uri import NbdUri, is_ipv6, parse_uri
-from overlay.options import CONNECTIONS, PATIENCE
+from overlay.options import CONNECTIONS
 
 Command = tuple[str, ...]
 
@@ -157,7 +157,7 @@ class Limits:
     recover          until a guest that waits for the export goes on, once the export is back
     stop             until a process that was told to end has ended
     reconnect_delay  how long B's QEMU holds a guest's request while the export is away (whole seconds)
-    reconnect_timeout  how long nbd-overlay holds what it is asked for while the export is away
+    reconnect_timeout  how long nbd-overlay holds what it is asked for while the export is away or silent
     restarts         how often a server that died while streaming is started again (a number)
     connections      that nbd-overlay makes to the export (a number)
     speed            bandwidth of the stream in bytes per second; 0 is no limit
@@ -172,7 +172,7 @@ class Limits:
     recover: float = 60.0
     stop: float = 30.0
     reconnect_delay: int = 10
-    reconnect_timeout: float = PATIENCE
+    reconnect_timeout: float = 60.0
     restarts: int = 5
     connections: int = CONNECTIONS
     speed: int = 0

@@ -131,15 +131,20 @@ class Guest:
 
 @contextmanager
 def overlay(
-    image: Path, *arguments: Argument, directory: Path, wrapper: Sequence[str] = ()
+    image: Path,
+    *arguments: Argument,
+    directory: Path,
+    wrapper: Sequence[str] = (),
+    program: Sequence[Argument] = (NBD_OVERLAY,),
 ) -> Iterator[Daemon]:
     """The daemon of an image, ready, until the block ends. It must not have written a traceback.
 
-    ``wrapper`` are words before the command, of a program that becomes the daemon in the end.
+    ``wrapper`` are words before the command, of a program that becomes the daemon in the end; ``program`` is
+    what is started instead of nbd-overlay.
     """
     socket, qmp = fresh_path(directory, "overlay", ".sock"), fresh_path(directory, "overlay", ".qmp")
     pid_file = fresh_path(directory, "overlay", ".pid")
-    argv: list[Argument] = [*wrapper, NBD_OVERLAY, "serve", image, "--verbose"]
+    argv: list[Argument] = [*wrapper, *program, "serve", image, "--verbose"]
     argv += ["--socket", socket, "--qmp", f"unix:{qmp}", "--pid-file", pid_file, *arguments]
     log = fresh_path(directory, "overlay", ".log")
     with Process(argv, log) as process:
