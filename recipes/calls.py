@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from nbdserve.errors import MigrationError
 from recipes.ending import KILL, end_group
+from recipes.spawn import spawn
 from recipes.ssh import explain
 from recipes.way import Way
 
@@ -62,8 +63,8 @@ class Call:
         """
         framed = ["sh", "-c", _FRAME, self._mark, *self._command] if self._way.shell else self._command
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self._way.argv(framed),
+            process = await spawn(
+                self._way.argv(framed),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from recipes.ending import end_group
+from recipes.spawn import spawn
 
 _WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
 """The letters of ssh's options that take a value."""
@@ -78,8 +79,8 @@ def _end_of_options(words: list[str]) -> int | None:
 async def _configuration(argv: Sequence[str]) -> Mapping[str, str]:
     """What ``ssh -G`` prints, by key; nothing when that fails."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
+        process = await spawn(
+            argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
