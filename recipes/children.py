@@ -1,272 +1,38 @@
-"""The processes that a migration starts, and whose life they share.
-
-Each child has a keeper (recipes/keeper.py), which ends it when this process ends, even by SIGKILL, until the
-child is released: then it lives on by itself.
-"""
+"""The processes that a migration starts, and whose life they share; see recipes/supervised.py."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from nbdserve.errors import MigrationError
 from recipes.calls import cannot_start
-from recipes.ending import end_group
 from recipes.host import Host
 from recipes.interruption import completed
-from recipes.lastwords import last_words
-from recipes.messages import Beginning, message_in
+from recipes.messages import Beginning
+from recipes.spawn import spawn
+from recipes.supervised import COMMAND, KILL, RELEASE, Child, Lifeline, give_up
+
+__all__ = ["Child", "Children"]
 
 KEEPER_START = 60.0
 """Seconds until a keeper must have said that its process runs, or why it does not."""
 
-KEEPER_END = 10.0
-"""Seconds until a keeper that has been let go of has ended, with what it kept."""
+STOP = f"stop {KILL:g}\n".encode()
+"""What a keeper is told that is given up."""
 
-KEEPER_ANSWER = 10.0
-"""Seconds in which a keeper must obey, and tell of an end; one that was stopped (SIGSTOP) does neither."""
-
-REMOTE_LOOK = 1.0
-"""Seconds between two looks for a process on another host whose keeper is of no use."""
-
-_LOOK = 'if grep -qs "^State:.[^XZ]" "/proc/$1/status"; then echo lives; else echo ended; fi'
-"""Says whether process $1 is there, and is no zombie."""
-
-KILL = 15.0
-"""Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
-
-
-RELEASE = b"release\n"
-"""What a keeper is told; see recipes/keeper.py."""
-
-
-def pidfd_of(pid: int) -> int:
-    """A file descriptor for the process, readable when that has ended; -1 when its keeper has seen it end."""
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return -1
-
-
-@dataclass(frozen=True)
-class Lifeline:
-    """What holds a process: who has both of these file descriptors shares in its life.
-
-    name      what messages call the process
-    words     our end of its keeper's standard input
-    messages  its keeper's standard output
-    """
-
-    name: str
-    words: int
-    messages: int
-
-
-class Child:
-    """A process that was started through a keeper.
-
-    name  what messages call it
-    host  where it runs
-    pid   its process id there
-    """
-
-    def __init__(
-        self,
-        name: str,
-        host: Host,
-        pid: int,
-        lifeline: Lifeline,
-        keeper: asyncio.subprocess.Process,
-        *,
-        last_word: str,
-        ready: Path | None,
-    ) -> None:
-        self.name = name
-        self.host = host
-        self.pid = pid
-        self._lifeline = lifeline
-        self._keeper = keeper
-        self._last_word = last_word
-        self._ready_file = ready
-        self.released = False
-        self.status: int | None = None
-        self._tail = ""
-        self._orphan = self._mute = False
-        self._ready = asyncio.Event()
-        self._stopping = asyncio.Event()
-        self._exited = asyncio.Event()
-        self._gone = asyncio.Event()
-        self._pidfd = -1 if host.remote else pidfd_of(pid)
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().add_reader(self._pidfd, self._exited.set)
-        elif not host.remote:
-            self._exited.set()
-
-    @property
-    def running(self) -> bool:
-        """Whether the process is still there, as far as is known."""
-        return not self._gone.is_set()
-
-    async def ready(self, limit: float) -> None:
-        """Wait until the process has made its file ``ready``.
-
-        Raises MigrationError when it ends first, or is not ready after ``limit`` seconds.
-        """
-        await first_of(limit, self._ready, self._gone)
-        if not self.running:
-            raise MigrationError(f"{self.name} {await self.wait()}")
-        if not self._ready.is_set():
-            raise MigrationError(f"{self.name} was not ready within {limit:g} s")
-
-    async def wait(self) -> str:
-        """Wait until the process has ended; return how, in words, with the last line that it wrote."""
-        await self._gone.wait()
-        if self.status is None:
-            return (
-                "ended, as its keeper was killed"
-                if self._orphan
-                else "ended, and its keeper does not say how"
-            )
-        if self.status < 0:
-            return f"was ended by signal {-self.status}"
-        why = last_words(self._tail)
-        return f"ended with code {self.status}" + (f": {why}" if why else "")
-
-    def release(self) -> bool:
-        """Let the process live on by itself when we end; False when its keeper is dead: then it ends too."""
-        if not self.released:
-            self.released = self._say(RELEASE)
-        return self.released
-
-    async def stop(self, seconds: float) -> None:
-        """End the process: SIGTERM, and SIGKILL when ``seconds`` have passed. Returns when it has ended.
-
-        Raises MigrationError when it is there even then.
-        """
-        # A keeper may be dead, or have been stopped (SIGSTOP).
-        told = self._say(f"stop {seconds:g}\n".encode())
-        self._mute = not (told and await first_of(KEEPER_ANSWER, self._stopping, self._gone))
-        if self._mute:
-            await self._signal(signal.SIGTERM)
-        await self._ended(seconds)
-        if self.running:
-            await self._signal(signal.SIGKILL)
-            await self._ended(KILL)
-        if self.running:
-            raise MigrationError(f"{self.name} (process {self.pid}) cannot be ended, not even killed")
-
-    async def follow(self, messages: asyncio.StreamReader) -> None:
-        """Learn of the end of the process: from its keeper, or from the kernel when that says nothing."""
-        watching = asyncio.create_task(self._watch())
-        try:
-            await self._listen(messages)
-        finally:
-            watching.cancel()
-
-    async def _watch(self) -> None:
-        await self._exited.wait()
-        await first_of(KEEPER_ANSWER, self._gone)
-        self._gone.set()
-
-    async def _listen(self, messages: asyncio.StreamReader) -> None:
-        """Read what the keeper says until the process has ended; its own death must leave no orphan."""
-        while line := await messages.readline():
-            message = message_in(line)
-            if "ready" in message:
-                self._ready.set()
-            if "stopping" in message:
-                self._stopping.set()
-            if "exited" in message:
-                self.status, self._tail = message["exited"], message["tail"]
-                self._gone.set()
-        if self.running:
-            self._orphan = True
-            if not self.released:
-                await self._signal(signal.SIGKILL)
-            await self._end()
-            self._gone.set()
-
-    def kill_command(self) -> list[str]:
-        """What kills the process when its keeper is of no use, unless its id is another process's by now.
-
-        It ends when the process has ended.
-        """
-        script = 'while grep -qszF -- "$2" "/proc/$1/cmdline"; do kill -9 "$1"; sleep 0.1; done'
-        return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self._last_word])
-
-    async def close(self) -> None:
-        """Let go of the lifeline: the keeper ends what was not released, and itself."""
-        os.close(self._lifeline.words)
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-        if self._mute:
-            await end_group(self._keeper)
-        await give_up(self._keeper)
-
-    async def _ended(self, seconds: float) -> None:
-        """Wait for so many seconds until the process has ended, whoever tells."""
-        looking = asyncio.create_task(self._end())
-        telling = asyncio.create_task(self._gone.wait())
-        try:
-            await asyncio.wait({looking, telling}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if looking.done():
-                # Its keeper knows how it has ended.
-                await asyncio.wait({telling}, timeout=0 if self._mute else KEEPER_ANSWER)
-                self._gone.set()
-        finally:
-            looking.cancel()
-            telling.cancel()
-
-    async def _end(self) -> None:
-        """Wait until the process has ended, without its keeper."""
-        if not self.host.remote:
-            await self._exited.wait()
-            return
-        while True:
-            await asyncio.sleep(REMOTE_LOOK)
-            # A host that cannot be reached says nothing about the process.
-            with suppress(MigrationError):
-                look = await self.host.run("sh", "-c", _LOOK, "sh", str(self.pid), limit=KEEPER_START)
-                if look.strip() == "ended":
-                    return
-
-    async def tidy(self) -> None:
-        """Remove the pid file of a process that has ended, where its keeper, who is dead, cannot any more."""
-        script = 'if [ "$(cat "$1" 2>/dev/null)" = "$2" ]; then rm -f -- "$1"; fi'
-        if self._ready_file and not self.running and self.status is None:
-            with suppress(MigrationError):
-                words = ("sh", "-c", script, "sh", str(self._ready_file), str(self.pid))
-                await self.host.run(*words, limit=KEEPER_START)
-
-    async def _signal(self, number: signal.Signals) -> None:
-        """Signal the process directly, when its keeper is not there to do it."""
-        try:
-            if self._pidfd >= 0:
-                signal.pidfd_send_signal(self._pidfd, number)
-                return
-        except ProcessLookupError:
-            return
-        except PermissionError:
-            pass  # the host's prefix, as sudo, has more rights than we have
-        with suppress(MigrationError):
-            await self.host.run("kill", f"-{number.value}", str(self.pid), limit=KEEPER_START)
-
-    def _say(self, word: bytes) -> bool:
-        """Give the keeper a word; False when there is no keeper any more."""
-        try:
-            os.write(self._lifeline.words, word)
-        except BrokenPipeError:
-            return False
-        return True
+_FIND = (
+    'pid=$(cat "$1" 2>/dev/null); case "$pid" in ""|*[!0-9]*) exit 0;; esac; '
+    'if grep -qs "^State:.[^XZ]" "/proc/$pid/status" && grep -qzF -- "$1" "/proc/$pid/cmdline"; '
+    "then echo $pid; fi"
+)
+"""Prints the process id in the file $1, if that is a living process whose command line names the file."""
 
 
 class Children:
@@ -326,20 +92,28 @@ class Children:
         share(lifeline)
         if released:
             os.write(words_in, RELEASE)
+
+        async def abandon(keeper: asyncio.subprocess.Process) -> None:
+            os.write(words_in, STOP)
+            await give_up(keeper)
+
         where = name if name.endswith(f" on {host.name}") else f"{name} on {host.name}"
         with tempfile.TemporaryFile() as errors:
             try:
-                keeper = await asyncio.create_subprocess_exec(
-                    *beginning.argv(),
+                keeper = await spawn(
+                    beginning.argv(),
+                    abandon=abandon,
                     stdin=words_out,
                     stdout=messages_in,
                     stderr=errors,
                     start_new_session=True,
                 )
-            except OSError as error:
+            except BaseException as error:
                 os.close(words_in)
                 os.close(messages_out)
-                raise cannot_start(host, where, error) from error
+                if isinstance(error, OSError):
+                    raise cannot_start(host, where, error) from error
+                raise
             finally:
                 os.close(words_out)
                 os.close(messages_in)
@@ -355,12 +129,30 @@ class Children:
             except BaseException:
                 # Others may share its life.
                 with suppress(BrokenPipeError):
-                    os.write(words_in, f"stop {KILL:g}\n".encode())
+                    os.write(words_in, STOP)
                 os.close(words_in)
                 await completed(give_up(keeper))
                 raise
-        child = Child(name, host, said["started"], lifeline, keeper, last_word=argv[-1], ready=ready)
-        child.released = released
+        child = Child(
+            *(name, host, said["started"], lifeline, keeper),
+            last_word=argv[-1],
+            ready=ready,
+            released=released,
+        )
+        return self._follow(child, messages)
+
+    async def adopt(self, name: str, host: Host, pid_file: Path) -> Child | None:
+        """The process of this name that an earlier run has started and released; None if it lives no more.
+
+        Its command line must name its pid file: an id alone may be anybody's. Raises MigrationError when the
+        host does not say.
+        """
+        found = await host.run("sh", "-c", _FIND, "sh", str(pid_file), limit=COMMAND)
+        if not found.strip():
+            return None
+        return self._follow(Child(name, host, int(found), released=True))
+
+    def _follow(self, child: Child, messages: asyncio.StreamReader | None = None) -> Child:
         self._children.append(child)
         self._followers.append(asyncio.create_task(child.follow(messages)))
         return child
@@ -372,25 +164,6 @@ async def stream(fd: int) -> asyncio.StreamReader:
     protocol = asyncio.StreamReaderProtocol(reader)
     await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(fd, "rb", 0))
     return reader
-
-
-async def first_of(seconds: float, *events: asyncio.Event) -> bool:
-    """Wait until one of the events is set, for so many seconds; whether one is."""
-    waits = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for each in waits:
-            each.cancel()
-    return any(event.is_set() for event in events)
-
-
-async def give_up(keeper: asyncio.subprocess.Process) -> None:
-    """Wait until a keeper that has been let go of has ended; what leads to it may have to be killed."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(KEEPER_END):
-            await keeper.wait()
-    await end_group(keeper)
 
 
 def content(fd: int) -> str:

@@ -1,6 +1,6 @@
 """The fence: a process that keeps every QEMU from opening an image for writing, for as long as it lives.
 
-    nbd-migrate fence READY IMAGE       makes the file READY when the fence stands; SIGTERM takes it down
+    nbd-migrate fence READY IMAGE [--free]     makes the file READY when the fence stands; SIGTERM ends it
 
 It must not stand before the source's QEMU has reported ``completed``. Measured on 7.2: when the switch-over
 fails, the source takes its image back to go on with the guest; a fence refuses that, and QEMU aborts
@@ -16,15 +16,16 @@ import sys
 from pathlib import Path
 
 from nbdserve import command
-from nbdserve.backends.imagelocks import ImageLocks
+from nbdserve.backends.imagelocks import EXCLUSIVE, ImageLocks, Permission
 from nbdserve.errors import ImageError
 from nbdserve.pidfile import PidFile
 
 
-def fence(image: str, ready: Path) -> int:
+def fence(image: str, ready: Path, *, free: bool = False) -> int:
     """Hold the fence until SIGTERM or SIGINT.
 
-    Raises ImageError if the image cannot be locked, OperatorError if ``ready`` is a living process's.
+    With ``free`` it refuses an image that somebody writes to already. Raises ImageError for that, or if the
+    image cannot be locked, OperatorError if ``ready`` is a living process's.
     """
     ended = {signal.SIGTERM, signal.SIGINT}
     # Blocked first, so that a signal that comes early is not lost.
@@ -35,11 +36,15 @@ def fence(image: str, ready: Path) -> int:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise ImageError(f"{image}: neither a file nor a block device, so it is no disk to fence")
-        ImageLocks(fd, image).fence()
+        locks = ImageLocks(fd, image)
+        if free:
+            locks.hold(Permission.NONE, EXCLUSIVE)
+        locks.fence()
         pid_file.publish()
         signal.sigwait(ended)
     return command.EXIT_DONE
 
 
 if __name__ == "__main__":
-    sys.exit(command.run("nbd-migrate", lambda: fence(sys.argv[2], Path(sys.argv[1]))))
+    path, disk, *options = sys.argv[1:]
+    sys.exit(command.run("nbd-migrate", lambda: fence(disk, Path(path), free="--free" in options)))

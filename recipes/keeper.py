@@ -16,7 +16,7 @@ its file READY is removed before.
 End of file without ``release`` ends the process, so a holder that is killed leaves no orphan; over ssh too,
 as a lost connection is an end of file. The kernel's parent-death signal would do the same for the keeper's
 own death, but it cannot be taken back, and a released process carries a guest. So it is the holder's duty to
-end the process when its keeper dies before the release (recipes/children.py does).
+end the process when its keeper dies before the release (recipes/supervised.py does).
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ def test_a_keeper_that_is_killed_takes_its_child_along_unless_it_was_released(
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepers are not waited for for long."""
-    monkeypatch.setattr("recipes.children.KEEPER_ANSWER", 1.0)
-    monkeypatch.setattr("recipes.children.KEEPER_END", 1.0)
+    monkeypatch.setattr("recipes.supervised.KEEPER_ANSWER", 1.0)
+    monkeypatch.setattr("recipes.supervised.KEEPER_END", 1.0)
 
 
 def stop_keeper(child: Child) -> psutil.Process:
