@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from nbdserve.uri import is_ipv6
 from recipes import fence, keeper, monitor_cli, pivot_cli, probe
 from recipes.console import choose_report
 from recipes.demo import run as demo
+from recipes.finish import finish
 from recipes.interruption import interruptible
 from recipes.migrate import migrate
+from recipes.migration import FINISH
 from recipes.plan import Plan, is_host_and_port
 from recipes.planfile import load
+from recipes.quoting import pasted
 from recipes.report import Report
 
 PROGRAM = "nbd-migrate"
@@ -63,6 +67,9 @@ def make_parser() -> command.Parser:
     run = subcommands.add_parser("run", help="migrate the guest of a plan")
     configure_run(run)
     run.set_defaults(body=run_plan)
+    end = subcommands.add_parser("finish", help="do what a run that was interrupted has left to do")
+    configure_finish(end)
+    end.set_defaults(body=finish_plan)
     show = subcommands.add_parser("demo", help="the whole sequence on this machine, with a real guest")
     demo.configure(show)
     show.set_defaults(body=demo.main)
@@ -75,7 +82,8 @@ def make_parser() -> command.Parser:
     raise_fence = subcommands.add_parser("fence")
     raise_fence.add_argument("ready", metavar="READY", type=Path)
     raise_fence.add_argument("image", metavar="IMAGE")
-    raise_fence.set_defaults(body=lambda given: fence.fence(given.image, given.ready))
+    raise_fence.add_argument("--free", action="store_true")
+    raise_fence.set_defaults(body=lambda given: fence.fence(given.image, given.ready, free=given.free))
     look = subcommands.add_parser("probe")
     look.add_argument("uri", metavar="URI")
     look.set_defaults(body=lambda given: probe.probe(given.uri))
@@ -85,16 +93,7 @@ def make_parser() -> command.Parser:
 def configure_run(parser: argparse.ArgumentParser) -> None:
     """Give ``run`` its options. What is given here wins over the plan file."""
     parser.description = "Run the six steps of a plan. An option wins over the plan's file."
-    parser.add_argument("plan", metavar="PLAN.toml", type=Path, help="see docs/migrate.md")
-    parser.add_argument("--source", metavar="QMP", help="A's monitor: a socket's path, or HOST:PORT")
-    parser.add_argument("--to", metavar="HOST[:PORT]", help="where B listens for the RAM (port 4444)")
-    parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
-    parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
-    parser.add_argument(
-        "--engine",
-        choices=["overlay", "qemu"],
-        help="who copies: nbd-overlay, into a raw file (the default), or B's QEMU, into a QED image",
-    )
+    configure_plan(parser)
     parser.add_argument(
         "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
     )
@@ -105,6 +104,33 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="only check the plan's file; touch no host")
 
 
+def configure_finish(parser: argparse.ArgumentParser) -> None:
+    """Give ``finish`` its options."""
+    parser.description = (
+        "Do what is left of steps 5 and 6 of a plan, after a run that was interrupted or has failed when the "
+        "guest had left A: stream, let the guest use its own disk, end what is not needed any more. It looks "
+        "first, refuses while the guest is on A, and may be repeated. Give it the options that the run had."
+    )
+    configure_plan(parser)
+    parser.add_argument(
+        "--boot", action="store_true", help="start the guest on B again where its QEMU has ended"
+    )
+
+
+def configure_plan(parser: argparse.ArgumentParser) -> None:
+    """Give a subcommand the plan, and what wins over its file."""
+    parser.add_argument("plan", metavar="PLAN.toml", type=Path, help="see docs/migrate.md")
+    parser.add_argument("--source", metavar="QMP", help="A's monitor: a socket's path, or HOST:PORT")
+    parser.add_argument("--to", metavar="HOST[:PORT]", help="where B listens for the RAM (port 4444)")
+    parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
+    parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
+    parser.add_argument(
+        "--engine",
+        choices=["overlay", "qemu"],
+        help="who copies: nbd-overlay, into a raw file (the default), or B's QEMU, into a QED image",
+    )
+
+
 def run_plan(given: argparse.Namespace) -> int:
     """``nbd-migrate run``."""
     plan = load(given.plan, overrides(given))
@@ -113,16 +139,43 @@ def run_plan(given: argparse.Namespace) -> int:
         return command.EXIT_DONE
     report = choose_report(as_json=given.json)
     with contextlib.closing(report):
-        return clock.run(until_signal(plan, report))
+        return clock.run(until_signal(plan, report, finish_command(given)))
 
 
-async def until_signal(plan: Plan, report: Report) -> int:
+async def until_signal(plan: Plan, report: Report, finish: str = FINISH) -> int:
     """Migrate, unless a signal interrupts it; then in good order."""
     try:
-        await interruptible(migrate(plan, report))
+        await interruptible(migrate(plan, report, finish=finish))
     except asyncio.CancelledError:
         return command.EXIT_INTERRUPTED
     return command.EXIT_DONE
+
+
+def finish_plan(given: argparse.Namespace) -> int:
+    """``nbd-migrate finish``."""
+    plan = load(given.plan, overrides(given))
+    report = choose_report()
+
+    async def until_signal() -> int:
+        try:
+            await interruptible(finish(plan, report, boot=given.boot, again=finish_command(given)))
+        except asyncio.CancelledError:
+            return command.EXIT_INTERRUPTED
+        return command.EXIT_DONE
+
+    with contextlib.closing(report):
+        return clock.run(until_signal())
+
+
+def finish_command(given: argparse.Namespace) -> str:
+    """What the operator types to do the rest of this plan, as one line for a shell."""
+    program = sys.argv[0] if Path(sys.argv[0]).name == PROGRAM else PROGRAM
+    words = [PROGRAM if shutil.which(PROGRAM) == program else str(Path(program).absolute()), "finish"]
+    for name in ("source", "to", "speed", "move_aside", "engine"):
+        value = getattr(given, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", value]
+    return pasted([*words, str(given.plan.absolute())])
 
 
 def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:

@@ -39,6 +39,7 @@ async def cut_over(m: Migration) -> str:
             m.no_longer_need(name)
         # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
         m.release()
+        m.continued = True
         await a.execute("migrate-continue", state="pre-switchover")
         await switch_over(m, news)
     await arrive(m)

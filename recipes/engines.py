@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar
 
@@ -19,6 +20,8 @@ from nbdserve.errors import ConnectError, MigrationError
 from recipes.migration import READY, Migration
 from recipes.pivot import Pivot, pivot
 from recipes.plan import Plan
+from recipes.quoting import pasted
+from recipes.report import Moment
 from recipes.vm import CommandError, Vm, VmGoneError, connect
 
 LOOK = 0.05
@@ -35,7 +38,7 @@ class Engine(ABC):
     structured_replies  whether the export may offer them
     """
 
-    layout: ClassVar[str]
+    layout: str
     structured_replies: ClassVar[bool]
 
     @abstractmethod
@@ -52,12 +55,20 @@ class Engine(ABC):
         by what it is called."""
 
     @abstractmethod
+    def complete_node(self, plan: Plan) -> dict[str, object]:
+        """The guest's disk in B's QEMU once every block of it is local, as a -blockdev option."""
+
+    @abstractmethod
     def streamed(self, plan: Plan) -> str:
         """The device that block-stream is told."""
 
     @abstractmethod
     async def prepare(self, m: Migration) -> None:
         """Step 3, before B's QEMU is started."""
+
+    @abstractmethod
+    async def prepare_again(self, m: Migration) -> None:
+        """Before a QEMU is started on B on an incomplete disk whose guest has been here."""
 
     @abstractmethod
     async def monitor(self, m: Migration) -> Vm:
@@ -116,12 +127,20 @@ class QemuEngine(Engine):
         del export["node-name"]
         return {f"connect to {plan.export.address} again": export}
 
+    def complete_node(self, plan: Plan) -> dict[str, object]:
+        """The image, which has let go of its backing."""
+        file = {"driver": "file", "filename": plan.destination.image}
+        return {"node-name": plan.destination.node, "driver": "qed", "file": file}
+
     def streamed(self, plan: Plan) -> str:
         """The overlay's node."""
         return f"{plan.destination.node}-overlay"
 
     async def prepare(self, m: Migration) -> None:
         """Nothing: QEMU opens the image itself."""
+
+    async def prepare_again(self, m: Migration) -> None:
+        """Nothing either."""
 
     async def monitor(self, m: Migration) -> Vm:
         """QEMU's own."""
@@ -135,6 +154,7 @@ class QemuEngine(Engine):
         node, limits = m.plan.destination.node, m.plan.limits
         for name in (f"{node}-backing", f"{node}-export"):
             await m.during(close_node(m.monitor_b, name), limits.command, "closing the export on B")
+        m.report.moment(Moment.PIVOTED)
 
 
 class OverlayEngine(Engine):
@@ -175,6 +195,11 @@ class OverlayEngine(Engine):
             f"open {there.image} in the end": {"driver": "file", "filename": there.image, "locking": "off"},
         }
 
+    def complete_node(self, plan: Plan) -> dict[str, object]:
+        """The raw file."""
+        file = {"driver": "file", "filename": plan.destination.image, "discard": "unmap"}
+        return {"node-name": plan.destination.node, "driver": "raw", "discard": "unmap", "file": file}
+
     def streamed(self, plan: Plan) -> str:
         """nbd-overlay has only one disk."""
         return plan.destination.node
@@ -185,19 +210,23 @@ class OverlayEngine(Engine):
         assert m.overlay
         m.need("nbd-overlay on B", m.overlay.wait())
 
+    async def prepare_again(self, m: Migration) -> None:
+        """See that nbd-overlay serves the disk."""
+        await self.monitor(m)
+
     async def monitor(self, m: Migration) -> Vm:
         """nbd-overlay's, which is told that the guest is here, and is started again if it has died."""
-        assert m.overlay
         if m.overlay_monitor and not m.overlay_monitor.connected:
             await m.overlay_monitor.disconnect()
             m.overlay_monitor = None
             # Who has hung up has ended, or is about to; its keeper tells a moment later.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_END):
-                    await m.overlay.wait()
-        if not m.overlay.running:
-            await self._start(m)
+                    if m.overlay:
+                        await m.overlay.wait()
         if m.overlay_monitor is None:
+            if m.overlay is None or not m.overlay.running:
+                await self._start(m)
             m.overlay_monitor = await m.during(
                 reached("nbd-overlay", m.plan.destination.overlay_monitor, m.plan),
                 m.plan.limits.start,
@@ -217,20 +246,32 @@ class OverlayEngine(Engine):
         destination, limits = m.plan.destination, m.plan.limits
         what = Pivot(destination.node, destination.image, limits.command + limits.reconnect_delay)
         try:
-            await pivot(m.monitor_b, what)
+            if await uses_overlay(m.monitor_b, destination.node):
+                await pivot(m.monitor_b, what)
         except VmGoneError:
             raise
         except MigrationError as error:
-            again = f"nbd-migrate pivot --qmp {destination.qmp} --node {destination.node} {destination.image}"
+            if not m.has_guest:
+                raise
+            again = ["nbd-migrate", "pivot", "--qmp", destination.qmp, "--node", destination.node]
             raise MigrationError(
-                f"{error}; until B's QEMU uses the file itself leave nbd-overlay running; try {again}"
+                f"{error}; until B's QEMU uses the file itself leave nbd-overlay running; try "
+                f"{pasted([*again, destination.image])}"
             ) from error
-        assert m.overlay
+        m.report.moment(Moment.PIVOTED)
+        await self.end_overlay(m)
+
+    async def end_overlay(self, m: Migration) -> None:
+        """End nbd-overlay, which nobody uses any more."""
+        destination, limits = m.plan.destination, m.plan.limits
         if m.overlay_monitor:
             with suppress(VmGoneError):
                 await m.overlay_monitor.execute("quit", force=True)
-        await m.overlay.stop(limits.stop)
-        if m.overlay.status != 0:
+        if m.overlay:
+            await m.overlay.stop(limits.stop)
+        elif m.overlay_monitor:
+            await m.during(m.overlay_monitor.gone(), limits.stop, "the end of nbd-overlay on B")
+        if m.overlay is None or m.overlay.status != 0:
             # One that was killed leaves its sockets.
             sockets = (destination.overlay_socket, destination.overlay_monitor)
             await m.host_b.run("rm", "-f", "--", *sockets, limit=limits.command)
@@ -252,16 +293,24 @@ class OverlayEngine(Engine):
         await m.during(m.overlay.ready(limits.start), limits.start, "starting nbd-overlay on B")
 
 
+async def uses_overlay(vm: Vm, node: str) -> bool:
+    """Whether the guest's disk is, or was before a pivot, nbd-overlay's; one may have booted on the file."""
+    nodes = await vm.execute("query-named-block-nodes", flat=True)
+    return all(each["drv"] == "nbd" for each in nodes if each["node-name"] == node)
+
+
 async def close_node(vm: Vm, node: str) -> None:
-    """Delete a block node. A job holds its nodes for a moment longer than its last event."""
+    """Delete a block node, if it is there. A job holds its nodes for a moment longer than its last event."""
     while True:
+        nodes = await vm.execute("query-named-block-nodes", flat=True)
+        if all(each["node-name"] != node for each in nodes):
+            return
         try:
             await vm.execute("blockdev-del", node_name=node)
-            return
         except CommandError as error:
             if "in use" not in error.reason:
                 raise
-        await asyncio.sleep(LOOK)
+            await asyncio.sleep(LOOK)
 
 
 async def reached(name: str, address: str, plan: Plan) -> Vm:
@@ -281,6 +330,6 @@ def engine_of(plan: Plan) -> Engine:
     return ENGINES[plan.destination.engine]
 
 
-def blockdev_options(plan: Plan) -> list[str]:
-    """The guest's disk in B's QEMU, as words of its command line."""
-    return [word for node in engine_of(plan).nodes(plan) for word in ("-blockdev", json.dumps(node))]
+def blockdev_options(nodes: Sequence[Mapping[str, object]]) -> list[str]:
+    """Block nodes as words of QEMU's command line."""
+    return [word for node in nodes for word in ("-blockdev", json.dumps(node))]

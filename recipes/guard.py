@@ -27,8 +27,9 @@ from dataclasses import asdict, dataclass
 
 from nbdserve import clock, command
 from nbdserve.errors import MigrationError, OperatorError
-from recipes.children import Child, Lifeline
 from recipes.host import module
+from recipes.spawn import spawn
+from recipes.supervised import Child, Lifeline
 from recipes.watch import Orders, Watch
 
 SEND = 2.0
@@ -61,8 +62,10 @@ class Watcher:
 
     def kill(self) -> None:
         """Kill it; it may have ended."""
-        with suppress(ProcessLookupError):
-            self.process.kill()
+        # Not by asyncio, which may read its exit status at that, before its watcher does.
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
 
 
 class Guard:
@@ -85,6 +88,10 @@ class Guard:
         It removes what the migration has made, or may have made by then.
         """
         self._send("remove", list(argv))
+
+    def go_on(self, command: str) -> None:
+        """What the operator is told to type when the guest is on B and we are dead."""
+        self._send("go on", command)
 
     def migrating(self) -> None:
         """From now on A's QEMU may be migrating for us; before, a migration there is somebody else's."""
@@ -146,13 +153,17 @@ async def start_guard(orders: Orders) -> Guard:
 async def _start(orders: Orders, fds: dict[str, int]) -> Watcher:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(SEND)
-    with theirs:
-        process = await asyncio.create_subprocess_exec(
-            *module("guard", json.dumps(asdict(orders)), json.dumps(fds)),
-            stdin=theirs.fileno(),
-            pass_fds=tuple(fds.values()),
-            start_new_session=True,
-        )
+    try:
+        with theirs:
+            process = await spawn(
+                module("guard", json.dumps(asdict(orders)), json.dumps(fds)),
+                stdin=theirs.fileno(),
+                pass_fds=tuple(fds.values()),
+                start_new_session=True,
+            )
+    except BaseException:
+        ours.close()
+        raise
     return Watcher(process, ours)
 
 

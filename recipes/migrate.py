@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
+from typing import Any
 
 from nbdserve.errors import MigrationError, OperatorError
-from recipes import preflight, steps
+from recipes import advice, preflight, steps
+from recipes.causes import described
 from recipes.children import Child, Children
 from recipes.cutover import cut_over, fence_source, runs
 from recipes.engines import engine_of
 from recipes.guard import start_guard
 from recipes.interruption import undisturbed
 from recipes.leftovers import but, remove
-from recipes.migration import Migration, hosts
+from recipes.migration import FINISH, AdvisedError, Migration, hosts
 from recipes.plan import Plan
 from recipes.report import Outcome, Report, Step, StepResult
 from recipes.source import Side, capabilities_on, give_back, leave_alone
@@ -23,7 +25,9 @@ from recipes.stream import stream
 from recipes.vm import connect
 from recipes.watch import Orders
 
-STEPS: tuple[tuple[Step, Callable[[Migration], Awaitable[str]]], ...] = (
+Body = Callable[[Migration], Coroutine[Any, Any, str]]
+
+STEPS: tuple[tuple[Step, Body], ...] = (
     (Step.EXPORT, steps.export),
     (Step.OVERLAY, steps.create_overlay),
     (Step.LAUNCH, steps.launch),
@@ -33,12 +37,15 @@ STEPS: tuple[tuple[Step, Callable[[Migration], Awaitable[str]]], ...] = (
 )
 
 
-async def migrate(plan: Plan, report: Report, *, children: Children | None = None) -> Outcome:
+async def migrate(
+    plan: Plan, report: Report, *, children: Children | None = None, finish: str = FINISH
+) -> Outcome:
     """Run the six steps; return when nothing on host A is needed any more.
 
     Without ``children``, the processes started here end with this one until the cut-over, and live on by
     themselves after it, as they carry the guest. With ``children`` (the caller's, as in the demo) they end
-    with that block in any case.
+    with that block in any case. ``finish`` is the command that does what is left when the guest has come to
+    B, for messages.
 
     Raises UsageError or ConnectError when a check fails before anything was started, MigrationError, whose
     one line says where the guest is and what to do, when a step fails. When the task is cancelled, that line
@@ -62,16 +69,40 @@ async def migrate(plan: Plan, report: Report, *, children: Children | None = Non
         ours = await stack.enter_async_context(Children()) if children is None else children
         guard = await start_guard(orders)
         stack.push_async_callback(guard.close)
-        m = Migration(plan, places, engine_of(plan), report, ours, guard, a, size, owned=children is not None)
+        guard.go_on(finish)
+        m = Migration(
+            *(plan, places, engine_of(plan), report, ours, guard, a, size),
+            owned=children is not None,
+            finish=finish,
+        )
         stack.push_async_callback(m.close)
         return await run(m, orders)
 
 
 async def run(m: Migration, orders: Orders) -> Outcome:
     """Run the steps of a migration that has been prepared."""
+
+    async def back(m: Migration) -> str:
+        return await retreat(m, orders)
+
+    results = await go_through(m, STEPS, back)
+    outcome = Outcome(
+        steps=tuple(results),
+        downtime_ms=m.arrival.downtime_ms if m.arrival else 0,
+        migrate_ms=m.arrival.total_ms if m.arrival else 0,
+        ram_bytes=m.arrival.ram_bytes if m.arrival else 0,
+        disk_bytes=m.size,
+        window=m.window,
+        recoveries=m.recoveries,
+    )
+    m.report.finished(outcome)
+    return outcome
+
+
+async def go_through(m: Migration, steps: Sequence[tuple[Step, Body]], retreat: Body) -> list[StepResult]:
+    """Take these steps. After a failure ``retreat`` returns one phrase that says where the guest is."""
     results: list[StepResult] = []
-    window = 0.0
-    for step, body in STEPS:
+    for step, body in steps:
         begin = time.monotonic()
         try:
             m.report.step_started(step)
@@ -80,30 +111,19 @@ async def run(m: Migration, orders: Orders) -> Outcome:
             m.report.step_done(results[-1])
         except OperatorError as error:
             reason = await m.explain(error)
-            where = await undisturbed(retreat(m, orders))
-            raise MigrationError(f"step {step.number} ({step.title}): {reason}; {where}") from error
+            where = await undisturbed(retreat(m))
+            told = reason if isinstance(error, AdvisedError) else f"{reason}; {where}"
+            raise MigrationError(f"step {step.number} ({step.title}): {told}") from error
         except asyncio.CancelledError:
-            where = await undisturbed(retreat(m, orders))
+            where = await undisturbed(retreat(m))
             m.report.note(f"interrupted in step {step.number} ({step.title}); {where}")
             raise
         except BaseException as error:
             # Whatever it is, the guest must not be left between two hosts.
-            where = await undisturbed(retreat(m, orders))
+            where = await undisturbed(retreat(m))
             reason = f"unexpected {type(error).__name__}: {error}"
             raise MigrationError(f"step {step.number} ({step.title}): {reason}; {where}") from error
-        if step is Step.STREAM and m.arrived:
-            window = time.monotonic() - m.arrived
-    outcome = Outcome(
-        steps=tuple(results),
-        downtime_ms=m.arrival.downtime_ms if m.arrival else 0,
-        migrate_ms=m.arrival.total_ms if m.arrival else 0,
-        ram_bytes=m.arrival.ram_bytes if m.arrival else 0,
-        disk_bytes=m.size,
-        window=window,
-        recoveries=m.recoveries,
-    )
-    m.report.finished(outcome)
-    return outcome
+    return results
 
 
 async def retreat(m: Migration, orders: Orders) -> str:
@@ -136,10 +156,18 @@ async def go_back(m: Migration, orders: Orders) -> str:
     if not m.a.connected:
         if m.migrating and m.b and await runs(m.b):
             return ""
+        if m.a.shut_down:
+            return f"{described(m.a.shut_down, 'A')}; its disk is untouched"
         return "A's QEMU is gone and with it the guest; its disk is untouched"
     if m.migrating:
         said: list[str] = []
-        side = await give_back(m.a, lambda: stop(m, m.qemu), orders.capabilities, tell=said.append)
+        side = await give_back(
+            m.a,
+            lambda: stop(m, m.qemu),
+            orders.capabilities,
+            continued=m.continued,
+            tell=said.append,
+        )
         return but("the guest runs on A as before", *said) if side is Side.SOURCE else ""
     try:
         return await leave_alone(m.a, orders.capabilities)
@@ -170,13 +198,5 @@ async def after_cut_over(m: Migration) -> str:
     """What is so after a failure behind the cut-over. A must not go on in any case."""
     if m.a.connected:
         await fence_source(m)
-    image, overlay = m.plan.source.image, m.plan.destination.image
-    if m.complete:
-        where = "is on B and stays there" if m.qemu and m.qemu.running else "has stopped"
-        return f"the guest {where}; its disk, {overlay} on B, is complete and needs nothing on A"
-    if m.qemu and m.qemu.running:
-        return f"the guest is on B and stays there; until {overlay} is complete, keep {image} and A's server"
-    return (
-        f"the guest has stopped; its disk is {overlay} on B together with {image} on A, which is still "
-        "served: keep both, and start B's QEMU again without -incoming"
-    )
+    await m.guest_has_ended()
+    return advice.after_cut_over(m)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -28,6 +29,15 @@ LAST_WORDS = 5.0
 LAST_WORD_OF_LOAD = 1.0
 """Seconds in which B's QEMU, which could not load the guest, says why; the guest may wait meanwhile."""
 
+READY = "READY"
+
+FINISH = "nbd-migrate finish PLAN.toml"
+"""What the operator is told to type where the plan's file is not known."""
+
+
+class AdvisedError(MigrationError):
+    """A step failed, and the message says already where the guest is, and what to do."""
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -38,6 +48,20 @@ class Arrival:
     ram_bytes: int
 
 
+@dataclass(frozen=True)
+class GuestEnd:
+    """The end of B's QEMU.
+
+    reason  in QEMU's words (ShutdownCause); empty when it died, or when nobody heard them
+    how     in ours
+    good    it closed its disk and had not failed
+    """
+
+    reason: str
+    how: str
+    good: bool
+
+
 class Migration:
     """The hosts, monitors and processes of one migration.
 
@@ -45,11 +69,14 @@ class Migration:
     size     of the disk in bytes
     owned    the processes end with this one in any case: they are never released
     server   nbdserve on A; fence: recipes.fence on A; qemu: the QEMU on B
-    migrating  A's QEMU has taken our command to migrate
+    migrating  A's QEMU has taken our command to migrate; continued: and that to switch over
     overlay  nbd-overlay on B, with its monitor, where that is the engine
+    guest_end  how B's QEMU has ended after the cut-over, when it was noticed
     removal  the command for B that removes what this migration has made there; none where it is nothing
     arrival  what the source said of the RAM's migration, when it is complete
     complete every block is on B, on stable storage: nothing on A is needed
+    finish   the command that does what is left when the guest is on B, as the operator types it
+    window   seconds from then until nothing on A was needed any more
     arrived  when the guest began to run on B (monotonic clock in seconds), None while it belongs to A
     """
 
@@ -60,19 +87,21 @@ class Migration:
         engine: Engine,
         report: Report,
         children: Children,
-        guard: Guard,
+        guard: Guard | None,
         a: Vm,
         size: int,
         *,
         owned: bool,
+        finish: str = FINISH,
     ) -> None:
         self.plan = plan
         self.engine = engine
         self.report = report
         self.children = children
-        self.guard = guard
+        self.finish = finish
         self.a = a
         self.b: Vm | None = None
+        self.guest_end: GuestEnd | None = None
         self.size = size
         self.owned = owned
         self.host_a, self.host_b = hosts
@@ -83,20 +112,51 @@ class Migration:
         self.overlay_monitor: Vm | None = None
         self.removal: tuple[str, ...] = ()
         self.complete = False
-        self.migrating = False
+        self.migrating = self.continued = False
         self.arrived: float | None = None
         self.arrival: Arrival | None = None
         self.recoveries = 0
+        self.window = 0.0
         self._places: dict[tuple[Host, str], Path] = {}
         self._needed: dict[str, asyncio.Task[str]] = {}
-        self.need("the guard", guard.wait())
+        self._guard = guard
+        if guard:
+            self.need("the guard", guard.wait())
         self.need("A's QEMU", gone(a))
+
+    @property
+    def guard(self) -> Guard:
+        """The guard, which there is as long as the guest may go back to A."""
+        assert self._guard is not None
+        return self._guard
 
     @property
     def monitor_b(self) -> Vm:
         """The destination's QEMU, which there is from step 3 on."""
         assert self.b is not None
         return self.b
+
+    @property
+    def has_guest(self) -> bool:
+        """Whether B's QEMU lives, as far as is known."""
+        if self.qemu:
+            return self.qemu.running
+        return self.b is not None and self.b.connected
+
+    async def guest_has_ended(self) -> bool:
+        """Whether B's QEMU has ended; then guest_end says how. Where it has, waits until that is sure."""
+        b = self.b
+        if b is None or (self.has_guest and b.connected):
+            return self.guest_end is not None
+        # Of a good end it tells before it hangs up, and it hangs up before it is gone.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.plan.limits.stop):
+                await b.gone()
+                how = await self.qemu.wait() if self.qemu else "has ended"
+                # An event may be lost with the connection; its exit code is 0 only after a good end.
+                good = b.shut_down is not None or (self.qemu is not None and self.qemu.status == 0)
+                self.guest_end = GuestEnd(b.shut_down or "", f"B's QEMU {how}", good)
+        return self.guest_end is not None
 
     def need(self, name: str, end: Awaitable[str]) -> None:
         """From now on no wait outlives this process; ``end`` returns in words how it has ended."""
@@ -148,7 +208,7 @@ class Migration:
 
         With ``ready``, ``READY`` in the command line stands for the file that it makes when it is ready.
         """
-        base = await self._place(host, image) / f"{Path(image).name}.{suffix}"
+        base = await self.place(host, image, suffix)
         ready_file = base.with_name(f"{base.name}.pid") if ready else None
         words = [str(ready_file) if word == READY else word for word in argv]
         log = base.with_name(f"{base.name}.log")
@@ -166,14 +226,20 @@ class Migration:
         self.removal = argv
         self.guard.remove_later(argv)
 
-    async def _place(self, host: Host, image: str) -> Path:
-        """Where the logs of what belongs to an image are; its host is asked once."""
-        if self.plan.log.directory:
-            return Path(self.plan.log.directory)
+    async def adopt(self, name: str, host: Host, image: str, suffix: str) -> Child | None:
+        """A process of this name that start() has started in an earlier run; None if it lives no more."""
+        base = await self.place(host, image, suffix)
+        return await self.children.adopt(name, host, base.with_name(f"{base.name}.pid"))
+
+    async def place(self, host: Host, image: str, suffix: str) -> Path:
+        """Where the log of what belongs to an image is, and its pid file, without ``.log`` and ``.pid``.
+
+        Its host is asked once.
+        """
         if (host, image) not in self._places:
-            found = await place_of(host, image, self.plan.limits.command)
-            self._places[host, image] = Path(found)
-        return self._places[host, image]
+            directory = self.plan.log.directory or await place_of(host, image, self.plan.limits.command)
+            self._places[host, image] = Path(directory)
+        return self._places[host, image] / f"{Path(image).name}.{suffix}"
 
     def release(self) -> None:
         """The children carry the guest, or may in a moment: from now on they live on when we end.
@@ -194,9 +260,6 @@ class Migration:
         for monitor in (self.b, self.overlay_monitor):
             if monitor:
                 await monitor.disconnect()
-
-
-READY = "READY"
 
 
 async def hosts(plan: Plan) -> tuple[Host, Host]:

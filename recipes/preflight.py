@@ -10,7 +10,7 @@ from recipes.engines import engine_of
 from recipes.host import Host
 from recipes.plan import Plan
 from recipes.quoting import pasted
-from recipes.source import UNDER_WAY, migration_status
+from recipes.source import HOLDS, UNDER_WAY, cancelling, migration_status
 from recipes.vm import Vm, connect
 
 
@@ -19,7 +19,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> int:
 
     Raises UsageError when the plan does not fit what is found, MigrationError when something is missing.
     """
-    await check_guest(a)
+    await check_guest(a, plan.source.qmp)
     size = await disk_size(plan, a)
     await check_tools(plan, host_a, host_b)
     await check_destination(plan, host_b)
@@ -28,9 +28,14 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> int:
     return size
 
 
-async def check_guest(a: Vm) -> None:
+async def check_guest(a: Vm, address: str) -> None:
     """The guest must be running, and not be migrating."""
     status = await a.execute("query-status")
+    if await migration_status(a) == HOLDS:
+        raise MigrationError(
+            "the guest on A stands still before the switch-over of a migration that nobody continues; it "
+            f"goes on with: {cancelling(address)}"
+        )
     if not status["running"]:
         raise MigrationError(
             f"the guest on A does not run, it is in state {status['status']}; start it first"

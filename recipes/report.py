@@ -25,10 +25,11 @@ class Step(Enum):
 
 
 class Moment(Enum):
-    """Two instants within step 4 between which the guest changes sides."""
+    """Instants within a step: between two of step 4 the guest changes sides, in step 6 it lets go of A."""
 
     SWITCHOVER = "the guest stands still on A"
     ARRIVED = "the guest runs on B"
+    PIVOTED = "the guest on B uses nothing but its own disk"
 
 
 @dataclass(frozen=True)

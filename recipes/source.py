@@ -26,6 +26,7 @@ from typing import Any
 
 from nbdserve.clock import now
 from nbdserve.errors import MigrationError
+from recipes.quoting import pasted
 from recipes.vm import CommandError, Vm
 
 RESUME = 20.0
@@ -36,6 +37,9 @@ LOOK = 0.05
 
 UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "postcopy-active", "wait-unplug"}
 """States of query-migrate in which the source still tries to migrate."""
+
+HOLDS = "pre-switchover"
+"""The state of query-migrate in which the guest stands still until somebody lets it go on, there or here."""
 
 SWITCHES = "device"
 """The state of query-migrate in which B's QEMU may get all of the guest at any instant."""
@@ -57,6 +61,7 @@ async def give_back(
     capabilities: Sequence[str],
     *,
     settle: float = 0.0,
+    continued: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Side:
     """Unless the migration is complete, end the destination and let the guest go on at the source.
@@ -65,8 +70,8 @@ async def give_back(
     there, and has ``settle`` seconds for it; then the destination is ended *before* the source goes on, so
     that never both run. In every state before it the destination lacks the end of the guest's state and can
     never run it, so that one which cannot be ended, as its host is away, does not keep the guest from going
-    on. ``capabilities`` were on before; the others are switched off again. ``tell`` is told what is not as it
-    was when the guest runs on.
+    on. ``continued`` says that the source was told to switch over. ``capabilities`` were on before; the
+    others are switched off again. ``tell`` is told what is not as it was when the guest runs on.
 
     Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
     """
@@ -81,7 +86,7 @@ async def give_back(
     try:
         await end_destination()
     except MigrationError as error:
-        if status == SWITCHES:
+        if status == SWITCHES or (continued and status == HOLDS):
             raise
         tell(str(error))
     await resume(a, ours=status in UNDER_WAY)
@@ -90,6 +95,11 @@ async def give_back(
     except MigrationError as error:
         tell(f"the migration capabilities of A's QEMU are not as they were: {error}")
     return Side.SOURCE
+
+
+def cancelling(address: str) -> str:
+    """The command that lets a guest run on that stands still before the switch-over, for the operator."""
+    return pasted(["nbd-migrate", "qmp", address, "migrate_cancel"])
 
 
 async def leave_alone(a: Vm, capabilities: Sequence[str]) -> str:

@@ -10,13 +10,15 @@ import asyncio
 import json
 
 from nbdserve.errors import MigrationError
+from recipes.causes import WANTED
 from recipes.children import Child
 from recipes.engines import blockdev_options, reached
 from recipes.interruption import completed
 from recipes.machine import check_machine
-from recipes.migration import READY, Migration
+from recipes.migration import Migration
 from recipes.plan import Plan
 from recipes.rights import check_rights, explain_start
+from recipes.unattended import go_without_guest, told
 from recipes.vm import CommandError, Vm
 
 SECTOR = 512
@@ -34,21 +36,30 @@ async def export(m: Migration) -> str:
 async def start_server(m: Migration) -> Child:
     """Start nbdserve on A and wait until it is ready."""
     limit = m.plan.limits.start
-    argv = [*server_command(m), "--pid-file", READY, m.plan.source.image]
-    server = await m.start("the server on A", m.host_a, m.plan.source.image, "nbdserve", argv, ready=True)
+    server = await m.start(
+        "the server on A",
+        m.host_a,
+        m.plan.source.image,
+        "nbdserve",
+        await server_command(m),
+        ready=True,
+    )
     await m.during(server.ready(limit), limit, "starting the server on A")
     return server
 
 
-def server_command(m: Migration) -> list[str]:
-    """The server's command line, without the image."""
+async def server_command(m: Migration) -> list[str]:
+    """The server's command line, with its pid file where whoever ends it later looks for that."""
+    image = m.plan.source.image
+    pid_file = f"{await m.place(m.host_a, image, 'nbdserve')}.pid"
     address = m.plan.export.address
     where = ["-b", address.host, "-p", str(address.port)]
     if address.socket:
         # It is on one host with B's QEMU, which may have to connect there again.
         where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if m.engine.structured_replies else ["--simple-replies"]
-    return [m.host_a.tool("nbdserve"), "-r", "-f", "raw", *replies, "-x", address.export, *where]
+    options = ["-r", "-f", "raw", *replies, "-x", address.export, *where, "--pid-file", pid_file]
+    return [m.host_a.tool("nbdserve"), *options, image]
 
 
 async def check_export(m: Migration) -> None:
@@ -106,10 +117,9 @@ async def create_overlay(m: Migration) -> str:
 async def launch(m: Migration) -> str:
     """Step 3: start the QEMU on B that waits for the guest."""
     destination, limits = m.plan.destination, m.plan.limits
-    kind = "unix" if destination.qmp.startswith("/") else "tcp"
-    monitor = f"{kind}:{destination.qmp.replace(',', ',,')},server=on,wait=off"
     await m.engine.prepare(m)
-    argv = [*destination.qemu, *blockdev_options(m.plan), "-incoming", "defer", "-qmp", monitor]
+    disk = blockdev_options(m.engine.nodes(m.plan))
+    argv = [*destination.qemu, *disk, "-incoming", "defer", "-qmp", monitor_option(destination.qmp)]
     m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
     m.need("B's QEMU", m.qemu.wait())
     try:
@@ -122,6 +132,12 @@ async def launch(m: Migration) -> str:
     listen = m.b.execute("migrate-incoming", uri=destination.migration)
     await m.during(listen, limits.command, "listening for the RAM")
     return f"process {m.qemu.pid} waits at {destination.migration}"
+
+
+def monitor_option(address: str) -> str:
+    """The value of QEMU's -qmp for a monitor at this address."""
+    kind = "unix" if address.startswith("/") else "tcp"
+    return f"{kind}:{address.replace(',', ',,')},server=on,wait=off"
 
 
 async def check_device(plan: Plan, b: Vm) -> None:
@@ -148,27 +164,52 @@ async def check_device(plan: Plan, b: Vm) -> None:
 
 async def shut_down(m: Migration) -> str:
     """Step 6: close the export, end the server, put the old disk out of reach, take the fence down."""
+    await detach(m)
+    return await clear_source(m)
+
+
+async def clear_source(m: Migration) -> str:
+    """End what there still is on A, and put its disk out of reach."""
     limits, image, target = m.plan.limits, m.plan.source.image, m.plan.finish.move_aside
-    await m.engine.detach(m)
-    assert m.server
-    await m.server.stop(limits.stop)
-    if m.server.status:
-        m.report.note(f"the server on A {await m.server.wait()}; the disk was complete by then")
+    if m.server:
+        await m.server.stop(limits.stop)
+        if m.server.status:
+            m.report.note(f"the server on A {await m.server.wait()}; the disk was complete by then")
     if m.a.connected:
         raise MigrationError(
             f"the disk is complete on B, but A's QEMU does not end; kill it before the fence (process "
             f"{m.fence.pid if m.fence else 'none'} on A) and never let its guest go on"
         )
     if target:
-        # While the fence stands, so that nobody opens it in between.
-        await m.host_a.run(
-            "mv", "--no-target-directory", "--no-clobber", "--", image, target, limit=limits.command
-        )
-        if await m.host_a.test("-e", image, limits.command):
-            raise MigrationError(
-                f"the disk is complete on B, but {image} on A could not be moved to {target}"
-            )
+        await move_aside(m, image, target)
     if m.fence:
         await m.fence.stop(limits.stop)
+    known = m.guest_end
+    await m.guest_has_ended()
+    if m.guest_end and not known:
+        m.report.note(f"{told(m.guest_end)}; its disk is complete")
+    if m.guest_end and not (m.guest_end.good and m.guest_end.reason in ("", *WANTED)):
+        raise MigrationError(told(m.guest_end))
     end = f"{image} was moved to {target}" if target else f"{image} is out of date: never start a guest on it"
     return f"the server and A's QEMU have ended; {end}"
+
+
+async def detach(m: Migration) -> None:
+    """Part B's QEMU from all that is not its own file; where it has ended there is nothing to part."""
+    try:
+        await m.engine.detach(m)
+    except MigrationError:
+        if not await m.guest_has_ended():
+            raise
+        await go_without_guest(m)
+        await m.engine.detach(m)
+
+
+async def move_aside(m: Migration, image: str, target: str) -> None:
+    """Put A's old disk out of reach; while the fence stands, so that nobody opens it in between."""
+    limit = m.plan.limits.command
+    if await m.host_a.test("-e", target, limit) and not await m.host_a.test("-e", image, limit):
+        return
+    await m.host_a.run("mv", "--no-target-directory", "--no-clobber", "--", image, target, limit=limit)
+    if await m.host_a.test("-e", image, limit):
+        raise MigrationError(f"the disk is complete on B, but {image} on A could not be moved to {target}")

@@ -1,49 +1,38 @@
-"""Step 5: copy every block that is not local yet, and take it up again whenever A could not be reached.
-
-What QEMU 7.2 does when the export is away (measured): a request waits for the reconnect-delay. Then the guest
-is paused (state ``io-error``), and so is the job, with nothing lost. QEMU goes on connecting by itself, after
-1, 2, 4, 8 and then every 16 seconds, and until that has worked ``cont`` ends in the next error.
-"""
+"""Step 5: copy every block that is not local yet; interruptions are in recovery.py."""
 
 from __future__ import annotations
 
-import asyncio
-import shlex
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from qemu.qmp import EventListener
 
 from nbdserve.clock import now
 from nbdserve.errors import MigrationError
-from recipes.children import Child
+from recipes import advice
 from recipes.migration import Migration
+from recipes.recovery import JOB, LOOK, Recovery
 from recipes.report import Progress
-from recipes.steps import check_export, server_command, start_server
-from recipes.vm import CommandError, Vm, VmGoneError, VmSilentError
-
-JOB = "stream"
-"""The block job's name."""
-
-LOOK = 0.5
-"""Seconds between two looks at the job."""
-
-HOLD = 1.0
-"""Seconds that guest and job must go on before the interruption counts as over."""
+from recipes.unattended import go_without_guest
+from recipes.vm import Vm, VmGoneError, VmSilentError
 
 RATE_WINDOW = 5.0
 """Seconds over which the rate is averaged."""
 
-RESTART_PAUSE = 1.0
-"""Seconds between two attempts to reach the export again."""
-
 
 async def stream(m: Migration) -> str:
     """Step 5: until every block is in the overlay, and on stable storage there."""
-    await Stream(m, await m.engine.monitor(m)).run()
+    try:
+        await Stream(m, await m.engine.monitor(m)).run()
+    except MigrationError:
+        # A guest that has shut down needs its disk no less than before; one whose QEMU died may be started
+        # again at once, on what is there.
+        if not (await m.guest_has_ended() and m.guest_end and m.guest_end.good):
+            raise
+        await go_without_guest(m)
+        await Stream(m, await m.engine.monitor(m)).run()
     await m.engine.confirm(m)
     # From here on nothing on A is needed: make sure that a power failure on B does not change that.
     image, limit = m.plan.destination.image, m.plan.limits.stall
@@ -51,6 +40,8 @@ async def stream(m: Migration) -> str:
         m.host_b.run("sync", "--", image, limit=limit), limit, f"writing {image} to stable storage"
     )
     m.complete = True
+    if m.arrived:
+        m.window = time.monotonic() - m.arrived
     again = f", interrupted {m.recoveries} times" if m.recoveries else ""
     return f"every block of {m.size} bytes is in {image}{again}"
 
@@ -91,13 +82,14 @@ class Stream:
     def __init__(self, m: Migration, jobs: Vm) -> None:
         """``jobs`` is the monitor that the stream is told to: B's QEMU, or nbd-overlay."""
         self._m = m
-        self._b = m.monitor_b
-        self._jobs = jobs
         self._limits = m.plan.limits
-        # A monitor can be blocked while a node waits for its connection.
-        self._patience = self._limits.command + self._limits.reconnect_delay
+        self._recovery = Recovery(m, jobs)
         self._restarts = 0
         self._meter = Meter(now)
+
+    @property
+    def _jobs(self) -> Vm:
+        return self._recovery.jobs
 
     async def run(self) -> None:
         """Stream to the end; MigrationError says what to do when that cannot be reached."""
@@ -106,21 +98,41 @@ class Stream:
                 await self._stream()
                 return
             except VmGoneError as error:
-                if self._jobs is self._b or not self._b.connected or self._restarts >= self._limits.restarts:
+                if self._jobs is self._m.b or (self._m.b and not self._m.b.connected):
                     raise
-                self._restarts += 1
-                self._m.recoveries += 1
-                self._m.report.note(f"{error}; it is started again, and the guest waits")
-                self._jobs = await self._m.engine.monitor(self._m)
+                await self._restart_overlay(error)
+            except VmSilentError as error:
+                of_overlay = self._jobs is not self._m.b and str(error).startswith(self._jobs.name)
+                remedy = advice.overlay_silent if of_overlay else advice.qemu_silent
+                raise await self._recovery.advised(str(error), await remedy(self._m)) from error
+
+    async def _restart_overlay(self, error: VmGoneError) -> None:
+        """nbd-overlay has died: start it again, unless that was done too often or cannot be done."""
+        why: MigrationError = error
+        if self._restarts < self._limits.restarts:
+            self._restarts += 1
+            self._m.recoveries += 1
+            self._m.report.note(f"{error}; it is started again, and the guest waits")
+            try:
+                self._recovery.jobs = await self._m.engine.monitor(self._m)
+                return
+            except MigrationError as refusal:
+                if await self._m.guest_has_ended():
+                    raise
+                why = refusal
+        raise await self._recovery.advised(str(why), await advice.overlay_dead(self._m)) from why
 
     async def _stream(self) -> None:
         """Start the job, and follow it to its end. VmGoneError when what streams has died."""
         device = self._m.engine.streamed(self._m.plan)
         with self._jobs.events("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR") as news:
-            speed = self._m.plan.limits.speed
-            if await self._job() is None:
-                start = {"job_id": JOB, "device": device, "speed": speed, "on_error": "stop"}
-                await self._execute("block-stream", self._jobs, **start)
+            speed = self._limits.speed
+            if await self._recovery.job() is None:
+                start = {"job-id": JOB, "device": device, "speed": speed, "on-error": "stop"}
+                await self._recovery.execute("block-stream", given=start)
+            elif await self._waits():
+                # Of a job that was there before, and of its guest, nobody tells why they wait.
+                await self._recovery.recover("guest or stream were interrupted before", old=True)
             while not await self._advance(await self._next(news)):
                 pass
 
@@ -135,34 +147,39 @@ class Stream:
         """React to an event; True when the stream is complete."""
         if event.get("event") == "BLOCK_JOB_COMPLETED":
             if event.get("error") or event["offset"] != event["len"]:
-                raise MigrationError(
-                    await self._advice(f"the stream failed: {event.get('error', 'too short')}")
-                )
+                why = f"the stream failed: {event.get('error', 'too short')}"
+                raise await self._recovery.advised(why, await advice.server_hangs(self._m))
             return True
         trouble = await self._trouble(event)
         if trouble:
-            await self._recover(trouble)
+            await self._recovery.recover(trouble)
         else:
             await self._look()
         return False
 
     async def _trouble(self, event: dict[str, Any]) -> str:
         """What is wrong, if anything."""
-        if not self._server.running:
-            return f"{self._server.name} {await self._server.wait()}"
+        server = self._m.server
+        if server and self._recovery.server_has_ended:
+            return f"{server.name} {await server.wait()}"
         ours = (self._m.plan.destination.node, JOB)
         told = event.get("node-name") in ours or event.get("device") in ours
         # Of the guest's errors another monitor than the job's tells.
-        if not told and self._jobs is self._b:
+        if not told and self._jobs is self._m.b:
             return ""
         # An event may be older than the last recovery.
-        if not await self._guest_waits() and not await self._job_waits():
+        if not await self._waits():
             return ""
-        return f"B's QEMU cannot {event.get('operation', 'go on')} ({event.get('reason', 'the stream')})"
+        who = "B's QEMU" if self._m.b else "nbd-overlay"
+        return f"{who} cannot {event.get('operation', 'go on')} ({event.get('reason', 'the stream')})"
+
+    async def _waits(self) -> bool:
+        """Whether an error has paused the guest or the job."""
+        return await self._recovery.guest_waits() or await self._recovery.job_waits()
 
     async def _look(self) -> None:
         """Report how far the job is; MigrationError when it has not moved for too long."""
-        job = await self._job()
+        job = await self._recovery.job()
         if job is None:
             return
         self._meter.note(job["offset"])
@@ -170,108 +187,5 @@ class Stream:
         window = time.monotonic() - self._m.arrived
         self._m.report.progress(Progress(job["offset"], job["len"], self._meter.rate, window))
         if self._meter.still > self._limits.stall:
-            raise MigrationError(await self._advice(f"the stream has not moved for {self._limits.stall:g} s"))
-
-    async def _recover(self, trouble: str) -> None:
-        """Bring the export back, then the guest and the job, until they hold."""
-        self._m.recoveries += 1
-        if await self._is_full():
-            overlay = self._m.plan.destination.image
-            raise MigrationError(await self._advice(f"there is no space left for {overlay} on B; make room"))
-        self._m.report.note(f"{trouble}; the guest waits")
-        await self._bring_export_back()
-        deadline = now() + self._limits.recover
-        good_since = None
-        while now() < deadline:
-            if not await self._push():
-                good_since = None
-            elif good_since is None:
-                good_since = now()
-            elif now() - good_since > HOLD:
-                self._m.report.note("the export is back, and the guest and the stream go on")
-                return
-            if not self._server.running:
-                await self._bring_export_back()
-            await asyncio.sleep(LOOK)
-        raise MigrationError(await self._advice(f"{trouble}, and the stream cannot go on"))
-
-    async def _bring_export_back(self) -> None:
-        """See that the right disk is served again, starting the server where it has ended."""
-        deadline = now() + self._limits.recover
-        while True:
-            try:
-                if not self._server.running:
-                    await self._restart()
-                await self._m.during(
-                    check_export(self._m), self._limits.connect, "reaching the export from B"
-                )
-                return
-            except MigrationError as error:
-                spent = not self._server.running and self._restarts >= self._limits.restarts
-                if spent or now() > deadline:
-                    raise MigrationError(await self._advice(str(error))) from error
-            await asyncio.sleep(RESTART_PAUSE)
-
-    async def _restart(self) -> None:
-        """Start the server again, unless that was done too often."""
-        if self._restarts >= self._limits.restarts:
-            raise MigrationError(f"the server on A {await self._server.wait()}")
-        self._restarts += 1
-        self._m.server = await start_server(self._m)
-
-    @property
-    def _server(self) -> Child:
-        """The server of the day."""
-        assert self._m.server
-        return self._m.server
-
-    async def _push(self) -> bool:
-        """Let the guest and the job go on where an error has paused them; True when there was no need to."""
-        guest, job = await self._guest_waits(), await self._job_waits()
-        with suppress(CommandError):
-            if guest:
-                await self._execute("cont")
-            if job:
-                await self._execute("block-job-resume", self._jobs, device=JOB)
-        return not guest and not job
-
-    async def _guest_waits(self) -> bool:
-        """Whether an error has paused the guest. One that the operator has paused is in another state."""
-        return bool((await self._execute("query-status"))["status"] == "io-error")
-
-    async def _job_waits(self) -> bool:
-        """Whether the job is paused."""
-        job = await self._job()
-        return job is not None and job["status"] == "paused"
-
-    async def _is_full(self) -> bool:
-        """Whether the guest or the job waits for space on B, not for A."""
-        node = self._m.plan.destination.node
-        devices: list[dict[str, Any]] = await self._execute("query-block")
-        ours = [each for each in devices if each.get("inserted", {}).get("node-name") == node]
-        job = await self._job()
-        return any(each.get("io-status") == "nospace" for each in (*ours, *([job] if job else [])))
-
-    async def _job(self) -> dict[str, Any] | None:
-        """The block job, or None when it has ended."""
-        jobs: list[dict[str, Any]] = await self._execute("query-block-jobs", self._jobs)
-        return next((job for job in jobs if job["device"] == JOB), None)
-
-    async def _execute(self, command: str, vm: Vm | None = None, **arguments: object) -> Any:
-        """Execute a command, on B's QEMU unless another monitor is given."""
-        work = (vm or self._b).execute(command, limit=self._patience, **arguments)
-        return await self._m.during(work, self._patience * 2, command)
-
-    async def _advice(self, reason: str) -> str:
-        """One line for an operator who must take over."""
-        state = "unknown"
-        with suppress(MigrationError):
-            state = (await self._execute("query-status"))["status"]
-        image, there = self._m.plan.source.image, self._m.plan.destination
-        jobs = "it" if self._jobs is self._b else f"nbd-overlay's, {there.overlay_monitor},"
-        server = shlex.join([*self._m.host_a.argv(server_command(self._m)), image])
-        return (
-            f"{reason}; the guest on B (state {state}) waits as soon as it needs A, and nothing is lost: its "
-            f"disk is {there.image} on B together with {image} on A; see that this runs on A: {server}; then "
-            f"give B's monitor, {there.qmp}, cont until it holds, and {jobs} block-job-resume for {JOB}"
-        )
+            why = f"the stream has not moved for {self._limits.stall:g} s"
+            raise await self._recovery.advised(why, await advice.server_hangs(self._m))

@@ -50,10 +50,11 @@ class CommandError(MigrationError):
 class Vm:
     """A connection to a QEMU's monitor, made by connect()."""
 
-    def __init__(self, name: str, client: QMPClient, limit: float) -> None:
+    def __init__(self, name: str, client: QMPClient, limit: float, ends: EventListener | None = None) -> None:
         self.name = name
         self._client = client
         self._limit = limit
+        self._ends = ends
         self._lost = asyncio.create_task(lost(client))
 
     async def execute(self, command: str, *, limit: float | None = None, **arguments: object) -> Any:
@@ -108,6 +109,15 @@ class Vm:
             task.cancel()
 
     @property
+    def shut_down(self) -> str | None:
+        """Why this QEMU has ended, or is about to, in good order (QEMU's ShutdownCause); or None."""
+        history = self._ends.history if self._ends else ()
+        if not history:
+            return None
+        data: dict[str, Any] = dict(history[-1].get("data") or {})  # type: ignore[call-overload]
+        return str(data.get("reason", "unknown"))
+
+    @property
     def connected(self) -> bool:
         """Whether the monitor is still there."""
         return not self._lost.done()
@@ -129,6 +139,29 @@ class Vm:
             task.exception()
 
 
+class EndedVm(Vm):
+    """A QEMU that had ended before anybody connected to its monitor."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._ends = None
+
+    async def call(self, command: str, given: Mapping[str, object], *, limit: float | None = None) -> Any:
+        """Raise VmGoneError."""
+        raise VmGoneError(f"{self.name} has ended")
+
+    @property
+    def connected(self) -> bool:
+        """It is not."""
+        return False
+
+    async def gone(self) -> None:
+        """Return at once."""
+
+    async def disconnect(self) -> None:
+        """Do nothing."""
+
+
 async def connect(name: str, address: str, *, limit: float, command_limit: float) -> Vm:
     """Connect to the monitor at ``address``: a socket's path, or HOST:PORT.
 
@@ -136,6 +169,9 @@ async def connect(name: str, address: str, *, limit: float, command_limit: float
     the limit of each command, in seconds.
     """
     client = QMPClient(name)
+    # From the beginning, so that no end is missed.
+    ends = EventListener("SHUTDOWN")
+    client.register_listener(ends)
     target = address if address.startswith("/") else host_and_port(address)
     try:
         async with asyncio.timeout(limit):
@@ -149,7 +185,7 @@ async def connect(name: str, address: str, *, limit: float, command_limit: float
         cause = getattr(error, "exc", error)
         why = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         raise ConnectError(f"{name}: no monitor at {address}: {why}") from error
-    return Vm(name, client, command_limit)
+    return Vm(name, client, command_limit, ends)
 
 
 async def lost(client: QMPClient) -> None:

@@ -47,7 +47,6 @@ class Orders:
     owned         the children end with the orchestrator in any case
     limit         seconds for a connection to a monitor, and for a command
     shell         prefix of a command for B, and ``options`` for its ssh
-    go_on         what the operator is told to do when the guest is on B and its disk is not complete
     """
 
     source: str
@@ -57,7 +56,6 @@ class Orders:
     limit: float
     shell: Sequence[str] = ()
     options: Sequence[str] = ()
-    go_on: str = ""
 
 
 @dataclass
@@ -78,6 +76,7 @@ class Watch:
     children: list[Watched] = field(default_factory=list)
     removal: list[str] = field(default_factory=list)
     migrating: bool = False
+    go_on: str = ""
 
     def listen(self, channel: socket.socket) -> bool:
         """Take messages; True when the orchestrator has died, False when it has dismissed us."""
@@ -92,6 +91,8 @@ class Watch:
                 name, argv = value
                 child = next(each for each in reversed(self.children) if each.name == name)
                 child.kill = argv
+            elif kind == "go on":
+                self.go_on = value
             elif kind == "remove":
                 self.removal = value
             elif kind == "migrating":
@@ -149,7 +150,7 @@ class Watch:
 
     @property
     def _unfinished(self) -> str:
-        return f"its disk is not complete yet: {self.orders.go_on}"
+        return f"its disk is not complete yet; to complete it: {self.go_on}"
 
     def release_children(self) -> None:
         """Let the children live on by themselves, unless they are owned."""

@@ -17,6 +17,7 @@ from nbdserve import clock, command
 from recipes.cli import until_signal
 from recipes.console import PlainReport
 from recipes.planfile import load
+from recipes.quoting import pasted
 from recipes.report import Moment, Progress, Step
 from tests.support.processes import wait_until
 from tests.support.vms import Role, lives
@@ -67,8 +68,9 @@ class Doom(PlainReport):
 def main(plan: str, moment: str, roles: str, number: str) -> int:
     """Run the migration as the command does."""
     victims = [Role[name] for name in roles.split("+")]
+    finish = pasted([str(Path(sys.executable).with_name("nbd-migrate")), "finish", plan])
     doom = Doom(moment, victims, signal.Signals[number], Path(plan).parent)
-    return command.run("nbd-migrate", lambda: clock.run(until_signal(load(Path(plan)), doom)))
+    return command.run("nbd-migrate", lambda: clock.run(until_signal(load(Path(plan)), doom, finish)))
 
 
 if __name__ == "__main__":

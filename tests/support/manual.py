@@ -28,6 +28,7 @@ COMMANDS = (
     ("nbd-overlay", "verify"),
     ("nbd-migrate",),
     ("nbd-migrate", "run"),
+    ("nbd-migrate", "finish"),
     ("nbd-migrate", "demo"),
     ("nbd-migrate", "pivot"),
     ("nbd-migrate", "qmp"),

@@ -58,8 +58,9 @@ AS_NOBODY_LATER = ("-runas", "nobody") if versions.qemu() < (9, 1) else ("-run-w
 def boot_sector(disk_size: int) -> bytes:
     """The guest: 16-bit code for address 0x7c00, which finds the number of its BIOS drive in DL.
 
-    The counter is at 0x5e00, the disk address packet of INT 13h's extensions at 0x5e10, the buffer at 0x8000,
-    the stack below 0x7000: on the page of the code each write would have it translated again.
+    Once a key has been pressed it switches itself off. The counter is at 0x5e00, the disk address packet of
+    INT 13h's extensions at 0x5e10, the buffer at 0x8000, the stack below 0x7000: on the page of the code each
+    write would have it translated again.
     """
     mask = struct.pack("<I", disk_size // SECTOR - 1).hex()
     code = bytes.fromhex(
@@ -76,8 +77,8 @@ def boot_sector(disk_size: int) -> bytes:
         # push dx; mov dx,0x3f8; mov al,'.'; out dx,al; pop dx
         "52 baf803 b02e ee 5a"
         # test byte [0x5e00],3; jnz again; hlt (until the next tick of 55 ms: others use the processor too);
-        # jmp again
-        "f606005e03 75b1 f4 ebae"
+        # jmp look
+        "f606005e03 75b1 f4 eb35"
         # access: mov dword [0x5e10],0x10010; mov dword [0x5e14],0x8000; mov [0x5e18],eax; mov dword
         # [0x5e1c],0
         "66c706105e10000100 66c706145e00800000 66a3185e 66c7061c5e00000000"
@@ -85,6 +86,10 @@ def boot_sector(disk_size: int) -> bytes:
         "be105e 88fc b000 52 cd13 5a 7201 c3"
         # failed: mov dx,0x3f8; mov al,'!'; out dx,al; cli; hlt
         "baf803 b021 ee fa f4"
+        # look: mov ah,1; int 0x16; jnz off; jmp again
+        "b401 cd16 7503 e970ff"
+        # off: mov dx,0x604; mov ax,0x2000; out dx,ax (ACPI's sleep state S5); cli; hlt
+        "ba0406 b80020 ef fa f4"
     )
     return code.ljust(510, b"\0") + b"\x55\xaa"
 
@@ -100,6 +105,8 @@ class Role(Enum):
 
     A = ("a.qmp,server", ("recipes.keeper", "-incoming"))
     B = ("-incoming", ("recipes.keeper",))
+    B_AGAIN = ("b.qmp,server", ("recipes.keeper", "-incoming"))
+    """Started without a migration."""
     SERVER = ("nbdserve", ("recipes.keeper",))
     FENCE = ("recipes.fence", ("recipes.keeper",))
     GUARD = ("recipes.guard", ())

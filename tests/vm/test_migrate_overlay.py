@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.pasting import after, pasted_well
 from tests.support.processes import wait_until
 from tests.support.vms import Role, Scene, monitor, scene
 
@@ -100,9 +101,12 @@ def test_a_failure_behind_the_stream_does_not_say_that_the_source_is_needed(stag
         assert run.wait(SECONDS) == 1
     last = run.output().splitlines()[-1]
     assert f"could not be moved to {stage.moved}; the guest is on B and stays there; its disk" in last
-    assert last.endswith("is complete and needs nothing on A")
+    assert "is complete and needs nothing on A; to clear away what is left: " in last
     assert stage.moved.read_text() == "mine"
     stage.wait_until_guest_works("b")
+    stage.moved.unlink()
+    pasted_well(after("to clear away what is left", last))
+    assert stage.started() == {Role.B}
     stage.quit_b()
     assert stage.wrong_sectors() == []
 
