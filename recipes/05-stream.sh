@@ -2,9 +2,13 @@
 # Step 5, on host B: copy every block that is not in the overlay yet, while the guest runs. Then A is not needed.
 #
 #     DESTINATION_QMP=/run/vm/b.qmp recipes/05-stream.sh
+#     DESTINATION_QMP=ended OVERLAY=/var/lib/images/vm.qed recipes/05-stream.sh
 #
-# DESTINATION_QMP  monitor of B's QEMU: a socket's absolute path, or HOST:PORT
+# DESTINATION_QMP  monitor of B's QEMU: a socket's absolute path, or HOST:PORT; "ended" when it has ended, as when
+#                  its guest was switched off
 # NODE             block node of the disk, as in step 3 (default disk0)
+# OVERLAY          the image of step 2 (absolute path), where B's QEMU has ended: then nbd-overlay copies
+# XDG_RUNTIME_DIR  where that has its sockets meanwhile (default /tmp)
 # SPEED            bytes per second to copy at most (default 0, no limit)
 # STALL_TIMEOUT    seconds without any progress after which to give up waiting (default 300)
 #
@@ -18,9 +22,30 @@ help_or_go_on "$@"
 NODE=${NODE:-disk0}
 SPEED=${SPEED:-0}
 STALL_TIMEOUT=${STALL_TIMEOUT:-300}
+OVERLAY=${OVERLAY:-}
 need DESTINATION_QMP
 need_number SPEED STALL_TIMEOUT
 need_programs nbd-migrate
+
+# complete_without_guest: what QEMU did not copy before it ended nbd-overlay does.
+complete_without_guest() {
+    need_absolute OVERLAY
+    need_programs nbd-overlay timeout
+    [ -f "$OVERLAY" ] || die "OVERLAY: there is no $OVERLAY on this host"
+    place=$(mktemp -d "${XDG_RUNTIME_DIR:-/tmp}/stream.XXXXXX")
+    # shellcheck disable=SC2154 # it is set here
+    trap 'kill "$(cat "$place/pid" 2>/dev/null)" 2>/dev/null || true; rm -rf -- "$place"' EXIT
+    trap 'exit 1' INT TERM HUP
+    timeout 60 nbd-overlay serve "$OVERLAY" --layout qed --socket "$place/nbd" --qmp "unix:$place/qmp" \
+        --stream --speed "$SPEED" --daemonize --pid-file "$place/pid"
+    nbd-overlay wait --qmp "unix:$place/qmp" ||
+        die "see to the server of step 1, then run this recipe again"
+    nbd-overlay quit --qmp "unix:$place/qmp"
+    echo "$me: every block is local in $OVERLAY, and nothing needs the export of step 1"
+    exit
+}
+
+[ "$DESTINATION_QMP" != ended ] || complete_without_guest
 
 # B's QEMU may be silent while it waits for A to come back.
 qmp() { nbd-migrate qmp "$DESTINATION_QMP" "$@" --timeout 60; }
@@ -31,13 +56,19 @@ jobs() { qmp query-jobs --get "$1"; }
 # nodes PATH: what query-named-block-nodes says there.
 nodes() { qmp query-named-block-nodes '{"flat": true}' --get "$1"; }
 
-# guest_runs: whether the guest runs; one that an I/O error has stopped is told to go on.
+# guest_runs: whether the guest runs, or is off; one that an I/O error has stopped is told to go on.
 guest_runs() {
     guest=$(qmp query-status --get status) || exit
-    [ "$guest" = running ] || ! qmp cont >/dev/null
+    [[ $guest = running || $guest = shutdown ]] || ! qmp cont >/dev/null
 }
 
-qmp query-status --get status --until 'running|paused|io-error' >/dev/null
+if ! why=$(qmp query-status --get status --until 'running|paused|io-error|shutdown' 2>&1 >/dev/null); then
+    ! nobody_at "$DESTINATION_QMP" || why="$why; where B's QEMU has ended, set DESTINATION_QMP=ended and OVERLAY"
+    die "${why#nbd-migrate: }"
+fi
+driver=$(nodes "$NODE.drv" 2>/dev/null) || die "NODE: B's QEMU has no block node $NODE"
+[ "$driver" != nbd ] ||
+    die "NODE: $NODE is served by nbd-overlay, which copies: finish that with nbd-migrate finish and the run's plan"
 
 # start_stream: start the job; where every block is local already it has nothing to do.
 start_stream() {
