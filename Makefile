@@ -88,10 +88,12 @@ MILLIONS := 20
 soak: setup
 	$(BIN)/python -m tests.soak --millions $(MILLIONS)
 
-# ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run.
+# ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run, ENGINE is qemu or overlay.
 ROUNDS := 50
+SEED := $(shell echo $$RANDOM$$RANDOM)
+ENGINE := overlay
 chaos: setup
-	$(BIN)/python -m tests.vm.chaos $(ROUNDS) $(SEED)
+	$(BIN)/python -m tests.vm.chaos $(ROUNDS) $(SEED) $(ENGINE)
 
 docs: setup
 	$(BIN)/python -m tests.support.manual docs/commands.md
