@@ -34,7 +34,7 @@ waiting() {
     nbd-migrate qmp "$SOURCE_QMP" "$@" >/dev/null 2>"$FENCE_FILE.log" &
     waiter=$!
     # In short turns, as a signal that comes just before a wait begins is not seen before that ends.
-    while kill -0 "$waiter" 2>/dev/null; do
+    while runs "$waiter"; do
         sleep 0.2 &
         wait $! || true
     done
@@ -48,7 +48,7 @@ raise_fence() {
     fence=$!
     for _ in $(seq 50); do
         [ "$(cat "$FENCE_FILE" 2>/dev/null)" != "$fence" ] || return 0
-        kill -0 "$fence" 2>/dev/null || break
+        runs "$fence" || break
         sleep 0.2
     done
     qmp quit >/dev/null || die "the guest runs on B, but there is no fence: never 'cont' here; see $FENCE_FILE.log"
@@ -59,7 +59,7 @@ raise_fence() {
 give_up() {
     local why
     trap '' INT TERM HUP
-    [ -z "$waiter" ] || kill "$waiter" 2>/dev/null || true
+    [ -z "$waiter" ] || end_child "$waiter"
     if [ "$(qmp query-migrate --get status)" = completed ]; then
         raise_fence
         die "interrupted, but the guest had arrived: it runs on B"

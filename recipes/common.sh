@@ -76,6 +76,17 @@ nobody_at() {
     ! why=$(nbd-migrate qmp "$1" query-status --timeout 5 2>&1) && [[ $why = *"no monitor at $1: "* ]]
 }
 
+# runs PID: whether a child of this shell has not ended. The id of one that has may be another process's by now.
+# The kernel is asked: after a signal that interrupts a wait, bash can have a child that has ended among its jobs for ever.
+runs() {
+    local parent=$BASHPID
+    awk -v parent="$parent" '$1 == "State:" && $2 == "Z" { exit 1 } $1 == "PPid:" { exit $2 != parent }' \
+        "/proc/$1/status" 2>/dev/null
+}
+
+# end_child PID: let a child end, if it runs.
+end_child() { ! runs "$1" || kill "$1" 2>/dev/null || true; }
+
 # await SECONDS WHAT COMMAND...: wait until the command succeeds.
 await() {
     local end=$((SECONDS + $1)) what=$2

@@ -70,19 +70,29 @@ place=$(mktemp -d "$place/instant-start.XXXXXX")
 control=unix:$place/overlay
 machine='' filler=''
 
-gone() { ! kill -0 "$1" 2>/dev/null; }
+gone() { ! runs "$1"; }
 
-# daemon: the process id of the nbd-overlay of the day.
-daemon() { cat "$place/pid" 2>/dev/null || true; }
+# is_daemon PID: whether this process is an nbd-overlay of ours; the id of one that has ended may be another's by now.
+is_daemon() { grep -qszxF -- "$control" "/proc/$1/cmdline"; }
+
+# daemon: the process id of the nbd-overlay of the day; nothing when there is none.
+daemon() {
+    local process
+    process=$(cat "$place/pid" 2>/dev/null) || return 0
+    ! is_daemon "$process" || echo "$process"
+}
 
 # has_ended: whether nbd-overlay has; one that has hung up does so a moment later.
 has_ended() {
     for _ in $(seq 10); do
-        ! gone "$(daemon)" || return 0
+        [ -n "$(daemon)" ] || return 0
         sleep 0.1
     done
     return 1
 }
+
+# shellcheck disable=SC2317,SC2329 # await calls it
+daemon_has_ended() { [ -z "$(daemon)" ]; }
 
 # qmp COMMAND...: ask the guest's QEMU.
 qmp() { nbd-migrate qmp "$place/qemu" "$@" 2>/dev/null; }
@@ -93,13 +103,13 @@ clean_up() {
     trap '' INT TERM HUP
     local process
     for process in $filler $machine; do
-        kill "$process" 2>/dev/null || continue
+        end_child "$process"
         await 90 "process $process does not end" gone "$process"
     done
     # Nobody starts another one any more.
     process=$(daemon)
     if [ -n "$process" ] && kill "$process" 2>/dev/null; then
-        await 60 "process $process does not end" gone "$process"
+        await 60 "process $process does not end" daemon_has_ended
     fi
     rm -rf -- "$place"
 }
@@ -139,7 +149,7 @@ revive() {
         return 0
     fi
     # What QEMU has held for too long is an error by then, and QEMU connects again only now and then.
-    [ -z "$nurse" ] || kill "$nurse" 2>/dev/null || true
+    [ -z "$nurse" ] || end_child "$nurse"
     for _ in $(seq 15); do
         go_on
         sleep 2
@@ -154,8 +164,8 @@ go_on() {
 
 # fill: when every block is here the guest takes the file. Until then a template that cannot be reached is a pause.
 fill() {
-    local revived=() waiter='' nurse=''
-    trap 'kill $waiter $nurse 2>/dev/null; exit 0' TERM
+    local revived=() waiter='' nurse='' process each
+    trap 'for each in $waiter $nurse; do end_child "$each"; done; exit 0' TERM
     while :; do
         # Not in the foreground, where the shell would see no signal before the end.
         nbd-overlay wait --qmp "$control" >/dev/null 2>"$place/why" &
@@ -163,9 +173,10 @@ fill() {
         if wait "$waiter"; then
             # Where the guest has ended meanwhile, the next start uses the file.
             if nbd-migrate pivot --qmp "$place/qemu" --node disk0 "$image" >/dev/null 2>"$place/why"; then
-                [ -z "$nurse" ] || kill "$nurse" 2>/dev/null || true
+                [ -z "$nurse" ] || end_child "$nurse"
                 # It may have ended by itself in this moment.
-                kill "$(daemon)" 2>/dev/null || true
+                process=$(daemon)
+                [ -z "$process" ] || kill "$process" 2>/dev/null || true
                 echo "$me: $image is complete, and the guest uses it; the template is not needed any more"
                 return 0
             fi
@@ -192,7 +203,7 @@ filler=$!
     -blockdev "driver=nbd,node-name=disk0,discard=unmap,server.type=unix,server.path=$place/nbd,reconnect-delay=20,open-timeout=20" \
     -qmp "unix:$place/qemu,server=on,wait=off" <&0 &
 machine=$!
-trap 'kill "$machine" 2>/dev/null' INT TERM HUP
+trap 'end_child "$machine"' INT TERM HUP
 echo "$me: to watch: nbd-overlay status --watch --qmp $control"
 status=0
 wait "$machine" || status=$?

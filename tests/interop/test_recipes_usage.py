@@ -13,7 +13,7 @@ from nbdserve.uri import NbdUri, parse_uri
 from tests.support.disks import MIB, random_disk
 from tests.support.monitors import monitor
 from tests.support.processes import check, is_alive, run, wait_until
-from tests.support.recipes import COMMANDS, RECIPES, Operator, variables_of
+from tests.support.recipes import COMMANDS, DIRECTORY, RECIPES, Operator, variables_of
 from tests.support.servers import free_tcp_address
 from tests.support.vms import QEMU
 
@@ -154,3 +154,25 @@ def test_an_export_may_have_any_name_and_an_address_of_ipv6(tmp_path: Path, addr
         for pid in running:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not any(map(is_alive, running)), "they have ended")
+
+
+def test_the_id_of_a_child_that_has_ended_may_be_anothers() -> None:
+    """Ids are given out again: after minutes on a busy host, and a guest runs for months."""
+    script = """
+        . "$1"
+        echo 1000 >/proc/sys/kernel/ns_last_pid
+        true & ended=$!
+        wait
+        echo $((ended - 2)) >/proc/sys/kernel/ns_last_pid
+        stranger=$(sleep 100 >/dev/null & echo $!)
+        end_child "$ended"
+        sleep 0.2
+        [ "$stranger" = "$ended" ] && kill -0 "$stranger" && echo lives
+        sleep 100 & child=$!
+        end_child "$child"
+        wait "$child" || echo $?
+    """
+    # Behind another shell, as the first process of a namespace is given every orphan.
+    alone = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", '"$@"; exit $?', "sh"]
+    found = check(*alone, "bash", "-c", script, "bash", DIRECTORY / "common.sh")
+    assert found.split() == ["lives", str(128 + signal.SIGTERM)]
