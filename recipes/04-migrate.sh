@@ -40,7 +40,7 @@ waiting() {
     done
     wait "$waiter"
 }
-waiter='' cause=''
+waiter='' cause='' continued=''
 
 # raise_fence: from now on nobody writes to DISK here. Where that fails, A's QEMU is ended instead.
 raise_fence() {
@@ -55,11 +55,22 @@ raise_fence() {
     die "the guest runs on B, but there is no fence, so A's QEMU was ended; see $FENCE_FILE.log"
 }
 
+# await_end_of_switch_over: cancelled now it could run twice, as B's QEMU may have all of the guest already. It comes to
+# an end by itself: on B, or, when B's QEMU ends, here.
+await_end_of_switch_over() {
+    # For an instant it may not have begun yet.
+    qmp query-migrate --get status --until 'device|completed|failed|cancelled' --timeout 5 >/dev/null 2>&1 || true
+    qmp query-migrate --get status --until 'pre-switchover|completed|failed|cancelled' --timeout 60 >/dev/null 2>&1 ||
+        die "the switch-over hangs, and B's QEMU may have the guest: end that one, if it does not run, and the guest goes on \
+here by itself; do not cancel or 'cont' here"
+}
+
 # give_up: after a failure, cancel what is under way and say where the guest is.
 give_up() {
     local why
     trap '' INT TERM HUP
     [ -z "$waiter" ] || end_child "$waiter"
+    [ -z "$continued" ] || await_end_of_switch_over
     if [ "$(qmp query-migrate --get status)" = completed ]; then
         raise_fence
         die "interrupted, but the guest had arrived: it runs on B"
@@ -75,6 +86,10 @@ give_up() {
 }
 
 status=$(qmp query-status --get status)
+if [ "$(qmp query-migrate --get status)" = pre-switchover ]; then
+    die "the guest stands still before the switch-over of a migration that nobody continues; it goes on with: \
+nbd-migrate qmp $SOURCE_QMP migrate_cancel; nothing was done"
+fi
 [ "$status" = running ] ||
     die "the guest is in state $status, not running; nothing was done (migrate_cancel and cont take back a half migration)"
 if [ -s "$FENCE_FILE" ] && [ -e "/proc/$(cat "$FENCE_FILE")" ]; then
@@ -89,6 +104,7 @@ trap 'cause=interrupted; give_up' INT TERM HUP
 qmp migrate "{\"uri\": \"$MIGRATION\"}" >/dev/null
 waiting query-migrate --get status --until pre-switchover --unless 'failed|cancelled' \
     --timeout "$MIGRATE_TIMEOUT" || give_up
+continued=yes
 # Not by the function: what the trap says while it runs would go where its output goes.
 nbd-migrate qmp "$SOURCE_QMP" migrate-continue '{"state": "pre-switchover"}' >/dev/null 2>"$FENCE_FILE.log" || give_up
 waiting query-migrate --get status --until completed --unless 'failed|cancelled' --timeout 300 || give_up

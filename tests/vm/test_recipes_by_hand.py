@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbdserve.client import connect
+from nbdserve.errors import ConnectError
 from nbdserve.uri import NbdUri
+from recipes.source import HOLDS, SWITCHES, migration_status
+from recipes.vm import VmSilentError
+from recipes.vm import connect as connect_monitor
 from tests.support.pasting import after, pasted_well
 from tests.support.processes import wait_until
 from tests.support.recipes import Operator
 from tests.support.servers import free_tcp_address
-from tests.support.vms import Role, Scene, lives, scene
+from tests.support.vms import Role, Scene, TwoMonitors, lives, monitor, running, scene
 
 SECONDS = 60.0
 MIB = 1 << 20
@@ -157,3 +163,48 @@ def test_what_a_run_has_started_and_what_its_messages_start_step_6_ends(stage: S
     assert stage.started() == {Role.B}
     stage.quit_b()
     assert stage.wrong_sectors(interrupted=True) == []
+
+
+def test_step_4_does_not_cancel_a_switch_over(tmp_path: Path) -> None:
+    """B's QEMU, which hangs there, may have all of the guest, and runs it when it goes on."""
+    stage = TwoMonitors(tmp_path, "qemu")
+    with running(stage):
+        operator = operator_of(stage)
+        operator.must(1)
+        operator.must(2)
+        operator.must(3, *stage.plan.destination.qemu)
+        (b,) = Role.B.find(stage.directory)
+        with operator.start(4, stage.directory / "migrate.log") as migrating:
+            wait_until(lambda: status_of(stage) == HOLDS, "the switch-over", SECONDS, 0.01)
+            b.suspend()
+            wait_until(lambda: status_of(stage) in (SWITCHES, SILENT), "it is continued", SECONDS)
+            migrating.signal(signal.SIGTERM)
+            time.sleep(3.0)
+            assert status_of(stage) in (SWITCHES, SILENT), "nobody has cancelled it"
+            assert migrating.running
+            b.resume()
+            assert migrating.wait(SECONDS) == 1
+            assert "interrupted, but the guest had arrived: it runs on B" in migrating.output()
+        stage.wait_until_guest_works("b")
+        with monitor(stage.second) as a:
+            assert a.state == "postmigrate"
+        os.kill(int(Path(operator.variables["FENCE_FILE"]).read_text()), signal.SIGTERM)
+
+
+def status_of(stage: TwoMonitors) -> str:
+    """What A's QEMU says of its migration; it may not answer while B's takes nothing."""
+
+    async def ask() -> str:
+        a = await connect_monitor("A's QEMU", str(stage.second), limit=2.0, command_limit=2.0)
+        try:
+            return await migration_status(a)
+        finally:
+            await a.disconnect()
+
+    try:
+        return asyncio.run(ask())
+    except (ConnectError, VmSilentError):
+        return SILENT
+
+
+SILENT = "silent"
