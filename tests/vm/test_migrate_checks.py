@@ -184,7 +184,8 @@ def test_a_monitor_that_is_taken_is_not_given_to_the_destination(stage: Scene) -
         "-display",
         "none",
         "-qmp",
-        f"unix:{stage.monitor_b},server=on,wait=off",
+        # Not in the words by which B's QEMU is known.
+        f"unix:{stage.monitor_b},wait=off,server=on",
     ]
     with Process(argv, stage.directory / "other.log") as other:
         other.wait_for(lambda: listens(stage.monitor_b), "a monitor")
