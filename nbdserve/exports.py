@@ -172,8 +172,11 @@ class Exports:
             except TooLateError as error:
                 if self._expects(name, user):
                     raise self._shelf.does_not_answer(name) from error
-            except (OperatorError, OSError) as error:
+            except BaseException as error:
+                # Whoever has it opened later must not open it for this user, who would never leave it.
                 self._expects(name, user)
+                if not isinstance(error, OperatorError | OSError):
+                    raise
                 raise ProtocolError(f"export {name!r} cannot be opened: {error}") from error
             else:
                 came_late = self._expects(name, user)

@@ -42,7 +42,7 @@ class Shelf:
         self.disks: set[Disk] = set()
         self.opened = 0
         self.waiting = 0
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self.size = SIZE
 
     def names(self) -> list[str]:
@@ -149,6 +149,24 @@ def test_a_slow_file_keeps_nobody_waiting_who_wants_something_else(
     shelf.gate.set()
     with pytest.raises(ProtocolError):
         slow.result(60)
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("a bug")], ids=repr)
+def test_who_was_refused_for_whatever_reason_does_not_keep_an_export_open_later(
+    shelf: Shelf, failure: Exception
+) -> None:
+    exports, refused, user = Exports(shelf=shelf), User(), User()
+    offer = exports.offer("fast")
+    assert offer is not None
+    shelf.failure = failure
+    with pytest.raises(type(failure)):
+        exports.enter(offer, refused)
+    assert not exports._expected
+    shelf.failure = None
+    export = exports.enter(offer, user)
+    assert export.users == {user}
+    exports.leave(export, user)
+    assert exports.everything() == []
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.EIO, "bad"), OSError(errno.ETIMEDOUT, "late")])
