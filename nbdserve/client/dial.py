@@ -81,7 +81,7 @@ def connect_unix(path: str, limit: Countdown) -> socket.socket:
     try:
         left = limit.left
         # A connect that does not block would fail at once on a full queue, so it blocks, under this limit.
-        seconds = struct.pack("@ll", int(left), int(left % 1 * 1_000_000) + 1)
+        seconds = struct.pack("@ll", int(left), max(1, int(left % 1 * 1_000_000)))
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
         try:
             peer.connect(path)
