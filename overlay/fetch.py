@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,8 +91,12 @@ class Fetcher:
             return
         with self.miss():
             claims, others = self._claim(offset, length)
-            # Only now that we have claimed ours may others claim what is around.
-            self._look_ahead(offset, length)
+            try:
+                # Only now that we have claimed ours may others claim what is around.
+                self._look_ahead(offset, length)
+            except BaseException:
+                self._release(claims)
+                raise
             while claims or others:
                 self._fetch(claims)
                 _wait_for(others)
@@ -200,8 +204,11 @@ class Fetcher:
                 for _ in batch:
                     self.claims.release(held.popleft())
         finally:
-            for claim in held:
-                self.claims.release(claim)
+            self._release(held)
+
+    def _release(self, claims: Iterable[Claim]) -> None:
+        for claim in claims:
+            self.claims.release(claim)
 
     def _fetch_parts(self, batch: list[tuple[int, int]]) -> None:
         parts = [(offset, memoryview(bytearray(length))) for offset, length in batch if length]

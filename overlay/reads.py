@@ -154,13 +154,22 @@ class _Attempt:
 
     def _answered(self, part: Range, start: int, target: memoryview, future: Future[None]) -> None:
         error = future.exception()
-        if error is None and target.obj is not self._reading.buffer.obj:
-            begin, end = part
-            data = target[self._reading.offset + begin - start :][: end - begin]
-            self._reading.buffer[begin : begin + len(data)] = data
-            self._reading.buffer[begin + len(data) : end] = bytes(end - begin - len(data))
+        try:
+            if error is None:
+                self._take(part, start, target)
+        except Exception as trouble:  # noqa: BLE001 - whoever waits for the read is told
+            error = trouble
         self._came(part, error)
         self.go_on()
+
+    def _take(self, part: Range, start: int, target: memoryview) -> None:
+        """Copy what was read into other memory to where it belongs; behind the server's disk are zeros."""
+        begin, end = part
+        buffer = self._reading.buffer
+        if target.obj is not buffer.obj:
+            data = target[self._reading.offset + begin - start :][: end - begin]
+            buffer[begin : begin + len(data)] = data
+            buffer[begin + len(data) : end] = bytes(end - begin - len(data))
 
     def _came(self, part: Range, error: BaseException | None) -> None:
         with self._lock:

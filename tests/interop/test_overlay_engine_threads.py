@@ -188,6 +188,25 @@ def test_reading_ahead_goes_on_after_it_has_failed(
         assert it.image.read(0, SIZE) == it.content
 
 
+@anything
+def test_a_guest_that_is_refused_before_it_fetches_keeps_nobody_else_waiting(
+    failure: Exception, tmp_path: Path
+) -> None:
+    with parts("flat", tmp_path) as it:
+        on_miss = it.fetcher.on_miss
+
+        def fail(offset: int, length: int) -> None:
+            it.fetcher.on_miss = on_miss
+            raise failure
+
+        it.fetcher.on_miss = fail
+        with pytest.raises(type(failure)):
+            it.fetcher.bring(0, 64 * KIB)
+        assert it.fetcher.claims.idle, "nothing is held that others wait for"
+        it.fetcher.bring(0, 64 * KIB)
+        assert it.image.read(0, 64 * KIB) == it.content[: 64 * KIB]
+
+
 def test_many_readers_at_once_have_one_thread_that_reads_ahead(tmp_path: Path) -> None:
     with parts("flat", tmp_path) as it:
 
