@@ -196,7 +196,10 @@ class Upstream:
                     raise
                 # One that is late or shutting down is of no more use than one that is gone.
                 session.close()
-                if attempt and time.monotonic() >= deadline:
+                if not attempt:
+                    # However long it has waited for an answer: only now it waits for a server that is lost.
+                    deadline = time.monotonic() + self._patience
+                elif time.monotonic() >= deadline:
                     raise OSError(errno.EIO, error.strerror) from error
         raise AssertionError
 
