@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 from nbdserve.config import ImageOptions
 from nbdserve.control import Control as ServerControl
@@ -21,6 +22,7 @@ from nbdserve.protocol.requests import wire_error
 from nbdserve.qmp.commands import CommandError, Handler
 from nbdserve.qmp.monitor import Monitor
 from nbdserve.server import Server
+from nbdserve.threads import promised
 from overlay.daemon import Daemon
 from overlay.events import STATUS, JobEvents
 from overlay.job import OnError, Phase
@@ -136,13 +138,18 @@ class Control:
         if self._job.phase not in _ACTIVE or device != self._job.identifier:
             raise CommandError(f"Block job '{device}' not found", "DeviceNotActive")
 
-    def _activate(self) -> None:
-        self._daemon.overlay.activate()
+    def _activate(self) -> Future[None]:
+        """Waits for a range that is being forgotten, and reads from the image."""
+        return promised("overlay-activate", self._daemon.overlay.activate)
 
-    def _invalidate(self, offset: int, length: int) -> None:
+    def _invalidate(self, offset: int, length: int) -> Future[None]:
+        """Waits for what is being fetched, and for the disk."""
         size = self._daemon.image.size
         if not (0 <= offset <= size and 0 <= length <= size - offset):
             raise CommandError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
+        return promised("overlay-invalidate", lambda: self._forget(offset, length))
+
+    def _forget(self, offset: int, length: int) -> None:
         try:
             self._daemon.invalidate(offset, length)
         except (OSError, ImageError) as error:

@@ -62,21 +62,29 @@ class Progress:
 
     def __init__(self, image: Image) -> None:
         self._image = image
+        self._taking = threading.Lock()
         self._lock = threading.Lock()
+        """Held for moments only, as whoever looks is in a hurry; taken second where both are."""
+        self._done = 0
+        """What was told last."""
         self._again = 0
         """Bytes that were taken away after they had been copied."""
 
     def take_away(self, take: Callable[[], None]) -> None:
-        """Do what makes parts of the image absent again."""
-        with self._lock:
+        """Do what makes parts of the image absent again. May wait for a server, and for the disk."""
+        with self._taking:
+            self.look()
             before = self._image.local_bytes
             try:
                 take()
             finally:
-                # What is copied meanwhile is progress too.
-                self._again += max(0, before - self._image.local_bytes)
+                with self._lock:
+                    # What is copied meanwhile is progress too.
+                    self._again += max(0, before - self._image.local_bytes)
 
     def look(self) -> tuple[int, int]:
         """(done, in all)."""
         with self._lock:
-            return self._image.local_bytes + self._again, self._image.size + self._again
+            # What is being taken away is not accounted for yet.
+            self._done = max(self._done, self._image.local_bytes + self._again)
+            return self._done, self._image.size + self._again

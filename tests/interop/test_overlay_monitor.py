@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from nbdserve.exports import Exports
+from nbdserve.listeners import listen_unix
+from nbdserve.policy import Policy
+from nbdserve.server import Server
+from nbdserve.uri import parse_uri
+from overlay.control import served
+from overlay.daemon import Daemon
+from overlay.open import open_image
+from overlay.options import Options
+from overlay.sources import Sources
 from tests.support.disks import MIB, random_disk
 from tests.support.jobs import Message, Talk, storage_daemon, talk
 from tests.support.overlays import make_overlay, overlay
 from tests.support.processes import check, run
-from tests.support.servers import nbdkit, nbdserve
+from tests.support.servers import UnixAddress, nbdkit, nbdserve
 
 SIZE = 8 * MIB
 SLOW = 64 * 1024
@@ -205,6 +217,53 @@ def test_progress_goes_on_when_copies_are_invalidated(tmp_path: Path) -> None:
         client.listen_until("BLOCK_JOB_COMPLETED", len=length, offset=length)
         assert len(seen) > 10
     assert (tmp_path / "disk").read_bytes() == (tmp_path / "base.img").read_bytes()
+
+
+@contextmanager
+def in_this_process(directory: Path) -> Iterator[tuple[Daemon, Path]]:
+    """A daemon without an export, and the socket of its monitor."""
+    source = UnixAddress(directory / "nobody.sock")
+    image = make_overlay(directory / "disk", "flat", SIZE, source.uri())
+    options = Options(image, str(directory / "unused.sock"))
+    with open_image(image, writable=True, layout="flat") as opened, ExitStack() as stack:
+        daemon = Daemon(opened, Sources([parse_uri(source.uri())], SIZE), options)
+        listener = listen_unix(str(directory / "monitor.sock"))
+        stack.callback(listener.close)
+        stack.callback(daemon.stop)
+        stack.enter_context(served(Server(Exports(), [], Policy()), daemon, listener))
+        daemon.start()
+        yield daemon, directory / "monitor.sock"
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "given"),
+    [
+        ("overlay-invalidate", "invalidate", {"offset": 0, "length": MIB}),
+        ("overlay-activate", "activate", {}),
+    ],
+)
+def test_a_command_that_waits_keeps_no_other_client_of_the_monitor_waiting(
+    command: str, method: str, given: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a server, or the disk, hangs."""
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: int) -> None:
+        waiting.set()
+        assert go_on.wait(600)
+
+    with in_this_process(tmp_path) as (daemon, path), ExitStack() as stack:
+        monkeypatch.setattr(daemon.overlay, method, wait)
+        first, second = (stack.enter_context(talk(path)) for _ in range(2))
+        pool = stack.enter_context(ThreadPoolExecutor())
+        stack.callback(go_on.set)
+        answer = pool.submit(first.ask, command, **given)
+        assert waiting.wait(60)
+        for other in ("query-overlay", "query-block-jobs", "query-jobs"):
+            assert "return" in second.ask(other)
+        assert not answer.done()
+        go_on.set()
+        assert answer.result(60) == {"return": {}}
 
 
 def test_invalidating_what_the_guest_depends_on_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,19 @@ def test_progress_does_not_go_back_when_copies_are_taken_away(tmp_path: Path) ->
         assert progress.look() == (MIB, 4 * MIB + MIB // 2)
         image.fill(0, random_bytes(4 * MIB))
         assert progress.look() == (4 * MIB + MIB // 2, 4 * MIB + MIB // 2)
+
+
+def test_progress_is_told_while_copies_are_being_taken_away_and_does_not_go_back_then(tmp_path: Path) -> None:
+    path = make_overlay(tmp_path / "disk", "flat", 4 * MIB, "nbd://localhost")
+    with open_image(path, writable=True) as image, ThreadPoolExecutor() as pool:
+        progress = Progress(image)
+        image.fill(0, random_bytes(MIB))
+        told: list[tuple[int, int]] = []
+
+        def take() -> None:
+            image.invalidate(0, MIB // 2)
+            told.append(pool.submit(progress.look).result(60))
+
+        progress.take_away(take)
+        assert told == [(MIB, 4 * MIB)]
+        assert progress.look() == (MIB, 4 * MIB + MIB // 2)
