@@ -30,6 +30,8 @@ class Read:
     reading: Reading
     share: Share
     sent: float
+    asked: int
+    """How many bytes were asked for last: what has come before is kept."""
 
     @property
     def offset(self) -> int:
@@ -62,12 +64,12 @@ class Flow:
     def ask(self, session: Session, share: Share, offset: int, length: int) -> None:
         """Ask for a part of a claim."""
         reading = Reading(offset, memoryview(self._buffer(length))[:length])
-        self.begin(Read(session, reading, share, 0.0))
+        self.begin(Read(session, reading, share, 0.0, length))
         share.reads += 1
 
     def begin(self, read: Read) -> None:
         """Ask for what is missing of a read."""
-        read.sent = time.monotonic()
+        read.sent, read.asked = time.monotonic(), read.reading.bytes_missing
         future = read.reading.start(read.session.bulk(), read.session.source.pace)
         self.bytes += len(read.data)
         self.reads += 1

@@ -29,6 +29,8 @@ _HUNG = 10.0
 """Seconds of silence after which another server is asked, where there is one that is no worse."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 3.0
 """Seconds between two attempts: they grow from the first to the longest."""
+_APART = 0.1
+"""Seconds between two connections, at least, however soon the first is lost."""
 _LOOK = 0.5
 """Seconds between two looks at a connection that nobody uses."""
 _HALF_LIFE = 60.0
@@ -93,6 +95,8 @@ class Source:
         """Whether ``changed`` was called for a session that is used."""
         self._is_checked = True
         self._kick = threading.Event()
+        self._not_before = 0.0
+        """When the next connection may be made, by time.monotonic()."""
         self._thread = Thread(self._run, f"source {uri}")
 
     def start(self) -> None:
@@ -256,6 +260,9 @@ class Source:
         self._kick.clear()
 
     def _connect(self) -> bool:
+        # A server that hangs up on what it is asked for is asked again, but not thousands of times a second.
+        time.sleep(max(0.0, self._not_before - time.monotonic()))
+        self._not_before = time.monotonic() + _APART
         try:
             session = Session(self, self._dial())
         except (OperatorError, OSError) as error:

@@ -71,6 +71,11 @@ class Sources:
         return lost or self._is_nobody_trusted()
 
     @property
+    def patience(self) -> float:
+        """Seconds for which a lost server is waited for."""
+        return self._patience
+
+    @property
     def connected(self) -> bool:
         """Whether a server can be asked now."""
         return self._best() is not None

@@ -65,6 +65,8 @@ class Streamer:
         """Parts that no server can read, in this pass."""
         self._refusal: Refusal | None = None
         """The first of them."""
+        self._losing_since: float | None = None
+        """Since when connections are lost and nothing comes in between, by time.monotonic()."""
         self._thread = Thread(self._run, "streamer")
         fetcher.on_miss = self._hint
 
@@ -109,7 +111,7 @@ class Streamer:
 
     def _stream(self) -> None:
         """Go over the disk until nothing is absent; OSError when it cannot go on."""
-        self.has_surveyed = False
+        self.has_surveyed, self._losing_since = False, None
         self._mark_zeros()
         self.has_surveyed = True
         self._fetcher.copied.restart()
@@ -141,6 +143,7 @@ class Streamer:
         def goes_on(offset: int) -> None:
             nonlocal come
             come = offset
+            self._losing_since = None
             self._job.pause_point()
 
         while True:
@@ -151,6 +154,7 @@ class Streamer:
                 if error.errno not in (*GONE, errno.EPROTO):
                     raise
                 self._sources.blame(session, error)
+                self._require_hope(error)
 
     def _next_claims(self) -> Iterator[list[Claim]]:
         """What to fetch next, until the end of the disk; claimed, so that nobody else fetches it."""
@@ -266,8 +270,11 @@ class Streamer:
         read, error = answer
         if error is not None and error.errno in GONE:
             # What came is kept, and the rest asked for when a server is there again.
-            self._sources.blame(read.session, error)
             self._flow.lost.append(read)
+            self._sources.blame(read.session, error)
+            if read.reading.bytes_missing < read.asked:
+                self._losing_since = None
+            self._require_hope(error)
             return
         try:
             if error is None:
@@ -277,7 +284,15 @@ class Streamer:
         finally:
             self._flow.end(read)
 
+    def _require_hope(self, error: OSError) -> None:
+        """OSError when connections have been lost, and nothing came, for as long as patience lasts."""
+        now = time.monotonic()
+        since = self._losing_since = self._losing_since or now
+        if now - since > self._sources.patience:
+            raise OSError(errno.EIO, f"it is lost again and again, and nothing comes: {error.strerror}")
+
     def _store(self, read: Read) -> None:
+        self._losing_since = None
         self.window.answered(len(read.data), time.monotonic() - read.sent)
         self._fetcher.store(read.offset, read.data)
         self.streamed += len(read.data)

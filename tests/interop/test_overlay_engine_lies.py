@@ -17,6 +17,7 @@ import pytest
 from nbdserve.protocol.extents import Extent
 from tests.support.disks import KIB, MIB, random_bytes, random_disk
 from tests.support.inprocess import one_export, running
+from tests.support.liar import Answer, Chunks, all_data, lying, whole
 from tests.support.memory import MemoryBackend
 from tests.support.overlays import LAYOUTS, Layout, make_overlay, overlay
 from tests.support.processes import check, run, wait_until
@@ -214,6 +215,40 @@ def test_a_peer_that_is_no_source_keeps_a_guest_waiting_no_longer_than_told(
             guest.write(0, bytes(4 * KIB))
             assert guest.read(0, 4 * KIB) == bytes(4 * KIB)
         listener.shutdown(socket.SHUT_RDWR)
+
+
+def hanging_up(disk: bytes, offset: int, length: int) -> Chunks:
+    """No reply: the server closes the connection."""
+    raise EOFError
+
+
+def hanging_up_on_the_second_half(disk: bytes, offset: int, length: int) -> Chunks:
+    """The same, of some reads."""
+    return whole(disk, offset, length) if offset + length <= SIZE // 2 else hanging_up(disk, offset, length)
+
+
+@both
+@pytest.mark.parametrize(
+    ("read", "about", "local"),
+    [(hanging_up_on_the_second_half, all_data, SIZE // 2), (whole, hanging_up, 0)],
+    ids=["read", "block status"],
+)
+def test_a_job_fails_whose_source_hangs_up_on_a_request_again_and_again(
+    read: Answer, about: Answer, local: int, layout: Layout, tmp_path: Path
+) -> None:
+    content = random_bytes(SIZE)
+    with ExitStack() as stack:
+        liar, address = stack.enter_context(lying(content, tmp_path, read=read, about=about))
+        image = make_overlay(tmp_path / "overlay", layout, SIZE, address.uri())
+        arguments = ["--stream", "--reconnect-timeout=1"]
+        begun = time.monotonic()
+        daemon = stack.enter_context(overlay(image, *arguments, directory=tmp_path))
+        told = daemon.wait_for_status(phase="failed")
+        assert "again and again, and nothing comes" in told["error"]
+        assert told["local"] == local, "what can be had is here"
+        assert liar.answered < 1000 * (time.monotonic() - begun), "it is not asked as often as it hangs up"
+        with daemon.guest() as guest:
+            assert guest.read(0, SIZE // 2) == content[: SIZE // 2]
 
 
 def test_a_pause_is_heard_while_the_source_is_still_asked_for_its_zeros(tmp_path: Path) -> None:
