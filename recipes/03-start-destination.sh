@@ -62,6 +62,11 @@ if ! why=$(timeout 60 "$@" \
 fi
 
 qmp() { nbd-migrate qmp "$DESTINATION_QMP" "$@" >/dev/null; }
-qmp migrate-set-capabilities "$(capabilities events return-path)"
-qmp migrate-incoming "{\"uri\": \"$MIGRATION\"}"
+
+# It has no guest yet: one that cannot wait for it must not be in the next one's way.
+if ! why=$(qmp migrate-set-capabilities "$(capabilities events return-path)" 2>&1 &&
+    qmp migrate-incoming "{\"uri\": \"$MIGRATION\"}" 2>&1); then
+    qmp quit 2>/dev/null || true
+    die "B's QEMU was ended, as it cannot wait for the guest, which runs on, on A: ${why##*$'\n'}"
+fi
 echo "$me: process $(cat "$DESTINATION_PID_FILE") waits for the guest at $MIGRATION; what goes wrong there stands in $DESTINATION_LOG"

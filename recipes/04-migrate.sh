@@ -65,20 +65,27 @@ await_end_of_switch_over() {
 here by itself; do not cancel or 'cont' here"
 }
 
+# has_left: whether the guest has; "completed" alone is also what a guest that came here by a migration keeps.
+has_left() {
+    [ "$(qmp query-migrate --get status)" = completed ] && [[ $(qmp query-status --get status) = @(postmigrate|finish-migrate) ]]
+}
+
 # give_up: after a failure, cancel what is under way and say where the guest is.
 give_up() {
     local why
     trap '' INT TERM HUP
     [ -z "$waiter" ] || end_child "$waiter"
     [ -z "$continued" ] || await_end_of_switch_over
-    if [ "$(qmp query-migrate --get status)" = completed ]; then
+    if has_left; then
         raise_fence
         die "interrupted, but the guest had arrived: it runs on B"
     fi
     why=$(qmp query-migrate --get error-desc 2>/dev/null) || die "A's QEMU does not answer any more"
     why=${cause:-${why:-$(tail -n 1 "$FENCE_FILE.log")}}
     qmp migrate_cancel >/dev/null
-    qmp query-migrate --get status --until 'cancelled|failed' --timeout 30 >/dev/null
+    # Where it had not begun yet there is none, or an older one.
+    [ -z "$(qmp query-migrate --get status)" ] ||
+        qmp query-migrate --get status --until 'cancelled|failed|completed' --timeout 30 >/dev/null || true
     if qmp query-status --get status --until running --timeout 5 >/dev/null 2>&1; then
         die "the guest runs on here, on A, as the migration failed: $why"
     fi

@@ -42,7 +42,7 @@ end() {
     pid=$(cat "$1")
     ended "$pid" && return
     grep -qszE "$2" "/proc/$pid/cmdline" || die "$1: process $pid is another program; see to it yourself"
-    kill "$pid"
+    kill "$pid" 2>/dev/null || ended "$pid" || die "$1: process $pid cannot be ended from here"
     await 30 "process $pid of $1 does not end" ended "$pid"
 }
 

@@ -70,10 +70,11 @@ capabilities() {
     echo "{\"capabilities\": [$list]}"
 }
 
-# nobody_at MONITOR: whether no QEMU listens there. One that does not answer is busy, or stopped, but it is there.
+# nobody_at MONITOR: whether no QEMU listens there. One that does not answer is busy, or stopped, but it is there; one
+# whose host cannot be reached may be.
 nobody_at() {
     local why
-    ! why=$(nbd-migrate qmp "$1" query-status --timeout 5 2>&1) && [[ $why = *"no monitor at $1: "* ]]
+    ! why=$(nbd-migrate qmp "$1" query-status --timeout 5 2>&1) && [[ $why = *"no monitor at $1: "@("Connection refused"|"No such file")* ]]
 }
 
 # runs PID: whether a child of this shell has not ended. The id of one that has may be another process's by now.

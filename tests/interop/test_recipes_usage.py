@@ -176,3 +176,13 @@ def test_the_id_of_a_child_that_has_ended_may_be_anothers() -> None:
     alone = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", '"$@"; exit $?', "sh"]
     found = check(*alone, "bash", "-c", script, "bash", DIRECTORY / "common.sh")
     assert found.split() == ["lives", str(128 + signal.SIGTERM)]
+
+
+def test_only_a_refusal_says_that_no_qemu_listens() -> None:
+    port = free_tcp_address().port
+    # The last is an address that no connection can be made to.
+    addresses = {"/nonexistent/qmp": 0, f"localhost:{port}": 0, "255.255.255.255:4000": 1}
+    for address, expected in addresses.items():
+        script = '. "$0/common.sh"; nobody_at "$1"'
+        done = run("bash", "-c", script, str(DIRECTORY), address, env=OPERATOR.environment({}))
+        assert done.returncode == expected, (address, done)
