@@ -135,7 +135,8 @@ class Children:
                 raise
         child = Child(
             *(name, host, said["started"], lifeline, keeper),
-            last_word=argv[-1],
+            # Of what has no such file the last word is an image, or a monitor's address.
+            mark=str(ready or argv[-1]),
             ready=ready,
             released=released,
         )
@@ -150,7 +151,7 @@ class Children:
         found = await host.run("sh", "-c", _FIND, "sh", str(pid_file), limit=COMMAND)
         if not found.strip():
             return None
-        return self._follow(Child(name, host, int(found), released=True))
+        return self._follow(Child(name, host, int(found), mark=str(pid_file), released=True))
 
     def _follow(self, child: Child, messages: asyncio.StreamReader | None = None) -> Child:
         self._children.append(child)

@@ -109,7 +109,9 @@ class Keeper:
 
     def _signal(self, number: signal.Signals) -> None:
         # The whole session, so that a server's own children end with it. It exists: nobody else can reap it.
-        os.killpg(self._process.pid, number)
+        # One with the rights of another user, as sudo has, is left, and told of.
+        with suppress(PermissionError):
+            os.killpg(self._process.pid, number)
 
     def _look(self) -> None:
         if self._ready and identity(self._ready) not in (None, self._before):

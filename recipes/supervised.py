@@ -30,8 +30,14 @@ KEEPER_ANSWER = 10.0
 REMOTE_LOOK = 1.0
 """Seconds between two looks for a process on another host whose keeper is of no use."""
 
-_LOOK = 'if grep -qs "^State:.[^XZ]" "/proc/$1/status"; then echo lives; else echo ended; fi'
-"""Says whether process $1 is there, and is no zombie."""
+_IS_OURS = 'grep -qs "^State:.[^XZ]" "/proc/$1/status" && grep -qszF -- "$2" "/proc/$1/cmdline"'
+"""Whether process $1 is there, is no zombie, and has $2 in its command line: ids are used again."""
+
+_LOOK = f"if {_IS_OURS}; then echo lives; else echo ended; fi"
+"""Says whether process $1, which $2 tells, is there."""
+
+_KILL = f'if {_IS_OURS}; then kill "-$3" "$1"; fi'
+"""Sends signal $3 to process $1, which $2 tells."""
 
 KILL = 15.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
@@ -69,7 +75,8 @@ class Child:
     host  where it runs
     pid   its process id there
 
-    One that was started in an earlier run has neither ``lifeline`` nor ``keeper``, and is released.
+    ``mark`` is what its command line has and no other process's. One that was started in an earlier run has
+    neither ``lifeline`` nor ``keeper``, and is released.
     """
 
     def __init__(
@@ -80,7 +87,7 @@ class Child:
         lifeline: Lifeline | None = None,
         keeper: asyncio.subprocess.Process | None = None,
         *,
-        last_word: str = "",
+        mark: str = "",
         ready: Path | None = None,
         released: bool = False,
     ) -> None:
@@ -89,7 +96,7 @@ class Child:
         self.pid = pid
         self._lifeline = lifeline
         self._keeper = keeper
-        self._last_word = last_word
+        self._mark = mark
         self._ready_file = ready
         self.released = released
         self.status: int | None = None
@@ -201,7 +208,7 @@ class Child:
         It ends when the process has ended.
         """
         script = 'while grep -qszF -- "$2" "/proc/$1/cmdline"; do kill -9 "$1"; sleep 0.1; done'
-        return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self._last_word])
+        return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self._mark])
 
     async def close(self) -> None:
         """Let go of the lifeline: the keeper ends what was not released, and itself."""
@@ -238,7 +245,8 @@ class Child:
             await asyncio.sleep(REMOTE_LOOK)
             # A host that cannot be reached says nothing about the process.
             with suppress(MigrationError):
-                look = await self.host.run("sh", "-c", _LOOK, "sh", str(self.pid), limit=COMMAND)
+                words = ("sh", "-c", _LOOK, "sh", str(self.pid), self._mark)
+                look = await self.host.run(*words, limit=COMMAND)
                 if look.strip() == "ended":
                     return
 
@@ -261,7 +269,8 @@ class Child:
         except PermissionError:
             pass  # the host's prefix, as sudo, has more rights than we have
         with suppress(MigrationError):
-            await self.host.run("kill", f"-{number.value}", str(self.pid), limit=COMMAND)
+            words = ("sh", "-c", _KILL, "sh", str(self.pid), self._mark, str(number.value))
+            await self.host.run(*words, limit=COMMAND)
 
     def _say(self, word: bytes) -> bool:
         """Give the keeper a word; False when there is no keeper any more."""

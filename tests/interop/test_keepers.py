@@ -171,6 +171,24 @@ def test_a_child_on_another_host_whose_keeper_was_stopped_is_ended_without_it(tm
         run(body)
 
 
+def test_a_process_that_has_the_id_of_a_child_on_another_host_by_now_is_left_alone(tmp_path: Path) -> None:
+    """A host that was away says nothing of the child's end, and may have started anew meanwhile."""
+    with (
+        sshd(tmp_path) as server,
+        subprocess.Popen([*dying_with_parent(signal.SIGKILL), *SLEEP]) as bystander,
+    ):
+        host = Host("A", server.prefix, str(Path(sys.executable).parent))
+
+        async def body(children: Children) -> None:
+            child = Child("a server", host, bystander.pid, mark=str(tmp_path / "its.pid"))
+            await child.stop(5.0)
+            assert not child.running
+            assert lives(bystander.pid)
+
+        run(body)
+        bystander.kill()
+
+
 def test_a_line_that_is_no_message_does_not_end_the_following_of_a_child(tmp_path: Path) -> None:
     noisy = Host("A", ("sh", "-c", '(sleep 0.5; echo; echo 1; echo Hello) & exec "$@"', "sh"))
 
