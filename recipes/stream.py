@@ -139,7 +139,10 @@ class Stream:
     async def _next(self, news: EventListener) -> dict[str, Any]:
         """The next event, or an empty one when it is time to look at the job."""
         try:
-            return await self._m.during(self._jobs.next_event(news, LOOK, "an event"), LOOK * 4, "an event")
+            # Its own limit is the short one, however busy this machine is.
+            return await self._m.during(
+                self._jobs.next_event(news, LOOK, "an event"), self._limits.stall, "an event"
+            )
         except VmSilentError:
             return {}
 

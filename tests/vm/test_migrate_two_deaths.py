@@ -54,6 +54,8 @@ def test_before_the_switch_over_the_guest_runs_on_on_a(stage: TwoMonitors, other
 def test_in_the_switch_over_the_guest_comes_to_b(stage: TwoMonitors, others: tuple[Role, ...]) -> None:
     """B's QEMU stands still until they are dead, and then takes the guest up; even if three are."""
     with stage.run_doomed("SWITCHOVER", Role.B, number=signal.SIGSTOP) as run:
+        # Before, a QEMU that is silent is only slow.
+        run.wait_for_line("stands still on A", 30.0)
         wait_until(lambda: is_switching(stage), "the switch-over", 30.0)
         kill(run, *(process for other in others for process in other.find(stage.directory)))
         for process in Role.B.find(stage.directory):
