@@ -262,11 +262,11 @@ class OverlayEngine(Engine):
         await self.end_overlay(m)
 
     async def end_overlay(self, m: Migration) -> None:
-        """End nbd-overlay, which nobody uses any more."""
+        """End nbd-overlay, which nobody uses any more; CommandError when somebody does."""
         destination, limits = m.plan.destination, m.plan.limits
         if m.overlay_monitor:
             with suppress(VmGoneError):
-                await m.overlay_monitor.execute("quit", force=True)
+                await m.overlay_monitor.execute("quit")
         if m.overlay:
             await m.overlay.stop(limits.stop)
         elif m.overlay_monitor:

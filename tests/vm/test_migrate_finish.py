@@ -228,3 +228,19 @@ def test_the_wrong_engine_is_refused(tmp_path: Path, engine: str) -> None:
         assert f"give --engine {engine}, as the run was given" in done.stderr
         pasted_well(f"nbd-migrate finish --engine {engine} --speed 0 {stage.directory / 'plan.toml'}")
         assert_finished(stage)
+
+
+def test_a_guest_whose_monitor_is_somewhere_else_keeps_its_disk(tmp_path: Path) -> None:
+    """It is taken for one that has ended; but who uses the disk can be seen."""
+    with scene(tmp_path) as stage:
+        stage.change("limits", speed=16 * MIB)
+        with stage.run_doomed("PROGRESS", Role.ORCHESTRATOR) as run:
+            assert run.wait(SECONDS) == -signal.SIGKILL
+        stage.change("destination", qmp=str(stage.directory / "other.qmp"))
+        done = paste(f"nbd-migrate finish {stage.plan_file()}")
+        assert done.returncode == 1, done
+        assert "a guest uses the disk (clients: 1)" in done.stderr.splitlines()[-1]
+        stage.wait_until_guest_works("b")
+        stage.change("destination", qmp=str(stage.monitor_b))
+        pasted_well(f"nbd-migrate finish {stage.plan_file()}")
+        assert_finished(stage)
