@@ -6,8 +6,8 @@ import asyncio
 from enum import Enum
 
 from nbdserve.clock import now
-from nbdserve.errors import ConnectError, MigrationError
-from recipes.vm import connect
+from nbdserve.errors import ConnectError
+from recipes.vm import Vm, VmGoneError, VmSilentError, connect_again
 
 ARRIVE = 20.0
 """Seconds until the guest must run on B, once everything of it is there."""
@@ -45,13 +45,32 @@ async def has_guest(address: str, limit: float) -> Destination:
 async def look(address: str, limit: float) -> Destination:
     """Ask B's QEMU once."""
     try:
-        b = await connect("B's QEMU", address, limit=limit, command_limit=limit)
-    except ConnectError as error:
-        return Destination.SILENT if isinstance(error.__cause__, TimeoutError) else Destination.NONE
-    try:
-        status = (await b.execute("query-status"))["status"]
-    except MigrationError:
+        b = await connect_again("B's QEMU", address, limit=limit, command_limit=limit)
+    except ConnectError:
         return Destination.SILENT
+    if b is None:
+        return Destination.NONE
+    try:
+        return await answer_of(b)
+    except VmGoneError:
+        # Who has hung up may be there for a moment still.
+        return Destination.WAITS
     finally:
         await b.disconnect()
+
+
+async def arrives(b: Vm) -> Destination:
+    """Ask a QEMU to which there is a connection, as has_guest() does; raises VmGoneError."""
+    deadline = now() + ARRIVE
+    while (found := await answer_of(b)) is Destination.WAITS and now() < deadline:
+        await asyncio.sleep(LOOK)
+    return found
+
+
+async def answer_of(b: Vm) -> Destination:
+    """What B's QEMU says now; raises VmGoneError."""
+    try:
+        status = (await b.execute("query-status"))["status"]
+    except VmSilentError:
+        return Destination.SILENT
     return Destination.WAITS if status == "inmigrate" else Destination.HAS_GUEST

@@ -27,7 +27,7 @@ from recipes.report import Report, Step
 from recipes.source import HOLDS, cancelling, has_left, migration_status
 from recipes.stream import stream
 from recipes.unattended import go_without_guest
-from recipes.vm import CommandError, EndedVm, Vm, connect
+from recipes.vm import CommandError, EndedVm, Vm, connect, nobody_listens
 
 
 async def shut_down(m: Migration) -> str:
@@ -98,8 +98,8 @@ async def source(plan: Plan) -> Vm:
     try:
         a = await connect("A's QEMU", address, limit=limits.connect, command_limit=limits.command)
     except ConnectError as error:
-        if isinstance(error.__cause__, TimeoutError):
-            # Who is connected may be a run that is still going on.
+        if not nobody_listens(error):
+            # Who is connected may be a run that still goes on; a host that is away may have the guest.
             raise
         return EndedVm("A's QEMU")
     try:
@@ -124,7 +124,7 @@ async def destination(plan: Plan) -> Vm | None:
             "B's QEMU", plan.destination.qmp, limit=limits.connect, command_limit=limits.command
         )
     except ConnectError as error:
-        if isinstance(error.__cause__, TimeoutError):
+        if not nobody_listens(error):
             raise
         return None
     try:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
-from nbdserve.errors import MigrationError, OperatorError
+from nbdserve.errors import ConnectError, MigrationError, OperatorError
 from recipes import advice, preflight, steps
 from recipes.causes import described
 from recipes.children import Child, Children
-from recipes.cutover import cut_over, fence_source, runs
+from recipes.cutover import cut_over, fence_source
+from recipes.destination import Destination, arrives
 from recipes.engines import engine_of
 from recipes.guard import start_guard
 from recipes.interruption import undisturbed
@@ -22,7 +23,7 @@ from recipes.plan import Plan
 from recipes.report import Outcome, Report, Step, StepResult
 from recipes.source import Side, capabilities_on, give_back, leave_alone
 from recipes.stream import stream
-from recipes.vm import connect
+from recipes.vm import VmGoneError, connect, connect_again
 from recipes.watch import Orders
 
 Body = Callable[[Migration], Coroutine[Any, Any, str]]
@@ -153,14 +154,21 @@ async def go_back(m: Migration, orders: Orders) -> str:
 
     Raises MigrationError when who has it is not known.
     """
+    said: list[str] = []
     if not m.a.connected:
-        if m.migrating and m.b and await runs(m.b):
+        try:
+            said += await reach_source_again(m)
+        except ConnectError as error:
+            if m.continued:
+                raise
+            return f"the guest was left on A, but look at it: {error}"
+    if not m.a.connected:
+        if await has_arrived(m):
             return ""
         if m.a.shut_down:
             return f"{described(m.a.shut_down, 'A')}; its disk is untouched"
         return "A's QEMU is gone and with it the guest; its disk is untouched"
     if m.migrating:
-        said: list[str] = []
         side = await give_back(
             m.a,
             lambda: stop(m, m.qemu),
@@ -170,9 +178,41 @@ async def go_back(m: Migration, orders: Orders) -> str:
         )
         return but("the guest runs on A as before", *said) if side is Side.SOURCE else ""
     try:
-        return await leave_alone(m.a, orders.capabilities)
+        return but(await leave_alone(m.a, orders.capabilities), *said)
     except MigrationError as error:
         return f"the guest was left on A, but look at it: {error}"
+
+
+async def reach_source_again(m: Migration) -> list[str]:
+    """Connect to A's QEMU where only the connection was lost; return a phrase that says so.
+
+    Raises ConnectError when nobody knows whether it has ended.
+    """
+    source, limits = m.plan.source, m.plan.limits
+    again = await connect_again("A's QEMU", source.qmp, limit=limits.connect, command_limit=limits.command)
+    if again is None:
+        return []
+    m.a = again
+    return ["its QEMU's monitor had hung up, and was connected to again"]
+
+
+async def has_arrived(m: Migration) -> bool:
+    """Whether B's QEMU has the guest although A's has ended; MigrationError when nobody knows.
+
+    It may not run there: what ends A's QEMU may end the export, too.
+    """
+    # Before it is told to switch over, A's QEMU keeps the end of the guest's state.
+    if m.b is None or not m.continued:
+        return False
+    try:
+        found = await arrives(m.b)
+    except VmGoneError:
+        if await m.guest_has_ended():
+            return False
+        found = Destination.SILENT
+    if found is Destination.SILENT:
+        raise MigrationError("A's QEMU has ended, and B's does not answer")
+    return found is Destination.HAS_GUEST
 
 
 async def clear(m: Migration) -> list[str]:

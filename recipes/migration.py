@@ -254,10 +254,10 @@ class Migration:
             raise MigrationError(f"{' and '.join(bound)} ended, as its keeper was killed")
 
     async def close(self) -> None:
-        """Stop watching, and leave B's monitor to others."""
+        """Stop watching, and leave the monitors to others."""
         for name in list(self._needed):
             self.no_longer_need(name)
-        for monitor in (self.b, self.overlay_monitor):
+        for monitor in (self.a, self.b, self.overlay_monitor):
             if monitor:
                 await monitor.disconnect()
 

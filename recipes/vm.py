@@ -8,6 +8,9 @@ each command has a limit of its own, as a monitor can be blocked for the rest of
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import re
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,6 +28,9 @@ from qemu.qmp import (
 from nbdserve.errors import ConnectError, MigrationError
 
 T = TypeVar("T")
+
+AGAIN = 0.1
+"""Seconds between two attempts to connect again."""
 
 
 class VmGoneError(MigrationError):
@@ -184,8 +190,46 @@ async def connect(name: str, address: str, *, limit: float, command_limit: float
     except QMPError as error:
         cause = getattr(error, "exc", error)
         why = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        if refused(cause) and not isinstance(cause, FileNotFoundError):
+            why = os.strerror(errno.ECONNREFUSED)
         raise ConnectError(f"{name}: no monitor at {address}: {why}") from error
     return Vm(name, client, command_limit, ends)
+
+
+def nobody_listens(error: ConnectError) -> bool:
+    """Whether connect() has failed as there is no QEMU. One that is silent, or away, may be there."""
+    return refused(getattr(error.__cause__, "exc", None))
+
+
+def refused(cause: object) -> bool:
+    """Whether this is the error of an address at which nobody listens, or of a name with several of these."""
+    if isinstance(cause, ConnectionRefusedError | FileNotFoundError):
+        return True
+    # asyncio makes one of what each address of a name has said; this host may be without IPv6.
+    codes = {int(code) for code in re.findall(r"\[Errno ([0-9]+)\]", str(cause))}
+    return errno.ECONNREFUSED in codes and codes <= {
+        errno.ECONNREFUSED,
+        errno.EADDRNOTAVAIL,
+        errno.EAFNOSUPPORT,
+    }
+
+
+async def connect_again(name: str, address: str, *, limit: float, command_limit: float) -> Vm | None:
+    """Connect to a monitor that has hung up; None when its QEMU has ended.
+
+    Raises ConnectError when nobody knows after ``limit`` seconds.
+    """
+    deadline = asyncio.get_running_loop().time() + limit
+    while True:
+        try:
+            return await connect(name, address, limit=limit, command_limit=command_limit)
+        except ConnectError as error:
+            if nobody_listens(error):
+                return None
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+        # One that is about to end may accept, and hang up.
+        await asyncio.sleep(AGAIN)
 
 
 async def lost(client: QMPClient) -> None:

@@ -20,7 +20,7 @@ from recipes.destination import Destination, has_guest
 from recipes.host import Host
 from recipes.leftovers import but, remove
 from recipes.source import Side, give_back, leave_alone
-from recipes.vm import VmGoneError, connect
+from recipes.vm import Vm, VmGoneError, connect, connect_again, nobody_listens
 
 MESSAGE = 1 << 16
 """Longest message in bytes."""
@@ -107,26 +107,44 @@ class Watch:
         """
         try:
             a = await connect("A's QEMU", self.orders.source, **self._limits)
+            try:
+                return await self._decide(a)
+            except VmGoneError as error:
+                # It has ended, unless only the connection was lost; then somebody must look.
+                again = await connect_again("A's QEMU", self.orders.source, **self._limits)
+                if again is None:
+                    return await self._without_source(error, ended=True)
+                await again.disconnect()
+                raise self._nobody_knows(error) from error
+            except MigrationError as error:
+                raise self._nobody_knows(error) from error
+            finally:
+                await a.disconnect()
         except ConnectError as error:
-            return await self._without_source(error)
-        try:
-            if not self.migrating:
-                where = await leave_alone(a, self.orders.capabilities)
-                return but(where, *await self._clear())
-            said: list[str] = []
-            side = await give_back(
-                a, self._end_children, self.orders.capabilities, settle=SETTLE, tell=said.append
-            )
-            if side is Side.SOURCE:
-                return but("the guest runs on A as before", *said, *await self._clear())
-            self.release_children()
-            with suppress(VmGoneError):
-                await a.execute("quit")
-            return f"the guest runs on B; A's QEMU was ended; {self._unfinished}"
-        finally:
-            await a.disconnect()
+            return await self._without_source(error, ended=nobody_listens(error))
 
-    async def _without_source(self, error: ConnectError) -> str:
+    async def _decide(self, a: Vm) -> str:
+        """Let the guest go on where it is, as A's QEMU says."""
+        if not self.migrating:
+            try:
+                where = await leave_alone(a, self.orders.capabilities)
+            except VmGoneError:
+                raise
+            except MigrationError as error:
+                where = f"the guest was left on A, but look at it: {error}"
+            return but(where, *await self._clear())
+        said: list[str] = []
+        side = await give_back(
+            a, self._end_children, self.orders.capabilities, settle=SETTLE, tell=said.append
+        )
+        if side is Side.SOURCE:
+            return but("the guest runs on A as before", *said, *await self._clear())
+        self.release_children()
+        with suppress(MigrationError):
+            await a.execute("quit")
+        return f"the guest runs on B; A's QEMU was ended; {self._unfinished}"
+
+    async def _without_source(self, error: Exception, *, ended: bool) -> str:
         """A's QEMU has ended, or does not answer: only B's can have the guest."""
         destination = Destination.NONE
         if self.migrating:
@@ -134,15 +152,21 @@ class Watch:
         if destination is Destination.HAS_GUEST:
             self.release_children()
             return f"A's QEMU is gone; the guest runs on B; {self._unfinished}"
-        silent = isinstance(error.__cause__, TimeoutError)
-        if destination is Destination.SILENT or (silent and destination is Destination.WAITS):
-            self.release_children()
-            raise MigrationError(
-                f"it is not known where the guest is: {error}; nothing was ended; look at query-migrate on "
-                "A, then at query-status on B, before anything else"
-            )
+        if destination is Destination.SILENT or (destination is Destination.WAITS and not ended):
+            raise self._nobody_knows(MigrationError(str(error)))
         where = f"what was started has been ended, but the guest on A was not reached: {error}"
         raise MigrationError(but(where, *await self._clear()))
+
+    def _nobody_knows(self, error: MigrationError) -> MigrationError:
+        """Let everything live on; the line that says so, to be raised."""
+        if not self.children:
+            # The guest is A's, as what was started has been ended, and it cannot go on.
+            return error
+        self.release_children()
+        return MigrationError(
+            f"it is not known where the guest is: {error}; nothing was ended; look at query-migrate on "
+            "A, then at query-status on B, before anything else"
+        )
 
     @property
     def _limits(self) -> dict[str, float]:
