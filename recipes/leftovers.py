@@ -10,8 +10,8 @@ from recipes.quoting import pasted
 
 
 def but(where: str, *left: str) -> str:
-    """Where the guest is, and what is not as it was before."""
-    return "; but ".join([where, *left])
+    """Where the guest is, and what is not as it was before, each once."""
+    return "; but ".join(dict.fromkeys([where, *left]))
 
 
 async def remove(host: Host, argv: Sequence[str], limit: float) -> list[str]:

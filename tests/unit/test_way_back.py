@@ -14,6 +14,7 @@ import pytest
 from nbdserve.errors import ConnectError, MigrationError
 from recipes import destination, migrate, watch
 from recipes.destination import Destination
+from recipes.leftovers import but
 from recipes.migration import Migration
 from recipes.vm import EndedVm, Vm, VmSilentError, connect, nobody_listens
 from recipes.watch import Orders, Watch
@@ -163,3 +164,9 @@ def test_a_source_whose_connection_was_lost_has_not_ended(
             asyncio.run(migrate.go_back(m, orders))
     else:
         assert where.startswith("the guest runs on A as before; but its QEMU's monitor had hung up")
+
+
+def test_what_is_left_is_told_once() -> None:
+    assert but("the guest runs on A as before", "B is away", "B is away") == (
+        "the guest runs on A as before; but B is away"
+    )
