@@ -71,7 +71,7 @@ async def switch_over(m: Migration, news: EventListener) -> None:
         m.arrival = Arrival(facts["downtime"], facts["total-time"], facts["ram"]["transferred"])
     except MigrationError:
         # A source that died after everything had been sent did not live to say so, and cannot go on either.
-        if m.a.connected or not await runs(m.monitor_b):
+        if m.a.connected or not await is_there(m.monitor_b):
             raise
         m.report.note("A's QEMU ended during the switch-over, but the guest had arrived on B")
 
@@ -80,23 +80,23 @@ async def arrive(m: Migration) -> None:
     """Note that the guest is B's, and let what carries it live on without us."""
     m.arrived = time.monotonic()
     m.no_longer_need("A's QEMU")
-    await m.during(running(m.monitor_b), ARRIVE, "the guest's start on B")
+    await m.during(arrival(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)
 
 
-async def runs(b: Vm) -> bool:
-    """Whether the guest runs on B, or will within ARRIVE seconds."""
+async def is_there(b: Vm) -> bool:
+    """Whether the guest is on B, or will be within ARRIVE seconds."""
     try:
         async with asyncio.timeout(ARRIVE):
-            await running(b)
+            await arrival(b)
     except (MigrationError, TimeoutError):
         return False
     return True
 
 
-async def running(b: Vm) -> None:
-    """Wait until the guest runs."""
-    while not (await b.execute("query-status"))["running"]:
+async def arrival(b: Vm) -> None:
+    """Wait until the guest is there; it may not run, when its first request has failed already."""
+    while (await b.execute("query-status"))["status"] == "inmigrate":
         await asyncio.sleep(LOOK)
 
 

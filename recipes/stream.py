@@ -127,11 +127,13 @@ class Stream:
         device = self._m.engine.streamed(self._m.plan)
         with self._jobs.events("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR") as news:
             speed = self._limits.speed
+            waits = self._waits
             if await self._recovery.job() is None:
                 start = {"job-id": JOB, "device": device, "speed": speed, "on-error": "stop"}
                 await self._recovery.execute("block-stream", given=start)
-            elif await self._waits():
-                # Of a job that was there before, and of its guest, nobody tells why they wait.
+                waits = self._recovery.guest_waits
+            if await waits():
+                # Of a job that was there before, and of a guest that waited before, nobody tells why.
                 await self._recovery.recover("guest or stream were interrupted before", old=True)
             while not await self._advance(await self._next(news)):
                 pass
@@ -140,9 +142,7 @@ class Stream:
         """The next event, or an empty one when it is time to look at the job."""
         try:
             # Its own limit is the short one, however busy this machine is.
-            return await self._m.during(
-                self._jobs.next_event(news, LOOK, "an event"), self._limits.stall, "an event"
-            )
+            return await self._m.during(self._jobs.next_event(news, LOOK, "an event"), LOOK * 100, "an event")
         except VmSilentError:
             return {}
 

@@ -96,3 +96,24 @@ def assert_on_b(stage: Scene) -> None:
     """The guest works on B, unless its disk was taken away: then it waits, and nothing is lost."""
     with monitor(stage.monitor_b) as b:
         wait_until(lambda: b.state in ("running", "io-error"), "the guest is on B", 30.0)
+
+
+@pytest.mark.parametrize(("engine", "disk"), [("overlay", Role.OVERLAY), ("qemu", Role.SERVER)])
+def test_a_guest_that_comes_to_b_without_its_disk_waits_for_it(
+    tmp_path: Path, engine: str, disk: Role
+) -> None:
+    """Its first request is an error, so that it may never be seen to run before that."""
+    stage = TwoMonitors(tmp_path, engine)
+    stage.change("limits", reconnect_delay=0)
+    with running(stage):
+        with stage.run_doomed("SWITCHOVER", Role.B, number=signal.SIGSTOP) as run:
+            run.wait_for_line("stands still on A", 30.0)
+            wait_until(lambda: is_switching(stage), "the switch-over", 30.0)
+            for process in disk.find(tmp_path):
+                process.kill()
+            for process in Role.B.find(tmp_path):
+                process.resume()
+            assert run.wait(SECONDS) == 0, run.output()
+        stage.wait_until_guest_works("b")
+        stage.quit_b()
+        assert stage.wrong_sectors(interrupted=True) == []
