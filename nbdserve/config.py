@@ -246,7 +246,8 @@ def monitor_owner(given: argparse.Namespace) -> Ownership:
 def host_and_port(text: str) -> tuple[str, int]:
     """The two parts of ``--metrics HOST:PORT``; an IPv6 address stands in brackets."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535 or (":" in host and not host.startswith("[")):
+    usable = colon and re.fullmatch("[0-9]{1,5}", port) and int(port) <= 65535
+    if not usable or (":" in host and not host.startswith("[")):
         raise UsageError(f"--metrics {text}: write HOST:PORT, with an IPv6 address in brackets")
     return bare_host(host, f"--metrics {text}"), int(port)
 

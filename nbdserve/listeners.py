@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nbdserve.errors import ConnectError
 from nbdserve.ownership import PRIVATE, Ownership
@@ -107,7 +108,7 @@ def bind_tcp(host: str | None, port: int) -> list[socket.socket]:
     bound: list[socket.socket] = []
     missing: list[tuple[str, OSError]] = []
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = _addresses(host, port)
         for family, _, _, _, address in dict.fromkeys(found):
             if bound and port == 0:
                 # All addresses share the port that the kernel chose for the first.
@@ -127,6 +128,14 @@ def bind_tcp(host: str | None, port: int) -> list[socket.socket]:
     for name, why in missing:
         _LOG.info("%s: not listened on: %s", name, why.strerror)
     return bound
+
+
+def _addresses(host: str | None, port: int) -> list[tuple[Any, ...]]:
+    """What getaddrinfo(3) finds; OSError also for what cannot be a name."""
+    try:
+        return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:
+        raise OSError(errno.EINVAL, f"{host!r} is no name of a host") from error
 
 
 def _bind(family: socket.AddressFamily, address: tuple[object, ...]) -> socket.socket:

@@ -52,6 +52,9 @@ class Ownership:
             raise OperatorError(f"{name}: {what}: {error.strerror}; only root can give files away") from error
 
 
+_LAST = (1 << 32) - 2
+"""The largest number of a user or a group; the next one asks chown(2) to change nothing."""
+
 PRIVATE = Ownership(0o600)
 """Nobody but who has made it."""
 
@@ -84,13 +87,21 @@ def parse_mode(text: str, option: str) -> int:
 
 def _user(name: str, owner: str | None, option: str) -> int:
     try:
-        return int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
-    except KeyError as error:
+        return _number(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
+    except (KeyError, ValueError) as error:
         raise UsageError(f"{option}owner {owner}: there is no user {name}") from error
 
 
 def _group(name: str, owner: str | None, option: str) -> int:
     try:
-        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
-    except KeyError as error:
+        return _number(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError) as error:
         raise UsageError(f"{option}owner {owner}: there is no group {name}") from error
+
+
+def _number(text: str) -> int:
+    """The number of a user or a group; ValueError for one that nobody can have."""
+    number = int(text)
+    if number > _LAST:
+        raise ValueError(text)
+    return number

@@ -51,12 +51,12 @@ def become(who: Identity) -> None:
 def _user(text: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwuid(int(text)) if text.isdecimal() else pwd.getpwnam(text)
-    except (KeyError, OverflowError) as error:
+    except (KeyError, OverflowError, ValueError) as error:
         raise UsageError(f"--user {text}: there is no such user") from error
 
 
 def _group(text: str) -> int:
     try:
         return grp.getgrgid(int(text)).gr_gid if text.isdecimal() else grp.getgrnam(text).gr_gid
-    except (KeyError, OverflowError) as error:
+    except (KeyError, OverflowError, ValueError) as error:
         raise UsageError(f"--group {text}: there is no such group") from error

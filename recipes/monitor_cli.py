@@ -122,7 +122,7 @@ def _arguments(text: str) -> dict[str, Any]:
     """Parse the JSON object on the command line."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("a JSON object is wanted")

@@ -37,6 +37,9 @@ from typing import Any, get_type_hints
 from nbdserve.errors import UsageError
 from recipes.plan import Command, Plan
 
+_MOST_BITS = 1000
+"""Of a whole number that can be shown, and be a float."""
+
 
 def load(path: Path, overrides: Mapping[str, Mapping[str, object]] | None = None) -> Plan:
     """Read a plan file; ``overrides`` (section, then key) win over what the file says.
@@ -48,7 +51,8 @@ def load(path: Path, overrides: Mapping[str, Mapping[str, object]] | None = None
         raise UsageError(f"{path}: not a regular file; write the plan to one")
     try:
         document = tomllib.loads(decoded(path.read_bytes()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Beside what is wrong TOML: what is no text, numbers of thousands of digits, lists without an end.
         raise UsageError(f"{path}: not a TOML file: {error}") from error
     try:
         return build(document, overrides or {})
@@ -95,6 +99,8 @@ def section_of(kind: type, section: str, values: Mapping[str, object]) -> Any:
 
 def typed(where: str, kind: object, value: object) -> object:
     """Return the value as a str, an int, a float or a tuple of str, whichever the key wants."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise UsageError(f"{where}: no number can be as large as this one")
     words = value if isinstance(value, (list, tuple)) else [value]
     nul = next((word for word in words if isinstance(word, str) and "\0" in word), None)
     if nul is not None:
@@ -110,4 +116,5 @@ def typed(where: str, kind: object, value: object) -> object:
     if kind is str and isinstance(value, str):
         return value
     names = {float: "a number", int: "a whole number", str: "a string"}
-    raise UsageError(f"{where}: {names[kind]} is wanted, not {value!r}")  # type: ignore[index]
+    given = "a section" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
+    raise UsageError(f"{where}: {names[kind]} is wanted, not {given}")  # type: ignore[index]

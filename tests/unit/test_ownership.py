@@ -87,6 +87,7 @@ def test_owners_are_names_or_numbers_as_for_chown() -> None:
     assert ownership("0660", "root", "--x-") == Ownership(0o660, 0)
     assert ownership("7", "0:0", "--x-") == Ownership(7, 0, 0)
     assert ownership(None, ":4242", "--x-") == Ownership(None, None, 4242)
+    assert ownership(None, "4294967294", "--x-") == Ownership(None, 4294967294)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,11 @@ def test_owners_are_names_or_numbers_as_for_chown() -> None:
         ("-1", None, "--x-mode -1: write"),
         (None, "no-such-user", "--x-owner no-such-user: there is no user no-such-user"),
         (None, "root:no-such", "--x-owner root:no-such: there is no group no-such"),
+        # chown(2) takes the last number of 32 bits for "leave it as it is".
+        (None, "4294967295", "--x-owner 4294967295: there is no user 4294967295"),
+        (None, ":4294967295", "--x-owner :4294967295: there is no group 4294967295"),
+        (None, "4294967296:0", "--x-owner 4294967296:0: there is no user 4294967296"),
+        (None, "0:" + "1" * 5000, "there is no group 111"),
     ],
 )
 def test_what_cannot_be_is_refused(mode: str | None, owner: str | None, complaint: str) -> None:

@@ -219,6 +219,33 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path, content: bytes) -> Non
         load(path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"[limits]\nspeed = {'1' * 5000}\n",
+        f"[limits]\nspeed = {'[' * 20000}",
+        f"x = {'{a = ' * 5000}",
+    ],
+)
+def test_a_file_that_is_too_much_for_toml_is_named(tmp_path: Path, content: str) -> None:
+    with pytest.raises(UsageError, match=r"plan\.toml: not a TOML file: "):
+        plan_of(tmp_path, content)
+
+
+@pytest.mark.parametrize("key", ["stop", "speed", "connections"])
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "0x" + "f" * 5000, "-1" + "0" * 4000])
+def test_a_number_that_python_cannot_handle_is_named(tmp_path: Path, key: str, number: str) -> None:
+    with pytest.raises(UsageError, match=rf"plan\.toml: limits\.{key}: no number can be as large"):
+        plan_of(tmp_path, f"{MINIMAL}[limits]\n{key} = {number}\n")
+
+
+@pytest.mark.parametrize("value", ["[0x" + "f" * 5000 + "]", "{" + ".".join("a" * 5000) + " = 1}"])
+def test_what_cannot_be_shown_in_a_complaint_is_named(tmp_path: Path, value: str) -> None:
+    for key, kind in (("speed", "a whole number"), ("stop", "a number")):
+        with pytest.raises(UsageError, match=rf"limits\.{key}: {kind} is wanted, not a (list|section)$"):
+            plan_of(tmp_path, f"{MINIMAL}[limits]\n{key} = {value}\n")
+
+
 @pytest.mark.timeout(60)
 def test_a_plan_that_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "plan.toml"

@@ -83,6 +83,8 @@ def test_what_qemu_refuses_is_one_line(monitor: Path) -> None:
 
 def test_wrong_usage_is_one_line(monitor: Path) -> None:
     assert "not JSON" in complaint(monitor, "quit", "now", code=2)
+    assert "not JSON" in complaint(monitor, "quit", "[" * 20000, code=2)
+    assert "not JSON" in complaint(monitor, "quit", f'{{"speed": {"1" * 5000}}}', code=2)
     assert "a JSON object is wanted" in complaint(monitor, "quit", "[]", code=2)
     assert "more than 0 seconds" in complaint(monitor, "quit", "--timeout", "0", code=2)
     assert "add it" in complaint(monitor, "query-status", "--until", "running", code=2)
