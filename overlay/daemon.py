@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import time
 
-from nbdserve.errors import ImageError
-from overlay.checkpoint import Checkpoints
+from nbdserve.common.errors import ImageError
+from overlay.backing.failover import Sources
 from overlay.engine import Overlay
-from overlay.image import Image
-from overlay.job import Job, Phase
+from overlay.fill.checkpoint import Checkpoints
+from overlay.fill.job import Job, Phase
+from overlay.fill.progress import Progress
+from overlay.fill.streamer import Streamer
+from overlay.formats.image import Image
 from overlay.options import Options
-from overlay.progress import Progress
-from overlay.sources import Sources
-from overlay.streamer import Streamer
 
 _LOG = logging.getLogger("nbd-overlay")
 

@@ -13,15 +13,15 @@ import threading
 from collections.abc import Callable, Iterator
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
-from nbdserve.errors import ImageError
+from nbdserve.backends.splicing import FileRange
+from nbdserve.common.errors import ImageError
 from nbdserve.protocol.constants import Command, ExtentFlags
 from nbdserve.protocol.extents import Extent, coalesce
 from nbdserve.protocol.offers import ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSizes
-from nbdserve.splicing import FileRange
-from overlay.fetch import Fetcher
-from overlay.image import Image, Run, State
-from overlay.reads import LONGEST
-from overlay.sources import Sources
+from overlay.backing.failover import Sources
+from overlay.backing.reads import LONGEST
+from overlay.fill.fetch import Fetcher
+from overlay.formats.image import Image, Run, State
 
 _LOG = logging.getLogger("nbd-overlay")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.ownership import PRIVATE, Ownership
-from nbdserve.uri import NbdUri
-from overlay.open import Layout
+from nbdserve.common.ownership import PRIVATE, Ownership
+from nbdserve.common.uri import NbdUri
+from overlay.formats.open import Layout
 
 CONNECTIONS = 3
 """Connections to each server, unless the operator says otherwise: one for guests, two that stream in turn.

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.ending import KILL, end_group
 from recipes.spawn import spawn
 from recipes.ssh import explain

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nbdserve import clock, command, sizes
-from nbdserve.uri import is_ipv6
+from nbdserve.common import clock, program, sizes
+from nbdserve.common.uri import is_ipv6
 from recipes import fence, keeper, monitor_cli, pivot_cli, probe
 from recipes.console import choose_report
 from recipes.demo import run as demo
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["keeper"] and len(words) > 3:
         # Its arguments are another command's, which argparse must not look at.
         return keeper.main(words[1:])
-    return command.run(PROGRAM, lambda: dispatch(words))
+    return program.run(PROGRAM, lambda: dispatch(words))
 
 
 def dispatch(words: list[str]) -> int:
@@ -55,13 +55,13 @@ def dispatch(words: list[str]) -> int:
     return int(arguments.body(arguments))
 
 
-def make_parser() -> command.Parser:
+def make_parser() -> program.Parser:
     """The command line of nbd-migrate."""
-    parser = command.Parser(
+    parser = program.Parser(
         prog=PROGRAM,
         description="Move a running virtual machine to another host, and its disk after it.",
         epilog=EPILOGUE,
-        formatter_class=command.RawHelpFormatter,
+        formatter_class=program.RawHelpFormatter,
     )
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
     run = subcommands.add_parser("run", help="migrate the guest of a plan")
@@ -136,7 +136,7 @@ def run_plan(given: argparse.Namespace) -> int:
     plan = load(given.plan, overrides(given))
     if given.check:
         print(f"{given.plan}: nothing is wrong with it")
-        return command.EXIT_DONE
+        return program.EXIT_DONE
     report = choose_report(as_json=given.json)
     with contextlib.closing(report):
         return clock.run(until_signal(plan, report, finish_command(given)))
@@ -147,8 +147,8 @@ async def until_signal(plan: Plan, report: Report, finish: str = FINISH) -> int:
     try:
         await interruptible(migrate(plan, report, finish=finish))
     except asyncio.CancelledError:
-        return command.EXIT_INTERRUPTED
-    return command.EXIT_DONE
+        return program.EXIT_INTERRUPTED
+    return program.EXIT_DONE
 
 
 def finish_plan(given: argparse.Namespace) -> int:
@@ -160,8 +160,8 @@ def finish_plan(given: argparse.Namespace) -> int:
         try:
             await interruptible(finish(plan, report, boot=given.boot, again=finish_command(given)))
         except asyncio.CancelledError:
-            return command.EXIT_INTERRUPTED
-        return command.EXIT_DONE
+            return program.EXIT_INTERRUPTED
+        return program.EXIT_DONE
 
     with contextlib.closing(report):
         return clock.run(until_signal())

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from qemu.qmp import EventListener
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.destination import ARRIVE
 from recipes.migration import READY, Arrival, Migration
 from recipes.report import Moment

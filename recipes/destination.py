@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from enum import Enum
 
-from nbdserve.clock import now
-from nbdserve.errors import ConnectError
+from nbdserve.common.clock import now
+from nbdserve.common.errors import ConnectError
 from recipes.vm import Vm, VmGoneError, VmSilentError, connect_again
 
 ARRIVE = 20.0

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar
 
-from nbdserve.errors import ConnectError, MigrationError
+from nbdserve.common.errors import ConnectError, MigrationError
 from recipes.migration import READY, Migration
 from recipes.pivot import Pivot, pivot
 from recipes.plan import Plan

@@ -15,10 +15,10 @@ import stat
 import sys
 from pathlib import Path
 
-from nbdserve import command
 from nbdserve.backends.imagelocks import EXCLUSIVE, ImageLocks, Permission
-from nbdserve.errors import ImageError
-from nbdserve.pidfile import PidFile
+from nbdserve.common import program
+from nbdserve.common.errors import ImageError
+from nbdserve.service.pid_file import PidFile
 
 
 def fence(image: str, ready: Path, *, free: bool = False) -> int:
@@ -42,9 +42,9 @@ def fence(image: str, ready: Path, *, free: bool = False) -> int:
         locks.fence()
         pid_file.publish()
         signal.sigwait(ended)
-    return command.EXIT_DONE
+    return program.EXIT_DONE
 
 
 if __name__ == "__main__":
     path, disk, *options = sys.argv[1:]
-    sys.exit(command.run("nbd-migrate", lambda: fence(disk, Path(path), free="--free" in options)))
+    sys.exit(program.run("nbd-migrate", lambda: fence(disk, Path(path), free="--free" in options)))

@@ -12,7 +12,7 @@ import time
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
-from nbdserve.errors import ConnectError, MigrationError, UsageError
+from nbdserve.common.errors import ConnectError, MigrationError, UsageError
 from recipes import advice, steps
 from recipes.children import Children
 from recipes.cutover import fence_source

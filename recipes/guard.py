@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from nbdserve import clock, command
-from nbdserve.errors import MigrationError, OperatorError
+from nbdserve.common import clock, program
+from nbdserve.common.errors import MigrationError, OperatorError
 from recipes.host import module
 from recipes.spawn import spawn
 from recipes.supervised import Child, Lifeline
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str]) -> int:
     with socket.socket(fileno=0) as channel:
         orphaned = watch.listen(channel)
     if not orphaned or ("done" in fds and has_acted(fds["done"], fds["chief"])):
-        return command.EXIT_DONE
+        return program.EXIT_DONE
 
     def body() -> int:
         try:
@@ -197,10 +197,10 @@ def main(arguments: Sequence[str]) -> int:
             tell(fds)
             raise MigrationError(f"the orchestrator was killed: {error}") from error
         tell(fds)
-        command.complain("nbd-migrate", f"the orchestrator was killed: {outcome}")
-        return command.EXIT_DONE
+        program.complain("nbd-migrate", f"the orchestrator was killed: {outcome}")
+        return program.EXIT_DONE
 
-    return command.run("nbd-migrate", body)
+    return program.run("nbd-migrate", body)
 
 
 def tell(fds: dict[str, int]) -> None:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes import ssh
 from recipes.calls import Call, HostError
 from recipes.way import Way

@@ -31,9 +31,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from nbdserve import streams
-from nbdserve.errors import OperatorError
-from nbdserve.pidfile import remove_abandoned
+from nbdserve.common import standard_streams
+from nbdserve.common.errors import OperatorError
+from nbdserve.service.pid_file import remove_abandoned
 
 GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL when the holder is gone."""
@@ -161,7 +161,7 @@ def tell(message: dict[str, object]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the keeper; return 0, or 1 when the command could not be started."""
-    streams.prepare()
+    standard_streams.prepare()
     log, ready, *command = arguments
     # Only standard input ends a keeper, not the terminal or the end of an ssh session. These are handlers, as
     # a process would inherit SIG_IGN.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbdserve.errors import MigrationError
-from nbdserve.sizes import format_size
+from nbdserve.common.errors import MigrationError
+from nbdserve.common.sizes import format_size
 from recipes.vm import CommandError, Vm
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
-from nbdserve.errors import ConnectError, MigrationError, OperatorError
+from nbdserve.common.errors import ConnectError, MigrationError, OperatorError
 from recipes import advice, preflight, steps
 from recipes.causes import described
 from recipes.children import Child, Children

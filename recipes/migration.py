@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.children import Child, Children
 from recipes.guard import Guard
 from recipes.host import Host

@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nbdserve import clock
-from nbdserve.clock import now
-from nbdserve.command import EXIT_DONE
-from nbdserve.errors import MigrationError, UsageError
+from nbdserve.common import clock
+from nbdserve.common.clock import now
+from nbdserve.common.errors import MigrationError, UsageError
+from nbdserve.common.program import EXIT_DONE
 from recipes.plan import check_monitor
 from recipes.vm import VmSilentError, connect
 

@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from nbdserve.clock import now
-from nbdserve.errors import MigrationError
+from nbdserve.common.clock import now
+from nbdserve.common.errors import MigrationError
 from recipes.interruption import undisturbed
 from recipes.vm import CommandError, Vm
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nbdserve import clock, command
-from nbdserve.errors import MigrationError
-from overlay.open import open_image
+from nbdserve.common import clock, program
+from nbdserve.common.errors import MigrationError
+from overlay.formats.open import open_image
 from recipes.pivot import Pivot, pivot
 from recipes.plan import check_monitor
 from recipes.vm import connect
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node", default="disk0", help="the guest's block node (default: %(default)s)")
     parser.add_argument(
         "--timeout",
-        type=command.seconds,
+        type=program.seconds,
         default=25.0,
         metavar="S",
         help="seconds for each answer, more than the node's reconnect-delay (default: %(default)g)",
@@ -40,7 +40,7 @@ def main(given: argparse.Namespace) -> int:
     check_complete(image)
     clock.run(move(monitor, Pivot(given.node, str(image), given.timeout)))
     print(f"the guest's disk is {image}; nbd-overlay is not needed any more")
-    return command.EXIT_DONE
+    return program.EXIT_DONE
 
 
 def check_complete(image: Path) -> None:

@@ -8,10 +8,10 @@ import posixpath
 import re
 from dataclasses import dataclass, field, fields
 
-from nbdserve.errors import UsageError
-from nbdserve.ownership import parse_mode
-from nbdserve.socketpaths import SOCKET_PATH_LIMIT, check_socket_path
-from nbdserve.uri import NbdUri, is_ipv6, parse_uri
+from nbdserve.common.errors import UsageError
+from nbdserve.common.ownership import parse_mode
+from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT, check_socket_path
+from nbdserve.common.uri import NbdUri, is_ipv6, parse_uri
 from overlay.options import CONNECTIONS
 
 Command = tuple[str, ...]

@@ -34,7 +34,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from nbdserve.errors import UsageError
+from nbdserve.common.errors import UsageError
 from recipes.plan import Command, Plan
 
 _MOST_BITS = 1000

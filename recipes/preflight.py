@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from nbdserve.errors import ConnectError, MigrationError, UsageError
+from nbdserve.common.errors import ConnectError, MigrationError, UsageError
 from recipes.engines import engine_of
 from recipes.host import Host
 from recipes.plan import Plan

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import sys
 
-from nbdserve import command
-from nbdserve.uri import parse_uri
+from nbdserve.common import program
+from nbdserve.common.uri import parse_uri
 
 
 def probe(uri: str) -> int:
@@ -27,8 +27,8 @@ def probe(uri: str) -> int:
         "structured-replies": export.structured_replies,
     }
     print(json.dumps(facts))
-    return command.EXIT_DONE
+    return program.EXIT_DONE
 
 
 if __name__ == "__main__":
-    sys.exit(command.run("nbd-migrate", lambda: probe(sys.argv[1])))
+    sys.exit(program.run("nbd-migrate", lambda: probe(sys.argv[1])))

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from nbdserve.clock import now
-from nbdserve.errors import MigrationError
+from nbdserve.common.clock import now
+from nbdserve.common.errors import MigrationError
 from recipes import advice
 from recipes.migration import AdvisedError, Migration
 from recipes.steps import check_export, start_server

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.migration import Migration
 from recipes.vm import CommandError
 

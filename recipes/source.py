@@ -24,8 +24,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import Any
 
-from nbdserve.clock import now
-from nbdserve.errors import MigrationError
+from nbdserve.common.clock import now
+from nbdserve.common.errors import MigrationError
 from recipes.quoting import pasted
 from recipes.vm import CommandError, Vm
 

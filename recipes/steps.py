@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.causes import WANTED
 from recipes.children import Child
 from recipes.engines import blockdev_options, reached

@@ -9,8 +9,8 @@ from typing import Any
 
 from qemu.qmp import EventListener
 
-from nbdserve.clock import now
-from nbdserve.errors import MigrationError
+from nbdserve.common.clock import now
+from nbdserve.common.errors import MigrationError
 from recipes import advice
 from recipes.migration import Migration
 from recipes.recovery import JOB, LOOK, Recovery

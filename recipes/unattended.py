@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.causes import described
 from recipes.engines import OverlayEngine
 from recipes.migration import GuestEnd, Migration

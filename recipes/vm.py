@@ -25,7 +25,7 @@ from qemu.qmp import (
     StateError,
 )
 
-from nbdserve.errors import ConnectError, MigrationError
+from nbdserve.common.errors import ConnectError, MigrationError
 
 T = TypeVar("T")
 

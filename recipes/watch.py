@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from nbdserve.errors import ConnectError, MigrationError
+from nbdserve.common.errors import ConnectError, MigrationError
 from recipes.children import stream
 from recipes.destination import Destination, has_guest
 from recipes.host import Host

@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nbdserve.backends.splicing import FileRange
 from nbdserve.protocol.constants import Command
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION, BlockSizes
-from nbdserve.splicing import FileRange
 
 Buffer = bytes | bytearray | memoryview
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from nbdserve.backends.base import Buffer
 from nbdserve.backends.file import FileBackend
 from nbdserve.backends.slices import WHOLE, Slice
-from nbdserve.errors import ImageError
+from nbdserve.backends.splicing import FileRange
+from nbdserve.common.errors import ImageError
 from nbdserve.protocol.constants import Command
-from nbdserve.splicing import FileRange
 
 ALIGNMENT = 4096
 """Bytes; no disk of today asks for more."""

@@ -13,11 +13,11 @@ from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.fallocate import Mode, fallocate
 from nbdserve.backends.opening import open_image
 from nbdserve.backends.slices import WHOLE, Slice
-from nbdserve.errors import ImageError
+from nbdserve.backends.splicing import FileRange
+from nbdserve.common.errors import ImageError
 from nbdserve.protocol.constants import Command, ExtentFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSizes
-from nbdserve.splicing import FileRange
 
 HOLE = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
 DATA = int(ExtentFlags.DATA)

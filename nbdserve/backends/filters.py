@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from enum import Enum
 
 from nbdserve.backends.base import Backend, Buffer
+from nbdserve.backends.splicing import FileRange
 from nbdserve.protocol.constants import Command
 from nbdserve.protocol.extents import Extent
-from nbdserve.splicing import FileRange
 
 _HEAD = 64
 _ZEROES = bytes(1 << 20)

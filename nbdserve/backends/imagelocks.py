@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import IntFlag
 
-from nbdserve import filelocks
-from nbdserve.errors import ImageError
+from nbdserve.common import file_locks
+from nbdserve.common.errors import ImageError
 
 _USED_BASE = 100
 _UNSHARED_BASE = 200
@@ -115,20 +115,20 @@ class ImageLocks:
     def _held_by_another(self, byte: int) -> bool:
         """Whether another open file holds the byte: whether an exclusive lock, not taken, would fail."""
         try:
-            return filelocks.is_locked_by_another(self._fd, filelocks.WRITE, byte, 1)
+            return file_locks.is_locked_by_another(self._fd, file_locks.WRITE, byte, 1)
         except OSError as error:
             raise self._no_locks(error) from error
 
     def _lock(self, byte: int) -> None:
-        self._set(filelocks.READ, byte)
+        self._set(file_locks.READ, byte)
 
     def _unlock(self, held: set[int]) -> None:
         for byte in held:
-            self._set(filelocks.NONE, byte)
+            self._set(file_locks.NONE, byte)
 
     def _set(self, kind: int, byte: int) -> None:
         try:
-            filelocks.lock(self._fd, kind, byte, 1)
+            file_locks.lock(self._fd, kind, byte, 1)
         except BlockingIOError as error:
             raise ImageError(f"{self._path}: another process has locked the image; stop it first") from error
         except OSError as error:

@@ -12,11 +12,11 @@ from nbdserve.client.handle import Export
 from nbdserve.client.pace import Pace, timed
 from nbdserve.client.pipeline import SILENCE, Client, connect
 from nbdserve.client.upstream import PATIENCE, Upstream
-from nbdserve.errors import UsageError
+from nbdserve.common.errors import UsageError
+from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.constants import Command, CommandFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BlockSizes
-from nbdserve.uri import NbdUri
 
 _NONE = CommandFlags(0)
 _PAYLOAD = 16 << 10, 64 << 10, 4 << 20

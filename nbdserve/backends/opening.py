@@ -9,7 +9,7 @@ import stat
 import sys
 from pathlib import Path
 
-from nbdserve.errors import ImageError
+from nbdserve.common.errors import ImageError
 
 _BLKROGET = 0x125E
 """ioctl(2) of a block device: whether writes to it are refused (linux/fs.h)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nbdserve.errors import ImageError
+from nbdserve.common.errors import ImageError
 
 FORMATS = ("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels", "dmg", "bochs", "cloop")
 """QEMU's names of the formats that can be served."""

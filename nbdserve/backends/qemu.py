@@ -27,10 +27,10 @@ from nbdserve.backends.nbd import NbdBackend
 from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.client.pipeline import Client, connect
 from nbdserve.client.upstream import PATIENCE, Fate, Upstream
-from nbdserve.errors import ConnectError, ImageError, OperatorError
-from nbdserve.socketpaths import place_for_sockets
-from nbdserve.threads import Thread
-from nbdserve.uri import NbdUri
+from nbdserve.common.errors import ConnectError, ImageError, OperatorError
+from nbdserve.common.socket_paths import place_for_sockets
+from nbdserve.common.threads import Thread
+from nbdserve.common.uri import NbdUri
 
 _LOG = logging.getLogger("nbdserve")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbdserve.errors import UsageError
+from nbdserve.common.errors import UsageError
 
 
 @dataclass(frozen=True)

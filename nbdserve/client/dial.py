@@ -22,7 +22,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from typing import NamedTuple, TypeVar
 
-from nbdserve.threads import Thread
+from nbdserve.common.threads import Thread
 
 _NEXT = 0.25
 """Seconds after which the next address is tried too (RFC 8305, "Connection Attempt Delay")."""

@@ -21,10 +21,10 @@ from nbdserve.client import tlsfaults, trust
 from nbdserve.client.dial import Countdown, begin, connect_tcp, connect_unix, in_time, race, resolve, tune
 from nbdserve.client.libnbd import nbd
 from nbdserve.client.replies import broken
-from nbdserve.errors import ConnectError
+from nbdserve.common.errors import ConnectError
+from nbdserve.common.uri import NbdUri, TlsType
 from nbdserve.protocol.constants import MAX_STRING
 from nbdserve.protocol.offers import BASE_ALLOCATION
-from nbdserve.uri import NbdUri, TlsType
 
 HandleError = nbd.Error
 """What every method of a handle raises; ``errnum`` is its errno, or 0."""

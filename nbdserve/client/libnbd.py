@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nbdserve.errors import OperatorError
+from nbdserve.common.errors import OperatorError
 
 _WHERE = (
     "install python3-libnbd (Debian, Ubuntu, Fedora) or libnbd (Arch), and use the system's own Python; "

@@ -34,11 +34,11 @@ from nbdserve.client.handle import (
     open_handle,
 )
 from nbdserve.client.replies import Coverage, broken, sound_runs
+from nbdserve.common.threads import Thread
+from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.constants import CommandFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
-from nbdserve.threads import Thread
-from nbdserve.uri import NbdUri
 
 _LOG = logging.getLogger("nbdserve.client")
 

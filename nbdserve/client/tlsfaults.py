@@ -15,8 +15,9 @@ from pathlib import Path
 
 from nbdserve.client.dial import Countdown, connect_tcp, connect_unix
 from nbdserve.client.trust import AUTHORITY
-from nbdserve.errors import UsageError
-from nbdserve.pem import Dates, load_identity
+from nbdserve.common.errors import UsageError
+from nbdserve.common.pem import Dates, load_identity
+from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.constants import (
     GREETING_MAGIC,
     OPTION_MAGIC,
@@ -25,7 +26,6 @@ from nbdserve.protocol.constants import (
     Option,
     OptionReply,
 )
-from nbdserve.uri import NbdUri
 
 _ANY_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which Python has no name."""

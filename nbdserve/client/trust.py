@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nbdserve.errors import ConnectError
-from nbdserve.uri import NbdUri
+from nbdserve.common.errors import ConnectError
+from nbdserve.common.uri import NbdUri
 
 AUTHORITY = "ca-cert.pem"
 

@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from nbdserve.client.handle import Export
 from nbdserve.client.pipeline import Client
-from nbdserve.errors import OperatorError
+from nbdserve.common.errors import OperatorError
 
 _LOG = logging.getLogger("nbdserve")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import ClassVar
 
-from nbdserve.errors import ProtocolError
+from nbdserve.common.errors import ProtocolError
 from nbdserve.protocol.constants import (
     EXPORT_NAME_PADDING,
     GREETING_MAGIC,

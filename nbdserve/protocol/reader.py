@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from nbdserve.errors import ProtocolError
+from nbdserve.common.errors import ProtocolError
 from nbdserve.protocol.constants import MAX_STRING
 
 _UINT16 = struct.Struct(">H")

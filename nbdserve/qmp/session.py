@@ -19,8 +19,8 @@ from qemu.qmp.error import ProtocolError, QMPError
 from qemu.qmp.message import Message, UnexpectedTypeError
 from qemu.qmp.protocol import AsyncProtocol, Runstate
 
-from nbdserve.errors import OperatorError
-from nbdserve.qmp.commands import CommandError
+from nbdserve.common.errors import OperatorError
+from nbdserve.qmp.dispatch import CommandError
 from nbdserve.qmp.framer import Framer
 
 MAX_UNREAD = 1 << 20

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from nbdserve.errors import OperatorError
+from nbdserve.common.errors import OperatorError
 
 CHUNK = 1 << 20  # bytes that are computed and compared at a time
 HOLE = 15  # of sixteen chunks the last one is a hole, as real disks have some

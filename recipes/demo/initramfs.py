@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nbdserve.errors import OperatorError
+from nbdserve.common.errors import OperatorError
 from recipes.demo.kernel import Kernel
 
 BUSYBOX = Path("/bin/busybox")

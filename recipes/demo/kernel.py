@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.clock import Clock
-from nbdserve.errors import OperatorError, UsageError
+from nbdserve.common.clock import Clock
+from nbdserve.common.errors import OperatorError, UsageError
 
 METAPACKAGE = "linux-image-cloud-amd64"
 DOWNLOAD_LIMIT = 300.0  # seconds for 27 MB

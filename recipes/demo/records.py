@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
-from nbdserve.errors import UsageError
+from nbdserve.common.errors import UsageError
 
 SECTOR = 512
 CLUSTER = 128  # sectors, as are the next three

@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve import clock
-from nbdserve.clock import now
-from nbdserve.command import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
-from nbdserve.errors import MigrationError
-from nbdserve.sizes import format_size, parse_size
+from nbdserve.common import clock
+from nbdserve.common.clock import now
+from nbdserve.common.errors import MigrationError
+from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
+from nbdserve.common.sizes import format_size, parse_size
 from recipes.children import Child, Children
 from recipes.console import choose_report
 from recipes.demo import disk, records

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.errors import OperatorError
+from nbdserve.common.errors import OperatorError
 from recipes.demo import initramfs, kernel
 from recipes.demo.disk import Original
 from recipes.demo.guest import NODE, Guest

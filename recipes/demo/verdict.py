@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nbdserve.sizes import format_size
+from nbdserve.common.sizes import format_size
 from recipes.demo.disk import Comparison
 from recipes.demo.guest import Memory
 from recipes.demo.records import newest

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nbdserve.errors import UsageError
-from nbdserve.socketpaths import place_for_sockets
+from nbdserve.common.errors import UsageError
+from nbdserve.common.socket_paths import place_for_sockets
 
 REMOVAL_LIMIT = 60.0  # seconds
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from overlay.image import Image, State
+from overlay.formats.image import Image, State
 from tests.crash.worlds import CHUNK, CLUSTER, CLUSTERS, SIZE, FlatWorld, QedWorld, World, small_tables
 from tests.support.simulation import SECTOR, KilledError, SimulatedDisk
 

@@ -10,15 +10,15 @@ from uuid import UUID
 
 import pytest
 
-from overlay.flat import grains, header, log
-from overlay.flat import image as flat_image
-from overlay.flat.create import new_header as new_flat_header
-from overlay.flat.create import write_map, write_trailer
-from overlay.flat.open import assemble
-from overlay.image import Backing, Image
-from overlay.qed import tables
-from overlay.qed.create import new_header as new_qed_header
-from overlay.qed.image import QedImage
+from overlay.formats.flat import grains, header, log
+from overlay.formats.flat import image as flat_image
+from overlay.formats.flat.create import new_header as new_flat_header
+from overlay.formats.flat.create import write_map, write_trailer
+from overlay.formats.flat.open import assemble
+from overlay.formats.image import Backing, Image
+from overlay.formats.qed import tables
+from overlay.formats.qed.create import new_header as new_qed_header
+from overlay.formats.qed.image import QedImage
 from tests.support.simulation import SECTOR, SimulatedDisk
 
 CLUSTER = 4096

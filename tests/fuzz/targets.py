@@ -5,13 +5,13 @@ from __future__ import annotations
 import struct
 
 from nbdserve.backends.base import Backend
-from nbdserve.errors import ConnectionLostError, ProtocolError
-from nbdserve.exports import Export, Exports
+from nbdserve.common.errors import ConnectionLostError, ProtocolError
+from nbdserve.exports.served_exports import Export, Exports
 from nbdserve.protocol.constants import Command, TransmissionFlags
 from nbdserve.protocol.haggling import Encryption, Haggling, State
 from nbdserve.protocol.offers import BASE_ALLOCATION, Agreement, BlockSizes, Mode, Offer
-from nbdserve.transmission import Transmission
-from nbdserve.workers import Crew, Workers
+from nbdserve.transmission.loop import Transmission
+from nbdserve.transmission.workers import Crew, Workers
 from tests.support import wire
 from tests.support.memory import MemoryBackend, ScriptedStream
 

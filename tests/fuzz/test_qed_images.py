@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdserve.errors import ImageError
-from overlay import cli
-from overlay.image import Backing, State
-from overlay.qed.check import check
-from overlay.qed.create import new_header
-from overlay.qed.header import HEADER_BYTES, Feature, Header, read_header
-from overlay.qed.image import QedImage
+from nbdserve.common.errors import ImageError
+from overlay.cli import main as cli
+from overlay.formats.image import Backing, State
+from overlay.formats.qed.check import check
+from overlay.formats.qed.create import new_header
+from overlay.formats.qed.header import HEADER_BYTES, Feature, Header, read_header
+from overlay.formats.qed.image import QedImage
 from tests.support.simulation import SimulatedDisk
 
 MIB = 1 << 20

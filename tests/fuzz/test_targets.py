@@ -7,10 +7,10 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserve.errors import ConnectionLostError, ProtocolError
+from nbdserve.common.errors import ConnectionLostError, ProtocolError
 from nbdserve.protocol.offers import Agreement, Mode
-from nbdserve.transmission import Transmission
-from nbdserve.workers import Crew, Workers
+from nbdserve.transmission.loop import Transmission
+from nbdserve.transmission.workers import Crew, Workers
 from tests.fuzz import targets
 from tests.fuzz.targets import SIZE
 from tests.support import wire

@@ -16,9 +16,9 @@ import pytest
 
 from nbdserve.client import connect
 from nbdserve.client.libnbd import nbd
-from nbdserve.errors import ConnectError
+from nbdserve.common.errors import ConnectError
+from nbdserve.common.uri import NbdUri, Tls, parse_uri
 from nbdserve.protocol.extents import Extent
-from nbdserve.uri import NbdUri, Tls, parse_uri
 from tests.support.disks import MIB, random_disk, sparse_disk, sparse_runs
 from tests.support.processes import PATIENCE
 from tests.support.servers import TcpAddress, free_tcp_address, nbdkit, qemu_nbd

@@ -26,7 +26,7 @@ echo "far $far"; exec sleep 600
 READER = """
 import sys, time
 from nbdserve.client import connect
-from nbdserve.uri import parse_uri
+from nbdserve.common.uri import parse_uri
 client = connect(parse_uri("nbd://192.0.2.2:10809/"), silence=3600.0)
 print(len(client.read(0, client.size)), flush=True)
 sys.stdin.readline()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from nbdserve.client import Client, connect
+from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.extents import Extent
-from nbdserve.uri import parse_uri
 from tests.support.disks import KIB, MIB, random_bytes
 from tests.support.liar import NOTHING, Answer, Chunks, all_data, data, hole, lying, status, whole
 from tests.support.overlays import LAYOUTS, Layout, make_overlay, overlay

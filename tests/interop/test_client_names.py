@@ -157,7 +157,7 @@ def test_the_certificate_must_have_the_name_whichever_address_answers(
 PROBE = """
 import sys
 from nbdserve.client import connect
-from nbdserve.uri import parse_uri
+from nbdserve.common.uri import parse_uri
 with connect(parse_uri(sys.argv[1])) as client:
     print(len(client.read(0, client.size)))
 """

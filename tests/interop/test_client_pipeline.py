@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from nbdserve.client import Client, Fate, Upstream, connect
-from nbdserve.errors import ConnectError
+from nbdserve.common.errors import ConnectError
+from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.constants import CommandFlags
-from nbdserve.uri import parse_uri
 from tests.support.disks import KIB, MIB, random_bytes, random_disk, sparse_disk, sparse_runs
 from tests.support.overlays import requests
 from tests.support.pausing import paused

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from nbdserve.client import connect
-from nbdserve.errors import ConnectError
-from nbdserve.uri import parse_uri
+from nbdserve.common.errors import ConnectError
+from nbdserve.common.uri import parse_uri
 from tests.support.certificates import AUTHORITY, CLIENT, DAY, SERVER, Issued, issue
 from tests.support.disks import MIB, random_disk
 from tests.support.overlays import make_overlay, overlay

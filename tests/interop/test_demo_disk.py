@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.errors import OperatorError
+from nbdserve.common.errors import OperatorError
 from recipes.demo.disk import HOLE, Original, compare
 from recipes.demo.records import cells_on, extents
 from tests.support.processes import check

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.errors import OperatorError, UsageError
+from nbdserve.common.errors import OperatorError, UsageError
 from recipes.demo import initramfs, kernel
 from tests.support.processes import check, run
 

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from nbdserve import clock
-from nbdserve.errors import MigrationError
+from nbdserve.common import clock
+from nbdserve.common.errors import MigrationError
 from recipes import ssh
 from recipes.calls import HostError
 from recipes.children import Children

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
-from nbdserve.errors import ImageError
+from nbdserve.common.errors import ImageError
 from tests.support.holding import qemu_holding
 
 NOTHING = Permission.NONE

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from overlay.flat import create as flat
-from overlay.image import Backing
+from overlay.formats.flat import create as flat
+from overlay.formats.image import Backing
 from tests.support.disks import MIB, random_disk
 from tests.support.processes import Argument, Process, check, run
 from tests.support.servers import Server, UnixAddress, nbdserve

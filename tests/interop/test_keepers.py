@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.children import Child, Children
 from recipes.host import Host, module
 from tests.support.processes import dying_with_parent, wait_until

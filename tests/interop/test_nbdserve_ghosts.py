@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.backends.base import Capabilities
-from nbdserve.exports import Export, Exports
+from nbdserve.exports.served_exports import Export, Exports
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import Offer
 from tests.support.inprocess import GatedBackend, one_export, running
@@ -141,7 +141,7 @@ def test_readers_and_clients_of_other_exports_wait_for_nobody(tmp_path: Path) ->
 def test_a_client_whose_former_writes_hang_is_turned_away_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("nbdserve.clients.PATIENCE", 0.3)
+    monkeypatch.setattr("nbdserve.connection.connected_clients.PATIENCE", 0.3)
     disk = GatedBackend(SIZE, local=True)
     with running(one_export(disk), tmp_path) as (_, address), caplog.at_level(logging.INFO):
         with Wire(address) as former:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.connection import Connection
-from nbdserve.policy import Policy
+from nbdserve.connection.client_connection import Connection
+from nbdserve.connection.policy import Policy
 from tests.support.activation import activated
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.inprocess import GatedBackend, one_export, running

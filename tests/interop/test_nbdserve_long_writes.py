@@ -15,11 +15,11 @@ import pytest
 
 from nbdserve.backends.base import Backend, Buffer
 from nbdserve.backends.file import FileBackend
-from nbdserve.certificates import Certificates, load
-from nbdserve.exports import Export, Exports
-from nbdserve.handshake import Terms
-from nbdserve.policy import Policy
-from nbdserve.splicing import FileRange
+from nbdserve.backends.splicing import FileRange
+from nbdserve.connection.handshake import Terms
+from nbdserve.connection.policy import Policy
+from nbdserve.exports.served_exports import Export, Exports
+from nbdserve.service.certificates import Certificates, load
 from tests.support.disks import KIB, MIB, random_bytes, random_disk
 from tests.support.inprocess import running
 from tests.support.processes import PATIENCE, wait_until

@@ -15,7 +15,7 @@ import nbd
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nbdserve import scraping
+from nbdserve.monitor import scraping
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.monitors import monitor
 from tests.support.processes import check, run, wait_until

@@ -17,8 +17,8 @@ import pytest
 from qemu.qmp import ExecuteError
 
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, ImageLocks
-from nbdserve.listeners import listen_unix
-from nbdserve.qmp.monitor import Monitor
+from nbdserve.connection.listeners import listen_unix
+from nbdserve.qmp.endpoint import Monitor
 from tests.support.disks import MIB, random_disk
 from tests.support.monitors import Qmp, monitor
 from tests.support.processes import check, run, wait_until

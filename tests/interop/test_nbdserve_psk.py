@@ -11,9 +11,9 @@ from urllib.parse import quote
 import pytest
 
 from nbdserve.client import connect
-from nbdserve.errors import ConnectError
+from nbdserve.common.errors import ConnectError
+from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.constants import CommandFlags
-from nbdserve.uri import parse_uri
 from tests.support.disks import MIB, random_disk
 from tests.support.processes import check, run
 from tests.support.servers import NBDSERVE, Server, TcpAddress, free_tcp_address, nbdserve

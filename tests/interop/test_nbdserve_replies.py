@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from nbdserve.backends.file import FileBackend
-from nbdserve.certificates import Certificates, load
-from nbdserve.exports import Export, Exports
-from nbdserve.handshake import Terms
-from nbdserve.policy import Policy
+from nbdserve.connection.handshake import Terms
+from nbdserve.connection.policy import Policy
+from nbdserve.exports.served_exports import Export, Exports
 from nbdserve.protocol.constants import Command
-from nbdserve.server import Server
+from nbdserve.service.certificates import Certificates, load
+from nbdserve.service.server import Server
 from tests.support.disks import MIB, random_disk
 from tests.support.inprocess import running
 from tests.support.processes import wait_until

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from nbdserve.backends.nbd import open_nbd
-from nbdserve.exports import Export, Exports
-from nbdserve.policy import Policy
-from nbdserve.uri import parse_uri
+from nbdserve.common.uri import parse_uri
+from nbdserve.connection.policy import Policy
+from nbdserve.exports.served_exports import Export, Exports
 from tests.support.disks import MIB, random_disk
 from tests.support.inprocess import running
 from tests.support.processes import Argument, check, run, wait_until
@@ -148,7 +148,7 @@ def test_a_server_that_gets_no_threads_at_its_start_says_so_in_one_line(
         given += ["-f", "raw"]
     if "--stdio" not in given:
         given += ["-k", tmp_path / "nbd.sock"]
-    program = WITHOUT_THREADS.format(module="nbdserve.cli")
+    program = WITHOUT_THREADS.format(module="nbdserve.cli.main")
     done = run(sys.executable, "-c", program, *given, image, seconds=30, stdin="")
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if " on http://" not in line]
@@ -163,7 +163,7 @@ def test_an_overlay_that_gets_no_threads_at_its_start_says_so_in_one_line(tmp_pa
     (tmp_path / "source.img").write_bytes(bytes(MIB))
     with nbdserve("-f", "raw", tmp_path / "source.img", directory=tmp_path) as source:
         check(Path(sys.executable).with_name("nbd-overlay"), "create", "--backing", source.uri(), overlay)
-        program = WITHOUT_THREADS.format(module="overlay.cli")
+        program = WITHOUT_THREADS.format(module="overlay.cli.main")
         done = run(sys.executable, "-c", program, "serve", "-k", tmp_path / "nbd.sock", overlay, seconds=30)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr

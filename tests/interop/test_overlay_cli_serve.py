@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nbdserve.client import connect
-from nbdserve.uri import NbdUri
+from nbdserve.common.uri import NbdUri
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.overlays import end, make_overlay
 from tests.support.processes import Argument, Process, is_alive, run, wait_until

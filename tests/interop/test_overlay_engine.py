@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from nbdserve.client import connect
+from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.constants import CommandFlags
-from nbdserve.uri import parse_uri
 from tests.support.delay import delayed
 from tests.support.disks import KIB, MIB, random_bytes, random_disk
 from tests.support.overlays import (

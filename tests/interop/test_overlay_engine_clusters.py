@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.errors import UsageError
-from nbdserve.uri import parse_uri
+from nbdserve.common.errors import UsageError
+from nbdserve.common.uri import parse_uri
+from overlay.backing.failover import Sources
 from overlay.engine import Overlay
-from overlay.image import Backing
-from overlay.job import Job, Phase
-from overlay.qed.create import create, new_header
-from overlay.qed.image import QedImage
-from overlay.sources import Sources
-from overlay.streamer import Streamer
+from overlay.fill.job import Job, Phase
+from overlay.fill.streamer import Streamer
+from overlay.formats.image import Backing
+from overlay.formats.qed.create import create, new_header
+from overlay.formats.qed.image import QedImage
 from tests.support.disks import KIB, MIB, Run, sparse_disk
 from tests.support.inprocess import one_export, running
 from tests.support.memory import MemoryBackend

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from overlay.image import State
-from overlay.open import open_image
+from overlay.formats.image import State
+from overlay.formats.open import open_image
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.overlays import LAYOUTS, NONE, Guest, Layout, make_overlay, overlay
 from tests.support.processes import check, run, wait_until

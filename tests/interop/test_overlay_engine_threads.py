@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 from nbdserve.client import Client, Upstream, connect, pipeline
-from nbdserve.uri import parse_uri
-from overlay import source as source_module
-from overlay.checkpoint import Checkpoints
-from overlay.fetch import Fetcher
-from overlay.image import Image
-from overlay.job import Job, Phase
-from overlay.open import open_image
-from overlay.source import Source
-from overlay.sources import Sources
-from overlay.streamer import Streamer
+from nbdserve.common.uri import parse_uri
+from overlay.backing import server as source_module
+from overlay.backing.failover import Sources
+from overlay.backing.server import Source
+from overlay.fill.checkpoint import Checkpoints
+from overlay.fill.fetch import Fetcher
+from overlay.fill.job import Job, Phase
+from overlay.fill.streamer import Streamer
+from overlay.formats.image import Image
+from overlay.formats.open import open_image
 from tests.support.disks import KIB, MIB, random_bytes
 from tests.support.inprocess import one_export, running
 from tests.support.memory import MemoryBackend
@@ -123,11 +123,11 @@ def test_who_listens_to_a_job_cannot_stop_it(tmp_path: Path) -> None:
 
 WITHOUT_MEMORY = """
 import sys
-from overlay.fetch import Fetcher
+from overlay.fill.fetch import Fetcher
 def fail(*arguments):
     raise MemoryError
 Fetcher.store = fail
-from overlay.cli import main
+from overlay.cli.main import main
 sys.exit(main())
 """
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.exports import Exports
-from nbdserve.listeners import listen_unix
-from nbdserve.policy import Policy
-from nbdserve.server import Server
-from nbdserve.uri import parse_uri
-from overlay.control import served
+from nbdserve.common.uri import parse_uri
+from nbdserve.connection.listeners import listen_unix
+from nbdserve.connection.policy import Policy
+from nbdserve.exports.served_exports import Exports
+from nbdserve.service.server import Server
+from overlay.backing.failover import Sources
 from overlay.daemon import Daemon
-from overlay.open import open_image
+from overlay.formats.open import open_image
+from overlay.monitor.control import served
 from overlay.options import Options
-from overlay.sources import Sources
 from tests.support.disks import MIB, random_disk
 from tests.support.jobs import Message, Talk, storage_daemon, talk
 from tests.support.overlays import make_overlay, overlay

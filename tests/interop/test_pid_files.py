@@ -13,8 +13,8 @@ import nbd
 import pytest
 
 from nbdserve.backends.imagelocks import EXCLUSIVE, WRITER, ImageLocks
-from overlay.flat import create as flat
-from overlay.image import Backing
+from overlay.formats.flat import create as flat
+from overlay.formats.image import Backing
 from tests.support.disks import MIB, random_bytes, random_disk
 from tests.support.processes import Argument, Process, is_alive, run, wait_until
 from tests.support.servers import UnixAddress, nbdserve, qemu_nbd

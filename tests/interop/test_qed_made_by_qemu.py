@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from overlay.image import Backing, State
-from overlay.qed.image import QedImage
+from overlay.formats.image import Backing, State
+from overlay.formats.qed.image import QedImage
 from tests.support.disks import MIB, random_disk, sparse_disk, sparse_runs
 from tests.support.holding import qemu_holding
 from tests.support.processes import check, dying_with_parent, run

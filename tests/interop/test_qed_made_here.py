@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from nbdserve.errors import UsageError
-from nbdserve.uri import parse_uri
-from overlay.image import State
-from overlay.qed.image import QedImage
+from nbdserve.common.errors import UsageError
+from nbdserve.common.uri import parse_uri
+from overlay.formats.image import State
+from overlay.formats.qed.image import QedImage
 from tests.support.disks import MIB, random_disk
 from tests.support.processes import Process, check, run
 from tests.support.qed import make_image, qemu_io, read_u64

@@ -20,8 +20,8 @@ import pytest
 
 from nbdserve.backends import nbd as nbd_backend
 from nbdserve.client import connect
+from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.constants import CommandFlags
-from nbdserve.uri import parse_uri
 from overlay.options import PATIENCE
 from tests.support.disks import KIB, random_bytes, random_disk
 from tests.support.overlays import (

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from nbdserve import clock, command
+from nbdserve.common import clock, program
 from recipes.cli import until_signal
 from recipes.console import PlainReport
 from recipes.planfile import load
@@ -70,7 +70,7 @@ def main(plan: str, moment: str, roles: str, number: str) -> int:
     victims = [Role[name] for name in roles.split("+")]
     finish = pasted([str(Path(sys.executable).with_name("nbd-migrate")), "finish", plan])
     doom = Doom(moment, victims, signal.Signals[number], Path(plan).parent)
-    return command.run("nbd-migrate", lambda: clock.run(until_signal(load(Path(plan)), doom, finish)))
+    return program.run("nbd-migrate", lambda: clock.run(until_signal(load(Path(plan)), doom, finish)))
 
 
 if __name__ == "__main__":

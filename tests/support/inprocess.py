@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nbdserve.backends.base import Buffer
-from nbdserve.exports import Export, Exports
-from nbdserve.listeners import Listener, listen_tcp, listen_unix
-from nbdserve.policy import Policy
+from nbdserve.connection.listeners import Listener, listen_tcp, listen_unix
+from nbdserve.connection.policy import Policy
+from nbdserve.exports.served_exports import Export, Exports
 from nbdserve.protocol.constants import Command
-from nbdserve.server import Server
+from nbdserve.service.server import Server
 from tests.support.memory import MemoryBackend
 from tests.support.servers import Address, TcpAddress, UnixAddress, fresh_path
 

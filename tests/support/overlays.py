@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nbdserve.client import Client, connect
+from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.constants import CommandFlags
-from nbdserve.uri import parse_uri
-from overlay.flat import create as flat
-from overlay.image import Backing
-from overlay.qed import create as qed
+from overlay.formats.flat import create as flat
+from overlay.formats.image import Backing
+from overlay.formats.qed import create as qed
 from tests.support.disks import KIB
 from tests.support.monitors import Qmp, monitor
 from tests.support.processes import Argument, Process, wait_until

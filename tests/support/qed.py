@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from overlay.image import Backing
-from overlay.qed.create import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, create, new_header
-from overlay.qed.header import Header
+from overlay.formats.image import Backing
+from overlay.formats.qed.create import DEFAULT_CLUSTER_SIZE, DEFAULT_TABLE_SIZE, create, new_header
+from overlay.formats.qed.header import Header
 from tests.support.processes import check
 
 

@@ -57,7 +57,7 @@ def test_the_protocol_package_does_no_input_or_output() -> None:
         names = {name.split(".")[0] for name in imported_modules(source)}
         assert not names & IMPURE, f"{source.relative_to(ROOT)} imports {names & IMPURE}"
         inner = {name for name in imported_modules(source) if name.startswith("nbdserve.")}
-        allowed = ("nbdserve.protocol", "nbdserve.errors")
+        allowed = ("nbdserve.protocol", "nbdserve.common.errors")
         assert all(name.startswith(allowed) for name in inner), f"{source.relative_to(ROOT)}: {inner}"
 
 
@@ -75,7 +75,7 @@ def test_threads_are_started_in_one_place_which_knows_that_there_may_be_none() -
     starters = {"Thread", "Timer", "ThreadPoolExecutor", "start_new_thread", "start_joinable_thread"}
     for package in ("nbdserve", "overlay"):
         for source in modules(package):
-            if source == ROOT / "nbdserve/threads.py":
+            if source == ROOT / "nbdserve/common/threads.py":
                 continue
             tree = ast.parse(source.read_text(), str(source))
             called = {
@@ -85,4 +85,4 @@ def test_threads_are_started_in_one_place_which_knows_that_there_may_be_none() -
             }
             names = {name for name in imported_modules(source) if not name.startswith("nbdserve.")}
             used = called | {name.rsplit(".", 1)[-1] for name in names}
-            assert not used & starters, f"{source.relative_to(ROOT)}: use nbdserve.threads.Thread"
+            assert not used & starters, f"{source.relative_to(ROOT)}: use nbdserve.common.threads.Thread"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nbdserve.client import Upstream
-from nbdserve.errors import ConnectError
+from nbdserve.common.errors import ConnectError
 
 PATIENCE = 60.0
 """Seconds, longer than the server is away."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from nbdserve.errors import ConnectError, MigrationError
+from nbdserve.common.errors import ConnectError, MigrationError
 from recipes import destination, migrate, watch
 from recipes.destination import Destination
 from recipes.leftovers import but

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.demo import disk, records
 from recipes.demo.guest import Guest, Memory
 from recipes.demo.records import Place

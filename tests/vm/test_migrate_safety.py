@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.host import module
 from recipes.source import Side, give_back, resume
 from recipes.vm import connect

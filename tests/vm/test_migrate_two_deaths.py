@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nbdserve.errors import ConnectError
+from nbdserve.common.errors import ConnectError
 from recipes.source import SWITCHES, migration_status
 from recipes.vm import VmSilentError, connect
 from tests.support.processes import Process, wait_until

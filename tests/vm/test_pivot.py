@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from nbdserve.backends.imagelocks import EXCLUSIVE, WRITER, ImageLocks
-from nbdserve.errors import MigrationError
+from nbdserve.common.errors import MigrationError
 from recipes.pivot import Pivot, pivot
 from recipes.vm import Vm, connect
 from tests.support.delay import delayed

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nbdserve.client import connect
-from nbdserve.errors import ConnectError
-from nbdserve.uri import NbdUri
+from nbdserve.common.errors import ConnectError
+from nbdserve.common.uri import NbdUri
 from recipes.source import HOLDS, SWITCHES, migration_status
 from recipes.vm import VmSilentError
 from recipes.vm import connect as connect_monitor

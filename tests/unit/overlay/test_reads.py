@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from overlay.reads import Reading, new_pace
+from overlay.backing.reads import Reading, new_pace
 from tests.support.disks import KIB
 
 SIZE = 64 * KIB

@@ -1,0 +1,1 @@
+"""nbdserve's command line."""

@@ -1,0 +1,131 @@
+"""What the three commands share: one-line errors, exit codes and the argument parser that obeys them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from nbdserve.common import standard_streams
+from nbdserve.common.errors import OperatorError, UsageError
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Options as Python 3.13 shows them, in every version."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """An option's names, and after the last of them its value: ``-x, --export-name NAME``."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+
+class RawHelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The same, and descriptions as they stand."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake in one line instead of a page of usage."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """The arguments are argparse's."""
+        super().__init__(*arguments, **{"formatter_class": HelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with argparse's own words and a pointer to ``--help``."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def run(program: str, body: Callable[[], int]) -> int:
+    """Run a command's body and return its exit code, turning expected failures into one line on stderr.
+
+    What the body has printed is out by then; where that failed the exit code is not 0. Only a reader that has
+    gone (`| head`) is no news to anybody.
+    """
+    standard_streams.prepare()
+    code = _attempt(program, body)
+    lost = standard_streams.trouble_of(sys.stdout)
+    if lost is not None:
+        code = code or _fail(program, lost)
+    standard_streams.trouble_of(sys.stderr)
+    return code
+
+
+def _attempt(program: str, body: Callable[[], int]) -> int:
+    try:
+        return body()
+    except SystemExit as end:
+        # argparse's, after --help and --version.
+        return end.code if isinstance(end.code, int) else EXIT_DONE
+    except OperatorError as error:
+        complain(program, str(error))
+        return error.exit_code
+    except OSError as error:
+        return _fail(program, error)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _fail(program: str, error: OSError) -> int:
+    if not (isinstance(error, BrokenPipeError) and error.filename == standard_streams.OUTPUT):
+        where = f"{error.filename}: " if error.filename else ""
+        complain(program, f"{where}{error.strerror or error}")
+    return EXIT_FAILED
+
+
+def complain(program: str, message: str) -> None:
+    """Print one line on standard error."""
+    tell(f"{program}: {' '.join(message.split())}")
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """Print something on standard error, if that takes it."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def count(text: str) -> int:
+    """A whole number of 0 or more, as an argument's type."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    value = count(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return value
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 lets the kernel choose."""
+    value = count(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port, 0 to 65535")
+    return value
+
+
+def patience(text: str) -> float:
+    """A time in seconds, up to a day; 0 is none."""
+    return 0.0 if text == "0" else seconds(text)
+
+
+def seconds(text: str) -> float:
+    """A time in seconds, more than 0 and up to a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time, more than 0 and up to 86400 seconds")
+    return value

@@ -1,0 +1,1 @@
+"""What is served: exports that come and go, directories, images and how they are opened."""

@@ -1,0 +1,1 @@
+"""The process in its system: accepting clients, activation, privileges, the daemon, certificates."""

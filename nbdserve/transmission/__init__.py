@@ -1,0 +1,1 @@
+"""The hot loop that serves a client's requests, and what it stands on."""

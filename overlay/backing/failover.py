@@ -1,0 +1,268 @@
+"""The backing: one disk, at one or several servers, of which the healthiest is asked.
+
+Who asks waits while all are lost, for as long as patience lasts; then asking fails at once, until one is
+back. A server that comes back, or comes up late, must have the same disk: its size, and a few blocks that
+were read before, are compared.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+
+from nbdserve.common.errors import ImageError
+from nbdserve.common.uri import NbdUri
+from nbdserve.protocol.extents import Extent
+from nbdserve.protocol.offers import BASE_ALLOCATION
+from overlay.backing.identity import Samples
+from overlay.backing.reads import LONGEST, Reading, sectors
+from overlay.backing.server import GONE, Health, Source
+from overlay.backing.session import Session
+from overlay.options import CONNECTIONS, PATIENCE
+
+_LOG = logging.getLogger("nbd-overlay")
+
+_LEAST_SILENCE = 10.0
+"""Seconds for which a server may be silent, however little patience there is."""
+_SMALL = 64 << 10
+"""Bytes of what is read at once that tells how long small requests take."""
+
+
+class Sources:
+    """Servers that have the same disk of ``size`` bytes. Safe for several threads.
+
+    ``patience`` is for how many seconds after the last server was lost requests wait for one to come back.
+    """
+
+    def __init__(
+        self,
+        uris: Sequence[NbdUri],
+        size: int,
+        *,
+        connections: int = CONNECTIONS,
+        patience: float = PATIENCE,
+    ) -> None:
+        self.size = size
+        self._patience = patience
+        self._changed = threading.Condition()
+        self._lost_since: float | None = time.monotonic()
+        self._closed = False
+        self.samples = Samples()
+        silence = max(_LEAST_SILENCE, patience)
+        self._sources = [
+            Source(uri, connections, silence, self._require_same_disk, self._tell, self._has_another)
+            for uri in uris
+        ]
+
+    def start(self) -> None:
+        """Connect from now on; what is asked waits until that is done."""
+        for source in self._sources:
+            source.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether all servers have been lost for longer than patience lasts."""
+        since = self._lost_since
+        lost = since is not None and time.monotonic() >= since + self._patience
+        return lost or self._is_nobody_trusted()
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a lost server is waited for."""
+        return self._patience
+
+    @property
+    def connected(self) -> bool:
+        """Whether a server can be asked now."""
+        return self._best() is not None
+
+    @property
+    def quiet(self) -> float:
+        """For how many seconds no server that is asked for something has said anything; 0 if one does."""
+        sessions = [source.session for source in self._sources]
+        return min((session.quiet for session in sessions if session is not None), default=0.0)
+
+    @property
+    def length(self) -> int:
+        """How many bytes the healthiest server should be asked for in one request."""
+        best = self._best()
+        return LONGEST if best is None else best.source.pace.length
+
+    @property
+    def room(self) -> int | None:
+        """How many bytes streaming should have under way; None where only the link's capacity matters."""
+        best = self._best()
+        if best is None or best.source.pace.length >= LONGEST:
+            return None
+        return best.source.pace.room
+
+    def health(self) -> list[Health]:
+        """How each server is doing."""
+        return [source.health() for source in self._sources]
+
+    def retry(self) -> None:
+        """Have patience and trust once more, and try at once."""
+        with self._changed:
+            if self._lost_since is not None:
+                self._lost_since = time.monotonic()
+            self._changed.notify_all()
+        for source in self._sources:
+            source.trust()
+
+    def wait(self, seconds: float) -> None:
+        """Return when a server can be asked, or after so many seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self.connected, seconds)
+
+    def session(self) -> Session:
+        """The healthiest server; waits for one while there is none. OSError, EIO, when patience is over."""
+        best = self._best()
+        if best is not None:
+            return best
+        for source in self._sources:
+            source.retry()
+        with self._changed:
+            while (best := self._best()) is None:
+                self._note_loss()
+                left = self._seconds_left()
+                if self._closed or left <= 0 or self._is_nobody_trusted():
+                    raise OSError(errno.EIO, f"the backing is lost: {self.troubles()}")
+                self._changed.wait(min(left, 1.0))
+        return best
+
+    def read(self, *parts: tuple[int, memoryview]) -> None:
+        """Fill each buffer from its offset, for somebody who waits; OSError when no server can."""
+        readings = [Reading(offset, buffer) for offset, buffer in parts]
+
+        def ask(session: Session) -> None:
+            began = time.monotonic()
+            started: list[Future[None]] = []
+            try:
+                for reading in readings:
+                    if reading.bytes_missing:
+                        started.append(reading.start(session.demand, session.source.pace))
+            finally:
+                # All must be over before a buffer may be used again, or for something else.
+                wait(started)
+            for future in started:
+                future.result()
+            if sum(len(buffer) for _, buffer in parts) <= _SMALL:
+                session.source.answered(time.monotonic() - began)
+
+        self._ask(ask, lambda: sum(reading.bytes_missing for reading in readings))
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """The runs of ``base:allocation`` from ``offset`` on, at least one; all data if no server knows.
+
+        They may end before or after the range. Raises OSError when no server answers.
+        """
+        found = [Extent(length, 0)]
+
+        def ask(session: Session) -> None:
+            there = min(length, session.export.size - offset)
+            if session.export.has_extents and there > 0:
+                found[:] = session.demand.start_extents(offset, there, BASE_ALLOCATION).result()
+
+        self._ask(ask)
+        return found
+
+    def blame(self, session: Session, error: OSError) -> None:
+        """A request of a session failed: what that says of the connection, and of the server."""
+        if error.errno == errno.EPROTO:
+            session.source.distrust(session, error.strerror or str(error))
+        elif error.errno in GONE:
+            session.source.lost(session)
+        else:
+            session.source.failed()
+
+    def check_again(self) -> None:
+        """What servers must have has changed: compare, soon, and hang up where it differs."""
+        for source in self._sources:
+            source.check_again()
+
+    def close(self) -> None:
+        """Hang up, and let nobody wait any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for source in self._sources:
+            source.close()
+
+    def _ask(self, ask: Callable[[Session], None], left: Callable[[], int] = lambda: 0) -> None:
+        """Ask the healthiest; when its connection is lost ask again, when it fails ask the others.
+
+        Patience begins anew whenever ``left``, what has not come yet, has become less.
+        """
+        refused: dict[Source, OSError] = {}
+        before, give_up = left(), time.monotonic() + self._patience
+        while True:
+            session = self.session()
+            if session.source in refused:
+                others = [source.session for source in self._sources if source not in refused]
+                other = next((found for found in others if found is not None), None)
+                if other is None:
+                    raise refused[session.source]
+                session = other
+            try:
+                return ask(session)
+            except OSError as error:
+                self.blame(session, error)
+                if left() < before:
+                    before, give_up = left(), time.monotonic() + self._patience
+                if error.errno == errno.EPROTO:
+                    continue
+                if error.errno not in GONE:
+                    refused[session.source] = error
+                elif time.monotonic() >= give_up:
+                    raise OSError(errno.EIO, error.strerror) from error
+
+    def _has_another(self, source: Source) -> bool:
+        """Whether another server can be asked that fails no more often than this one."""
+        others = [(other, other.session) for other in self._sources if other is not source]
+        return any(
+            session is not None and not session.quiet and other.rank[0] <= source.rank[0]
+            for other, session in others
+        )
+
+    def _is_nobody_trusted(self) -> bool:
+        return bool(self._sources) and all(source.is_distrusted for source in self._sources)
+
+    def _best(self) -> Session | None:
+        ranked = sorted(
+            (source for source in self._sources if source.session is not None), key=lambda each: each.rank
+        )
+        return ranked[0].session if ranked else None
+
+    def _tell(self) -> None:
+        """A server was connected or lost."""
+        with self._changed:
+            if self._best() is not None:
+                self._lost_since = None
+            else:
+                self._note_loss()
+            self._changed.notify_all()
+
+    def _note_loss(self) -> None:
+        if self._lost_since is None:
+            self._lost_since = time.monotonic()
+
+    def _seconds_left(self) -> float:
+        since = self._lost_since
+        return self._patience if since is None else since + self._patience - time.monotonic()
+
+    def troubles(self) -> str:
+        """Why no server can be asked."""
+        return "; ".join(health.trouble or "" for health in self.health()) or "no server is named"
+
+    def _require_same_disk(self, session: Session, go_on: Callable[[], None]) -> None:
+        """Refuse a server whose disk is certainly another one."""
+        name = str(session.source.uri)
+        if sectors(session.export.size) != self.size:
+            raise ImageError(
+                f"{name}: not used: the disk has {self.size} bytes, what answers there {session.export.size}"
+            )
+        self.samples.require_same(session.demand, name, go_on)

@@ -1,0 +1,103 @@
+"""Which absent parts of the disk are zeros in the backing: found by block status, and never fetched."""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+from nbdserve.client.pipeline import STATUS_LIMIT
+from nbdserve.protocol.constants import ExtentFlags
+from nbdserve.protocol.extents import Extent
+from nbdserve.protocol.offers import BASE_ALLOCATION
+from overlay.backing.server import GONE
+from overlay.backing.session import Session
+from overlay.formats.image import Image, State
+
+_AHEAD = 8
+"""Requests for block status under way at once: a sparse disk is looked over at the speed of the link."""
+_LONGEST = 1 << 40
+"""Bytes of zeros that are marked together: a pause is heard in between."""
+_ZERO = int(ExtentFlags.ZERO)
+
+
+def fill_zeros(image: Image, session: Session, offset: int, goes_on: Callable[[int], None]) -> None:
+    """Mark as zeros what is absent from ``offset`` on and reads as zeros in the backing.
+
+    ``goes_on`` is called now and then with how far it has come, in bytes, and may raise to end it. Raises
+    OSError when the connection is lost, the server broke the protocol, or the image cannot be changed.
+    """
+    if not session.export.has_extents:
+        return
+    size = image.cluster_size
+    for begin, length in _zeros(image, session, offset):
+        # What is zero only in part of a cluster is fetched with it.
+        start = -(-begin // size) * size
+        end = begin + length
+        end = image.size if end >= session.export.size else end // size * size
+        if start < end:
+            image.fill_zero(start, end - start)
+        goes_on(begin + length)
+
+
+def _zeros(image: Image, session: Session, offset: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what the backing says are zeros, joined where it can be; length 0 after data."""
+    begin = end = offset
+    for position, extent in _survey(image, session, offset):
+        is_zero = extent.flags & _ZERO
+        if end > begin and (not is_zero or position != end or end - begin >= _LONGEST):
+            yield begin, end - begin
+            begin = end
+        if position != end or not is_zero:
+            begin = position if is_zero else position + extent.length
+        end = position + extent.length
+        if not is_zero:
+            yield end, 0
+    if end > begin:
+        yield begin, end - begin
+
+
+def _survey(image: Image, session: Session, offset: int) -> Iterator[tuple[int, Extent]]:
+    """What the backing says of each absent range, in order, asked for some way ahead."""
+    asked: deque[tuple[int, int, Future[list[Extent]]]] = deque()
+    for begin, length in _absent(image, offset, session.export.size):
+        asked.append((begin, length, _ask(session, begin, length)))
+        if len(asked) == _AHEAD:
+            yield from _told(session, *asked.popleft())
+    while asked:
+        yield from _told(session, *asked.popleft())
+
+
+def _absent(image: Image, offset: int, size: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what is absent, as far as the backing goes, in pieces to ask for."""
+    for run in image.runs(offset, max(0, min(size, image.size) - offset)):
+        if run.state is State.ABSENT:
+            for begin in range(run.offset, run.offset + run.length, STATUS_LIMIT):
+                yield begin, min(STATUS_LIMIT, run.offset + run.length - begin)
+
+
+def _told(
+    session: Session, offset: int, length: int, future: Future[list[Extent]]
+) -> Iterator[tuple[int, Extent]]:
+    """The answer for one range, asked for again from where a reply ended too early."""
+    end = offset + length
+    while True:
+        try:
+            extents = future.result()
+        except OSError as error:
+            if error.errno in (*GONE, errno.EPROTO):
+                raise
+            return  # a server that cannot tell: it is fetched, and zeros are found then
+        for extent in extents:
+            part = min(extent.length, end - offset)
+            if part > 0:
+                yield offset, Extent(part, extent.flags)
+                offset += part
+        if offset >= end:
+            return
+        future = _ask(session, offset, end - offset)
+
+
+def _ask(session: Session, offset: int, length: int) -> Future[list[Extent]]:
+    return session.bulk().start_extents(offset, length, BASE_ALLOCATION)

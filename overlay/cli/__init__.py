@@ -1,0 +1,1 @@
+"""nbd-overlay's command line."""

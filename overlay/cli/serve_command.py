@@ -1,0 +1,156 @@
+"""The subcommand ``serve``: its options, checked before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from nbdserve.cli.config import host_and_port, monitor_owner, monitor_path, socket_owner
+from nbdserve.common.errors import ImageError, UsageError
+from nbdserve.common.ownership import add_options
+from nbdserve.common.program import Parser, RawHelpFormatter, patience, positive
+from nbdserve.common.sizes import parse_size
+from nbdserve.common.socket_paths import check_socket_path
+from nbdserve.common.uri import NbdUri, parse_uri
+from overlay.formats.open import LAYOUT_HELP, LAYOUTS
+from overlay.options import Options
+
+MOST_CONNECTIONS = 64
+
+_DESCRIPTION = """\
+Serve an image over NBD on a Unix socket. What is missing of the disk comes from the backing and is kept
+(copy-on-read); with --stream all of the disk is copied, and then the backing is needed no more.
+
+--armed is for a migration, before the guest is here: nothing that is read is kept until nbd-overlay activate,
+or the guest's first write, says that it runs here, and only then --stream begins.
+"""
+
+
+def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
+    """Add the subcommand to those of nbd-overlay."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve an image as a disk, and fill it",
+        description=_DESCRIPTION,
+        epilog=epilog,
+        formatter_class=RawHelpFormatter,
+    )
+    parser.set_defaults(command=main)
+    parser.add_argument("image", metavar="IMAGE", type=Path)
+    add = parser.add_argument
+    add("-k", "--socket", required=True, metavar="PATH", help="the Unix socket to serve on")
+    add_options(add, "--socket-", "that socket")
+    add("-x", "--export-name", default="", metavar="NAME", help="name of the export (default: empty)")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        help=LAYOUT_HELP,
+    )
+    add("--qmp", metavar="unix:PATH", help="live control: stream, status, pause, ... over QEMU's protocol")
+    add_options(add, "--qmp-", "the monitor's socket")
+    add(
+        "--backing",
+        action="append",
+        default=[],
+        metavar="BACKING",
+        help="where the disk is now, instead of what the image says; may be repeated: the same disk from "
+        "several places",
+    )
+    add(
+        "--copy-on-read",
+        choices=("on", "off"),
+        default="on",
+        help="whether what guests read is kept (default: on)",
+    )
+    add("--stream", action="store_true", help="copy the whole disk in the background")
+    add("--speed", metavar="SIZE", help="bytes per second at which to stream, at most (default: no limit)")
+    add("--armed", action="store_true", help="keep nothing until the guest is here")
+    add(
+        "--connections",
+        type=positive,
+        default=Options.connections,
+        metavar="N",
+        help="to each backing (%(default)s)",
+    )
+    add(
+        "--reconnect-timeout",
+        type=patience,
+        default=Options.patience,
+        metavar="S",
+        help="how long guests wait for a backing that is lost, or connected and silent (%(default)g)",
+    )
+    add("--simple-replies", action="store_true", help="offer no structured replies")
+    add("--metrics", metavar="HOST:PORT", help="tell Prometheus over HTTP")
+    add("--daemonize", action="store_true", help="return when ready, and serve in the background")
+    add("--pid-file", type=Path, metavar="FILE", help="holds the process id when ready")
+    add("-v", "--verbose", action="store_true", help="log more")
+    add("--log-format", choices=("text", "json"), default="text", help="lines of text, or objects")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Serve until told to stop. Raises UsageError where the options make no sense, other OperatorErrors."""
+    options = read_options(arguments)
+    # Only now: other subcommands need none of it.
+    from overlay.cli.serving import serve
+
+    return serve(options)
+
+
+def read_options(given: argparse.Namespace) -> Options:
+    """What was asked for; UsageError or ImageError where that cannot be done."""
+    monitor = None if given.qmp is None else monitor_path(given.qmp)
+    options = Options(
+        image=given.image,
+        socket=check_socket_path(given.socket, "--socket"),
+        name=given.export_name,
+        monitor=monitor,
+        socket_owner=socket_owner(given, [NbdUri(socket=given.socket)]),
+        monitor_owner=monitor_owner(given),
+        backings=parse_backings(given.backing),
+        keep=given.copy_on_read == "on",
+        stream=given.stream,
+        speed=0 if given.speed is None else parse_size(given.speed, "--speed"),
+        armed=given.armed,
+        connections=given.connections,
+        patience=given.reconnect_timeout,
+        metrics=None if given.metrics is None else host_and_port(given.metrics),
+        structured_replies=not given.simple_replies,
+        layout=given.layout,
+        daemonize=given.daemonize,
+        pid_file=given.pid_file,
+        verbose=given.verbose,
+        json_log=given.log_format == "json",
+    )
+    if options.connections > MOST_CONNECTIONS:
+        raise UsageError(f"--connections {options.connections}: {MOST_CONNECTIONS} are the most")
+    _check_paths(options)
+    return options
+
+
+def parse_backings(texts: list[str]) -> tuple[NbdUri, ...]:
+    """What --backing was given; UsageError where one is no address, or named twice."""
+    found = [parse_uri(text) for text in texts]
+    for number, uri in enumerate(found):
+        if uri in found[:number]:
+            raise UsageError(f"--backing {uri}: it is named twice")
+    return tuple(found)
+
+
+def _check_paths(options: Options) -> None:
+    """What the options name must be there, and nothing named twice."""
+    if not options.image.is_file():
+        what = "it is no file" if options.image.exists() else "there is no such file"
+        raise ImageError(f"{options.image}: {what}; make an image with nbd-overlay create")
+    new = {"--socket": options.socket, "--qmp": options.monitor, "--pid-file": options.pid_file}
+    seen = {os.path.realpath(options.image): "IMAGE"}
+    for option, path in new.items():
+        if path is None:
+            continue
+        real = os.path.realpath(path)
+        if real in seen:
+            raise UsageError(f"{option} {path}: it is the same file as {seen[real]}")
+        seen[real] = option
+        parent = os.path.dirname(real)
+        if not os.path.isdir(parent):
+            raise UsageError(f"{option} {path}: there is no directory {parent}")

@@ -1,0 +1,126 @@
+"""``nbd-overlay serve``: an overlay as an NBD export, until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+
+from nbdserve.common import logs, program
+from nbdserve.common.errors import UsageError
+from nbdserve.common.ownership import Ownership
+from nbdserve.common.uri import parse_uri
+from nbdserve.connection.handshake import Terms
+from nbdserve.connection.listeners import Listener, listen_unix
+from nbdserve.connection.policy import Policy
+from nbdserve.exports.served_exports import Export, Exports
+from nbdserve.service import daemonize
+from nbdserve.service.notify import ServiceManager
+from nbdserve.service.pid_file import PidFile
+from nbdserve.service.server import Server
+from overlay.backing.failover import Sources
+from overlay.daemon import Daemon
+from overlay.formats.image import Image
+from overlay.formats.open import open_image
+from overlay.options import Options
+
+PROGRAM = "nbd-overlay"
+_LOG = logging.getLogger(PROGRAM)
+
+
+def serve(options: Options) -> int:
+    """Serve the overlay; returns the exit code when the server has ended in good order.
+
+    Raises OperatorError when the image cannot be opened, or nobody can listen on the socket.
+    """
+    _start_log(options, logging.StreamHandler())
+    with contextlib.ExitStack() as stack:
+        announce = _detach(stack, options)
+        pid_file = stack.enter_context(PidFile(options.pid_file))
+        exports = Exports()
+        stack.callback(exports.close)
+        daemon = _put_together(options)
+        exports.add(Export(options.name, daemon.overlay))
+        stack.callback(daemon.stop)
+        listener = _listen(stack, options.socket, options.socket_owner)
+        monitor = None if options.monitor is None else _listen(stack, options.monitor, options.monitor_owner)
+        policy = Policy(
+            timed=options.metrics is not None, terms=Terms(structured_replies=options.structured_replies)
+        )
+        manager = ServiceManager(os.environ)
+        server = Server(exports, [listener], policy, manager)
+        server.stop_on_signals()
+        _attach(stack, server, daemon, monitor, pid_file)
+        daemon.start()
+        _LOG.info("serving %s on %s", options.image, listener)
+        announce()
+        manager.tell("READY=1", f"MAINPID={os.getpid()}", f"STATUS=serving {options.image}")
+        server.run()
+    return program.EXIT_DONE if exports.intact else program.EXIT_FAILED
+
+
+def _put_together(options: Options) -> Daemon:
+    """Open the image and prepare what it needs; nothing is connected to yet."""
+    image = open_image(options.image, writable=True, layout=options.layout)
+    try:
+        sources = _sources(image, options)
+    except BaseException:
+        image.close()
+        raise
+    return Daemon(image, sources, options)
+
+
+def _sources(image: Image, options: Options) -> Sources:
+    backings = [parse_uri(backing.name) for backing in image.backings]
+    if options.backings and not image.backings:
+        raise UsageError(f"{options.image}: everything is in the image: leave out --backing")
+    sources = Sources(
+        options.backings or backings,
+        image.size,
+        connections=options.connections,
+        patience=options.patience,
+    )
+    if not options.armed:
+        sources.samples.recall(image)
+    return sources
+
+
+def _listen(stack: contextlib.ExitStack, path: str, whose: Ownership) -> Listener:
+    listener = listen_unix(path, whose)
+    stack.callback(listener.close)
+    return listener
+
+
+def _attach(
+    stack: contextlib.ExitStack, server: Server, daemon: Daemon, monitor: Listener | None, pid_file: PidFile
+) -> None:
+    """What goes on beside the server. Their modules cost memory where they are not used."""
+    options = daemon.options
+    if options.metrics is not None:
+        from nbdserve.monitor import metrics
+        from overlay.monitor.metrics import Collector
+
+        stack.enter_context(metrics.served(Collector(server, daemon), *options.metrics))
+    pid_file.publish()
+    if monitor is not None:
+        from overlay.monitor import control
+
+        stack.enter_context(control.served(server, daemon, monitor))
+
+
+def _detach(stack: contextlib.ExitStack, options: Options) -> Callable[[], None]:
+    """Go to the background, if asked to; returns what lets the command that the operator typed return."""
+    if not options.daemonize:
+        return lambda: None
+    background = stack.enter_context(daemonize.background([]))
+
+    def announce() -> None:
+        _start_log(options, logs.system_log())
+        background.ready()
+
+    return announce
+
+
+def _start_log(options: Options, handler: logging.Handler) -> None:
+    logs.start(PROGRAM, handler, as_json=options.json_log, verbose=options.verbose)

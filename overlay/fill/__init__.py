@@ -1,0 +1,1 @@
+"""What fetches a disk's blocks: for guests that miss them, and in the background until all are there."""

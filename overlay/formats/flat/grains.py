@@ -1,0 +1,351 @@
+"""Which grains of the disk are present, and which of them the guest wrote: directory and bitmaps of a map.
+
+For each chunk of 32768 grains (128 MiB) the directory has two numbers of 2 bytes: how many grains are present
+and how many were written. 0 and all mean what they say, and the bitmap is not looked at, whatever is in it.
+In between the bitmap decides, and the number may be wrong after a power cut; it is corrected when the
+bitmap is read. So a disk of which nothing, or everything, is present needs no bitmaps at all.
+
+A chunk's pair of bitmaps, 4 KiB each, first present, then written, is read when it is needed, and the oldest
+that the file has too are dropped. Changes are made in memory. :meth:`Grains.take_changes` gives out what the
+file lacks, to be stored once the data that the bits tell of is durable.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import RLock
+
+from nbdserve.common.errors import ImageError
+from overlay.formats.flat import bits
+from overlay.formats.flat.header import CHUNK_GRAINS, DIRECTORY_AT, ENTRY_BYTES, PAIR_BYTES, Header
+from overlay.formats.storage import Storage
+
+_HALF = PAIR_BYTES // 2
+CACHED_PAIRS = 2048
+DIRTY_PAIRS = 1024
+"""How many chunks may wait for a flush before :attr:`Grains.is_full`."""
+
+
+class _Pair:
+    """The bitmaps of a chunk."""
+
+    __slots__ = ("present", "written")
+
+    def __init__(self, present: bytearray, written: bytearray) -> None:
+        self.present = present
+        self.written = written
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What the file lacks, as it was when it was taken."""
+
+    chunks: frozenset[int]
+    pairs: list[tuple[int, bytes]]
+    """Of the chunks that need them: number, bitmaps."""
+    entries: list[tuple[int, array[int]]]
+    """Of the directory: number of the first chunk, entries."""
+    in_order: bool
+    """Whether the directory must not say "look at the bitmap" before that is durable."""
+
+
+class Grains:
+    """The map's content. Whoever calls holds :attr:`lock`, but for ``has`` and ``has_written``."""
+
+    def __init__(self, file: Storage, header: Header, path: str) -> None:
+        """Read the directory. Raises ImageError if it is damaged, OSError."""
+        self.lock = RLock()
+        self._file = file
+        self._header = header
+        self._path = path
+        self._chunks = header.chunks
+        self._last_grains = header.grains - (self._chunks - 1) * CHUNK_GRAINS
+        self._directory = self._read_directory()
+        """Two numbers for each chunk: present, written."""
+        self._stored = self._directory[:]
+        """The same as in the file."""
+        self.present = sum(self._directory[0::2])
+        """How many grains are present."""
+        self._pairs: dict[int, _Pair] = {}
+        self._changed: set[int] = set()
+        self._storing: frozenset[int] = frozenset()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits for a flush that it should come before the next change."""
+        return len(self._changed) >= DIRTY_PAIRS
+
+    @property
+    def written(self) -> int:
+        """How many grains the guest wrote."""
+        return sum(self._directory[1::2])
+
+    def has(self, first: int, end: int) -> bool:
+        """Whether all grains of a range are present. Needs no lock."""
+        if end - first == 1:  # the most frequent case
+            chunk, begin = divmod(first, CHUNK_GRAINS)
+            present = self._directory[2 * chunk]
+            if present == CHUNK_GRAINS or not present:
+                return present != 0
+            pair = self._pairs.get(chunk) or self._load(chunk)
+            return bool(pair.present[begin >> 3] >> (begin & 7) & 1)
+        for chunk, begin, stop in _parts(first, end):
+            present = self._directory[2 * chunk]
+            if present == CHUNK_GRAINS:
+                continue
+            if not present:
+                return False
+            pair = self._pairs.get(chunk) or self._load(chunk)
+            if bits.get(pair.present, begin, stop).bit_count() != stop - begin:
+                return False
+        return True
+
+    def has_written(self, first: int, end: int) -> bool:
+        """Whether all grains of a range are present and were written by the guest. Needs no lock."""
+        if end - first == 1:
+            chunk, begin = divmod(first, CHUNK_GRAINS)
+            written = self._directory[2 * chunk + 1]
+            if written == CHUNK_GRAINS or not written:
+                return written != 0
+            pair = self._pairs.get(chunk) or self._load(chunk)
+            return bool(pair.written[begin >> 3] >> (begin & 7) & 1)
+        for chunk, begin, stop in _parts(first, end):
+            written = self._directory[2 * chunk + 1]
+            if written == CHUNK_GRAINS:
+                continue
+            if not written:
+                return False
+            pair = self._pairs.get(chunk) or self._load(chunk)
+            if bits.get(pair.written, begin, stop).bit_count() != stop - begin:
+                return False
+        return True
+
+    def runs(self, first: int, end: int) -> Iterator[tuple[int, int, bool, bool]]:
+        """(first grain, end, present, written) of what is alike, in order; neighbours may be alike."""
+        for chunk, begin, stop in _parts(first, end):
+            base = chunk * CHUNK_GRAINS
+            present, written = self._directory[2 * chunk : 2 * chunk + 2]
+            full = self._grains_of(chunk)
+            if present in (0, full) and written in (0, full):
+                yield base + begin, base + stop, present == full, written == full
+                continue
+            pair = self._pair(chunk)
+            edges = {stop}
+            for bitmap in (pair.present, pair.written):
+                value = bits.get(bitmap, begin, stop)
+                edges.update(begin + part for part, _, _ in bits.runs(value, stop - begin))
+            for left, right in pairwise(sorted(edges)):
+                is_present, is_written = (
+                    bool(bitmap[left >> 3] >> (left & 7) & 1) for bitmap in (pair.present, pair.written)
+                )
+                yield base + left, base + right, is_present, is_written
+
+    def absent(self, first: int, end: int) -> list[tuple[int, int]]:
+        """The longest runs of absent grains in a range, as (first, end)."""
+        found: list[tuple[int, int]] = []
+        for begin, stop, present, _ in self.runs(first, end):
+            if present:
+                continue
+            if found and found[-1][1] == begin:
+                found[-1] = (found[-1][0], stop)
+            else:
+                found.append((begin, stop))
+        return found
+
+    def set(self, first: int, end: int, *, written: bool) -> None:
+        """Grains are present, and perhaps written by the guest."""
+        if end - first == 1:  # the most frequent case
+            self._set_one(first, written)
+            return
+        for chunk, begin, stop in _parts(first, end):
+            index, full = 2 * chunk, self._grains_of(chunk)
+            before = self._directory[index]
+            if stop - begin == full and (written or not self._directory[index + 1]):
+                self._directory[index] = full
+                if written:
+                    self._directory[index + 1] = full
+                self._pairs.pop(chunk, None)
+            else:
+                pair = self._pair(chunk)  # which may correct the counts
+                before = self._directory[index]
+                self._directory[index] += bits.set_all(pair.present, begin, stop)
+                if written:
+                    self._directory[index + 1] += bits.set_all(pair.written, begin, stop)
+            self.present += self._directory[index] - before
+            self._changed.add(chunk)
+
+    def _set_one(self, grain: int, written: bool) -> None:
+        chunk, number = divmod(grain, CHUNK_GRAINS)
+        pair = self._pairs.get(chunk) or self._load(chunk)
+        byte, bit = number >> 3, 1 << (number & 7)
+        if not pair.present[byte] & bit:
+            pair.present[byte] |= bit
+            self._directory[2 * chunk] += 1
+            self.present += 1
+        if written and not pair.written[byte] & bit:
+            pair.written[byte] |= bit
+            self._directory[2 * chunk + 1] += 1
+        self._changed.add(chunk)
+
+    def clear(self, first: int, end: int) -> None:
+        """Grains are absent again."""
+        for chunk, begin, stop in _parts(first, end):
+            index = 2 * chunk
+            before = self._directory[index]
+            if stop - begin == self._grains_of(chunk):
+                self._directory[index] = self._directory[index + 1] = 0
+                self._pairs.pop(chunk, None)
+            else:
+                pair = self._pair(chunk)
+                before = self._directory[index]
+                self._directory[index] -= bits.clear_all(pair.present, begin, stop)
+                self._directory[index + 1] -= bits.clear_all(pair.written, begin, stop)
+            self.present += self._directory[index] - before
+            self._changed.add(chunk)
+
+    def take_changes(self) -> Changes:
+        """What the file lacks. :meth:`stored` or :meth:`put_back` must follow before the next call."""
+        chunks = sorted(self._changed)
+        pairs: list[tuple[int, bytes]] = []
+        in_order = False
+        for chunk in chunks:
+            needed = self._needs_pair(self._directory, chunk)
+            if any(needed):
+                pair = self._pair(chunk)
+                pairs.append((chunk, bytes(pair.present) + bytes(pair.written)))
+                before = self._needs_pair(self._stored, chunk)
+                in_order |= any(now and not then for now, then in zip(needed, before, strict=True))
+        entries: list[tuple[int, array[int]]] = []
+        begin = 0
+        for i, chunk in enumerate(chunks):
+            if i + 1 == len(chunks) or chunks[i + 1] != chunk + 1:
+                entries.append((chunks[begin], self._directory[2 * chunks[begin] : 2 * (chunk + 1)]))
+                begin = i + 1
+        self._storing, self._changed = frozenset(chunks), set()
+        return Changes(self._storing, pairs, entries, in_order)
+
+    def put_back(self, changes: Changes) -> None:
+        """The file still lacks these."""
+        self._changed |= changes.chunks
+        self._storing = frozenset()
+
+    def store_pairs(self, changes: Changes) -> None:
+        """Write bitmaps to the file; ``in_order``, a sync must follow. Raises OSError. Needs no lock."""
+        for chunk, pair in changes.pairs:
+            self._file.write(self._header.bitmaps_at + chunk * PAIR_BYTES, pair)
+
+    def store_directory(self, changes: Changes) -> None:
+        """Then write the directory, and sync. Raises OSError. Needs no lock."""
+        for chunk, entries in changes.entries:
+            self._file.write(DIRECTORY_AT + chunk * ENTRY_BYTES, _little_endian(entries).tobytes())
+
+    def stored(self, changes: Changes) -> None:
+        """They are durable in the file now."""
+        for chunk, entries in changes.entries:
+            self._stored[2 * chunk : 2 * chunk + len(entries)] = entries
+        self._storing = frozenset()
+
+    def recount(self) -> int:
+        """Read all bitmaps that matter and correct the directory; returns how many entries were wrong."""
+        wrong = 0
+        for chunk in range(self._chunks):
+            before = self._directory[2 * chunk : 2 * chunk + 2]
+            if any(self._needs_pair(self._directory, chunk)):
+                self._load(chunk)
+                wrong += self._directory[2 * chunk : 2 * chunk + 2] != before
+        return wrong
+
+    def _grains_of(self, chunk: int) -> int:
+        return CHUNK_GRAINS if chunk + 1 < self._chunks else self._last_grains
+
+    def _needs_pair(self, directory: array[int], chunk: int) -> tuple[bool, bool]:
+        """Whether a directory's entry says "look at the bitmap": present, written."""
+        full = self._grains_of(chunk)
+        return directory[2 * chunk] not in (0, full), directory[2 * chunk + 1] not in (0, full)
+
+    def _pair(self, chunk: int) -> _Pair:
+        return self._pairs.get(chunk) or self._load(chunk)
+
+    def _load(self, chunk: int) -> _Pair:
+        """A chunk's bitmaps from the file, or from what the directory knows of them."""
+        with self.lock:
+            pair = self._pairs.get(chunk)
+            if pair is not None:
+                return pair
+            full, index = self._grains_of(chunk), 2 * chunk
+            raw = bytes(PAIR_BYTES)
+            if any(self._needs_pair(self._directory, chunk)):
+                raw = self._file.read(self._header.bitmaps_at + chunk * PAIR_BYTES, PAIR_BYTES)
+                if len(raw) != PAIR_BYTES:
+                    raise OSError(errno.EIO, "the map's file ends within its bitmaps", self._path)
+            present = _bitmap(self._directory[index], raw[:_HALF], full)
+            written = _bitmap(self._directory[index + 1], raw[_HALF:], full)
+            # A power cut may have left one without the other.
+            both = int.from_bytes(present, "little") & int.from_bytes(written, "little")
+            pair = _Pair(present, bytearray(both.to_bytes(_HALF, "little")))
+            counts = array("H", [bits.count(pair.present), bits.count(pair.written)])
+            if counts != self._directory[index : index + 2]:
+                self.present += counts[0] - self._directory[index]
+                self._directory[index : index + 2] = counts
+                self._changed.add(chunk)
+            self._drop_oldest()
+            self._pairs[chunk] = pair
+            return pair
+
+    def _drop_oldest(self) -> None:
+        """Make room among the pairs, but keep what the file lacks."""
+        if len(self._pairs) < CACHED_PAIRS:
+            return
+        for chunk in list(self._pairs):
+            if chunk not in self._changed and chunk not in self._storing:
+                del self._pairs[chunk]
+                if len(self._pairs) < CACHED_PAIRS * 7 // 8:
+                    return
+
+    def _read_directory(self) -> array[int]:
+        raw = self._file.read(DIRECTORY_AT, self._chunks * ENTRY_BYTES)
+        directory = array("H", raw)
+        if len(directory) != 2 * self._chunks:
+            raise OSError(errno.EIO, "the map's file ends within its directory", self._path)
+        directory = _little_endian(directory)
+        present, written = directory[0::2], directory[1::2]
+        too_many = max(present) > CHUNK_GRAINS or present[-1] > self._last_grains
+        if too_many or (
+            any(written) and any(more > all_ for more, all_ in zip(written, present, strict=True))
+        ):
+            raise ImageError(
+                f"{self._path}: damaged map: the directory has impossible counts; make a new overlay"
+            )
+        return directory
+
+
+def _parts(first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(chunk, first grain in it, end in it) for a range of grains."""
+    while first < end:
+        chunk, begin = divmod(first, CHUNK_GRAINS)
+        stop = min(CHUNK_GRAINS, begin + end - first)
+        yield chunk, begin, stop
+        first += stop - begin
+
+
+def _bitmap(count: int, raw: bytes, full: int) -> bytearray:
+    """The bitmap of a chunk of ``full`` grains whose directory entry says ``count``."""
+    value = 0
+    if count:
+        value = (1 << full) - 1
+        if count != full:
+            value &= int.from_bytes(raw, "little")
+    return bytearray(value.to_bytes(_HALF, "little"))
+
+
+def _little_endian(numbers: array[int]) -> array[int]:
+    """The numbers as they lie in the file, or the other way round."""
+    if sys.byteorder == "big":
+        numbers = numbers[:]
+        numbers.byteswap()
+    return numbers

@@ -1,0 +1,221 @@
+"""The fixed parts of a flat image: the trailer behind the data, the map's header. Integers are little-endian.
+
+The data file holds the disk from offset 0. While part of it is missing, a trailer follows, at the disk's size
+rounded up to 4096:
+
+byte  size
+   0     8  magic, "NBDFDAT\\0"
+   8     4  version, 1
+  12     4  flags: FAILED if a sync of the map has failed
+  16     8  size of the disk, in bytes
+  24    16  UUID, also in the map
+  40     4  CRC-32 of the bytes before
+  44        zeros, to 4096
+
+The map, in IMAGE.map, begins with a header, of which each change is one write within one sector:
+
+byte  size
+   0     8  magic, "NBDFMAP\\0"
+   8     4  version, 1
+  12     4  features: a program that does not know a bit must not open the image
+  16     8  size of the disk, in bytes
+  24     4  grain, in bytes: 4096
+  28     4  flags: CLEAN, FAILED, UNCERTAIN
+  32    16  UUID, also in the data's trailer
+  48    16  boot in which the log was written (/proc/sys/kernel/random/boot_id)
+  64    16  generations of the log's two halves, 8 bytes each: records of others do not count
+  80     4  length of the backings, in bytes
+  84     4  CRC-32 of the backings
+  88     4  CRC-32 of the bytes before
+
+and goes on with
+
+4096        the backings' URIs in UTF-8, a NUL behind each
+32768       the log: two halves of 1 MiB, see log.py
+2129920     the directory: 4 bytes for each 128 MiB of disk, see grains.py
+            from the next multiple of 4096 on, the bitmaps: 8192 bytes for each 128 MiB of disk
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntFlag
+from uuid import UUID
+from zlib import crc32
+
+from nbdserve.common.errors import ImageError
+from overlay.formats.image import Backing
+from overlay.formats.storage import Storage
+
+TRAILER_MAGIC, MAP_MAGIC = b"NBDFDAT\0", b"NBDFMAP\0"
+VERSION = 1
+GRAIN = 4096
+SECTOR = 512
+TRAILER_BYTES = 4096
+MAX_SIZE = 1 << 50
+"""Largest disk, 1 PiB. Its directory has 32 MiB: all the memory that a header can ask for."""
+
+BACKINGS_AT = 4096
+LOG_AT = 32768
+MAX_BACKINGS = LOG_AT - BACKINGS_AT
+LOG_HALF_BYTES = 1 << 20
+DIRECTORY_AT = LOG_AT + 2 * LOG_HALF_BYTES
+
+CHUNK_GRAINS = 32768
+"""Grains, 128 MiB, that have an entry in the directory and a pair of bitmaps of their own."""
+ENTRY_BYTES = 4
+PAIR_BYTES = 2 * CHUNK_GRAINS // 8
+
+_TRAILER = struct.Struct("<8sIIQ16s")
+_HEADER = struct.Struct("<8sIIQII16s16sQQII")
+_CRC = struct.Struct("<I")
+
+
+class Flag(IntFlag):
+    """Bits of ``flags``."""
+
+    CLEAN = 1
+    """Closed in good order: the log is empty."""
+    FAILED = 2
+    """A sync failed, so that nobody knows what of the acknowledged writes is on the disk."""
+    UNCERTAIN = 4
+    """The power failed at some time: the guest may have written more than the map says that it wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """What lies behind the data of a disk that is not complete."""
+
+    size: int
+    uuid: UUID
+    flags: int = 0
+
+    def pack(self) -> bytes:
+        """The trailer as it lies in the file."""
+        fixed = _TRAILER.pack(TRAILER_MAGIC, VERSION, self.flags, self.size, self.uuid.bytes)
+        return _sealed(fixed).ljust(TRAILER_BYTES, b"\0")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The map's header."""
+
+    size: int
+    uuid: UUID
+    boot: UUID
+    generations: tuple[int, int] = (1, 2)
+    flags: Flag = Flag.CLEAN
+    backings: tuple[Backing, ...] = ()
+
+    @property
+    def grains(self) -> int:
+        """How many grains the disk has, the last one perhaps in part."""
+        return -(-self.size // GRAIN)
+
+    @property
+    def chunks(self) -> int:
+        """How many entries the directory has."""
+        return -(-self.grains // CHUNK_GRAINS)
+
+    @property
+    def bitmaps_at(self) -> int:
+        """Where the bitmaps begin in the map, in bytes."""
+        return -(-(DIRECTORY_AT + self.chunks * ENTRY_BYTES) // 4096) * 4096
+
+    @property
+    def map_bytes(self) -> int:
+        """The length of the map."""
+        return self.bitmaps_at + self.chunks * PAIR_BYTES
+
+    def pack(self) -> bytes:
+        """The header as it lies in the file."""
+        names = self.pack_backings()
+        fixed = _HEADER.pack(
+            MAP_MAGIC,
+            VERSION,
+            0,
+            self.size,
+            GRAIN,
+            self.flags,
+            self.uuid.bytes,
+            self.boot.bytes,
+            *self.generations,
+            len(names),
+            crc32(names),
+        )
+        return _sealed(fixed).ljust(SECTOR, b"\0")
+
+    def pack_backings(self) -> bytes:
+        """The backings as they lie in the file."""
+        return b"".join(backing.name.encode() + b"\0" for backing in self.backings)
+
+
+def trailer_at(size: int) -> int:
+    """Where the trailer of a disk of ``size`` bytes is."""
+    return -(-size // GRAIN) * GRAIN
+
+
+def read_trailer(data: Storage, path: str) -> Trailer | None:
+    """The trailer at a file's end, None if there is none. Raises ImageError if it is damaged, OSError."""
+    length = data.size()
+    raw = data.read(length - TRAILER_BYTES, TRAILER_BYTES) if length >= TRAILER_BYTES else b""
+    if raw[:8] != TRAILER_MAGIC:
+        return None
+    if not _is_sealed(raw, _TRAILER.size):
+        raise ImageError(f"{path}: damaged trailer: its checksum is wrong; make a new overlay")
+    _, version, flags, size, uuid = _TRAILER.unpack_from(raw)
+    _check_version(version, flags, path)
+    if trailer_at(size) + TRAILER_BYTES != length:
+        raise ImageError(
+            f"{path}: the file has {length} bytes, not those of a disk of {size} bytes and its trailer; "
+            "it was cut off or has grown: make a new overlay"
+        )
+    return Trailer(size, UUID(bytes=uuid), flags)
+
+
+def read_header(file: Storage, path: str) -> Header:
+    """The map's header and backings. Raises ImageError if they are damaged or unknown here, OSError."""
+    raw = file.read(0, SECTOR)
+    if raw[:8] != MAP_MAGIC:
+        raise ImageError(f"{path}: not the map of a flat image: it does not begin with 'NBDFMAP' and a NUL")
+    if len(raw) < SECTOR or not _is_sealed(raw, _HEADER.size):
+        raise _damaged(path, "the header's checksum is wrong")
+    _, version, features, size, grain, flags, uuid, boot, *generations, length, crc = _HEADER.unpack_from(raw)
+    _check_version(version, flags, path)
+    if features:
+        raise ImageError(
+            f"{path}: the map has feature bits {features:#x}, unknown here; use the program that made it"
+        )
+    if grain != GRAIN:
+        raise _damaged(path, f"its grain is {grain} bytes, not {GRAIN}")
+    if not 0 < size <= MAX_SIZE or size % SECTOR:
+        raise _damaged(path, f"a disk cannot have {size} bytes")
+    names = file.read(BACKINGS_AT, length) if length <= MAX_BACKINGS else b""
+    if len(names) != length or crc32(names) != crc:
+        raise _damaged(path, "the checksum of the backings is wrong")
+    backings = tuple(Backing(name.decode(), raw=True) for name in names.split(b"\0")[:-1])
+    first, second = generations
+    header = Header(size, UUID(bytes=uuid), UUID(bytes=boot), (first, second), Flag(flags), backings)
+    if file.size() < header.map_bytes:
+        raise _damaged(path, f"it has {file.size()} bytes, {header.map_bytes} are needed")
+    return header
+
+
+def _sealed(fixed: bytes) -> bytes:
+    return fixed + _CRC.pack(crc32(fixed))
+
+
+def _is_sealed(raw: bytes, length: int) -> bool:
+    return bool(_CRC.unpack_from(raw, length)[0] == crc32(raw[:length]))
+
+
+def _check_version(version: int, flags: int, path: str) -> None:
+    if version != VERSION:
+        raise ImageError(f"{path}: version {version} of the flat layout, unknown here; use a newer program")
+    if unknown := flags & ~sum(Flag):
+        raise ImageError(f"{path}: flags {unknown:#x}, unknown here; use the program that made it")
+
+
+def _damaged(path: str, what: str) -> ImageError:
+    return ImageError(f"{path}: damaged map: {what}; make a new overlay")

@@ -1,0 +1,382 @@
+"""An open flat image: data file, map and log together."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+from threading import Lock
+from uuid import UUID
+
+from overlay.formats.flat.header import CHUNK_GRAINS, GRAIN, Flag, Header, Trailer, trailer_at
+from overlay.formats.flat.leftover import Leftover
+from overlay.formats.flat.map import Map
+from overlay.formats.image import Buffer, Image, Run, State, zero_runs
+from overlay.formats.storage import Storage
+
+_PIECE = 256
+"""Runs that are looked up at once, under the lock."""
+_STEP = 1024 * CHUNK_GRAINS * GRAIN
+"""Long ranges are changed in parts of at most 128 GiB."""
+
+
+class FlatImage(Image):
+    """A flat image that is not complete yet, or has become so while it was open.
+
+    A write goes to the data file first, then into the notes for the log, then into the bitmaps in memory. The
+    log is written before anything is acknowledged, so for many writes at once; the bitmaps reach the file
+    after a sync of the data. Reads, and writes to what the guest has written already, take no lock.
+    ``_flush_lock``, taken first where both are, lets one flush follow the other, so that one serves all who
+    wait, and none returns while the one that covers it is under way.
+    """
+
+    cluster_size = GRAIN
+
+    def __init__(
+        self,
+        data: Storage,
+        file: Storage,
+        header: Header,
+        path: str,
+        *,
+        writable: bool,
+        boot: UUID,
+        remove_map: Callable[[], None],
+    ) -> None:
+        """Open what belongs together (see open.py); the image closes both storages in the end.
+
+        ``boot`` is the current boot; ``remove_map`` lets the map's file disappear, durably. Raises OSError,
+        and ImageError if the map's directory is damaged.
+        """
+        self.size, self.backings = header.size, header.backings
+        self._data, self._path = data, path
+        self._writable = writable
+        self._leftover = Leftover(file, remove_map, path)
+        self._map = Map(file, header, path, writable=writable, boot=boot)
+        self._grains = self._map.grains
+        self._lock = self._grains.lock
+        self._flush_lock = Lock()
+        self._asked = self._served = 0
+        self._is_raw = self._closed = False
+
+    @property
+    def local_bytes(self) -> int:
+        """The bytes of the grains that are present."""
+        with self._lock:
+            count = self._grains.present
+            padding = -self.size % GRAIN
+            last = self.size // GRAIN
+            return count * GRAIN - (padding if padding and self._grains.has(last, last + 1) else 0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every grain is present."""
+        return self._is_raw or self._grains.present == self._map.header.grains
+
+    @property
+    def raw_fd(self) -> int | None:
+        """The data file, once it is the disk and nothing else."""
+        return self._data.fileno() if self._is_raw else None
+
+    @property
+    def is_written_certain(self) -> bool:
+        """Whether runs that are not marked as written hold what the backing has."""
+        return not self._map.header.flags & Flag.UNCERTAIN
+
+    def runs(self, offset: int, length: int) -> Iterator[Run]:
+        """The runs that make up a range; see Image. Asks the file system where the holes are."""
+        self._check_range(offset, length)
+        end = offset + length
+        pending: tuple[int, int, bool, bool] | None = None
+        for first, last, present, written in self._pieces(offset, end):
+            if pending is not None and pending[2:] == (present, written):
+                pending = (pending[0], last, present, written)
+                continue
+            if pending is not None:
+                yield from self._runs_of(pending, offset, end)
+            pending = (first, last, present, written)
+        if pending is not None:
+            yield from self._runs_of(pending, offset, end)
+
+    def is_local(self, offset: int, length: int) -> bool:
+        """Whether no byte is absent; see Image."""
+        self._check_range(offset, length)
+        return self._grains.has(offset // GRAIN, -(-(offset + length) // GRAIN))
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer if the range is local; see Image."""
+        end = offset + len(buffer)
+        if offset < 0 or end > self.size:
+            self._check_range(offset, len(buffer))
+        if not self._grains.has(offset // GRAIN, (end + GRAIN - 1) // GRAIN):
+            return False
+        self._data.read_into(offset, buffer)
+        return True
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Store data unless it covers an absent grain in part; see Image."""
+        length = len(data)
+        end = offset + length
+        if offset < 0 or end > self.size or not self._writable or self._map.failed:
+            self._check_change(offset, length)
+        first, last = offset // GRAIN, (end + GRAIN - 1) // GRAIN
+        if self._grains.has_written(first, last):
+            self._data.write(offset, data)
+            return True
+        with self._lock:
+            if self._map.is_full or ((offset | length) % GRAIN and self._is_part_absent(offset, end)):
+                return False
+            self._data.write(offset, data)
+            if not self._is_raw:
+                self._map.note(first, last)
+        return True
+
+    def write(self, offset: int, data: Buffer) -> bool:
+        """The same; makes room in the log if it must."""
+        self._check_change(offset, len(data))
+        end = offset + len(data)
+        while not self.write_now(offset, data):
+            with self._lock:
+                if self._is_part_absent(offset, end):
+                    return False
+            self._make_room()
+        return True
+
+    def zero(self, offset: int, length: int) -> bool:
+        """Make a range read as zeros; see Image."""
+        self._check_change(offset, length)
+        end = offset + length
+        with self._lock:
+            if self._is_part_absent(offset, end):
+                return False
+        while offset < end:
+            stop = min(end, offset - offset % _STEP + _STEP)
+            self._make_room()
+            with self._lock:
+                if self._map.is_full:
+                    continue
+                if self._is_part_absent(offset, stop):
+                    return False
+                self._data.zero(offset, stop - offset)
+                first, last = offset // GRAIN, -(-stop // GRAIN)
+                if not self._grains.has_written(first, last):
+                    self._map.note(first, last)
+            offset = stop
+        return True
+
+    def fill(self, offset: int, data: Buffer) -> int:
+        """Store fetched data where it is absent; see Image."""
+        view = memoryview(data)
+        first, end = self._check_fill(offset, len(view))
+        self._make_room()
+        filled = 0
+        with self._lock:
+            for begin, stop in self._grains.absent(first, end):
+                piece = view[begin * GRAIN - offset : stop * GRAIN - offset]
+                for place, part, is_zero in zero_runs(piece, GRAIN):
+                    # Under an absent grain there may be anything, even where nobody has written.
+                    if is_zero:
+                        self._data.zero(begin * GRAIN + place, len(part))
+                    else:
+                        self._data.write(begin * GRAIN + place, part)
+                self._grains.set(begin, stop, written=False)
+                filled += len(piece)
+        return filled
+
+    def fill_zero(self, offset: int, length: int) -> int:
+        """Absent grains become zeros; see Image."""
+        self._check_fill(offset, length)
+        filled, end = 0, offset + length
+        while offset < end:
+            stop = min(end, offset - offset % _STEP + _STEP)
+            self._make_room()
+            with self._lock:
+                for first, last in self._grains.absent(offset // GRAIN, -(-stop // GRAIN)):
+                    begin, part = first * GRAIN, min(last * GRAIN, self.size) - first * GRAIN
+                    self._data.zero(begin, part)
+                    self._grains.set(first, last, written=False)
+                    filled += part
+            offset = stop
+        return filled
+
+    def settle(self) -> None:
+        """Write the records of what was written into the log: those of many writes at once."""
+        # Whoever finds nothing here knows that it is in the file: it is taken away only after that.
+        if self._map.has_notes:
+            with self._lock:
+                self._map.write_notes()
+
+    def commit(self) -> None:
+        """The same."""
+        self.settle()
+
+    def flush(self) -> None:
+        """Make the data durable, then the map that tells of it."""
+        if not self._writable:
+            return
+        with self._lock:
+            self._asked += 1
+            ticket = self._asked
+        with self._flush_lock:
+            self._refuse_after_failed_sync()
+            if ticket > self._served:
+                self._flush()
+
+    def invalidate(self, offset: int, length: int) -> None:
+        """Grains become absent again; see Image."""
+        self._check_change(offset, length)
+        self._empty_log()  # or it would make them present again
+        with self._lock:
+            if self._is_raw:
+                raise OSError(errno.EBUSY, "the image is complete and has no map any more", self._path)
+            self._grains.clear(offset // GRAIN, -(-(offset + length) // GRAIN))
+        self.flush()
+
+    def finish(self) -> None:
+        """Cut the trailer off and remove the map; see Image.
+
+        The disk is finished also where the map cannot be removed yet: see :meth:`tidy`.
+        """
+        if self._is_raw:
+            self.tidy()
+            return
+        self._check_change(0, 0)
+        if not self.complete:
+            raise OSError(errno.EBUSY, "part of the disk is still in the backing", self._path)
+        self.flush()  # whoever finds no trailer must find a map that says that everything is present
+        with self._flush_lock:
+            if self._is_raw:
+                return
+            self._data.truncate(self.size)
+            self._sync(self._data)
+            with self._lock:
+                self._is_raw, self.backings = True, ()
+                self._map.drop_notes()
+                # From now on no write looks any further.
+                self._grains.set(0, self._map.header.grains, written=True)
+                self._map.give_up()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the map, once it is needed no more."""
+        if self._is_raw:
+            self._leftover.remove()
+
+    def share(self) -> None:
+        """Give QEMU's image locks back."""
+        self._data.share()
+        if not self._is_raw:
+            self._map.share()
+
+    def close(self) -> None:
+        """Flush, mark the map as clean, and give the files back."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._writable:
+                self._empty_log()
+            if self._writable and not self._is_raw:
+                self._map.mark_clean()
+        finally:
+            if self._is_raw:
+                self._leftover.close()
+            else:
+                self._map.close()
+            self._data.close()
+
+    def _flush(self) -> None:
+        """Under the flush lock: what is in memory now becomes durable, the data first."""
+        with self._lock:
+            serving = self._asked
+            changes = None if self._is_raw else self._map.take_changes()
+        try:
+            self._sync(self._data)
+            if changes is not None:
+                self._map.store(changes)
+        except OSError:
+            if changes is not None:
+                self._map.put_back(changes)
+            if self._map.failed:
+                self._condemn()
+            raise
+        self._served = serving
+
+    def _sync(self, storage: Storage) -> None:
+        try:
+            storage.sync()
+        except OSError:
+            self._condemn()
+            raise
+
+    def _condemn(self) -> None:
+        """Let nobody who comes later believe the log: say so in whichever file still works."""
+        self._map.mark_failed()
+        if not self._is_raw:
+            trailer = Trailer(self.size, self._map.header.uuid, Flag.FAILED)
+            with suppress(OSError):
+                self._data.write(trailer_at(self.size), trailer.pack())
+
+    def _empty_log(self) -> None:
+        """Flush until the log holds nothing but what was written meanwhile."""
+        self.flush()
+        self.flush()  # if a failure left both halves in use
+
+    def _make_room(self) -> None:
+        """Flush if the log or the memory for changes is full. Not under the lock."""
+        if self._map.is_full:
+            self.flush()
+
+    def _is_part_absent(self, offset: int, end: int) -> bool:
+        """Whether a grain is absent of which a range is only a part; for who holds the lock."""
+        edges = [offset // GRAIN] if offset % GRAIN else []
+        edges += [end // GRAIN] if end % GRAIN and end < self.size else []
+        return offset < end and not all(self._grains.has(edge, edge + 1) for edge in edges)
+
+    def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int, bool, bool]]:
+        """The grains' runs for a range, piece by piece."""
+        first, last = offset // GRAIN, -(-end // GRAIN) if end > offset else 0
+        while first < last:
+            with self._lock:
+                piece = list(islice(self._grains.runs(first, last), _PIECE))
+            yield from piece
+            first = piece[-1][1]
+
+    def _runs_of(self, run: tuple[int, int, bool, bool], offset: int, end: int) -> Iterator[Run]:
+        """What of a run of grains lies within a range, holes told from data."""
+        first, last, present, written = run
+        written &= not self._is_raw
+        begin, stop = max(offset, first * GRAIN), min(end, last * GRAIN)
+        if not present:
+            yield Run(begin, stop - begin, State.ABSENT)
+            return
+        for place, length in self._data.data(begin, stop - begin):
+            if place > begin:
+                yield Run(begin, place - begin, State.ZERO, None, written)
+            yield Run(place, length, State.DATA, place, written)
+            begin = place + length
+        if begin < stop:
+            yield Run(begin, stop - begin, State.ZERO, None, written)
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not within the disk", self._path)
+
+    def _check_change(self, offset: int, length: int) -> None:
+        if not self._writable:
+            raise OSError(errno.EROFS, "the image is open for reading only", self._path)
+        self._refuse_after_failed_sync()
+        self._check_range(offset, length)
+
+    def _refuse_after_failed_sync(self) -> None:
+        if self._map.failed:
+            raise OSError(errno.EIO, "writing back to the disk has failed before", self._path)
+
+    def _check_fill(self, offset: int, length: int) -> tuple[int, int]:
+        """The first grain of a range and the one behind it."""
+        self._check_change(offset, length)
+        end = offset + length
+        if offset % GRAIN or (end % GRAIN and end < self.size):
+            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not whole grains", self._path)
+        return offset // GRAIN, -(-end // GRAIN)

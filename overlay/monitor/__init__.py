@@ -1,0 +1,1 @@
+"""What an operator sees and does while nbd-overlay runs: its monitor, events, and metrics."""

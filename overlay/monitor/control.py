@@ -1,0 +1,247 @@
+"""What the monitor of ``nbd-overlay serve`` can do: QEMU's block jobs, for the one job that there is.
+
+Names, answers, refusals and the order of events are those of QEMU 7.2 (qapi/block-core.json, qapi/job.json),
+but for what docs/overlay.md lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+from nbdserve.cli.config import ImageOptions
+from nbdserve.common.errors import ImageError
+from nbdserve.common.threads import promised
+from nbdserve.connection.listeners import Listener
+from nbdserve.monitor.control import Control as ServerControl
+from nbdserve.protocol.constants import NbdError
+from nbdserve.protocol.requests import wire_error
+from nbdserve.qmp.dispatch import CommandError, Handler
+from nbdserve.qmp.endpoint import Monitor
+from nbdserve.service.server import Server
+from overlay.daemon import Daemon
+from overlay.fill.job import OnError, Phase
+from overlay.monitor.events import STATUS, JobEvents
+
+_LOG = logging.getLogger("nbd-overlay")
+
+JOB = "stream"
+"""What the job is called by who does not say."""
+_LARGEST = (1 << 63) - 1
+_ACTIVE = (Phase.RUNNING, Phase.PAUSED, Phase.FAILED)
+_RESTING = (Phase.PAUSED, Phase.FAILED)
+_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_OF_SERVER = ("query-block-exports", "x-query-clients", "x-disconnect-client")
+
+
+class Control:
+    """The commands, and the events that they lead to."""
+
+    def __init__(self, server: Server, daemon: Daemon) -> None:
+        self.server = ServerControl(server, ImageOptions())
+        self._server = server
+        self.events = JobEvents(daemon)
+        self._daemon = daemon
+        self._job = daemon.job
+        self.commands: dict[str, Handler] = {
+            **{name: self.server.commands[name] for name in _OF_SERVER},
+            "block-stream": self._block_stream,
+            "query-block-jobs": self._query_block_jobs,
+            "query-jobs": self._query_jobs,
+            "block-job-set-speed": self._set_speed,
+            "block-job-pause": self._pause,
+            "block-job-resume": self._resume,
+            "block-job-cancel": self._cancel,
+            "query-overlay": self._query_overlay,
+            "overlay-activate": self._activate,
+            "overlay-invalidate": self._invalidate,
+            "quit": self._quit,
+        }
+
+    def _block_stream(
+        self,
+        device: str,
+        job_id: str | None = None,
+        speed: int | None = None,
+        on_error: str = OnError.STOP.value,
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+    ) -> None:
+        """Stream everything. The device is whatever the caller calls the disk: there is only one."""
+        if job_id is not None and not _JOB_ID.fullmatch(job_id):
+            raise CommandError(f"Invalid job ID '{job_id}'")
+        if on_error not in [each.value for each in OnError]:
+            raise CommandError(f"Parameter 'on-error' does not accept value '{on_error}': stop or report")
+        if not (auto_finalize and auto_dismiss):
+            raise CommandError("a job is always finalized and dismissed by itself here")
+        if self._daemon.overlay.armed:
+            raise CommandError("the guest is not here yet, and changes the backing: overlay-activate first")
+        if self._job.phase in _ACTIVE:
+            raise CommandError(f"Node '{device}' is busy: block device is in use by block job: stream")
+        if speed is not None:
+            self._change_speed(speed)
+        identifier = job_id or device or JOB
+        if self._daemon.finished:
+            self.events.tell_of_nothing_to_do(identifier)
+        elif not self._job.start(identifier, OnError(on_error)):
+            raise CommandError(f"Node '{device}' is busy: its last block job is about to end")
+
+    def _query_block_jobs(self) -> object:
+        return [self._block_job()] if self._job.phase in _ACTIVE else []
+
+    def _query_jobs(self) -> object:
+        if self._job.phase not in _ACTIVE:
+            return []
+        done, total = self._daemon.progress.look()
+        return [
+            {
+                "id": self._job.identifier,
+                "type": "stream",
+                "status": STATUS[self._job.phase],
+                "current-progress": done,
+                "total-progress": total,
+            }
+        ]
+
+    def _set_speed(self, device: str, speed: int) -> None:
+        self._require(device)
+        self._change_speed(speed)
+
+    def _change_speed(self, speed: int) -> None:
+        if not 0 <= speed <= _LARGEST:
+            raise CommandError("Parameter 'speed' expects a non-negative value")
+        self._daemon.streamer.limit.speed = speed
+
+    def _pause(self, device: str) -> None:
+        self._require(device)
+        if not self._job.pause():
+            raise CommandError("Job is already paused")
+
+    def _resume(self, device: str) -> None:
+        self._require(device)
+        if self._job.phase not in _RESTING:
+            raise CommandError("Can't resume a job that was not paused")
+        self._daemon.sources.retry()
+        self._job.resume()
+
+    def _cancel(self, device: str, force: bool = False) -> None:
+        self._require(device)
+        if self._job.phase in _RESTING and not force:
+            raise CommandError(f"The block job for device '{device}' is currently paused")
+        self._job.cancel()
+
+    def _require(self, device: str) -> None:
+        if self._job.phase not in _ACTIVE or device != self._job.identifier:
+            raise CommandError(f"Block job '{device}' not found", "DeviceNotActive")
+
+    def _activate(self) -> Future[None]:
+        """Waits for a range that is being forgotten, and reads from the image."""
+        return promised("overlay-activate", self._daemon.overlay.activate)
+
+    def _invalidate(self, offset: int, length: int) -> Future[None]:
+        """Waits for what is being fetched, and for the disk."""
+        size = self._daemon.image.size
+        if not (0 <= offset <= size and 0 <= length <= size - offset):
+            raise CommandError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
+        return promised("overlay-invalidate", lambda: self._forget(offset, length))
+
+    def _forget(self, offset: int, length: int) -> None:
+        try:
+            self._daemon.invalidate(offset, length)
+        except (OSError, ImageError) as error:
+            raise CommandError((isinstance(error, OSError) and error.strerror) or str(error)) from error
+
+    def _block_job(self) -> dict[str, object]:
+        """QEMU's BlockJobInfo."""
+        job = self._job
+        done, total = self._daemon.progress.look()
+        return {
+            "type": "stream",
+            "device": job.identifier,
+            "len": total,
+            "offset": done,
+            "speed": self._daemon.streamer.limit.speed,
+            "busy": job.phase is Phase.RUNNING,
+            "paused": job.phase in _RESTING,
+            "ready": False,
+            "io-status": self._io_status(),
+            "status": STATUS[job.phase],
+            "auto-finalize": True,
+            "auto-dismiss": True,
+        }
+
+    def _io_status(self) -> str:
+        """QEMU's BlockDeviceIoStatus: whether an error, or the lack of space, has stopped the job."""
+        if self._job.phase is not Phase.FAILED:
+            return "ok"
+        return "nospace" if wire_error(self._job.error_number) is NbdError.ENOSPC else "failed"
+
+    def _quit(self, force: bool = False) -> None:
+        """End; not under a guest, which would lose its disk, unless that is forced."""
+        guests = [
+            client
+            for client in self._server.clients.everyone()
+            if client.export is not None and not client.has_gone()
+        ]
+        if guests and not force:
+            missing = "" if self._daemon.finished else ", and not all of the disk is here"
+            raise CommandError(
+                f"a guest uses the disk (clients: {len(guests)}){missing}; end it or let it pivot to the "
+                "file first; with force this ends all the same, and the guest's requests wait or fail"
+            )
+        self.server.commands["quit"]()
+
+    def _query_overlay(self) -> object:
+        """Everything that ``status`` shows. Sizes in bytes, times in seconds, rates in bytes per second."""
+        daemon, job = self._daemon, self._job
+        image, streamer, fetcher = daemon.image, daemon.streamer, daemon.overlay.fetcher
+        done, total = daemon.progress.look()
+        fetched, copied = fetcher.fetched, fetcher.copied
+        return {
+            "image": str(daemon.options.image),
+            "size": image.size,
+            "local": image.local_bytes,
+            "done": done,
+            "total": total,
+            "complete": daemon.finished,
+            "armed": daemon.overlay.armed,
+            "copy-on-read": daemon.overlay.keeps,
+            "phase": job.phase.value,
+            "job": job.identifier or None,
+            "error": job.error,
+            "streams-when-activated": daemon.overlay.armed and daemon.options.stream,
+            "speed": streamer.limit.speed,
+            "rate": daemon.rate,
+            "seconds-left": daemon.seconds_left,
+            "latency": streamer.window.latency,
+            "in-flight": streamer.in_flight,
+            "in-flight-limit": streamer.window.size,
+            "copied": copied.total,
+            "streamed": streamer.streamed,
+            "fetched": fetched.bytes,
+            "fetched-ahead": fetched.ahead,
+            "misses": fetched.misses,
+            "miss-seconds": fetched.waits.seconds,
+            "window": daemon.window,
+            "sources": [dataclasses.asdict(health) for health in daemon.sources.health()],
+        }
+
+
+@contextlib.contextmanager
+def served(server: Server, daemon: Daemon, listener: Listener) -> Iterator[None]:
+    """Serve the monitor on this socket until the server has ended."""
+    control = Control(server, daemon)
+    monitor = Monitor(listener, "nbd-overlay", control.commands)
+    control.events.emit = monitor.emit
+    daemon.job.tell = control.events.tell
+    monitor.start()
+    _LOG.info("monitor on %s", listener)
+    try:
+        yield
+        monitor.emit("SHUTDOWN", {"guest": False, "reason": control.server.end_reason})
+    finally:
+        monitor.close()
