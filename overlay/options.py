@@ -7,16 +7,8 @@ from pathlib import Path
 
 from nbdserve.common.ownership import PRIVATE, Ownership
 from nbdserve.common.uri import NbdUri
+from overlay.backing.failover import CONNECTIONS, PATIENCE
 from overlay.formats.open import Layout
-
-CONNECTIONS = 3
-"""Connections to each server, unless the operator says otherwise: one for guests, two that stream in turn.
-
-More made streaming slower where few processors share the work."""
-PATIENCE = 300.0
-"""Seconds for which guests wait for a lost or silent server, unless the operator says otherwise.
-
-A host that is started anew is back by then, and most guests rather wait than see an error."""
 
 
 @dataclass(frozen=True)

@@ -9,61 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.backends.filters import Caching, DetectZeroes
 from nbdserve.backends.probe import FORMATS
-from nbdserve.backends.slices import WHOLE, Slice
+from nbdserve.backends.slices import Slice
 from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import PRIVATE, Ownership, ownership
 from nbdserve.common.pem import Validity
 from nbdserve.common.sizes import parse_size
 from nbdserve.common.socket_paths import check_socket_path
-from nbdserve.common.uri import DEFAULT_PORT, NbdUri, Tls, is_ipv6, parse_listen_uri, parse_uri
+from nbdserve.common.uri import DEFAULT_PORT, NbdUri, Tls, is_ipv6, parse_listen_uri
 from nbdserve.connection.policy import Policy
+from nbdserve.exports.export_options import DirectoryOptions, ExportOptions, ImageOptions, source
 from nbdserve.service.certificates import Certificates
 from nbdserve.service.privileges import Identity
 
 _NO_CERTIFICATE = (
     "TLS needs a certificate, or keys: give --tls-cert and --tls-key, or --tls-certificates, or --tls-psk"
 )
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """One export, as the operator asked for it: of a file, or of another server's export."""
-
-    name: str
-    source: Path | NbdUri
-    format: str | None = None
-    read_only: bool = False
-    description: str = ""
-    part: Slice = WHOLE
-    follow_links: bool = True
-    """Whether the file may be a symbolic link."""
-
-
-@dataclass(frozen=True)
-class DirectoryOptions:
-    """A directory whose files are exports; ``format`` is as in ExportOptions, of all of them."""
-
-    path: Path
-    format: str | None = None
-    read_only: bool = False
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """How all images are opened."""
-
-    discard: bool = True
-    """Whether a trim gives space back."""
-    fence: bool = False
-    """Whether QEMUs are kept from opening them for writing."""
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF
-    caching: Caching = Caching.WRITEBACK
-    aio: str | None = None
-    """How qemu-nbd does its input and output, where it does."""
-    patience: float = 10.0
-    """Seconds for which requests wait for another server that is lost."""
 
 
 @dataclass(frozen=True)
@@ -148,12 +109,6 @@ def directory(given: argparse.Namespace) -> DirectoryOptions | None:
     if given.directory is None:
         return None
     return DirectoryOptions(given.directory, None if given.file else given.format, given.read_only)
-
-
-def source(text: str) -> Path | NbdUri:
-    """A file's path, or the address of another server's export; UsageError when that is malformed."""
-    scheme = text.partition(":")[0].partition("+")[0]
-    return parse_uri(text) if ":" in text and scheme in ("nbd", "nbds") else Path(text)
 
 
 _EXPORT = re.compile(r"((?:[^=]|==)*)=(?!=)(.*)", re.DOTALL)

@@ -11,7 +11,6 @@ from nbdserve import __version__
 from nbdserve.backends.filters import Caching, DetectZeroes
 from nbdserve.backends.probe import FORMATS
 from nbdserve.cli.config import (
-    ImageOptions,
     Options,
     ServiceOptions,
     addresses,
@@ -32,6 +31,7 @@ from nbdserve.connection.allow_list import AllowList, parse_network
 from nbdserve.connection.handshake import Terms
 from nbdserve.connection.policy import Policy
 from nbdserve.connection.psk import psk_context
+from nbdserve.exports.export_options import ImageOptions
 from nbdserve.service.certificates import Identity, load
 from nbdserve.service.privileges import identity
 from nbdserve.transmission.busy_polling import LONGEST, MOMENT

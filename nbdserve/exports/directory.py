@@ -10,8 +10,8 @@ import logging
 import os
 import stat
 
-from nbdserve.cli.config import DirectoryOptions, ExportOptions, ImageOptions
 from nbdserve.common.errors import OperatorError
+from nbdserve.exports.export_options import DirectoryOptions, ExportOptions, ImageOptions
 from nbdserve.exports.images import describe, open_export
 from nbdserve.exports.served_exports import Export
 from nbdserve.protocol.offers import Offer

@@ -20,9 +20,9 @@ from nbdserve.backends.filters import (
 )
 from nbdserve.backends.imagelocks import READER, ImageLocks, Permission
 from nbdserve.backends.probe import require_raw
-from nbdserve.cli.config import ExportOptions, ImageOptions
 from nbdserve.common.errors import UsageError
 from nbdserve.common.uri import NbdUri
+from nbdserve.exports.export_options import ExportOptions, ImageOptions
 from nbdserve.exports.served_exports import Export
 from nbdserve.protocol.offers import Offer
 

@@ -9,11 +9,11 @@ from concurrent.futures import Future
 
 from nbdserve.backends.probe import FORMATS
 from nbdserve.backends.slices import Slice
-from nbdserve.cli.config import ExportOptions, ImageOptions, source
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.threads import promised
 from nbdserve.connection.client_connection import Connection
 from nbdserve.connection.listeners import Listener
+from nbdserve.exports.export_options import ExportOptions, ImageOptions, source
 from nbdserve.exports.images import open_export
 from nbdserve.exports.served_exports import Export
 from nbdserve.protocol.constants import Command, TransmissionFlags

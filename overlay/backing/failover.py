@@ -21,9 +21,16 @@ from nbdserve.protocol.offers import BASE_ALLOCATION
 from overlay.backing.identity import Samples
 from overlay.backing.reads import LONGEST, Reading, sectors
 from overlay.backing.server import GONE, Health, Source
-from overlay.backing.session import Session
-from overlay.options import CONNECTIONS, PATIENCE
+from overlay.backing.session import Server, Session
 
+CONNECTIONS = 3
+"""Connections to each server, unless the operator says otherwise: one for guests, two that stream in turn.
+
+More made streaming slower where few processors share the work."""
+PATIENCE = 300.0
+"""Seconds for which guests wait for a lost or silent server, unless the operator says otherwise.
+
+A host that is started anew is back by then, and most guests rather wait than see an error."""
 _LOG = logging.getLogger("nbd-overlay")
 
 _LEAST_SILENCE = 10.0
@@ -197,7 +204,7 @@ class Sources:
 
         Patience begins anew whenever ``left``, what has not come yet, has become less.
         """
-        refused: dict[Source, OSError] = {}
+        refused: dict[Server, OSError] = {}
         before, give_up = left(), time.monotonic() + self._patience
         while True:
             session = self.session()

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nbdserve.client import Client
 from nbdserve.client.handle import Export
+from nbdserve.client.pace import Pace
+from nbdserve.common.uri import NbdUri
 
-if TYPE_CHECKING:
-    from overlay.backing.server import Source
+
+class Server(Protocol):
+    """The server whose connections they are: what those who use them tell it, from any thread."""
+
+    @property
+    def uri(self) -> NbdUri: ...
+
+    @property
+    def pace(self) -> Pace: ...
+
+    def answered(self, seconds: float) -> None:
+        """A request was answered, after so many seconds."""
+
+    def failed(self) -> None:
+        """It could not do what it was asked."""
+
+    def lost(self, session: Session) -> None:
+        """These connections are out of order."""
+
+    def distrust(self, session: Session, why: str) -> None:
+        """What came is not what the protocol allows."""
 
 
 class Session:
@@ -19,7 +40,7 @@ class Session:
     ``demand`` is for what a guest waits for, so that it never queues behind streaming.
     """
 
-    def __init__(self, source: Source, first: Client) -> None:
+    def __init__(self, source: Server, first: Client) -> None:
         self.source = source
         self.demand = first
         self.clients: tuple[Client, ...] = (first,)

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import Future
 
-from nbdserve.cli.config import ImageOptions
 from nbdserve.common.errors import ImageError
 from nbdserve.common.threads import promised
 from nbdserve.connection.listeners import Listener
+from nbdserve.exports.export_options import ImageOptions
 from nbdserve.monitor.control import Control as ServerControl
 from nbdserve.protocol.constants import NbdError
 from nbdserve.protocol.requests import wire_error
