@@ -10,6 +10,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {"nbdserve": set[str](), "overlay": {"nbdserve"}, "recipes": {"nbdserve", "overlay"}}
+FOLDERS = {
+    "nbdserve": (
+        "common",
+        "protocol",
+        "client",
+        "backends",
+        "transmission",
+        "exports",
+        "connection",
+        "service",
+        "qmp",
+        "monitor",
+        "cli",
+    ),
+    "overlay": ("formats", "backing", "fill", "", "monitor", "inspect", "cli"),
+}
+"""Inside a package, from the lowest to the highest; "" are the modules that lie in no folder."""
+MOST_MODULES = 12
 IMPURE = {
     "asyncio",
     "fcntl",
@@ -52,12 +70,73 @@ def test_no_import_points_to_a_higher_layer(package: str) -> None:
         assert not upward, f"{source.relative_to(ROOT)} imports {upward}"
 
 
+def name_of(source: Path) -> str:
+    """A module's dotted name; a package's for its __init__."""
+    return ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports() -> dict[str, set[str]]:
+    """For each of our modules, those of ours that it imports."""
+    sources = {name_of(source): source for package in LAYERS for source in modules(package)}
+
+    def imported(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # A package that is only on the way to one of its modules does not count.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in sources else str(node.module) for name in names)
+
+    return {
+        name: {
+            other for node in ast.walk(ast.parse(source.read_text())) for other in imported(node)
+        }.intersection(sources)
+        - {name}
+        for name, source in sources.items()
+    }
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_inside_a_package_no_import_points_to_a_higher_folder(package: str) -> None:
+    def height(name: str) -> int:
+        _, folder, *below = name.split(".")
+        return FOLDERS[package].index(folder if below or folder in FOLDERS[package] else "")
+
+    inside = {name: others for name, others in imports().items() if name.startswith(package + ".")}
+    assert inside
+    for name, others in inside.items():
+        upward = {o for o in others if o.startswith(package + ".") and height(o) > height(name)}
+        assert not upward, f"{name} imports {upward}"
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
+    graph = imports()
+    for start in graph:
+        if not start.startswith(package):
+            continue
+        reached, ahead = set[str](), [start]
+        while ahead:
+            found = graph[ahead.pop()] - reached
+            assert start not in found, f"{start} is imported by what it imports"
+            reached |= found
+            ahead += found
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_each_folder_says_what_belongs_there_and_holds_a_dozen_modules_at_most(package: str) -> None:
+    for folder in {source.parent for source in modules(package)}:
+        count = sum(source.name != "__init__.py" for source in folder.glob("*.py"))
+        assert count <= MOST_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"
+        assert (folder / "README.md").is_file(), f"{folder.relative_to(ROOT)} has no README.md"
+
+
 def test_the_protocol_package_does_no_input_or_output() -> None:
     for source in modules("nbdserve/protocol"):
         names = {name.split(".")[0] for name in imported_modules(source)}
         assert not names & IMPURE, f"{source.relative_to(ROOT)} imports {names & IMPURE}"
         inner = {name for name in imported_modules(source) if name.startswith("nbdserve.")}
-        allowed = ("nbdserve.protocol", "nbdserve.common.errors")
+        allowed = ("nbdserve.protocol", "nbdserve.common.errors", "nbdserve.common")
         assert all(name.startswith(allowed) for name in inner), f"{source.relative_to(ROOT)}: {inner}"
 
 
