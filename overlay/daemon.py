@@ -98,7 +98,7 @@ class Daemon:
 
     def _know_the_disk_again(self) -> None:
         """From now on the backing is as it is, and must have what was copied and not been invalidated."""
-        self.sources.samples.settle()
+        self.sources.samples.pin()
         try:
             self.sources.samples.recall(self.image)
         except (OSError, ImageError) as error:

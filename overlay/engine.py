@@ -125,9 +125,9 @@ class Overlay(Backend):
         except (ImageError, MemoryError) as error:
             raise _as_os_error(error) from error
 
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Let what was stored at once outlive this process."""
-        self.image.settle()
+        self.image.log_writes()
 
     def write(self, offset: int, data: Buffer, fua: bool) -> None:
         """Store all of ``data``, fetching no more than the clusters at its edges."""
@@ -135,7 +135,7 @@ class Overlay(Backend):
         self.activate()
         with _data_path():
             if self.image.write_now(offset, data):
-                self.image.settle()
+                self.image.log_writes()
             else:
                 while not self.image.write(offset, data):
                     self._bring_edges(offset, len(data))

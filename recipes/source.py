@@ -60,14 +60,14 @@ async def give_back(
     end_destination: Callable[[], Awaitable[None]],
     capabilities: Sequence[str],
     *,
-    settle: float = 0.0,
+    grace: float = 0.0,
     continued: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Side:
     """Unless the migration is complete, end the destination and let the guest go on at the source.
 
     The guest changes sides in one instant, see has_left(). A switch-over that is under way may still get
-    there, and has ``settle`` seconds for it; then the destination is ended *before* the source goes on, so
+    there, and has ``grace`` seconds for it; then the destination is ended *before* the source goes on, so
     that never both run. In every state before it the destination lacks the end of the guest's state and can
     never run it, so that one which cannot be ended, as its host is away, does not keep the guest from going
     on. ``continued`` says that the source was told to switch over. ``capabilities`` were on before; the
@@ -75,7 +75,7 @@ async def give_back(
 
     Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
     """
-    deadline = now() + settle
+    deadline = now() + grace
     while await migration_status(a) == SWITCHES and now() < deadline:
         await asyncio.sleep(LOOK)
     # One that comes to its end from here on is the one to our destination: asked first, so that there is no

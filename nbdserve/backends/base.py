@@ -62,12 +62,12 @@ class Backend(ABC):
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Do what ``write`` does without FUA, if that takes no waiting; False, with nothing done, if not.
 
-        ``data`` is valid until this returns. It may be acknowledged after the next ``settle``.
+        ``data`` is valid until this returns. It may be acknowledged after the next ``log_writes``.
         """
         return False
 
     @abstractmethod
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Let what ``write_now`` has stored, on any connection, outlive this process.
 
         Called before replies are sent; quick when there is nothing to do. After an OSError nothing of it may

@@ -102,7 +102,7 @@ class FileBackend(Backend):
             self.write(offset, data, fua=False)
         return True
 
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Nothing: the kernel has what was written."""
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:

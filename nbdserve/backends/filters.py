@@ -41,9 +41,9 @@ class Filter(Backend):
         """As beneath."""
         return self.beneath.write_now(offset, data)
 
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """As beneath."""
-        self.beneath.settle()
+        self.beneath.log_writes()
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """As beneath."""

@@ -88,7 +88,7 @@ class NbdBackend(Backend):
             start = timed(Client.start_write, self._payload, end - begin)
             self._change(fua, start, self._base + offset + begin, view[begin:end])
 
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Nothing: no write is taken at once."""
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:

@@ -131,7 +131,7 @@ class Upstream:
                 self._acknowledged += 1
                 if session.fate is not None:
                     # What acknowledged it has been lost and accounted for meanwhile.
-                    self._settle(session.fate)
+                    self._account_for_unflushed(session.fate)
             given_up = self._given_up
         if given_up is not None:
             raise OSError(errno.EIO, given_up)
@@ -247,9 +247,9 @@ class Upstream:
         with self._books:
             session.fate = fate
             if self._acknowledged > self._durable:
-                self._settle(fate)
+                self._account_for_unflushed(fate)
 
-    def _settle(self, fate: Fate) -> None:
+    def _account_for_unflushed(self, fate: Fate) -> None:
         """Account for acknowledged writes that were not flushed when their session was lost."""
         self._durable = self._acknowledged
         if fate is Fate.UNKNOWN:

@@ -20,7 +20,7 @@ from nbdserve.connection.tls import TlsStream
 from nbdserve.exports.served_exports import Export, Exports
 from nbdserve.protocol.constants import TransmissionFlags
 from nbdserve.protocol.offers import Agreement
-from nbdserve.transmission.busy_polling import Vigil, Watch
+from nbdserve.transmission.busy_polling import BusyPolling, Watch
 from nbdserve.transmission.byte_stream import Stream
 from nbdserve.transmission.loop import Transmission
 from nbdserve.transmission.traffic import Traffic
@@ -167,7 +167,7 @@ class Connection:
 
     def _transmit(self, outcome: Outcome, agreement: Agreement) -> None:
         # It has chosen: what is opened now may take its time.
-        self._clients.settle(self)
+        self._clients.handshake_over(self)
         export = self.export = self._exports.enter(agreement.offer, self)
         try:
             if not agreement.offer.flags & TransmissionFlags.READ_ONLY:
@@ -182,7 +182,7 @@ class Connection:
                 outcome.leftover,
                 self._pools.of(export),
                 self.traffic,
-                Vigil(self._sock, self._watch),
+                BusyPolling(self._sock, self._watch),
                 self.changes,
                 self.cut,
             )

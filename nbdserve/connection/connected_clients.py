@@ -43,7 +43,7 @@ C = TypeVar("C", bound=Client)
 
 
 class Clients(Generic[C]):
-    """The clients of a server. ``changed`` is called, in any thread, when one settles or leaves."""
+    """The clients of a server. ``changed`` is called, in any thread, when one has shaken hands or leaves."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
@@ -64,7 +64,7 @@ class Clients(Generic[C]):
             self._haggling[client] = time.monotonic()
             self._working[client] = set()
 
-    def settle(self, client: C) -> None:
+    def handshake_over(self, client: C) -> None:
         """The client's handshake is over."""
         with self._condition:
             self._haggling.pop(client, None)

@@ -96,8 +96,8 @@ class Haggling:
         self._no_zeroes = False
         self._fixed_newstyle = False
         self._options = 0
-        self._inbox = bytearray()
-        self._outbox = bytearray()
+        self._receive_buffer = bytearray()
+        self._reply_buffer = bytearray()
         self._skip = 0
         self._contexts_for: str | None = None
         self._contexts: tuple[tuple[int, str], ...] = ()
@@ -111,18 +111,18 @@ class Haggling:
     @property
     def leftover(self) -> bytes:
         """Bytes that were received and belong to the transmission phase."""
-        return bytes(self._inbox)
+        return bytes(self._receive_buffer)
 
     def receive(self, data: bytes) -> bytes:
         """Take bytes from the client and return the bytes to send.
 
         Raises ProtocolError when the stream can no longer be understood: close the connection without a word.
         """
-        self._inbox += data
+        self._receive_buffer += data
         while self._step():
             pass
-        replies = bytes(self._outbox)
-        self._outbox.clear()
+        replies = bytes(self._reply_buffer)
+        self._reply_buffer.clear()
         return replies
 
     def encrypted(self) -> None:
@@ -135,8 +135,8 @@ class Haggling:
     def _step(self) -> bool:
         """Consume one unit of input; False when there is none."""
         if self._skip:
-            skipped = min(self._skip, len(self._inbox))
-            del self._inbox[:skipped]
+            skipped = min(self._skip, len(self._receive_buffer))
+            del self._receive_buffer[:skipped]
             self._skip -= skipped
             return skipped > 0
         if self.state is State.CLIENT_FLAGS:
@@ -146,10 +146,10 @@ class Haggling:
         return False
 
     def _take_client_flags(self) -> bool:
-        if len(self._inbox) < CLIENT_FLAGS.size:
+        if len(self._receive_buffer) < CLIENT_FLAGS.size:
             return False
-        (flags,) = CLIENT_FLAGS.unpack_from(self._inbox)
-        del self._inbox[: CLIENT_FLAGS.size]
+        (flags,) = CLIENT_FLAGS.unpack_from(self._receive_buffer)
+        del self._receive_buffer[: CLIENT_FLAGS.size]
         if flags & ~int(ClientFlags.FIXED_NEWSTYLE | ClientFlags.NO_ZEROES):
             raise ProtocolError(f"unknown client flags {flags:#x}")
         self._no_zeroes = bool(flags & ClientFlags.NO_ZEROES)
@@ -158,18 +158,18 @@ class Haggling:
         return True
 
     def _take_option(self) -> bool:
-        if len(self._inbox) < OPTION_HEADER.size:
+        if len(self._receive_buffer) < OPTION_HEADER.size:
             return False
-        magic, option, length = OPTION_HEADER.unpack_from(self._inbox)
+        magic, option, length = OPTION_HEADER.unpack_from(self._receive_buffer)
         if magic != OPTION_MAGIC:
             raise ProtocolError(f"an option starts with {magic:#018x} instead of IHAVEOPT")
         if length > MAX_HELD_OPTION:
             self._refuse_oversize(option, length)
             return True
-        if len(self._inbox) < OPTION_HEADER.size + length:
+        if len(self._receive_buffer) < OPTION_HEADER.size + length:
             return False
-        payload = bytes(self._inbox[OPTION_HEADER.size : OPTION_HEADER.size + length])
-        del self._inbox[: OPTION_HEADER.size + length]
+        payload = bytes(self._receive_buffer[OPTION_HEADER.size : OPTION_HEADER.size + length])
+        del self._receive_buffer[: OPTION_HEADER.size + length]
         self._count_option()
         self._handle(option, payload)
         return True
@@ -181,7 +181,7 @@ class Haggling:
             return
         if length > MAX_SKIPPED_OPTION or option == Option.EXPORT_NAME:
             raise ProtocolError(f"option {option} announces {length} bytes")
-        del self._inbox[: OPTION_HEADER.size]
+        del self._receive_buffer[: OPTION_HEADER.size]
         self._count_option()
         self._skip = length
         if self._needs_tls(option):
@@ -221,8 +221,8 @@ class Haggling:
             self._reply(option, OptionReply.ERR_INVALID, str(error).encode()[:MAX_STRING])
 
     def _reply(self, option: int, kind: OptionReply, payload: bytes = b"") -> None:
-        self._outbox += OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, kind, len(payload))
-        self._outbox += payload
+        self._reply_buffer += OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, kind, len(payload))
+        self._reply_buffer += payload
 
     # One handler for each option. ProtocolError becomes ERR_INVALID with its message.
 
@@ -233,9 +233,9 @@ class Haggling:
         offer = self._catalog.offer(name)
         if offer is None:
             raise ProtocolError(f"there is no export {name!r}")
-        self._outbox += EXPORT_REPLY.pack(offer.size, self._flags(name, offer))
+        self._reply_buffer += EXPORT_REPLY.pack(offer.size, self._flags(name, offer))
         if not self._no_zeroes:
-            self._outbox += bytes(EXPORT_NAME_PADDING)
+            self._reply_buffer += bytes(EXPORT_NAME_PADDING)
         self._agree(name, offer)
 
     def _abort(self, option: int, payload: bytes) -> None:
@@ -253,7 +253,7 @@ class Haggling:
             return
         if self._encryption is Encryption.ACTIVE:
             raise ProtocolError("TLS is active already")
-        if self._inbox:
+        if self._receive_buffer:
             # Whoever sits in the line could have put it there to be taken for the client's (CVE-2021-3716).
             raise ProtocolError("plaintext came after STARTTLS")
         self._reply(option, OptionReply.ACK)

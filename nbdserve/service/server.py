@@ -57,7 +57,7 @@ class Server:
         self._pools = Pools(WORKERS, self.memory, policy.worker_idle)
         self._shared = Shared(exports, self.clients, self._pools, Watch(policy.busy_poll), policy.stall)
         self._stopping = False
-        # By time.monotonic(); 0 when there is room to haggle, or when somebody has left or settled since.
+        # By time.monotonic(); 0 when there is room to haggle, or somebody has since left or shaken hands.
         self._crowded_until = 0.0
         self._had_client = False
         self._on_signals = False

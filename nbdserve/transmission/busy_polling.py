@@ -24,10 +24,10 @@ class Watch:
     def __init__(self, moment: float = MOMENT) -> None:
         # With one processor the client cannot send while we look.
         self.moment = moment if len(os.sched_getaffinity(0)) > 1 else 0.0
-        self.last: Vigil | None = None
+        self.last: BusyPolling | None = None
 
 
-class Vigil:
+class BusyPolling:
     """The wait for one client's requests. ``begin`` comes before each receive, and ``end`` after it.
 
     It stays awake only if the wait before was short, and while no other client is served: threads that are

@@ -12,13 +12,13 @@ from nbdserve.protocol.constants import Command, CommandFlags, NbdError, Transmi
 from nbdserve.protocol.framing import Request, framing_of
 from nbdserve.protocol.offers import Agreement, Mode
 from nbdserve.protocol.requests import CHANGING, choose_contexts, refusal, without_payload
-from nbdserve.transmission.busy_polling import Vigil
+from nbdserve.transmission.busy_polling import BusyPolling
 from nbdserve.transmission.byte_stream import Stream
 from nbdserve.transmission.commands import WORTH_SPLICING, Commands
-from nbdserve.transmission.offload import Handover
+from nbdserve.transmission.offload import Offload
 from nbdserve.transmission.payloads import Payloads
-from nbdserve.transmission.receive_buffer import Inbox
-from nbdserve.transmission.reply_buffer import CAPACITY, Outbox
+from nbdserve.transmission.receive_buffer import ReceiveBuffer
+from nbdserve.transmission.reply_buffer import CAPACITY, ReplyBuffer
 from nbdserve.transmission.traffic import Traffic
 from nbdserve.transmission.unfinished_writes import Changes
 from nbdserve.transmission.workers import Crew
@@ -33,9 +33,9 @@ class Transmission:
     """Serves one client until it disconnects.
 
     ``early`` is what the client sent together with its last option. Its requests are counted in ``traffic``.
-    ``vigil`` waits for the next ones while all could be answered here. ``changes`` says whether it may still
-    change the disk. ``lost`` is called with the reason, from any thread, when the client can be sent nothing
-    any more: it must end the connection.
+    ``busy_polling`` waits for the next ones while all could be answered here. ``changes`` says whether it
+    may still change the disk. ``lost`` is called with the reason, from any thread, when the client can be
+    sent nothing any more: it must end the connection.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Transmission:
         early: bytes,
         crew: Crew,
         traffic: Traffic | None = None,
-        vigil: Vigil | None = None,
+        busy_polling: BusyPolling | None = None,
         changes: Changes | None = None,
         lost: Callable[[str], object] = lambda _: None,
     ) -> None:
@@ -56,13 +56,13 @@ class Transmission:
         self._traffic = traffic = traffic or Traffic()
         self._in_line = (0, 0)
         self._commands = Commands(agreement, self._framing, backend, traffic)
-        self._inbox = Inbox(stream, early, self._framing.request.size)
-        self._outbox = Outbox(stream, backend.settle, lost)
-        self._payloads = Payloads(self._inbox, self._outbox)
+        self._receive_buffer = ReceiveBuffer(stream, early, self._framing.request.size)
+        self._reply_buffer = ReplyBuffer(stream, backend.log_writes, lost)
+        self._payloads = Payloads(self._receive_buffer, self._reply_buffer)
         self._changes = changes = changes or Changes(lambda: None)
-        self._near = Handover(crew.near, self._outbox, self._framing, changes, traffic)
-        self._far = Handover(crew.far, self._outbox, self._framing, changes, traffic)
-        self._vigil = vigil
+        self._near = Offload(crew.near, self._reply_buffer, self._framing, changes, traffic)
+        self._far = Offload(crew.far, self._reply_buffer, self._framing, changes, traffic)
+        self._busy_polling = busy_polling
         self._finish_by: float | None = None
         self._received = time.perf_counter()
         self._writable = not agreement.offer.flags & TransmissionFlags.READ_ONLY
@@ -79,16 +79,16 @@ class Transmission:
         """
         try:
             self._serve_received()
-            self._outbox.flush()
+            self._reply_buffer.flush()
         except ProtocolError:
             # What came before the nonsense was in order, and is answered.
-            self._outbox.flush()
+            self._reply_buffer.flush()
             raise
         finally:
             self._changes.end()
             self._near.wait_until_none()
             self._far.wait_until_none()
-            self._outbox.close()
+            self._reply_buffer.close()
             self._payloads.close()
 
     def _serve_received(self) -> None:
@@ -99,36 +99,41 @@ class Transmission:
         the reply's header, what is written straight from where it was received. Everything is a local name,
         as attribute look-ups cost about a tenth of a small read.
         """
-        inbox, outbox, framing = self._inbox, self._outbox, self._framing
+        receive_buffer, reply_buffer, framing = self._receive_buffer, self._reply_buffer, self._framing
         unpack, header, expected = framing.request.unpack_from, framing.request.size, framing.request_magic
         put_data_head, head = framing.put_data_head, framing.data_head
         put_success, success = framing.put_success, framing.success_head
-        received, payloads, out, view = inbox.buffer, inbox.view, outbox.buffer, outbox.view
-        capacity, size = outbox.capacity, self._agreement.offer.size
+        received, payloads, out, view = (
+            receive_buffer.buffer,
+            receive_buffer.view,
+            reply_buffer.buffer,
+            reply_buffer.view,
+        )
+        capacity, size = reply_buffer.capacity, self._agreement.offer.size
         read_now, write_now, writable = self._backend.read_now, self._backend.write_now, self._writable
         changes = self._changes
         while True:
             reads = read_bytes = writes = written = 0
             changing = False
-            position, end = inbox.start, inbox.end
+            position, end = receive_buffer.start, receive_buffer.end
             while end - position >= header:
                 magic, flags, command, cookie, offset, length = unpack(received, position)
                 if magic != expected:
                     raise ProtocolError(f"a request starts with {magic:#010x} instead of {expected:#010x}")
                 position += header
                 if not flags and 0 < length < WORTH_SPLICING and offset + length <= size:
-                    start = outbox.used
+                    start = reply_buffer.used
                     try:
                         if command == 0:  # READ; looking up the enumeration's member costs a tenth, too
                             stop = start + head + length
                             if changing:
                                 changing = changes.end()
                             if stop > capacity:
-                                outbox.flush()
+                                reply_buffer.flush()
                                 start, stop = 0, head + length
                             if read_now(offset, view[start + head : stop]):
                                 put_data_head(out, start, cookie, offset, offset, length)
-                                outbox.used = stop
+                                reply_buffer.used = stop
                                 reads += 1
                                 read_bytes += length
                                 continue
@@ -140,7 +145,7 @@ class Transmission:
                             stop = start + success
                             if stop > capacity:
                                 changing = changes.end()
-                                outbox.flush()
+                                reply_buffer.flush()
                                 start, stop = 0, success
                             payload = payloads[position : position + length]
                             position += length
@@ -148,17 +153,17 @@ class Transmission:
                                 changing = changes.begin()
                             if write_now(offset, payload):
                                 put_success(out, start, cookie, offset)
-                                outbox.used = stop
+                                reply_buffer.used = stop
                                 writes += 1
                                 written += length
                                 continue
                             position -= length
                     except OSError as error:
                         request = Request(flags, command, cookie, offset, length)
-                        outbox.add(self._commands.failure(request, error))
+                        reply_buffer.add(self._commands.failure(request, error))
                         self._traffic.requests[command] += 1
                         continue
-                inbox.start = position
+                receive_buffer.start = position
                 if changing:
                     changing = changes.end()
                 if command == Command.DISC:
@@ -166,12 +171,12 @@ class Transmission:
                     return
                 self._dispatch(Request(flags, command, cookie, offset, length))
                 # A write may have received more.
-                position, end = inbox.start, inbox.end
-            inbox.start = position
+                position, end = receive_buffer.start, receive_buffer.end
+            receive_buffer.start = position
             if changing:
                 changes.end()
             self._count_in_line(reads, read_bytes, writes, written)
-            outbox.flush()
+            reply_buffer.flush()
             if not self._receive():
                 return
 
@@ -181,12 +186,12 @@ class Transmission:
             self._time_in_line(time.perf_counter() - self._received)
         if self._finish_by is not None and time.monotonic() >= self._finish_by:
             return False
-        if self._vigil is not None and any(self._in_line):
-            self._vigil.begin()
-            goes_on = self._inbox.receive()
-            self._vigil.end()
+        if self._busy_polling is not None and any(self._in_line):
+            self._busy_polling.begin()
+            goes_on = self._receive_buffer.receive()
+            self._busy_polling.end()
         else:
-            goes_on = self._inbox.receive()
+            goes_on = self._receive_buffer.receive()
         self._received = time.perf_counter()
         return goes_on
 
@@ -229,13 +234,13 @@ class Transmission:
         elif self._backend.is_local(Command(request.command), request.offset, request.length):
             self._serve_here(request)
         else:
-            handover = self._handover(request)
-            handover.admit(request)
-            handover.submit(request, lambda replies: self._commands.serve(request, replies))
+            offload = self._offload(request)
+            offload.admit(request)
+            offload.submit(request, lambda replies: self._commands.serve(request, replies))
             return False
         return True
 
-    def _handover(self, request: Request) -> Handover:
+    def _offload(self, request: Request) -> Offload:
         """The way of a request that has to wait: what may hang with another server has one of its own."""
         command = Command(request.command)
         is_far = self._backend.needs_network(command, request.offset, request.length)
@@ -244,21 +249,21 @@ class Transmission:
     def _serve_here(self, request: Request) -> None:
         if request.command in CHANGING:
             with self._changes.one():
-                self._commands.serve(request, self._outbox)
+                self._commands.serve(request, self._reply_buffer)
             return
         whole = not self._framing.pieces or request.flags & CommandFlags.DF
         if request.command != Command.READ or request.length < CAPACITY or not whole:
-            self._commands.serve(request, self._outbox)
+            self._commands.serve(request, self._reply_buffer)
             return
         # Its data may have to be in memory all at once.
         self._near.admit(request)
         try:
-            self._commands.serve(request, self._outbox)
+            self._commands.serve(request, self._reply_buffer)
         finally:
             self._near.dismiss(request)
 
     def _refuse(self, request: Request, error: NbdError, message: str) -> None:
-        self._outbox.add(self._commands.refusal(request, error, message))
+        self._reply_buffer.add(self._commands.refusal(request, error, message))
 
     def _write(self, request: Request) -> bool:
         """Consume the payload whatever happens, so that the next request is found, and store it."""
@@ -271,19 +276,19 @@ class Transmission:
             self._payloads.skip(request.length)
             self._refuse(request, *refused)
         elif not self._backend.is_local(Command.WRITE, request.offset, request.length):
-            handover = self._handover(request)
-            handover.admit(request)
+            offload = self._offload(request)
+            offload.admit(request)
             try:
                 payload = self._payloads.collect(request.length)
             except BaseException:
-                handover.dismiss(request)
+                offload.dismiss(request)
                 raise
-            handover.submit(request, lambda replies: self._commands.store(request, payload, replies))
+            offload.submit(request, lambda replies: self._commands.store(request, payload, replies))
             return False
         elif request.length < WORTH_SPLICING:
             data = self._payloads.take(request.length)
             with self._changes.one():
-                self._commands.store(request, data, self._outbox)
+                self._commands.store(request, data, self._reply_buffer)
         else:
             with self._changes.one():
                 self._store_as_it_arrives(request)
@@ -296,9 +301,9 @@ class Transmission:
             if request.flags & CommandFlags.FUA:
                 self._backend.flush()
         except OSError as error:
-            self._outbox.add(self._commands.failure(request, error))
+            self._reply_buffer.add(self._commands.failure(request, error))
         else:
-            self._outbox.add(self._framing.success(request))
+            self._reply_buffer.add(self._framing.success(request))
 
     def _with_payload(self, request: Request) -> bool:
         """Serve a request other than WRITE that carries a payload: a block status of some contexts only."""
@@ -315,9 +320,9 @@ class Transmission:
         if refused := refusal(self._agreement, plain):
             self._refuse(request, *refused)
             return True
-        handover = self._handover(plain)
-        handover.admit(plain)
-        handover.submit(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
+        offload = self._offload(plain)
+        offload.admit(plain)
+        offload.submit(plain, lambda replies: self._commands.block_status(plain, contexts, replies))
         return False
 
     def _check_payload(self, request: Request) -> None:

@@ -9,7 +9,7 @@ from nbdserve.common.errors import ConnectionLostError
 from nbdserve.protocol.constants import Command, NbdError
 from nbdserve.protocol.framing import Framing, Request
 from nbdserve.protocol.requests import CHANGING
-from nbdserve.transmission.reply_buffer import Outbox, Parcel, Replies
+from nbdserve.transmission.reply_buffer import Parcel, Replies, ReplyBuffer
 from nbdserve.transmission.traffic import Traffic
 from nbdserve.transmission.unfinished_writes import Changes
 from nbdserve.transmission.workers import InFlight, Workers
@@ -27,18 +27,23 @@ Serve = Callable[[Replies], None]
 """Serves a request and puts the reply where it is told."""
 
 
-class Handover:
-    """One client's requests with the workers, which send the replies through its outbox.
+class Offload:
+    """One client's requests with the workers, which send the replies through its reply_buffer.
 
     A worker never waits for a client that does not take its replies: it leaves them to whoever already does.
     """
 
     def __init__(
-        self, workers: Workers, outbox: Outbox, framing: Framing, changes: Changes, traffic: Traffic
+        self,
+        workers: Workers,
+        reply_buffer: ReplyBuffer,
+        framing: Framing,
+        changes: Changes,
+        traffic: Traffic,
     ) -> None:
         self._workers = workers
         self._changes = changes
-        self._outbox = outbox
+        self._reply_buffer = reply_buffer
         self._framing = framing
         self._traffic = traffic
         self._in_flight = InFlight(MAX_IN_FLIGHT, MAX_BYTES_IN_FLIGHT, workers.memory)
@@ -48,11 +53,11 @@ class Handover:
 
         ConnectionLostError when the client was lost meanwhile.
         """
-        self._outbox.flush()
+        self._reply_buffer.flush()
         self._in_flight.begin(_memory_for(request))
-        if self._outbox.lost:
+        if self._reply_buffer.lost:
             self.dismiss(request)
-            self._outbox.require()
+            self._reply_buffer.require()
 
     def dismiss(self, request: Request) -> None:
         """An admitted request is over."""
@@ -83,7 +88,7 @@ class Handover:
             self.dismiss(request)
 
         changing = request.command in CHANGING
-        if self._changes.stopped if changing else self._outbox.lost:
+        if self._changes.stopped if changing else self._reply_buffer.lost:
             # Nobody waits for it any more, and others may.
             if changing:
                 self._changes.done()
@@ -100,7 +105,7 @@ class Handover:
         finally:
             if changing:
                 self._changes.done()
-            self._outbox.post(content, over)
+            self._reply_buffer.post(content, over)
 
     def _reply(self, request: Request, serve: Serve) -> memoryview:
         data = request.length if request.command == Command.READ else 0

@@ -14,7 +14,7 @@ CAPACITY = 512 << 10
 """The size of the buffer in bytes."""
 
 
-class Inbox:
+class ReceiveBuffer:
     """A receive buffer. ``start`` and ``end`` bound what has been received and not been taken.
 
     ``early`` is what the client sent together with its last option; ``header`` is the size in bytes of a

@@ -79,12 +79,12 @@ class Parcel(Replies):
         return self.view[: self.used]
 
 
-class Outbox(Replies):
+class ReplyBuffer(Replies):
     """The way to the client. The transmission loop builds the replies to reads in ``view`` itself.
 
     Everything but ``post`` belongs to one thread. Raises ConnectionLostError when the client is gone, or
     takes nothing for the socket's send time-out; nothing is sent any more then, by whichever way, as a reply
-    may have been sent by half. ``settle`` is called before what has been gathered is sent; when it raises
+    may have been sent by half. ``log_writes`` is called before what has been gathered is sent; when it raises
     OSError the client is lost, as it must not be told. ``lost`` is called with the reason, once, by the
     thread that finds out: another one may be waiting for the client's next request.
     """
@@ -92,13 +92,13 @@ class Outbox(Replies):
     def __init__(
         self,
         stream: Stream,
-        settle: Callable[[], None] = lambda: None,
+        log_writes: Callable[[], None] = lambda: None,
         lost: Callable[[str], object] = lambda _: None,
     ) -> None:
         # Memory that costs nothing until it is used: of many clients most are idle.
         super().__init__(mmap.mmap(-1, CAPACITY), CAPACITY)
         self._stream = stream
-        self._settle = settle
+        self._log_writes = log_writes
         self._tell_lost = lost
         self._lock = threading.Lock()
         self._posted: deque[tuple[memoryview, Callable[[], None]]] = deque()
@@ -126,7 +126,7 @@ class Outbox(Replies):
         """Send everything."""
         if self.used:
             try:
-                self._settle()
+                self._log_writes()
             except OSError as error:
                 raise self._lose(f"what was written cannot be kept: {error.strerror or error}") from error
             self._send(self.view[: self.used])

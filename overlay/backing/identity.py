@@ -32,13 +32,13 @@ class Samples:
     """Blocks that servers must have. Safe for several threads.
 
     While the guest runs at the source it changes its disk: there a block that differs is forgotten, and only
-    where nothing is as it was is it another disk. From :meth:`settle` on nothing may differ.
+    where nothing is as it was is it another disk. From :meth:`pin` on nothing may differ.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._digests: dict[int, bytes] = {}
-        self._settled = False
+        self._pinned = False
 
     @property
     def any_known(self) -> bool:
@@ -74,11 +74,11 @@ class Samples:
         with self._lock:
             self._digests.clear()
 
-    def settle(self) -> None:
+    def pin(self) -> None:
         """The disk changes no more. What was said before, while it did, is forgotten."""
         with self._lock:
             self._digests.clear()
-            self._settled = True
+            self._pinned = True
 
     def require_same(self, client: Client, name: str, go_on: Callable[[], None]) -> None:
         """Compare; ImageError for another disk, OSError when nothing of it can be read.
@@ -86,7 +86,7 @@ class Samples:
         ``go_on`` is called now and then, and raises to end the wait for the server.
         """
         with self._lock:
-            wanted, settled = dict(self._digests), self._settled
+            wanted, pinned = dict(self._digests), self._pinned
         unreadable, differing = list[OSError](), list[int]()
         for offset, found in _read(client, wanted, go_on):
             if isinstance(found, OSError):
@@ -95,7 +95,7 @@ class Samples:
                 unreadable.append(found)
             elif found != wanted[offset]:
                 differing.append(offset)
-        if settled or len(differing) + len(unreadable) == len(wanted) >= _ENOUGH:
+        if pinned or len(differing) + len(unreadable) == len(wanted) >= _ENOUGH:
             for offset in differing:
                 raise ImageError(f"{name}: not used: another disk than before, its bytes at {offset} differ")
         # One place that has gone bad since says nothing of the others.

@@ -11,7 +11,7 @@ from overlay.formats.image import Image
 
 SMOOTHING = 4.0
 """Seconds over which a rate is smoothed: what is older than three times that hardly counts."""
-_SETTLING = 1.0
+_WARM_UP = 1.0
 """Seconds in which a rate says nothing yet."""
 
 
@@ -44,7 +44,7 @@ class Meter:
         with self._lock:
             self._fade()
             measured = self._last - self._begin
-            if measured < _SETTLING:
+            if measured < _WARM_UP:
                 return None
             return self._recent / (SMOOTHING * -math.expm1(-measured / SMOOTHING))
 

@@ -95,9 +95,9 @@ class Streamer:
             try:
                 self._stream()
             except Interrupted:
-                self._settle()
+                self._store_the_rest()
             except Exception as error:  # noqa: BLE001 - whoever waits for the job is told, whatever it is
-                self._settle()
+                self._store_the_rest()
                 self._fail(error)
 
     def _fail(self, error: Exception) -> None:
@@ -240,7 +240,7 @@ class Streamer:
                 self._flow.end(read)
                 raise
 
-    def _settle(self) -> None:
+    def _store_the_rest(self) -> None:
         """Store what is still under way, as far as the image takes it, and ask for nothing more.
 
         It ends, as no server may be silent for ever.

@@ -105,12 +105,12 @@ class Image(ABC):
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Store the guest's data if it can be acknowledged without waiting for a sync or the backing.
 
-        True: stored; after :meth:`settle` it outlives this process, though not yet a power cut. False:
+        True: stored; after :meth:`log_writes` it outlives this process, though not yet a power cut. False:
         nothing has changed.
         """
 
     @abstractmethod
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Return when all :meth:`write_now` that returned True before outlive this process. Never slow."""
 
     @abstractmethod

@@ -142,7 +142,7 @@ class History:
             self.done(new)
             self.unsettled |= set(sectors)
             if self.chance.random() < 0.6:
-                self.image.settle()
+                self.image.log_writes()
                 self.committed(sorted(self.unsettled))
                 self.unsettled.clear()
             return

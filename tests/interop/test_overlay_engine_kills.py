@@ -37,7 +37,7 @@ class Model:
         self.acknowledged = bytearray(content)
         self.under_way: list[tuple[int, bytes]] = []
 
-    def settle(self, read: Callable[[int, int], bytes]) -> None:
+    def log_writes(self, read: Callable[[int, int], bytes]) -> None:
         """See what the disk holds where writes were under way; from now on that is what it holds."""
         for begin, data in self.under_way:
             self.compare(begin, read(begin, len(data)))
@@ -130,7 +130,7 @@ def test_kill_9_at_any_moment_loses_no_acknowledged_write_and_leaves_no_wrong_bl
                 )
                 guest = stack.enter_context(daemon.guest())
                 # The first look is at what the kill before has left.
-                model.settle(guest.read)
+                model.log_writes(guest.read)
                 place = number % (SIZE // (4 * MIB)) * 4 * MIB
                 writer = Writer(guest, model, place, chance.randrange(1 << 30))
                 wait_until(partial(writer.has_done, chance.randrange(40)), "so many writes are acknowledged")
@@ -147,7 +147,7 @@ def test_kill_9_at_any_moment_loses_no_acknowledged_write_and_leaves_no_wrong_bl
             assert now >= local or layout == "qed"
             local = now
         with overlay(image, "--stream", directory=tmp_path) as daemon, daemon.guest() as guest:
-            model.settle(guest.read)
+            model.log_writes(guest.read)
             daemon.wait_for_status(complete=True)
             assert guest.read(0, SIZE) == model.acknowledged
     assert acknowledged > 5 * KILLS
@@ -159,7 +159,7 @@ def test_kill_9_at_any_moment_loses_no_acknowledged_write_and_leaves_no_wrong_bl
 def test_the_model_would_see_a_lost_write() -> None:
     model = Model(bytes(4 * SECTOR))
     model.under_way.append((SECTOR, b"\1" * SECTOR))
-    model.settle(lambda _, length: bytes(length))
+    model.log_writes(lambda _, length: bytes(length))
     model.compare(0, bytes(4 * SECTOR))
     model.acknowledged[SECTOR : 2 * SECTOR] = b"\2" * SECTOR
     with pytest.raises(AssertionError):

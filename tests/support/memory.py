@@ -45,7 +45,7 @@ class MemoryBackend(Backend):
         self.write(offset, data, fua=False)
         return True
 
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Nothing: it is in memory in any case."""
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:

@@ -200,7 +200,7 @@ class FlatImage(Image):
             offset = stop
         return filled
 
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Write the records of what was written into the log: those of many writes at once."""
         # Whoever finds nothing here knows that it is in the file: it is taken away only after that.
         if self._map.has_notes:
@@ -209,7 +209,7 @@ class FlatImage(Image):
 
     def commit(self) -> None:
         """The same."""
-        self.settle()
+        self.log_writes()
 
     def flush(self) -> None:
         """Make the data durable, then the map that tells of it."""

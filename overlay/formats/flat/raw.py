@@ -87,7 +87,7 @@ class RawImage(Image):
         self._check_change(offset, length)
         return 0
 
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Nothing: what was written is in the file."""
 
     def commit(self) -> None:

@@ -209,7 +209,7 @@ class QedImage(Image):
                         self._set(cluster, count, ABSENT, was=entry)
         self.flush()
 
-    def settle(self) -> None:
+    def log_writes(self) -> None:
         """Nothing: only writes in place are taken at once."""
 
     def commit(self) -> None:

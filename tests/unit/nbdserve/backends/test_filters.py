@@ -33,8 +33,8 @@ class Watched(FileBackend):
         self.asked.append(("trim", length, fua))
         super().trim(offset, length, fua)
 
-    def settle(self) -> None:
-        self.asked.append(("settle",))
+    def log_writes(self) -> None:
+        self.asked.append(("log_writes",))
 
     def flush(self) -> None:
         self.asked.append(("flush",))
@@ -70,9 +70,9 @@ def test_a_filter_shows_the_disk_beneath(file: Watched) -> None:
     assert through.write_range(5) == file.write_range(5) is not None
     change_everything(through)
     through.cache(0, 4096)
-    through.settle()
+    through.log_writes()
     through.flush()
-    assert [name for name, *_ in file.asked] == ["write", "zero", "trim", "settle", "flush"]
+    assert [name for name, *_ in file.asked] == ["write", "zero", "trim", "log_writes", "flush"]
 
 
 def test_write_through_makes_everything_durable(file: Watched) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdserve.transmission import busy_polling as vigil_module
-from nbdserve.transmission.busy_polling import Vigil, Watch
+from nbdserve.transmission import busy_polling as busy_polling_module
+from nbdserve.transmission.busy_polling import BusyPolling, Watch
 
 MOMENT = 0.2
 
@@ -30,7 +30,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The only clock that there is, so that other processes make no difference."""
     clock = Clock()
-    monkeypatch.setattr(vigil_module, "time", clock)
+    monkeypatch.setattr(busy_polling_module, "time", clock)
     return clock
 
 
@@ -49,54 +49,54 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def seconds_awake(vigil: Vigil, clock: Clock) -> float:
+def seconds_awake(busy_polling: BusyPolling, clock: Clock) -> float:
     """How long it looks out."""
     before = clock.now
-    vigil.begin()
+    busy_polling.begin()
     return clock.now - before
 
 
-def serve_quickly(vigil: Vigil) -> None:
+def serve_quickly(busy_polling: BusyPolling) -> None:
     """A wait that was short."""
-    vigil.begin()
-    vigil.end()
+    busy_polling.begin()
+    busy_polling.end()
 
 
 def test_it_looks_out_after_a_short_wait_and_not_after_a_long_one(
     watch: Watch, clock: Clock, ends: tuple[socket.socket, socket.socket]
 ) -> None:
-    vigil = Vigil(ends[0], watch)
-    assert seconds_awake(vigil, clock) < MOMENT / 10
-    serve_quickly(vigil)
-    assert seconds_awake(vigil, clock) > MOMENT / 10
-    vigil.begin()
+    busy_polling = BusyPolling(ends[0], watch)
+    assert seconds_awake(busy_polling, clock) < MOMENT / 10
+    serve_quickly(busy_polling)
+    assert seconds_awake(busy_polling, clock) > MOMENT / 10
+    busy_polling.begin()
     clock.now += 3 * MOMENT
-    vigil.end()
-    assert seconds_awake(vigil, clock) < MOMENT / 10
+    busy_polling.end()
+    assert seconds_awake(busy_polling, clock) < MOMENT / 10
 
 
 def test_it_looks_no_longer_when_something_has_come(
     watch: Watch, clock: Clock, ends: tuple[socket.socket, socket.socket]
 ) -> None:
-    vigil = Vigil(ends[0], watch)
-    serve_quickly(vigil)
+    busy_polling = BusyPolling(ends[0], watch)
+    serve_quickly(busy_polling)
     ends[1].send(b"!")
-    assert seconds_awake(vigil, clock) < MOMENT / 10
+    assert seconds_awake(busy_polling, clock) < MOMENT / 10
 
 
 def test_it_looks_no_longer_when_the_client_has_gone(
     watch: Watch, clock: Clock, ends: tuple[socket.socket, socket.socket]
 ) -> None:
-    vigil = Vigil(ends[0], watch)
-    serve_quickly(vigil)
+    busy_polling = BusyPolling(ends[0], watch)
+    serve_quickly(busy_polling)
     ends[1].close()
-    assert seconds_awake(vigil, clock) < MOMENT / 10
+    assert seconds_awake(busy_polling, clock) < MOMENT / 10
 
 
 def test_only_the_client_that_was_served_last_is_looked_out_for(
     watch: Watch, clock: Clock, ends: tuple[socket.socket, socket.socket]
 ) -> None:
-    first, second = Vigil(ends[0], watch), Vigil(ends[1], watch)
+    first, second = BusyPolling(ends[0], watch), BusyPolling(ends[1], watch)
     serve_quickly(first)
     serve_quickly(second)
     assert seconds_awake(first, clock) < MOMENT / 10
@@ -112,6 +112,6 @@ def test_nobody_is_looked_out_for_where_that_is_off_or_there_is_one_processor(
     processors: set[int],
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: processors)
-    vigil = Vigil(ends[0], Watch(moment))
-    serve_quickly(vigil)
-    assert seconds_awake(vigil, clock) < MOMENT / 10
+    busy_polling = BusyPolling(ends[0], Watch(moment))
+    serve_quickly(busy_polling)
+    assert seconds_awake(busy_polling, clock) < MOMENT / 10

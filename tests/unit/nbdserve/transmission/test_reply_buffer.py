@@ -16,14 +16,14 @@ import pytest
 
 from nbdserve.backends.splicing import FileRange
 from nbdserve.common.errors import ConnectionLostError
-from nbdserve.transmission.reply_buffer import CAPACITY, Outbox
+from nbdserve.transmission.reply_buffer import CAPACITY, ReplyBuffer
 from tests.support.memory import ScriptedStream
 from tests.support.processes import wait_until
 
 
 @pytest.fixture
 def restless() -> Iterator[None]:
-    """Threads that are started now take turns between any two instructions of an outbox's methods."""
+    """Threads that are started now take turns between any two instructions of an reply_buffer's methods."""
 
     def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
         if frame.f_code.co_name not in ("_send_posted", "post", "_send"):
@@ -43,7 +43,7 @@ def restless() -> Iterator[None]:
 def test_replies_that_are_posted_while_others_are_sent_go_out_once() -> None:
     """A thread that finds its reply sent by another one meanwhile has nothing left to do."""
     stream, posts, posters = ScriptedStream(b"", 1), 500, 4
-    outbox = Outbox(stream)
+    reply_buffer = ReplyBuffer(stream)
     over = [0] * posters
 
     def post(number: int) -> None:
@@ -51,15 +51,15 @@ def test_replies_that_are_posted_while_others_are_sent_go_out_once() -> None:
             over[number] += 1
 
         for _ in range(posts):
-            outbox.post(memoryview(bytes([number])), done)
+            reply_buffer.post(memoryview(bytes([number])), done)
 
     threads = [threading.Thread(target=post, args=(number,)) for number in range(posters)]
     for thread in threads:
         thread.start()
     flushed = 0
     while any(thread.is_alive() for thread in threads):
-        outbox.add(b"\xff")
-        outbox.flush()
+        reply_buffer.add(b"\xff")
+        reply_buffer.flush()
         flushed += 1
     assert over == [posts] * posters
     counts = [stream.sent.count(bytes([number])) for number in (*range(posters), 255)]
@@ -69,24 +69,24 @@ def test_replies_that_are_posted_while_others_are_sent_go_out_once() -> None:
 def test_what_cannot_be_settled_is_never_acknowledged() -> None:
     stream, settled, error = ScriptedStream(b"", 1), 0, OSError(errno.ENOSPC, "No space left on device")
 
-    def settle() -> None:
+    def log_writes() -> None:
         nonlocal settled
         settled += 1
         if settled > 2:
             raise error
 
-    outbox = Outbox(stream, settle)
-    outbox.add(b"kept")
-    outbox.flush()
-    outbox.flush()
-    assert (settled, bytes(stream.sent)) == (1, b"kept"), "nothing to send, nothing to settle"
-    outbox.add(b"also")
-    outbox.reserve(CAPACITY)
-    outbox.add(b"lost")
-    for attempt in (outbox.flush, outbox.flush):
+    reply_buffer = ReplyBuffer(stream, log_writes)
+    reply_buffer.add(b"kept")
+    reply_buffer.flush()
+    reply_buffer.flush()
+    assert (settled, bytes(stream.sent)) == (1, b"kept"), "nothing to send, nothing to log_writes"
+    reply_buffer.add(b"also")
+    reply_buffer.reserve(CAPACITY)
+    reply_buffer.add(b"lost")
+    for attempt in (reply_buffer.flush, reply_buffer.flush):
         with pytest.raises(ConnectionLostError, match="cannot be kept: No space left on device"):
             attempt()
-    outbox.post(memoryview(b"late"), lambda: None)
+    reply_buffer.post(memoryview(b"late"), lambda: None)
     assert bytes(stream.sent) == b"keptalso"
 
 
@@ -109,8 +109,8 @@ class Stuck(ScriptedStream):
 class Account:
     """How often each reply that was posted is over."""
 
-    def __init__(self, outbox: Outbox) -> None:
-        self._outbox = outbox
+    def __init__(self, reply_buffer: ReplyBuffer) -> None:
+        self._reply_buffer = reply_buffer
         self._over: list[int] = []
 
     def post(self, data: bytes) -> None:
@@ -121,7 +121,7 @@ class Account:
         def over() -> None:
             self._over[number] += 1
 
-        self._outbox.post(memoryview(data), over)
+        self._reply_buffer.post(memoryview(data), over)
 
     @property
     def settled(self) -> bool:
@@ -136,8 +136,8 @@ FAILURES = [TimeoutError(errno.EAGAIN, "time is up"), BrokenPipeError(errno.EPIP
 @pytest.mark.parametrize("sender", ["loop", "worker"])
 def test_replies_that_were_left_to_a_sender_that_fails_are_over(sender: str, failure: BaseException) -> None:
     stream, reasons = Stuck(failure), list[str]()
-    outbox = Outbox(stream, lost=reasons.append)
-    account = Account(outbox)
+    reply_buffer = ReplyBuffer(stream, lost=reasons.append)
+    account = Account(reply_buffer)
     failed: list[bool] = []
 
     def send() -> None:
@@ -145,9 +145,9 @@ def test_replies_that_were_left_to_a_sender_that_fails_are_over(sender: str, fai
             account.post(b"its own")
             failed.append(True)
             return
-        outbox.add(b"gathered")
+        reply_buffer.add(b"gathered")
         try:
-            outbox.flush()
+            reply_buffer.flush()
         except ConnectionLostError:
             failed.append(True)
 
@@ -165,7 +165,7 @@ def test_replies_that_were_left_to_a_sender_that_fails_are_over(sender: str, fai
     assert len(reasons) == 1
     assert bytes(stream.sent) == (b"gathered" if sender == "loop" else b"its own")[: len(stream.sent)]
     with pytest.raises(ConnectionLostError):
-        outbox.add(bytes(CAPACITY + 1))
+        reply_buffer.add(bytes(CAPACITY + 1))
     assert len(stream.sent) < 8, "nothing is sent after half of a reply"
 
 
@@ -199,35 +199,35 @@ def test_nothing_is_spliced_into_the_middle_of_a_reply(
     pair: tuple[socket.socket, socket.socket], source: FileRange
 ) -> None:
     ours, client = pair
-    outbox = Outbox(ours, lost=lambda _: ours.shutdown(socket.SHUT_RDWR))
-    account = Account(outbox)
-    length = outbox.most_to_splice(source)
+    reply_buffer = ReplyBuffer(ours, lost=lambda _: ours.shutdown(socket.SHUT_RDWR))
+    account = Account(reply_buffer)
+    length = reply_buffer.most_to_splice(source)
     account.post(b"posted--" * (1 << 20))
     assert account.settled, "given up after half of it"
     room = client.recv(1 << 20)
     assert room
     with pytest.raises(ConnectionLostError, match="takes no replies"):
-        outbox.splice(bytearray(b"head"), source, length)
+        reply_buffer.splice(bytearray(b"head"), source, length)
     received = room + everything(client)
     assert received == (b"posted--" * (1 << 20))[: len(received)]
     assert len(received) < 8 << 20
-    outbox.close()
+    reply_buffer.close()
 
 
 def test_replies_that_were_left_to_one_who_splices_in_vain_are_over(
     pair: tuple[socket.socket, socket.socket], source: FileRange
 ) -> None:
     ours, client = pair
-    outbox = Outbox(ours, lost=lambda _: ours.shutdown(socket.SHUT_RDWR))
-    account = Account(outbox)
-    length = outbox.most_to_splice(source)
+    reply_buffer = ReplyBuffer(ours, lost=lambda _: ours.shutdown(socket.SHUT_RDWR))
+    account = Account(reply_buffer)
+    length = reply_buffer.most_to_splice(source)
     outcome: list[type[Exception]] = []
     sent = threading.Semaphore(0)
 
     def splice() -> None:
         try:
             for _ in range(100):
-                outbox.splice(bytearray(b"head"), source, length)
+                reply_buffer.splice(bytearray(b"head"), source, length)
                 sent.release()
         except ConnectionLostError:
             outcome.append(ConnectionLostError)
@@ -244,4 +244,4 @@ def test_replies_that_were_left_to_one_who_splices_in_vain_are_over(
     splicing.join(10)
     assert outcome == [ConnectionLostError]
     wait_until(lambda: account.settled, "all of them are over")
-    outbox.close()
+    reply_buffer.close()

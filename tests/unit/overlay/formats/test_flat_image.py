@@ -138,7 +138,7 @@ def test_writes_outlive_the_process_and_fetches_need_not(path: Path) -> None:
     image.write_now(2 * GRAIN, b"w" * GRAIN)
     image.write_now(GRAIN + 512, b"p" * 512)
     image.zero(8 * GRAIN, 2 * GRAIN)
-    image.settle()
+    image.log_writes()
     image.write_now(20 * GRAIN, b"n" * GRAIN)
     abandon(image)
     with flat(path) as image:
@@ -187,9 +187,9 @@ def test_many_writes_go_into_the_log_at_once(path: Path) -> None:
     for number in range(16):
         assert image.write_now(3 * number * GRAIN, b"w" * GRAIN)
     assert file.writes == 0
-    image.settle()
+    image.log_writes()
     assert file.writes == 1
-    image.settle()
+    image.log_writes()
     assert file.writes == 1
     abandon(image)
     with flat(path) as image:
@@ -201,11 +201,11 @@ def test_a_write_to_what_another_has_just_written_is_kept_only_with_that(path: P
     image, file = on_slow_map(path)
     assert image.write_now(0, b"a" * GRAIN)
     file.go_on.clear()
-    first = threading.Thread(target=image.settle)
+    first = threading.Thread(target=image.log_writes)
     first.start()
     assert file.writing.wait(120)
     assert image.write_now(0, b"b" * GRAIN)
-    second = threading.Thread(target=image.settle)
+    second = threading.Thread(target=image.log_writes)
     second.start()
     second.join(0.2)
     assert second.is_alive()
@@ -221,13 +221,13 @@ def test_a_log_that_cannot_be_written_is_an_error_until_it_can(path: Path) -> No
     image, file = on_slow_map(path)
     assert image.write_now(0, b"a" * GRAIN)
     file.error = OSError(errno.ENOSPC, "No space left on device")
-    for attempt in (image.settle, image.settle, image.commit, image.flush):
+    for attempt in (image.log_writes, image.log_writes, image.commit, image.flush):
         with pytest.raises(OSError) as caught:
             attempt()
         assert caught.value.errno == errno.ENOSPC
     file.error = None
     assert image.write_now(GRAIN, b"b" * GRAIN)
-    image.settle()
+    image.log_writes()
     abandon(image)
     with flat(path) as image:
         assert image.read(0, 2 * GRAIN) == b"a" * GRAIN + b"b" * GRAIN
