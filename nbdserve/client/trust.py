@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nbdserve.common.errors import ConnectError
+from nbdserve.common.errors import ConnectError, UsageError
+from nbdserve.common.pem import require_file
 from nbdserve.common.uri import NbdUri
 
 AUTHORITY = "ca-cert.pem"
+_OWN = ("client-cert.pem", "client-key.pem")
 
 _BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 """Where distributions keep the authorities of the system in one file: Debian and Arch, Fedora, others."""
@@ -27,13 +29,18 @@ _BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.
 def certificates(uri: NbdUri) -> Iterator[Path | None]:
     """The directory of certificates that libnbd is to use for a URI with TLS; None where it needs none.
 
-    Raises ConnectError when the server is to be verified, and there is no authority to do it by.
+    Raises ConnectError when the server is to be verified, and there is no authority to do it by, or when
+    there is a pipe or a device where a file belongs.
     """
     tls = uri.tls
     if tls is None or tls.psk_file is not None:
+        if tls is not None and tls.psk_file is not None:
+            _require_files(uri, Path(tls.psk_file))
         yield None
         return
     named = None if tls.certificates is None else Path(tls.certificates)
+    if named is not None:
+        _require_files(uri, *(named / name for name in (AUTHORITY, *_OWN)))
     if not tls.verify_peer:
         yield named
         return
@@ -55,6 +62,15 @@ def certificates(uri: NbdUri) -> Iterator[Path | None]:
     with tempfile.TemporaryDirectory(prefix="nbd-authorities-") as place:
         (Path(place) / AUTHORITY).symlink_to(bundle)
         yield Path(place)
+
+
+def _require_files(uri: NbdUri, *paths: Path) -> None:
+    """Refuse what libnbd would wait for, in the place of files that need not be there."""
+    try:
+        for path in paths:
+            require_file(path)
+    except UsageError as error:
+        raise ConnectError(f"{uri}: {error}") from error
 
 
 def _places() -> list[Path]:

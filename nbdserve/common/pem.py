@@ -96,7 +96,17 @@ def date_text(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
+def require_file(path: Path, what: str = "") -> None:
+    """Refuse a pipe, which would be waited for, and a device without an end, as a file to be read whole.
+
+    Raises UsageError, which calls it ``what`` and its path.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UsageError(f"{what}{path}: not a regular file; store what belongs there in one")
+
+
 def _read(path: Path) -> str:
+    require_file(path)
     try:
         return path.read_bytes().decode("latin-1")
     except OSError as error:

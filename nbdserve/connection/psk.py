@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from nbdserve.common.errors import UsageError
+from nbdserve.common.pem import require_file
 
 MOST_KEY = 256
 """The longest key, in bytes, that OpenSSL takes with TLS 1.2."""
@@ -46,6 +47,7 @@ def psk_context(path: Path) -> ssl.SSLContext:
 
 def read_keys(path: Path) -> dict[str, bytes]:
     """The users in a file of keys, and their keys; UsageError with the number of the line that is no good."""
+    require_file(path, "--tls-psk ")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from nbdserve.common.errors import ConnectError
 from nbdserve.common.uri import parse_uri
 from tests.support.certificates import AUTHORITY, CLIENT, DAY, SERVER, Issued, issue
 from tests.support.disks import MIB, random_disk
-from tests.support.overlays import make_overlay, overlay
+from tests.support.overlays import NBD_OVERLAY, make_overlay, overlay
 from tests.support.processes import check, run
 from tests.support.servers import Server, TcpAddress, free_tcp_address, nbdkit, nbdserve, qemu_nbd
 
@@ -270,6 +271,17 @@ def test_a_file_of_the_client_that_is_junk_is_named(ca: Issued, tmp_path: Path, 
     (client_place / file).write_text("junk\n")
     with serving("nbdserve", server_place, tmp_path) as server:
         assert complaint(uri_of(server, client_place)) == f"{client_place / file}: {told}"
+
+
+@pytest.mark.parametrize("file", ["ca-cert.pem", "client-cert.pem", "client-key.pem", "keys.psk"])
+def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path: Path, file: str) -> None:
+    os.mkfifo(tmp_path / file)
+    query = f"tls-psk-file={tmp_path}/keys.psk" if file == "keys.psk" else f"tls-certificates={tmp_path}"
+    for verify in ("", "&tls-verify-peer=0"):
+        done = run(NBD_OVERLAY, "create", "--backing", f"nbds://127.0.0.1:1/?{query}{verify}", tmp_path / "i")
+        assert done.returncode == 1
+        complaint = f"{tmp_path / file}: not a regular file; store what belongs there in one\n"
+        assert done.stderr.endswith(f": {complaint}"), done.stderr
 
 
 def test_a_server_is_never_left_unverified_for_lack_of_an_authority(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -295,6 +296,17 @@ def test_a_file_that_holds_something_else_is_named_with_what_it_holds(
         path.write_bytes(content.format_map(texts).encode("latin-1"))
     line = refused(image, f"--tls-certificates={place}", "--tls-verify-peer")
     assert re.match(f"nbdserve: {re.escape(str(path))}: {told}", line), line
+
+
+@pytest.mark.parametrize("name", ["server-cert.pem", "server-key.pem", "ca-cert.pem"])
+def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(
+    ca: Issued, image: Path, tmp_path: Path, name: str
+) -> None:
+    path = laid_out(tmp_path, [issue(tmp_path / "made", "server", SERVER, ca)], ca) / name
+    path.unlink()
+    os.mkfifo(path)
+    line = refused(image, f"--tls-certificates={path.parent}", "--tls-verify-peer")
+    assert line == f"nbdserve: {path}: not a regular file; store what belongs there in one"
 
 
 def test_a_certificate_that_expires_while_the_server_runs_is_in_the_log(

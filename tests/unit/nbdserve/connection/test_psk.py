@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\x00\xfe")
     with pytest.raises(UsageError, match="not a text file"):
         read_keys(tmp_path / "binary")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_the_files_place_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys")
+    with pytest.raises(UsageError, match=r"--tls-psk .*/keys: not a regular file"):
+        read_keys(tmp_path / "keys")
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="Python can do this")
