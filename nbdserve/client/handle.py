@@ -343,7 +343,7 @@ def _set_tls(handle: Handle, uri: NbdUri, certificates: Path | None) -> None:
 
 def _describe(handle: Handle, contexts: Sequence[str]) -> Export:
     return Export(
-        size=handle.get_size(),
+        size=_size(handle),
         read_only=handle.is_read_only(),
         multi_conn=handle.can_multi_conn(),
         flush=handle.can_flush(),
@@ -359,6 +359,18 @@ def _describe(handle: Handle, contexts: Sequence[str]) -> Export:
         preferred_block=handle.get_block_size(nbd.SIZE_PREFERRED),
         maximum_block=handle.get_block_size(nbd.SIZE_MAXIMUM),
     )
+
+
+def _size(handle: Handle) -> int:
+    """The export's size in bytes; OSError for one of 8 EiB or more, which libnbd takes for a negative one."""
+    try:
+        size = handle.get_size()
+    except nbd.Error:
+        # It takes the largest of all for its own failure, and says nothing of it.
+        size = -1
+    if size < 0:
+        raise OSError(errno.EOVERFLOW, "the server tells a size that no disk can have")
+    return size
 
 
 def _why(error: Exception) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.client import Client, connect
+from nbdserve.common.errors import ConnectError
 from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.extents import Extent
 from tests.support.disks import KIB, MIB, random_bytes
@@ -316,6 +317,14 @@ def check_proxy(
             assert failed.value.errno == errno.EIO
         assert liar.answered == 1
         assert proxy.process.output().count("the server is not used any more") == 1, proxy.process.output()
+
+
+def test_a_size_that_no_disk_can_have_is_told_as_that(tmp_path: Path) -> None:
+    for size in (1 << 63, (1 << 64) - 4096, (1 << 64) - 1):
+        with lying(CONTENT, tmp_path, size=size) as (_, address):
+            with pytest.raises(ConnectError) as refused:
+                connect(parse_uri(address.uri()))
+            assert str(refused.value).endswith(": the server tells a size that no disk can have")
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -74,8 +74,11 @@ def all_data(disk: bytes, offset: int, length: int) -> Chunks:
 class Liar:
     """Serves a disk with the replies of these functions; ``answered`` counts them."""
 
-    def __init__(self, disk: bytes, read: Answer, about: Answer, simple: Command | None) -> None:
+    def __init__(
+        self, disk: bytes, read: Answer, about: Answer, simple: Command | None, size: int | None
+    ) -> None:
         self.disk = disk
+        self._size = len(disk) if size is None else size
         self.answered = 0
         self._read, self._about, self._simple = read, about, simple
 
@@ -98,7 +101,7 @@ class Liar:
                     context = struct.pack(">I", _CONTEXT) + b"base:allocation"
                     replies = [(Reply.META_CONTEXT, context), (Reply.ACK, b"")]
                 case Option.GO:
-                    export = struct.pack(">HQH", 0, len(self.disk), _EXPORT_FLAGS)
+                    export = struct.pack(">HQH", 0, self._size, _EXPORT_FLAGS)
                     replies = [(Reply.INFO, export), (Reply.ACK, b"")]
                 case _:
                     replies = [(Reply.ERR_UNSUP, b"")]
@@ -135,9 +138,13 @@ def lying(
     read: Answer = whole,
     about: Answer = all_data,
     simple: Command | None = None,
+    size: int | None = None,
 ) -> Iterator[tuple[Liar, UnixAddress]]:
-    """A server of a disk until the block ends; requests of the kind ``simple`` get simple replies."""
-    liar = Liar(disk, read, about, simple)
+    """A server of a disk until the block ends; requests of the kind ``simple`` get simple replies.
+
+    ``size``, in bytes, is what it says in place of the disk's own.
+    """
+    liar = Liar(disk, read, about, simple, size)
     path = fresh_path(directory, "liar", ".sock")
 
     def accept(listener: socket.socket) -> None:
