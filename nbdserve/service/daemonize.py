@@ -12,6 +12,8 @@ import daemon
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.program import EXIT_FAILED
 
+_FULL = "no process for the background can be started: look at ulimit -u, systemd's TasksMax and memory"
+
 
 class Background:
     """The daemon's side of ``--fork``. ``ready`` lets the command that the operator typed return."""
@@ -47,19 +49,27 @@ def background(keep: list[int]) -> Iterator[Background]:
     ready. Enter it before any thread or child process is started.
     """
     answer, announce = os.pipe()
-    if os.fork():
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise OperatorError(_FULL) from error
+    if child:
         os.close(announce)
         code = os.read(answer, 1)
         os._exit(code[0] if code else EXIT_FAILED)
     os.close(answer)
-    daemon.DaemonContext(
+    context = daemon.DaemonContext(
         files_preserve=[announce, *keep],
         stderr=sys.stderr,
         umask=0o022,
         working_directory=os.getcwd(),
         detach_process=True,
         signal_map={},
-    ).open()
+    )
+    try:
+        context.open()
+    except daemon.daemon.DaemonProcessDetachError as error:
+        raise OperatorError(_FULL) from error
     daemon_side = Background(announce)
     try:
         yield daemon_side
