@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nbdserve.common.ownership import PRIVATE, Ownership
 from nbdserve.common.uri import NbdUri
-from overlay.backing.failover import CONNECTIONS, PATIENCE
+from overlay.backing.defaults import CONNECTIONS, PATIENCE
 from overlay.formats.open import Layout
 
 

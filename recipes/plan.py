@@ -12,7 +12,7 @@ from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import parse_mode
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT, check_socket_path
 from nbdserve.common.uri import NbdUri, is_ipv6, parse_uri
-from overlay.backing.failover import CONNECTIONS
+from overlay.backing.defaults import CONNECTIONS
 
 Command = tuple[str, ...]
 

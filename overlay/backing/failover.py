@@ -18,19 +18,12 @@ from nbdserve.common.errors import ImageError
 from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
+from overlay.backing.defaults import CONNECTIONS, PATIENCE
 from overlay.backing.identity import Samples
 from overlay.backing.reads import LONGEST, Reading, sectors
 from overlay.backing.server import GONE, Health, Source
 from overlay.backing.session import Server, Session
 
-CONNECTIONS = 3
-"""Connections to each server, unless the operator says otherwise: one for guests, two that stream in turn.
-
-More made streaming slower where few processors share the work."""
-PATIENCE = 300.0
-"""Seconds for which guests wait for a lost or silent server, unless the operator says otherwise.
-
-A host that is started anew is back by then, and most guests rather wait than see an error."""
 _LOG = logging.getLogger("nbd-overlay")
 
 _LEAST_SILENCE = 10.0

@@ -128,7 +128,7 @@ def test_an_export_may_have_any_name_and_an_address_of_ipv6(tmp_path: Path, addr
     operator = Operator(
         {
             "DISK": str(tmp_path / "disk.raw"),
-            "OVERLAY": str(tmp_path / "overlay.formats.qed"),
+            "OVERLAY": str(tmp_path / "overlay.qed"),
             "NBD_ADDRESS": address,
             "NBD_PORT": str(port),
             "NBD_NAME": name,
@@ -142,7 +142,7 @@ def test_an_export_may_have_any_name_and_an_address_of_ipv6(tmp_path: Path, addr
         operator.must(1)
         running.append(int((tmp_path / "server.pid").read_text()))
         operator.must(2)
-        told = json.loads(check(COMMANDS / "nbd-overlay", "info", "--json", tmp_path / "overlay.formats.qed"))
+        told = json.loads(check(COMMANDS / "nbd-overlay", "info", "--json", tmp_path / "overlay.qed"))
         assert parse_uri(told["backing-filename"]) == NbdUri(address, port, export=name)
         device = "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"
         operator.must(3, *QEMU, "-device", device)

@@ -22,7 +22,7 @@ from nbdserve.backends import nbd as nbd_backend
 from nbdserve.client import connect
 from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.constants import CommandFlags
-from overlay.backing.failover import PATIENCE
+from overlay.backing.defaults import PATIENCE
 from tests.support.disks import KIB, random_bytes, random_disk
 from tests.support.overlays import (
     LAYOUTS,
