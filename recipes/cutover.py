@@ -38,7 +38,7 @@ async def cut_over(m: Migration) -> str:
         for name in ("the server on A", "nbd-overlay on B", "the guard"):
             m.no_longer_need(name)
         # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
-        m.release()
+        await m.release_for_sure()
         m.continued = True
         await a.execute("migrate-continue", state="pre-switchover")
         await switch_over(m, news)

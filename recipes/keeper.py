@@ -9,9 +9,9 @@ keeper reads words from its standard input, one a line:
     release         from now on, end of file on standard input leaves the process alone
 
 and writes JSON objects to its standard output, one a line: ``{"started": PID}`` or ``{"failed": MESSAGE}``,
-``{"ready": true}``, ``{"stopping": true}`` when it has obeyed, and at the end ``{"exited": STATUS, "tail":
-TEXT}`` (a negative status is a signal) with the end of the log. What a process that was killed has left of
-its file READY is removed before.
+``{"ready": true}``, ``{"stopping": true}`` and ``{"released": true}`` when it has obeyed, and at the end
+``{"exited": STATUS, "tail": TEXT}`` (a negative status is a signal) with the end of the log. What a process
+that was killed has left of its file READY is removed before.
 
 End of file without ``release`` ends the process, so a holder that is killed leaves no orphan; over ssh too,
 as a lost connection is an end of file. The kernel's parent-death signal would do the same for the keeper's
@@ -98,6 +98,7 @@ class Keeper:
         verb, _, argument = word.partition(" ")
         if verb == "release":
             self._released = True
+            tell({"released": True})
         elif verb == "stop":
             self._stop(float(argument))
             tell({"stopping": True})

@@ -253,6 +253,13 @@ class Migration:
         if bound:
             raise MigrationError(f"{' and '.join(bound)} ended, as its keeper was killed")
 
+    async def release_for_sure(self) -> None:
+        """The same, and wait until each keeper has said so; MigrationError when one does not."""
+        self.release()
+        if not self.owned:
+            children = [each for each in (self.server, self.fence, self.qemu, self.overlay) if each]
+            await asyncio.gather(*(each.released_for_sure() for each in children if each.running))
+
     async def close(self) -> None:
         """Stop watching, and leave the monitors to others."""
         for name in list(self._needed):

@@ -104,6 +104,7 @@ class Child:
         self._orphan = self._mute = False
         self._ready = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._is_released = asyncio.Event()
         self._exited = asyncio.Event()
         self._gone = asyncio.Event()
         self._pidfd = -1 if host.remote else pidfd_of(pid)
@@ -150,6 +151,17 @@ class Child:
             self.released = self._say(RELEASE)
         return self.released
 
+    async def released_for_sure(self) -> None:
+        """Wait until the keeper has said that the process is released.
+
+        Raises MigrationError when it does not, as the word may be lost on its way to another host.
+        """
+        if self._keeper is None:
+            return
+        await first_of(KEEPER_ANSWER, self._is_released, self._gone)
+        if not self._is_released.is_set():
+            raise MigrationError(f"{self.name} would not outlive us: its keeper does not answer")
+
     async def stop(self, seconds: float) -> None:
         """End the process: SIGTERM, and SIGKILL when ``seconds`` have passed. Returns when it has ended.
 
@@ -190,6 +202,8 @@ class Child:
             message = message_in(line)
             if "ready" in message:
                 self._ready.set()
+            if "released" in message:
+                self._is_released.set()
             if "stopping" in message:
                 self._stopping.set()
             if "exited" in message:

@@ -112,6 +112,24 @@ def test_a_keeper_that_is_killed_takes_its_child_along_unless_it_was_released(
     run(body)
 
 
+def test_a_release_counts_when_the_keeper_has_said_so(tmp_path: Path, impatient: None) -> None:
+    """The word may be lost on its way to another host, and the process would end with us after all."""
+
+    async def body(children: Children) -> None:
+        child = await children.start("a sleeper", HERE, tmp_path / "log", SLEEP)
+        keeper = stop_keeper(child)
+        assert child.release()
+        with pytest.raises(
+            MigrationError, match="a sleeper would not outlive us: its keeper does not answer"
+        ):
+            await child.released_for_sure()
+        keeper.resume()
+        await child.released_for_sure()
+        await child.stop(60.0)
+
+    run(body)
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepers are not waited for for long."""

@@ -74,6 +74,23 @@ def test_a_keeper_that_was_stopped_is_in_nobodys_way_back(tmp_path: Path, number
                 keeper.kill()
 
 
+def test_a_guest_does_not_go_to_a_qemu_that_might_end_with_the_orchestrator(tmp_path: Path) -> None:
+    with scene(tmp_path) as stage:
+        with monitor(stage.monitor_a) as a:
+            # So that the RAM is on its way for some seconds.
+            a.execute("migrate-set-parameters", max_bandwidth=1 << 19)
+        with stage.run() as run:
+            run.wait_for_line("step 4", 30.0)
+            keeper, *_ = Role.KEEPER_OF_B.find(stage.directory)
+            keeper.suspend()
+            assert run.wait(90.0) == 1, run.output()
+            assert "would not outlive us: its keeper does not answer" in run.output()
+            assert "the guest runs on A as before" in run.output()
+        stage.wait_until_guest_works("a")
+        with suppress(psutil.NoSuchProcess):
+            keeper.kill()
+
+
 def forgive_little(stage: Scene) -> None:
     """Give everything that the orchestrator waits for LIMIT seconds."""
     names = ("connect", "command", "start", "migrate", "switch_over", "stall", "recover", "stop")
