@@ -134,7 +134,7 @@ class Keeper:
         with self._log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - TAIL))
-            return log.read().decode(errors="replace")
+            return log.read(TAIL).decode(errors="replace")
 
 
 def identity(path: Path | None) -> tuple[int, ...] | None:

@@ -18,7 +18,7 @@ import pytest
 from nbdserve.common.errors import MigrationError
 from recipes.children import Child, Children
 from recipes.host import Host, module
-from tests.support.processes import dying_with_parent, wait_until
+from tests.support.processes import check, dying_with_parent, wait_until
 from tests.support.sshd import sshd
 from tests.support.vms import lives
 
@@ -313,3 +313,9 @@ def test_a_whole_session_ends_with_its_first_process(tmp_path: Path) -> None:
         process.communicate(timeout=60.0)
     pid = int(grandchild.read_text())
     wait_until(lambda: not lives(pid), "the grandchild ends")
+
+
+def test_the_end_of_a_log_without_an_end_is_not_looked_for() -> None:
+    """A log may be a link to a device; this one is read like /dev/zero."""
+    limit = ["prlimit", f"--as={1 << 30}"]
+    assert '"exited": ' in check(*limit, *module("keeper", "/dev/full", "", "true"))
