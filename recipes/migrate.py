@@ -28,6 +28,9 @@ from recipes.watch import Orders
 
 Body = Callable[[Migration], Coroutine[Any, Any, str]]
 
+ATTEMPTS = 3
+"""How often A's QEMU is asked anew when its monitor hangs up in the middle."""
+
 STEPS: tuple[tuple[Step, Body], ...] = (
     (Step.EXPORT, steps.export),
     (Step.OVERLAY, steps.create_overlay),
@@ -155,19 +158,26 @@ async def go_back(m: Migration, orders: Orders) -> str:
     Raises MigrationError when who has it is not known.
     """
     said: list[str] = []
-    if not m.a.connected:
+    # It may end, or hang up, while it is spoken to.
+    for _ in range(ATTEMPTS):
+        if not m.a.connected:
+            try:
+                said += await reach_source_again(m)
+            except ConnectError as error:
+                if m.continued:
+                    raise
+                return f"the guest was left on A, but look at it: {error}"
+        if not m.a.connected:
+            return await without_source(m)
         try:
-            said += await reach_source_again(m)
-        except ConnectError as error:
-            if m.continued:
-                raise
-            return f"the guest was left on A, but look at it: {error}"
-    if not m.a.connected:
-        if await has_arrived(m):
-            return ""
-        if m.a.shut_down:
-            return f"{described(m.a.shut_down, 'A')}; its disk is untouched"
-        return "A's QEMU is gone and with it the guest; its disk is untouched"
+            return await with_source(m, orders, said)
+        except VmGoneError:
+            await m.a.gone()
+    raise MigrationError("A's QEMU hangs up again and again")
+
+
+async def with_source(m: Migration, orders: Orders, said: list[str]) -> str:
+    """The same, of a QEMU of A's that answers; VmGoneError when it does no more."""
     if m.migrating:
         side = await give_back(
             m.a,
@@ -179,8 +189,19 @@ async def go_back(m: Migration, orders: Orders) -> str:
         return but("the guest runs on A as before", *said) if side is Side.SOURCE else ""
     try:
         return but(await leave_alone(m.a, orders.capabilities), *said)
+    except VmGoneError:
+        raise
     except MigrationError as error:
         return f"the guest was left on A, but look at it: {error}"
+
+
+async def without_source(m: Migration) -> str:
+    """The same, when A's QEMU has ended."""
+    if await has_arrived(m):
+        return ""
+    if m.a.shut_down:
+        return f"{described(m.a.shut_down, 'A')}; its disk is untouched"
+    return "A's QEMU is gone and with it the guest; its disk is untouched"
 
 
 async def reach_source_again(m: Migration) -> list[str]:

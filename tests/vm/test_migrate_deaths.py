@@ -102,7 +102,9 @@ def test_the_guest_stays_on_a_when_something_dies_before_the_cut_over(
         assert run.wait(SECONDS) == 1
     last = run.output().splitlines()[-1]
     # Where B dies in the switch-over, A's QEMU may be the first to say so.
-    assert complaint in last or (moment == "SWITCHOVER" and "the other side gave up" in last)
+    # That B's QEMU has ended may be known before how it did.
+    others = ("the other side gave up", "B's QEMU ended, as its keeper was killed")
+    assert complaint in last or (moment == "SWITCHOVER" and any(each in last for each in others))
     assert last.endswith("the guest runs on A as before")
     assert_as_before(stage)
 
@@ -126,7 +128,8 @@ def test_a_helper_that_dies_while_the_guest_stands_still_costs_nothing(stage: Sc
 def test_nothing_is_left_when_the_source_itself_dies(stage: Scene, moment: str) -> None:
     with stage.run_doomed(moment, Role.A) as run:
         assert run.wait(SECONDS) == 1
-    assert "A's QEMU has ended; A's QEMU is gone and with it the guest" in run.output().splitlines()[-1]
+    # B's QEMU, which loses its other side, may be the first to be missed.
+    assert "A's QEMU is gone and with it the guest" in run.output().splitlines()[-1]
     wait_until(lambda: not stage.started(), "everything that was started has ended", 10.0)
     assert not stage.overlay.exists()
     assert stage.image.exists()

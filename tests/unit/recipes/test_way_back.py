@@ -16,7 +16,7 @@ from recipes import destination, migrate, watch
 from recipes.destination import Destination
 from recipes.leftovers import but
 from recipes.migration import Migration
-from recipes.vm import EndedVm, Vm, VmSilentError, connect, nobody_listens
+from recipes.vm import EndedVm, Vm, VmGoneError, VmSilentError, connect, nobody_listens
 from recipes.watch import Orders, Watch
 
 
@@ -47,7 +47,7 @@ def without_source(directory: Path, *states: str) -> Migration:
 
 
 def back(m: Migration) -> str:
-    return asyncio.run(migrate.go_back(m, cast(Orders, None)))
+    return asyncio.run(migrate.go_back(m, cast(Orders, SimpleNamespace(capabilities=[]))))
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +141,29 @@ class Living:
 
     async def execute(self, command: str, **arguments: object) -> object:
         return {"query-migrate": {}, "query-status": {"status": "running", "running": True}}.get(command)
+
+
+class Ending(Living):
+    """A's QEMU, which ends just when it is spoken to."""
+
+    connected = True
+    shut_down = None
+
+    async def execute(self, command: str, **arguments: object) -> object:
+        self.connected = False
+        raise VmGoneError("A's QEMU has ended")
+
+    async def gone(self) -> None:
+        pass
+
+
+def test_a_source_that_ends_while_it_is_asked_has_ended(tmp_path: Path) -> None:
+    m = without_source(tmp_path, "inmigrate")
+    m.a = cast(Vm, Ending())
+    assert "A's QEMU is gone and with it the guest" in back(m)
+    m = without_source(tmp_path, "inmigrate", "running")
+    m.a = cast(Vm, Ending())
+    assert back(m) == ""
 
 
 @pytest.mark.parametrize("away", [False, True])
