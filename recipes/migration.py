@@ -254,11 +254,16 @@ class Migration:
             raise MigrationError(f"{' and '.join(bound)} ended, as its keeper was killed")
 
     async def release_for_sure(self) -> None:
-        """The same, and wait until each keeper has said so; MigrationError when one does not."""
-        self.release()
-        if not self.owned:
-            children = [each for each in (self.server, self.fence, self.qemu, self.overlay) if each]
-            await asyncio.gather(*(each.released_for_sure() for each in children if each.running))
+        """The same, and wait until each keeper has said so; MigrationError when one does not, or is alone."""
+        if self.owned:
+            return
+        children = [each for each in (self.server, self.fence, self.qemu, self.overlay) if each]
+        children = [each for each in children if each.running]
+        for each in children:
+            # Where that fails, the reason is about to be known: the process has ended, or its keeper alone.
+            each.release()
+        for each in children:
+            await each.released_for_sure()
 
     async def close(self) -> None:
         """Stop watching, and leave the monitors to others."""

@@ -154,11 +154,14 @@ class Child:
     async def released_for_sure(self) -> None:
         """Wait until the keeper has said that the process is released.
 
-        Raises MigrationError when it does not, as the word may be lost on its way to another host.
+        Raises MigrationError when it does not, as the word may be lost on its way to another host, and when
+        the process has ended.
         """
         if self._keeper is None:
             return
         await first_of(KEEPER_ANSWER, self._is_released, self._gone)
+        if not self.running:
+            raise MigrationError(f"{self.name} {await self.wait()}")
         if not self._is_released.is_set():
             raise MigrationError(f"{self.name} would not outlive us: its keeper does not answer")
 
