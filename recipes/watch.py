@@ -25,7 +25,7 @@ from recipes.vm import Vm, VmGoneError, connect, connect_again, nobody_listens
 MESSAGE = 1 << 16
 """Longest message in bytes."""
 
-GRACE = 10.0
+SWITCH_OVER = 10.0
 """Seconds that a switch-over which is under way is given to come to its end."""
 
 GRACE = 5.0
@@ -134,7 +134,9 @@ class Watch:
                 where = f"the guest was left on A, but look at it: {error}"
             return but(where, *await self._clear())
         said: list[str] = []
-        side = await give_back(a, self._end_children, self.orders.capabilities, grace=GRACE, tell=said.append)
+        side = await give_back(
+            a, self._end_children, self.orders.capabilities, grace=SWITCH_OVER, tell=said.append
+        )
         if side is Side.SOURCE:
             return but("the guest runs on A as before", *said, *await self._clear())
         self.release_children()
