@@ -34,7 +34,9 @@ complete_without_guest() {
     [ -f "$OVERLAY" ] || die "OVERLAY: there is no $OVERLAY on this host"
     place=$(mktemp -d "${XDG_RUNTIME_DIR:-/tmp}/stream.XXXXXX")
     # shellcheck disable=SC2154 # it is set here
-    trap 'kill "$(cat "$place/pid" 2>/dev/null)" 2>/dev/null || true; rm -rf -- "$place"' EXIT
+    trap 'process=$(cat "$place/pid" 2>/dev/null) || true
+        ! carries "$process" "unix:$place/qmp" || kill "$process" 2>/dev/null || true
+        rm -rf -- "$place"' EXIT
     trap 'exit 1' INT TERM HUP
     timeout 60 nbd-overlay serve "$OVERLAY" --layout qed --socket "$place/nbd" --qmp "unix:$place/qmp" \
         --stream --speed "$SPEED" --daemonize --pid-file "$place/pid"

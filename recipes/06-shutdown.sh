@@ -54,7 +54,7 @@ need_no_other() {
     for directory in /proc/[0-9]*; do
         pid=${directory#/proc/}
         [ "$pid" != "$known" ] || continue
-        if grep -qszxF -- "$DISK" "$directory/cmdline" && grep -qszE "$2" "$directory/cmdline" && ! ended "$pid"; then
+        if carries "$pid" "$DISK" && grep -qszE "$2" "$directory/cmdline" && ! ended "$pid"; then
             die "$3: process $pid is not that of $1, but works with $DISK; end it (kill $pid); nothing was ended"
         fi
     done

@@ -85,6 +85,9 @@ runs() {
         "/proc/$1/status" 2>/dev/null
 }
 
+# carries PID WORD: whether a process has this word in its command line; an id from a file may be another's by now.
+carries() { grep -qszxF -- "$2" "/proc/$1/cmdline"; }
+
 # end_child PID: let a child end, if it runs.
 end_child() { ! runs "$1" || kill "$1" 2>/dev/null || true; }
 

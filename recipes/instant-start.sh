@@ -72,14 +72,11 @@ machine='' filler=''
 
 gone() { ! runs "$1"; }
 
-# is_daemon PID: whether this process is an nbd-overlay of ours; the id of one that has ended may be another's by now.
-is_daemon() { grep -qszxF -- "$control" "/proc/$1/cmdline"; }
-
 # daemon: the process id of the nbd-overlay of the day; nothing when there is none.
 daemon() {
     local process
     process=$(cat "$place/pid" 2>/dev/null) || return 0
-    ! is_daemon "$process" || echo "$process"
+    ! carries "$process" "$control" || echo "$process"
 }
 
 # has_ended: whether nbd-overlay has; one that has hung up does so a moment later.

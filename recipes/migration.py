@@ -248,8 +248,7 @@ class Migration:
         """
         if self.owned:
             return
-        children = [each for each in (self.server, self.fence, self.qemu, self.overlay) if each]
-        bound = [each.name for each in children if each.running and not each.release()]
+        bound = [each.name for each in self._living() if not each.release()]
         if bound:
             raise MigrationError(f"{' and '.join(bound)} ended, as its keeper was killed")
 
@@ -257,13 +256,17 @@ class Migration:
         """The same, and wait until each keeper has said so; MigrationError when one does not, or is alone."""
         if self.owned:
             return
-        children = [each for each in (self.server, self.fence, self.qemu, self.overlay) if each]
-        children = [each for each in children if each.running]
+        children = self._living()
         for each in children:
             # Where that fails, the reason is about to be known: the process has ended, or its keeper alone.
             each.release()
         for each in children:
             await each.released_for_sure()
+
+    def _living(self) -> list[Child]:
+        """The children that are there."""
+        children = (self.server, self.fence, self.qemu, self.overlay)
+        return [each for each in children if each and each.running]
 
     async def close(self) -> None:
         """Stop watching, and leave the monitors to others."""

@@ -25,6 +25,7 @@ from qemu.qmp import (
     StateError,
 )
 
+from nbdserve.common.clock import now
 from nbdserve.common.errors import ConnectError, MigrationError
 
 T = TypeVar("T")
@@ -219,14 +220,14 @@ async def connect_again(name: str, address: str, *, limit: float, command_limit:
 
     Raises ConnectError when nobody knows after ``limit`` seconds.
     """
-    deadline = asyncio.get_running_loop().time() + limit
+    deadline = now() + limit
     while True:
         try:
             return await connect(name, address, limit=limit, command_limit=command_limit)
         except ConnectError as error:
             if nobody_listens(error):
                 return None
-            if asyncio.get_running_loop().time() > deadline:
+            if now() > deadline:
                 raise
         # One that is about to end may accept, and hang up.
         await asyncio.sleep(AGAIN)

@@ -14,6 +14,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -28,10 +30,17 @@ LIMIT = 90.0
 VICTIMS = [role for role in Role if role not in (Role.FENCE, Role.B_AGAIN)]
 
 
-def play(directory: Path, engine: str, victim: Role, delay: float) -> str:
-    """One round; returns what became of it. AssertionError when something is not as it must be."""
+@contextmanager
+def quick_scene(directory: Path, engine: str) -> Iterator[Scene]:
+    """A guest whose disk is copied in a second or so, and that is not long without its server."""
     with scene(directory, engine) as stage:
         stage.change("limits", speed=64 << 20, reconnect_delay=2)
+        yield stage
+
+
+def play(directory: Path, engine: str, victim: Role, delay: float) -> str:
+    """One round; returns what became of it. AssertionError when something is not as it must be."""
+    with quick_scene(directory, engine) as stage:
         with stage.run() as run:
             time.sleep(delay)
             # What dies after the migration has ended is not the migration's business.
@@ -108,8 +117,7 @@ def runs(stage: Scene, host: str) -> bool:
 
 def undisturbed(engine: str) -> float:
     """How many seconds a migration takes here and now."""
-    with tempfile.TemporaryDirectory(prefix="nbd-chaos-") as name, scene(Path(name), engine) as stage:
-        stage.change("limits", speed=64 << 20, reconnect_delay=2)
+    with tempfile.TemporaryDirectory(prefix="nbd-chaos-") as name, quick_scene(Path(name), engine) as stage:
         began = time.monotonic()
         with stage.run() as run:
             assert run.wait(LIMIT) == 0, run.output()
