@@ -264,7 +264,10 @@ def test_privileges_are_dropped_when_everything_is_open_and_the_image_is_served_
 
 @root_only
 def test_a_group_alone_leaves_the_user_and_takes_all_other_groups(image: Path, tmp_path: Path) -> None:
-    with nbdserve("-f", "raw", "--group=65534", image, directory=tmp_path) as server:
+    options = ["-f", "raw", "--group=65534"]
+    # The pid file is written by who it was; clients are served by who it is then.
+    with nbdserve(*options, image, directory=tmp_path) as server, Wire(server.address) as wire:
+        wire.go()
         ((uid, gid, groups, _),) = _identities(server.pid)
         assert (uid.split(), gid.split(), groups) == (["0"] * 4, ["65534"] * 4, "65534")
 
