@@ -12,7 +12,6 @@ from hashlib import blake2b
 from nbdserve.client import Client
 from nbdserve.common.errors import ImageError
 from overlay.backing.reads import Reading, new_pace
-from overlay.formats.flat.image import FlatImage
 from overlay.formats.image import Image, State
 
 _BLOCK = 4096
@@ -56,11 +55,11 @@ class Samples:
                     self._digests[offset + place] = _digest(block)
 
     def recall(self, image: Image) -> None:
-        """What was copied before, as far as the image knows what is not the guest's: only a flat one does.
+        """Remember what was copied before, as far as the image tells that from what the guest wrote.
 
         The guest must not write meanwhile.
         """
-        if not isinstance(image, FlatImage) or not image.is_written_certain or not image.backings:
+        if not image.is_written_certain:
             return
         for run in itertools.islice(image.runs(0, image.size if image.local_bytes else 0), _MOST_RUNS):
             if run.state is State.DATA and not run.written:

@@ -35,7 +35,7 @@ class Run(NamedTuple):
     file_offset: int | None = None
     """Where the range begins in the image's file; None unless the state is DATA."""
     written: bool = False
-    """The guest wrote it. False: it was copied from the backing, or the layout does not know."""
+    """The guest wrote it. False: it was copied from a backing, if the image ``is_written_certain``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,17 @@ class Image(ABC):
 
     backings: tuple[Backing, ...]
     """Where what is absent can be had, all of the same content; () if the image needs none."""
+
+    records_writer: bool = False
+    """Whether the layout records what the guest wrote, so that runs are told as ``written``."""
+
+    @property
+    def is_written_certain(self) -> bool:
+        """Whether what is here and not told as ``written`` was certainly copied from a backing.
+
+        False where the layout records no writer, where no backing is needed any more, and after a power cut.
+        """
+        return False
 
     @property
     @abstractmethod

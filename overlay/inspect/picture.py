@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from overlay.formats.flat.image import FlatImage
 from overlay.formats.image import Image, State
 
 Colour = tuple[int, int, int]
@@ -71,14 +70,8 @@ def survey(image: Image, blocks: int) -> Survey:
     for kind, offset, length in _kinds(image):
         totals[kind] += length
         _add(shares, block, _KINDS.index(kind), offset, length)
-    return Survey(
-        size, block, [(each[0], each[1], each[2], each[3]) for each in shares], totals, knows_writer(image)
-    )
-
-
-def knows_writer(image: Image) -> bool:
-    """Whether what is in an image, and not marked as written by the guest, was certainly copied."""
-    return isinstance(image, FlatImage) and bool(image.backings) and image.is_written_certain
+    by_kind = [(each[0], each[1], each[2], each[3]) for each in shares]
+    return Survey(size, block, by_kind, totals, image.is_written_certain)
 
 
 def colour_of(share: tuple[int, int, int, int]) -> Colour:
@@ -106,7 +99,7 @@ def leading_kind(share: tuple[int, int, int, int]) -> Kind:
 
 def _kinds(image: Image) -> Iterator[tuple[Kind, int, int]]:
     """(kind, offset, length) of the whole disk."""
-    has_backing, is_certain = bool(image.backings), knows_writer(image)
+    has_backing, is_certain = bool(image.backings), image.is_written_certain
     for run in image.runs(0, image.size):
         if run.state is State.ABSENT:
             # Without a backing what is absent reads as zeros.

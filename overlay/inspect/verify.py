@@ -15,8 +15,6 @@ from nbdserve.protocol.constants import ExtentFlags
 from overlay.backing.reads import LONGEST, Reading, new_pace, sectors
 from overlay.formats.image import Image, Run, State
 from overlay.formats.open import Layout, open_image
-from overlay.formats.qed.image import QedImage
-from overlay.inspect.picture import knows_writer
 
 _AT_ONCE, _SLOWLY = 16, 2
 """Parts of at most a MiB that are read from the backing at once; and where the link is slow."""
@@ -68,11 +66,11 @@ def verify(
 def _require_knowledge(image: Image, path: Path) -> None:
     if not image.backings:
         raise ImageError(f"{path}: it needs no backing any more, and so names none to compare it with")
-    if isinstance(image, QedImage):
+    if not image.records_writer:
         raise ImageError(
             f"{path}: a QED image does not say what was copied and what the guest wrote; a flat one does"
         )
-    if not knows_writer(image):
+    if not image.is_written_certain:
         raise ImageError(
             f"{path}: after a power cut nobody knows any more what was copied and what the guest wrote: "
             "nothing can be compared"

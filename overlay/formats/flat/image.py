@@ -32,6 +32,7 @@ class FlatImage(Image):
     """
 
     cluster_size = GRAIN
+    records_writer = True
 
     def __init__(
         self,
@@ -81,8 +82,8 @@ class FlatImage(Image):
 
     @property
     def is_written_certain(self) -> bool:
-        """Whether runs that are not marked as written hold what the backing has."""
-        return not self._map.header.flags & Flag.UNCERTAIN
+        """Whether what is not told as written was copied; see Image."""
+        return bool(self.backings) and not self._map.header.flags & Flag.UNCERTAIN
 
     def runs(self, offset: int, length: int) -> Iterator[Run]:
         """The runs that make up a range; see Image. Asks the file system where the holes are."""
