@@ -19,6 +19,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from nbdserve.client.handle import Export
 from nbdserve.client.pipeline import Client
+from nbdserve.client.reconnect import Connections, Dialler, Fault, Pauses, fault_of
 from nbdserve.common.errors import OperatorError
 
 _LOG = logging.getLogger("nbdserve")
@@ -26,18 +27,12 @@ _LOG = logging.getLogger("nbdserve")
 PATIENCE = 10.0
 """Seconds for which requests wait for a lost server, unless the operator says otherwise."""
 
-_DIAL_TIMEOUT = 5.0
-"""Seconds in which a server must take a connection, and for which it may be silent until it is made.
-
-Twice as many each time that it was silent, up to the last, as one may take long to open its disk."""
 _LONGEST_DIAL = 60.0
+"""Seconds that a server ever gets to take a connection, or to go on talking until it is made."""
 _FIRST_DIAL_TIMEOUT = 20.0
-"""The same, in seconds, at the start: no other attempt follows."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
-"""Seconds between two attempts."""
-
-_GONE = (errno.ENOTCONN, errno.ETIMEDOUT, errno.ESHUTDOWN)
-"""What says that the connection, not the request, is the trouble. Only the last comes over the wire."""
+"""Those that it gets at the start at least: no other attempt follows."""
+_LONGEST_PAUSE = 1.0
+"""Seconds between two attempts to connect, at most."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -53,36 +48,17 @@ class Fate(Enum):
     LOST = auto()
 
 
-class Session:
-    """Connections to one export that stand and fall together."""
+class Session(Connections):
+    """Connections to one export, and what their loss has meant."""
 
-    def __init__(self, clients: list[Client]) -> None:
-        self.export = clients[0].export
+    def __init__(self, first: Client) -> None:
+        super().__init__(first)
         self.fate: Fate | None = None
         """Known when it has been lost and that has been accounted for."""
-        self._clients = clients
-        self._turns = itertools.count()
-
-    @property
-    def connected(self) -> bool:
-        """Whether all of them still stand, as far as is known."""
-        return all(client.connected for client in self._clients)
 
     def next(self) -> Client:
-        """One connection after the other."""
-        return self._clients[next(self._turns) % len(self._clients)]
-
-    @property
-    def quiet(self) -> float:
-        """Seconds for which nothing has come or gone although something is asked for."""
-        return max(client.quiet for client in self._clients)
-
-    def close(self) -> None:
-        """Close all of them. May be called again."""
-        for client in self._clients:
-            client.hang_up()
-        for client in self._clients:
-            client.close()
+        """Take one connection after the other."""
+        return self.clients[next(self.turns) % len(self.clients)]
 
 
 class Upstream:
@@ -90,6 +66,10 @@ class Upstream:
 
     ``patience`` is for how many seconds a request waits for a lost server. ``fate`` is asked after each loss.
     Raises ConnectError when the server cannot be reached now.
+
+    Safe for several threads. ``_renewing`` is held by the one that connects again, for as long as that takes;
+    the others wait for it no longer than their patience lasts. ``_books``, taken under it or alone, is held
+    for moments only.
     """
 
     def __init__(
@@ -102,20 +82,19 @@ class Upstream:
         fate: Callable[[], Fate] = lambda: Fate.UNKNOWN,
     ) -> None:
         self.name = name
-        self._dial = dial
+        self._dialler = Dialler(dial, first=max(_FIRST_DIAL_TIMEOUT, patience), longest=_LONGEST_DIAL)
         self._connections = connections
         self._patience = patience
         self._fate = fate
         self._renewing = threading.Lock()
         # By the thread that waits: since when, by time.monotonic().
         self._waiting: dict[int, float] = {}
-        # Guards what follows; held for moments only.
+        # Guards what follows, and the session.
         self._books = threading.Lock()
         self._acknowledged = 0
         self._durable = 0
         self._doubt = False
         self._given_up: str | None = None
-        self._dial_limit = max(_FIRST_DIAL_TIMEOUT, patience)
         self._session = self._open_session()
         self.export: Export = self._session.export
 
@@ -190,9 +169,10 @@ class Upstream:
             try:
                 return start(session.next(), *args, **kwargs).result(), session
             except OSError as error:
-                if error.errno == errno.EPROTO:
+                fault = fault_of(error)
+                if fault is Fault.SERVER:
                     raise self._distrust(session, error) from error
-                if error.errno not in _GONE:
+                if fault is Fault.REQUEST:
                     raise
                 # One that is late or shutting down is of no more use than one that is gone.
                 session.close()
@@ -260,15 +240,15 @@ class Upstream:
 
     def _renew(self, deadline: float) -> Session:
         """Connect again, trying until the deadline; EIO when that fails."""
-        pause = _FIRST_PAUSE
+        pauses = Pauses(_LONGEST_PAUSE)
         while self._given_up is None:
             try:
                 session = self._open_session()
             except (OperatorError, OSError) as error:
-                if time.monotonic() + pause > deadline:
+                if time.monotonic() + pauses.next > deadline:
                     raise OSError(errno.EIO, str(error)) from error
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                time.sleep(pauses.next)
+                pauses.grow()
             else:
                 self._require_same_disk(session)
                 _LOG.info("%s: connected again", self.name)
@@ -276,24 +256,14 @@ class Upstream:
         raise OSError(errno.EIO, self._given_up)
 
     def _open_session(self) -> Session:
-        clients = [self._reach()]
+        session = Session(self._dialler.connect())
         try:
-            while clients[0].export.multi_conn and len(clients) < self._connections:
-                clients.append(self._reach())
+            while session.export.multi_conn and len(session.clients) < self._connections:
+                session.add(self._dialler.connect())
         except BaseException:
-            Session(clients).close()
+            session.close()
             raise
-        self._dial_limit = _DIAL_TIMEOUT
-        return Session(clients)
-
-    def _reach(self) -> Client:
-        began = time.monotonic()
-        try:
-            return self._dial(self._dial_limit)
-        except (OperatorError, OSError):
-            if time.monotonic() - began >= self._dial_limit:
-                self._dial_limit = min(2 * self._dial_limit, _LONGEST_DIAL)
-            raise
+        return session
 
     def _require_same_disk(self, session: Session) -> None:
         """EIO when what answers now is certainly another disk than before."""

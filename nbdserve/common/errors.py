@@ -13,6 +13,11 @@ number that the disk failed with.
 """
 
 
+def reason_of(error: Exception) -> str:
+    """Say why in a few words: what the system calls an OSError, any other exception's message."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 class OperatorError(Exception):
     """Something the operator must know. The message is one line and needs no traceback."""
 

@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
-from nbdserve.common.errors import ImageError
+from nbdserve.client.reconnect import Fault, fault_of
+from nbdserve.common.errors import ImageError, reason_of
 from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
 from overlay.backing.defaults import CONNECTIONS, PATIENCE
 from overlay.backing.identity import Samples
 from overlay.backing.reads import LONGEST, Reading, sectors
-from overlay.backing.server import GONE, Health, Source
+from overlay.backing.server import Health, Source
 from overlay.backing.session import Server, Session
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -33,9 +34,12 @@ _SMALL = 64 << 10
 
 
 class Sources:
-    """Servers that have the same disk of ``size`` bytes. Safe for several threads.
+    """Servers that have the same disk of ``size`` bytes.
 
     ``patience`` is for how many seconds after the last server was lost requests wait for one to come back.
+
+    Safe for several threads. ``_changed`` is held for moments only, with no source's lock under it; who needs
+    a server while there is none waits on it, with a limit.
     """
 
     def __init__(
@@ -172,12 +176,13 @@ class Sources:
 
     def blame(self, session: Session, error: OSError) -> None:
         """A request of a session failed: what that says of the connection, and of the server."""
-        if error.errno == errno.EPROTO:
-            session.source.distrust(session, error.strerror or str(error))
-        elif error.errno in GONE:
-            session.source.lost(session)
-        else:
-            session.source.failed()
+        match fault_of(error):
+            case Fault.SERVER:
+                session.source.distrust(session, reason_of(error))
+            case Fault.CONNECTION:
+                session.source.lost(session)
+            case Fault.REQUEST:
+                session.source.failed()
 
     def check_again(self) -> None:
         """What servers must have has changed: compare, soon, and hang up where it differs."""
@@ -213,11 +218,10 @@ class Sources:
                 self.blame(session, error)
                 if left() < before:
                     before, give_up = left(), time.monotonic() + self._patience
-                if error.errno == errno.EPROTO:
-                    continue
-                if error.errno not in GONE:
+                fault = fault_of(error)
+                if fault is Fault.REQUEST:
                     refused[session.source] = error
-                elif time.monotonic() >= give_up:
+                elif fault is Fault.CONNECTION and time.monotonic() >= give_up:
                     raise OSError(errno.EIO, error.strerror) from error
 
     def _has_another(self, source: Source) -> bool:

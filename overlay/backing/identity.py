@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from concurrent.futures import wait
 from hashlib import blake2b
 
 from nbdserve.client import Client
+from nbdserve.client.reconnect import Fault, fault_of
 from nbdserve.common.errors import ImageError
 from overlay.backing.reads import Reading, new_pace
 from overlay.formats.image import Image, State
@@ -89,7 +89,7 @@ class Samples:
         unreadable, differing = list[OSError](), list[int]()
         for offset, found in _read(client, wanted, go_on):
             if isinstance(found, OSError):
-                if not client.connected or found.errno == errno.EPROTO:
+                if not client.connected or fault_of(found) is Fault.SERVER:
                     raise found
                 unreadable.append(found)
             elif found != wanted[offset]:

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbdserve.client import Client, connect
-from nbdserve.common.errors import ConnectError, OperatorError
+from nbdserve.client import connect
+from nbdserve.client.reconnect import DIAL_TIMEOUT, Dialler, Fault, Pauses, fault_of
+from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import Thread
 from nbdserve.common.uri import NbdUri
 from overlay.backing.reads import new_pace
@@ -18,17 +19,10 @@ from overlay.backing.session import Session
 
 _LOG = logging.getLogger("nbd-overlay")
 
-GONE = (errno.ENOTCONN, errno.ETIMEDOUT, errno.ESHUTDOWN)
-"""What says that a connection, not a request, is the trouble."""
-
-_DIAL_TIMEOUT = 5.0
-"""Seconds in which a server must take a connection, and for which it may be silent until it is made.
-
-Twice as many each time that it was silent, as one may take long to open its disk."""
 _HUNG = 10.0
 """Seconds of silence after which another server is asked, where there is one that is no worse."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 3.0
-"""Seconds between two attempts: they grow from the first to the longest."""
+_LONGEST_PAUSE = 3.0
+"""Seconds between two attempts to connect, at most."""
 _APART = 0.1
 """Seconds between two connections, at least, however soon the first is lost."""
 _LOOK = 0.5
@@ -63,6 +57,9 @@ class Source:
     While it waits for the server it calls the function that it is given, and lets what that raises pass.
     ``silence`` is for how many seconds the server may say nothing. ``changed`` is called, in the source's
     thread, whenever it was connected or lost; ``has_another`` tells whether another server is no worse.
+
+    Its own thread dials, asks ``accept``, and waits. What others call returns at once but for :meth:`lost`
+    and :meth:`close`, which take leave of the server; none of them holds ``_lock`` meanwhile.
     """
 
     def __init__(
@@ -79,17 +76,19 @@ class Source:
         self.errors = 0
         self.pace = new_pace()
         self._connections = connections
-        self._silence = silence
         self._accept = accept
         self._changed = changed
         self._has_another = has_another
-        self._dial_limit = _DIAL_TIMEOUT
+        self._dialler = Dialler(
+            lambda seconds: connect(uri, timeout=seconds, silence=silence), longest=silence
+        )
+        self._pauses = Pauses(_LONGEST_PAUSE)
         self._latency = 0.0
         self._trouble: str | None = "not connected yet"
         self._distrusted = False
         self._blame, self._blamed = 0.0, time.monotonic()
         self._lock = threading.Lock()
-        """Held for moments only: a session is set only as long as the source is not closed."""
+        """Held for moments only, with no other under it: a session is set only while this is not closed."""
         self._closed = False
         self._is_told = False
         """Whether ``changed`` was called for a session that is used."""
@@ -182,16 +181,15 @@ class Source:
         if session is not None:
             session.close()
         if self._thread.is_alive():
-            self._thread.join(_DIAL_TIMEOUT)
+            self._thread.join(DIAL_TIMEOUT)
 
     def _blame_now(self) -> float:
         return float(self._blame * 0.5 ** ((time.monotonic() - self._blamed) / _HALF_LIFE))
 
     def _run(self) -> None:
-        pause = _FIRST_PAUSE
         while not self._closed:
             try:
-                pause = self._look(pause)
+                self._look()
             except Exception as error:  # noqa: BLE001 - it is told, and tried again
                 self._complain(f"{self.uri}: {error!r}")
                 session = self.session
@@ -199,8 +197,8 @@ class Source:
                     self.lost(session)
                 self._wait(_LONGEST_PAUSE)
 
-    def _look(self, pause: float) -> float:
-        """Watch the connection for a while, or try to make one; the pause after the next failure."""
+    def _look(self) -> None:
+        """Watch the connection for a while, or try to make one."""
         session = self.session
         if session is not None and session.connected:
             if not self._is_checked:
@@ -208,7 +206,7 @@ class Source:
             else:
                 self._wait(_LOOK)
                 self._watch(session)
-            return pause
+            return
         if session is not None:
             self.lost(session)
         if self._is_told:
@@ -220,10 +218,10 @@ class Source:
         if self._distrusted:
             self._wait(_LONGEST_PAUSE)
         elif self._connect():
-            return _FIRST_PAUSE
+            self._pauses.begin_anew()
         else:
-            self._wait(pause)
-        return min(2 * pause, _LONGEST_PAUSE)
+            self._wait(self._pauses.next)
+            self._pauses.grow()
 
     def _watch(self, session: Session) -> None:
         try:
@@ -248,11 +246,10 @@ class Source:
 
     def _refuse(self, session: Session, error: OperatorError | OSError) -> None:
         """What was found out about a server keeps it from being used."""
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        if isinstance(error, OSError) and error.errno == errno.EPROTO:
-            self.distrust(session, reason)
+        if isinstance(error, OSError) and fault_of(error) is Fault.SERVER:
+            self.distrust(session, reason_of(error))
             return
-        self._complain(reason)
+        self._complain(reason_of(error))
         self.lost(session)
 
     def _wait(self, seconds: float) -> None:
@@ -264,9 +261,9 @@ class Source:
         time.sleep(max(0.0, self._not_before - time.monotonic()))
         self._not_before = time.monotonic() + _APART
         try:
-            session = Session(self, self._dial())
+            session = Session(self, self._dialler.connect())
         except (OperatorError, OSError) as error:
-            self._complain((isinstance(error, OSError) and error.strerror) or str(error))
+            self._complain(reason_of(error))
             return False
         try:
             began = time.monotonic()
@@ -308,24 +305,6 @@ class Source:
         """Add connections as far as the server takes them: one is enough to go on with."""
         try:
             while self.session is session and len(session.clients) < self._connections:
-                session.add(self._dial_again(session.export.size))
+                session.add(self._dialler.connect())
         except (OperatorError, OSError) as error:
             _LOG.info("%s; going on with %d connections", error, len(session.clients))
-
-    def _dial_again(self, size: int) -> Client:
-        client = self._dial()
-        if client.export.size != size:
-            client.close()
-            raise ConnectError(f"{self.uri}: told another size: {size} bytes, then {client.export.size}")
-        return client
-
-    def _dial(self) -> Client:
-        began = time.monotonic()
-        try:
-            client = connect(self.uri, timeout=self._dial_limit, silence=self._silence)
-        except (OperatorError, OSError):
-            if time.monotonic() - began >= self._dial_limit:
-                self._dial_limit = min(2 * self._dial_limit, self._silence)
-            raise
-        self._dial_limit = _DIAL_TIMEOUT
-        return client

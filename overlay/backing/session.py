@@ -1,14 +1,12 @@
-"""Connections to one server that has the backing, which stand and fall together."""
+"""The connections to one server that has the backing: some for guests, the others for streaming."""
 
 from __future__ import annotations
 
-import itertools
-import threading
 from typing import Protocol
 
 from nbdserve.client import Client
-from nbdserve.client.handle import Export
 from nbdserve.client.pace import Pace
+from nbdserve.client.reconnect import Connections
 from nbdserve.common.uri import NbdUri
 
 
@@ -34,54 +32,18 @@ class Server(Protocol):
         """What came is not what the protocol allows."""
 
 
-class Session:
+class Session(Connections):
     """Connections to one server; more may come after the first.
 
     ``demand`` is for what a guest waits for, so that it never queues behind streaming.
     """
 
     def __init__(self, source: Server, first: Client) -> None:
+        super().__init__(first)
         self.source = source
         self.demand = first
-        self.clients: tuple[Client, ...] = (first,)
-        self._turns = itertools.count()
-        self._lock = threading.Lock()
-        self._closed = False
-
-    @property
-    def connected(self) -> bool:
-        """Whether all connections still stand, as far as is known."""
-        return all(client.connected for client in self.clients)
-
-    @property
-    def quiet(self) -> float:
-        """For how many seconds nothing has come although something is asked for; 0 if nothing is."""
-        return max(client.quiet for client in self.clients)
-
-    @property
-    def export(self) -> Export:
-        """What the server says of the disk."""
-        return self.demand.export
 
     def bulk(self) -> Client:
-        """One of the connections for streaming, in turn."""
+        """Take one of the connections for streaming, in turn."""
         bulk = self.clients[1:] or self.clients
-        return bulk[next(self._turns) % len(bulk)]
-
-    def add(self, client: Client) -> None:
-        """Use this connection, too; it is closed at once if the others are."""
-        with self._lock:
-            if not self._closed:
-                self.clients += (client,)
-                return
-        client.close()
-
-    def close(self) -> None:
-        """Hang up. May be called again."""
-        with self._lock:
-            self._closed = True
-        # Each takes leave for up to a second from a server that hangs: at the same time.
-        for client in self.clients:
-            client.hang_up()
-        for client in self.clients:
-            client.close()
+        return bulk[next(self.turns) % len(bulk)]

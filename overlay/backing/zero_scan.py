@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 from nbdserve.client.pipeline import STATUS_LIMIT
+from nbdserve.client.reconnect import Fault, fault_of
 from nbdserve.protocol.constants import ExtentFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
-from overlay.backing.server import GONE
 from overlay.backing.session import Session
 from overlay.formats.image import Image, State
 
@@ -86,7 +85,7 @@ def _told(
         try:
             extents = future.result()
         except OSError as error:
-            if error.errno in (*GONE, errno.EPROTO):
+            if fault_of(error) is not Fault.REQUEST:
                 raise
             return  # a server that cannot tell: it is fetched, and zeros are found then
         for extent in extents:

@@ -13,11 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from nbdserve.common.errors import ImageError
+from nbdserve.client.reconnect import Fault, fault_of
+from nbdserve.common.errors import ImageError, reason_of
 from nbdserve.common.threads import Thread
 from overlay.backing.failover import Sources
 from overlay.backing.reads import LONGEST
-from overlay.backing.server import GONE
 from overlay.backing.session import Session
 from overlay.backing.zero_scan import fill_zeros
 from overlay.fill.claims import Claim
@@ -102,10 +102,8 @@ class Streamer:
 
     def _fail(self, error: Exception) -> None:
         """Let the job have failed, with the reason."""
-        if isinstance(error, OSError | ImageError):
-            reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        else:
-            reason = f"it has failed inside: {error!r}"
+        is_expected = isinstance(error, OSError | ImageError)
+        reason = reason_of(error) if is_expected else f"it has failed inside: {error!r}"
         _LOG.error("streaming has stopped: %s", reason)
         self._job.fail(reason, error.errno if isinstance(error, OSError) else None)
 
@@ -151,7 +149,7 @@ class Streamer:
             try:
                 return fill_zeros(self._image, session, come, goes_on)
             except OSError as error:
-                if error.errno not in (*GONE, errno.EPROTO):
+                if fault_of(error) is Fault.REQUEST:
                     raise
                 self._sources.blame(session, error)
                 self._require_hope(error)
@@ -268,7 +266,7 @@ class Streamer:
         if answer is None:
             return
         read, error = answer
-        if error is not None and error.errno in GONE:
+        if error is not None and fault_of(error) is Fault.CONNECTION:
             # What came is kept, and the rest asked for when a server is there again.
             self._flow.lost.append(read)
             self._sources.blame(read.session, error)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import Future
 
-from nbdserve.common.errors import ImageError
+from nbdserve.common.errors import ImageError, reason_of
 from nbdserve.common.threads import promised
 from nbdserve.connection.listeners import Listener
 from nbdserve.exports.export_options import ImageOptions
@@ -153,7 +153,7 @@ class Control:
         try:
             self._daemon.invalidate(offset, length)
         except (OSError, ImageError) as error:
-            raise CommandError((isinstance(error, OSError) and error.strerror) or str(error)) from error
+            raise CommandError(reason_of(error)) from error
 
     def _block_job(self) -> dict[str, object]:
         """QEMU's BlockJobInfo."""
