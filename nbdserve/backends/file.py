@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
-from nbdserve.backends.fallocate import Mode, fallocate
+from nbdserve.backends.holes import Mode, fallocate
 from nbdserve.backends.opening import open_image
 from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.backends.splicing import FileRange

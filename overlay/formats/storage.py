@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from nbdserve.backends.fallocate import Mode, fallocate
+from nbdserve.backends.holes import Mode, fallocate
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
 from nbdserve.common.errors import ImageError
 from nbdserve.common.ownership import Ownership
