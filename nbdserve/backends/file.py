@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
-from nbdserve.backends.holes import Mode, fallocate
+from nbdserve.backends.holes import Mode, find_data, next_data, try_fallocate
 from nbdserve.backends.opening import open_image
 from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.backends.splicing import FileRange
@@ -22,8 +22,6 @@ from nbdserve.protocol.offers import ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSiz
 HOLE = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
 DATA = int(ExtentFlags.DATA)
 _ZEROES = bytes(1 << 20)
-# EINVAL: a block device refuses ranges that its sectors do not divide.
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
 _REMEMBERED = 0.5
 """Seconds for which the end of a run of data is remembered."""
@@ -119,12 +117,7 @@ class FileBackend(Backend):
         if may_trim and self._discard:
             modes.insert(0, Mode.PUNCH_HOLE | Mode.KEEP_SIZE)
         for mode in modes:
-            try:
-                fallocate(self._fd, mode, self._base + offset, length)
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    raise
-            else:
+            if try_fallocate(self._fd, mode, self._base + offset, length):
                 self._note_hole()
                 return True
         return False
@@ -139,12 +132,9 @@ class FileBackend(Backend):
     def trim(self, offset: int, length: int, fua: bool) -> None:
         """Punch a hole; a file system that cannot keeps the data, which a trim allows."""
         if length and self._discard:
-            try:
-                fallocate(self._fd, Mode.PUNCH_HOLE | Mode.KEEP_SIZE, self._base + offset, length)
+            mode = Mode.PUNCH_HOLE | Mode.KEEP_SIZE
+            if try_fallocate(self._fd, mode, self._base + offset, length):
                 self._note_hole()
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    raise
         if fua:
             self.flush()
 
@@ -169,7 +159,7 @@ class FileBackend(Backend):
             begin, stop, until = self._run_of_data
             if not begin <= position < stop or time.monotonic() > until:
                 run = self._find_data(position, end)
-                if run is None or run[0] >= end:
+                if run is None:
                     self._require(end)
                     yield Extent(end - position, HOLE)
                     return
@@ -181,21 +171,17 @@ class FileBackend(Backend):
             position = min(stop, end)
 
     def _find_data(self, position: int, end: int) -> tuple[int, int] | None:
-        """Where the next data begins and ends; None when there is none.
+        """Find where the next data begins and ends; None when there is none before ``end``.
 
         Remembered for a moment, until this server makes a hole: clients ask for one small part after the
-        other, and on tmpfs finding the end takes as long as the data is long. A hole that somebody else makes
-        meanwhile is told as data, which is always true.
+        other, and it may take long to find. A hole that somebody else makes meanwhile is told as data, which
+        is always true.
         """
         holes = self._holes_made
-        begin = self._seek(position, os.SEEK_DATA, default=position)
-        if begin is None or begin >= end:
-            return None
-        found = self._seek(begin, os.SEEK_HOLE, default=end)
-        stop = end if found is None else found
-        if holes == self._holes_made:
-            self._run_of_data = (begin, stop, time.monotonic() + _REMEMBERED)
-        return begin, stop
+        run = find_data(self._fd, position, end)
+        if run is not None and holes == self._holes_made:
+            self._run_of_data = (*run, time.monotonic() + _REMEMBERED)
+        return run
 
     def _note_hole(self) -> None:
         """There may be holes where data was."""
@@ -207,21 +193,10 @@ class FileBackend(Backend):
         if os.lseek(self._fd, 0, os.SEEK_END) < end:
             raise OSError(errno.EIO, f"{self.path} ends before offset {end}")
 
-    def _seek(self, position: int, whence: int, default: int) -> int | None:
-        """Where the next data or hole starts; None past the last, ``default`` where the file cannot tell."""
-        try:
-            return os.lseek(self._fd, position, whence)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return None
-            if error.errno in _UNSUPPORTED:
-                return default
-            raise
-
     def reads_as_zeroes(self, offset: int, length: int) -> bool:
         """Whether the range lies in a hole. Looks for data only: to find where data ends can take long."""
         position = self._base + offset
-        data = self._seek(position, os.SEEK_DATA, default=position)
+        data = next_data(self._fd, position)
         if data is None:
             # No data up to the end; a file that has shrunk ends too early.
             return os.lseek(self._fd, 0, os.SEEK_END) >= position + length

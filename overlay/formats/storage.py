@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from nbdserve.backends.holes import Mode, fallocate
+from nbdserve.backends.holes import Mode, find_data, try_fallocate
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
 from nbdserve.common.errors import ImageError
 from nbdserve.common.ownership import Ownership
@@ -18,8 +18,6 @@ _ZEROS = bytes(1 << 20)
 _PIECE = 128 << 10
 """Bytes of one system call that writes. A longer one lets the file system take memory for the page cache in
 blocks of 2 MiB, which in a virtual machine whose host takes free memory back costs ten times the copying."""
-# A file system answers one of these to what it cannot do.
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
 
 
 class Storage(Protocol):
@@ -131,34 +129,25 @@ class FileStorage:
         """Punch a hole; write zeros where the file system has none."""
         self._refuse_after_failed_sync()
         try:
-            fallocate(self._fd, Mode.PUNCH_HOLE | Mode.KEEP_SIZE, offset, length)
+            is_done = try_fallocate(self._fd, Mode.PUNCH_HOLE | Mode.KEEP_SIZE, offset, length)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise self._named(error) from error
-            for done in range(0, length, len(_ZEROS)):
-                self.write(offset + done, memoryview(_ZEROS)[: length - done])
+            raise self._named(error) from error
+        for done in range(0, 0 if is_done else length, len(_ZEROS)):
+            self.write(offset + done, memoryview(_ZEROS)[: length - done])
 
     def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """What SEEK_DATA and SEEK_HOLE tell; everything where they do not work."""
         end = offset + length
         while offset < end:
-            begin = self._seek(offset, os.SEEK_DATA, default=offset)
-            if begin is None or begin >= end:
+            try:
+                run = find_data(self._fd, offset, end)
+            except OSError as error:
+                raise self._named(error) from error
+            if run is None:
                 return
-            hole = self._seek(begin, os.SEEK_HOLE, default=end)
-            offset = end if hole is None else min(hole, end)
+            begin, stop = run
+            offset = min(stop, end)
             yield begin, offset - begin
-
-    def _seek(self, offset: int, whence: int, default: int) -> int | None:
-        """Where the next data or hole begins, None behind the last."""
-        try:
-            return os.lseek(self._fd, offset, whence)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return None
-            if error.errno in _UNSUPPORTED:
-                return default
-            raise self._named(error) from error
 
     def truncate(self, size: int) -> None:
         """Set the length of the file."""
