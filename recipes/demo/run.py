@@ -14,18 +14,18 @@ from nbdserve.common.clock import now
 from nbdserve.common.errors import MigrationError
 from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from nbdserve.common.sizes import format_size, parse_size
-from recipes.children import Child, Children
-from recipes.console import choose_report
+from recipes.commands.run import migrate
 from recipes.demo import disk, records
 from recipes.demo.guest import Guest, Memory
 from recipes.demo.stage import Stage, prepare
 from recipes.demo.verdict import Phases, Verdict
 from recipes.demo.workplace import kept_directory, temporary_directory
-from recipes.host import Host
-from recipes.interruption import interruptible
-from recipes.migrate import migrate
-from recipes.plan import Limits
-from recipes.report import Moment, Outcome, Progress, Report, Step, StepResult
+from recipes.hosts.host import Host
+from recipes.hosts.interruption import interruptible
+from recipes.migrate.console import choose_report
+from recipes.migrate.report import Moment, Outcome, Progress, Report, Step, StepResult
+from recipes.plans.plan import Limits
+from recipes.processes.children import Child, Children
 
 BOOT_LIMIT = 300.0  # seconds until the guest must have found its disk
 WRITE_LIMIT = 120.0  # seconds until the guest must have written the next record

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipes import guard as module
-from recipes.guard import Guard, start_guard
-from recipes.watch import Orders
+from recipes.migrate import guard as module
+from recipes.migrate.guard import Guard, start_guard
+from recipes.migrate.watch import Orders
 from tests.support.vms import lives
 
 SECONDS = 30.0

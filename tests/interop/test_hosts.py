@@ -19,10 +19,10 @@ import pytest
 
 from nbdserve.common import clock
 from nbdserve.common.errors import MigrationError
-from recipes import ssh
-from recipes.calls import HostError
-from recipes.children import Children
-from recipes.host import Host
+from recipes.hosts import ssh
+from recipes.hosts.calls import HostError
+from recipes.hosts.host import Host
+from recipes.processes.children import Children
 from tests.support.guests import short_directory
 from tests.support.processes import check, run, wait_until
 from tests.support.servers import NBDSERVE, free_tcp_address

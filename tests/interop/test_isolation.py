@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.host import Host, module
-from recipes.watch import Orders
+from recipes.hosts.host import Host, module
+from recipes.migrate.watch import Orders
 from tests.support.processes import run
 from tests.support.servers import NBDSERVE
 from tests.support.traps import lay, sprung

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from nbdserve.common.errors import MigrationError
-from recipes.children import Child, Children
-from recipes.host import Host, module
+from recipes.hosts.host import Host, module
+from recipes.processes.children import Child, Children
 from tests.support.processes import check, dying_with_parent, wait_until
 from tests.support.sshd import sshd
 from tests.support.vms import lives
@@ -133,8 +133,8 @@ def test_a_release_counts_when_the_keeper_has_said_so(tmp_path: Path, impatient:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepers are not waited for for long."""
-    monkeypatch.setattr("recipes.supervised.KEEPER_ANSWER", 1.0)
-    monkeypatch.setattr("recipes.supervised.KEEPER_END", 1.0)
+    monkeypatch.setattr("recipes.processes.child.KEEPER_ANSWER", 1.0)
+    monkeypatch.setattr("recipes.processes.child.KEEPER_END", 1.0)
 
 
 def stop_keeper(child: Child) -> psutil.Process:

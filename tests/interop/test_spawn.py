@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.ending import end_group
-from recipes.spawn import spawn
+from recipes.hosts.ending import end_group
+from recipes.hosts.spawn import spawn
 from tests.support.processes import wait_until
 from tests.support.vms import lives
 

@@ -18,7 +18,7 @@ import pytest
 from tests.support.disks import random_disk
 from tests.support.processes import run, wait_until
 from tests.support.servers import NBDSERVE, UnixAddress, nbdserve
-from tests.unit.recipes.test_plan import MINIMAL
+from tests.unit.recipes.plans.test_plan import MINIMAL
 
 BIN = NBDSERVE.parent
 CLOSED = [

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from nbdserve.common import clock, program
-from recipes.cli import until_signal
-from recipes.console import PlainReport
-from recipes.planfile import load
-from recipes.quoting import pasted
-from recipes.report import Moment, Progress, Step
+from recipes.cli.main import until_signal
+from recipes.hosts.quoting import pasted
+from recipes.migrate.console import PlainReport
+from recipes.migrate.report import Moment, Progress, Step
+from recipes.plans.planfile import load
 from tests.support.processes import wait_until
 from tests.support.vms import Role, lives
 

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-from recipes.plan import Destination, Export, Finish, Limits, Plan, Source
+from recipes.plans.plan import Destination, Export, Finish, Limits, Plan, Source
 from tests.support import versions
 from tests.support.disks import MIB, random_bytes
 from tests.support.processes import Process, check, run, wait_until
@@ -103,19 +103,19 @@ def original_disk(disk_size: int) -> bytes:
 class Role(Enum):
     """A process of a migration, by what stands and what does not stand in its command line."""
 
-    A = ("a.qmp,server", ("recipes.keeper", "-incoming"))
-    B = ("-incoming", ("recipes.keeper",))
-    B_AGAIN = ("b.qmp,server", ("recipes.keeper", "-incoming"))
+    A = ("a.qmp,server", ("recipes.processes.supervisor", "-incoming"))
+    B = ("-incoming", ("recipes.processes.supervisor",))
+    B_AGAIN = ("b.qmp,server", ("recipes.processes.supervisor", "-incoming"))
     """Started without a migration."""
-    SERVER = ("nbdserve", ("recipes.keeper",))
-    FENCE = ("recipes.fence", ("recipes.keeper",))
-    GUARD = ("recipes.guard", ())
+    SERVER = ("nbdserve", ("recipes.processes.supervisor",))
+    FENCE = ("recipes.qemu.fence", ("recipes.processes.supervisor",))
+    GUARD = ("recipes.migrate.guard", ())
     CHIEF = ('"tell"', ())
     DEPUTY = ('"chief"', ())
-    OVERLAY = ("nbd-overlay serve", ("recipes.keeper",))
-    KEEPER_OF_B = ("recipes.keeper", ("nbdserve", "recipes.fence", "nbd-overlay"))
-    KEEPER_OF_OVERLAY = ("recipes.keeper", ("nbdserve", "recipes.fence", "-incoming"))
-    KEEPER_OF_SERVER = ("recipes.keeper", ("-incoming", "recipes.fence", "nbd-overlay"))
+    OVERLAY = ("nbd-overlay serve", ("recipes.processes.supervisor",))
+    KEEPER_OF_B = ("recipes.processes.supervisor", ("nbdserve", "recipes.qemu.fence", "nbd-overlay"))
+    KEEPER_OF_OVERLAY = ("recipes.processes.supervisor", ("nbdserve", "recipes.qemu.fence", "-incoming"))
+    KEEPER_OF_SERVER = ("recipes.processes.supervisor", ("-incoming", "recipes.qemu.fence", "nbd-overlay"))
     ORCHESTRATOR = ("plan.toml", ())
 
     def find(self, directory: Path) -> list[psutil.Process]:

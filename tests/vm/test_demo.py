@@ -12,17 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipes.children import Children
+from recipes.commands.run import migrate
 from recipes.demo import run as demo
 from recipes.demo.guest import Memory
 from recipes.demo.records import extents, place
 from recipes.demo.stage import Stage
 from recipes.demo.verdict import Phases, Verdict
-from recipes.host import Host
-from recipes.keeper import GRACE
-from recipes.migrate import migrate
-from recipes.plan import Limits
-from recipes.report import Report
+from recipes.hosts.host import Host
+from recipes.migrate.report import Report
+from recipes.plans.plan import Limits
+from recipes.processes.children import Children
+from recipes.processes.supervisor import GRACE
 from tests.support.guests import MIB, flip, short_directory, staged
 from tests.support.processes import Process, check, run, wait_until
 

@@ -16,9 +16,9 @@ from unittest import mock
 import pytest
 
 from nbdserve.common.errors import MigrationError
-from recipes.host import module
-from recipes.source import Side, give_back, resume
-from recipes.vm import connect
+from recipes.hosts.host import module
+from recipes.qemu.source import Side, give_back, resume
+from recipes.qemu.vm import connect
 from tests.support.disks import MIB, random_disk
 from tests.support.pasting import after, pasted_well
 from tests.support.processes import Process, check, listens, wait_until

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from nbdserve.common.errors import ConnectError
-from recipes.source import SWITCHES, migration_status
-from recipes.vm import VmSilentError, connect
+from recipes.qemu.source import SWITCHES, migration_status
+from recipes.qemu.vm import VmSilentError, connect
 from tests.support.processes import Process, wait_until
 from tests.support.vms import Role, Scene, TwoMonitors, lives, monitor, running
 

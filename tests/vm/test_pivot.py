@@ -17,8 +17,8 @@ import pytest
 
 from nbdserve.backends.imagelocks import EXCLUSIVE, WRITER, ImageLocks
 from nbdserve.common.errors import MigrationError
-from recipes.pivot import Pivot, pivot
-from recipes.vm import Vm, connect
+from recipes.qemu.pivot import Pivot, pivot
+from recipes.qemu.vm import Vm, connect
 from tests.support.delay import delayed
 from tests.support.disks import MIB
 from tests.support.processes import Process, check, listens, run, wait_until

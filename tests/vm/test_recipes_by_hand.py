@@ -14,9 +14,9 @@ import pytest
 from nbdserve.client import connect
 from nbdserve.common.errors import ConnectError
 from nbdserve.common.uri import NbdUri
-from recipes.source import HOLDS, SWITCHES, migration_status
-from recipes.vm import VmSilentError
-from recipes.vm import connect as connect_monitor
+from recipes.qemu.source import HOLDS, SWITCHES, migration_status
+from recipes.qemu.vm import VmSilentError
+from recipes.qemu.vm import connect as connect_monitor
 from tests.support.pasting import after, pasted_well
 from tests.support.processes import wait_until
 from tests.support.recipes import Operator

@@ -1,4 +1,4 @@
-"""What QEMU does with the guest in each state of the switch-over, on which recipes/source.py relies."""
+"""What QEMU does with the guest in each state of the switch-over, on which recipes/qemu/source.py relies."""
 
 from __future__ import annotations
 

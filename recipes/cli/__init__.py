@@ -1,0 +1,1 @@
+"""The command line of nbd-migrate, and the small programs that it calls on hosts."""

@@ -1,0 +1,198 @@
+"""``nbd-migrate``: run a migration, show one, and the small programs that recipes and keepers call."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbdserve.common import clock, program, sizes
+from nbdserve.common.uri import is_ipv6
+from recipes.cli import pivot_command, probe, qmp_command
+from recipes.commands.finish import finish
+from recipes.commands.run import migrate
+from recipes.demo import run as demo
+from recipes.hosts.interruption import interruptible
+from recipes.hosts.quoting import pasted
+from recipes.migrate.console import choose_report
+from recipes.migrate.report import Report
+from recipes.migrate.runtime import FINISH
+from recipes.plans.plan import Plan, is_host_and_port
+from recipes.plans.planfile import load
+from recipes.processes import supervisor
+from recipes.qemu import fence
+
+PROGRAM = "nbd-migrate"
+
+MIGRATION_PORT = "4444"
+"""TCP port for the RAM where ``--to`` names none."""
+
+EPILOGUE = """
+For recipes and for the other host of a migration:
+  nbd-migrate qmp MONITOR COMMAND [JSON]     execute one QMP command
+  nbd-migrate fence READY IMAGE              keep every QEMU from writing to the image
+  nbd-migrate probe URI                      what this host sees of an export
+  nbd-migrate keeper LOG READY COMMAND...    run a process that ends with our standard input
+
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["keeper"] and len(words) > 3:
+        # Its arguments are another command's, which argparse must not look at.
+        return supervisor.main(words[1:])
+    return program.run(PROGRAM, lambda: dispatch(words))
+
+
+def dispatch(words: list[str]) -> int:
+    """Run the subcommand and return its exit code."""
+    arguments = make_parser().parse_args(words)
+    return int(arguments.body(arguments))
+
+
+def make_parser() -> program.Parser:
+    """The command line of nbd-migrate."""
+    parser = program.Parser(
+        prog=PROGRAM,
+        description="Move a running virtual machine to another host, and its disk after it.",
+        epilog=EPILOGUE,
+        formatter_class=program.RawHelpFormatter,
+    )
+    subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run = subcommands.add_parser("run", help="migrate the guest of a plan")
+    configure_run(run)
+    run.set_defaults(body=run_plan)
+    end = subcommands.add_parser("finish", help="do what a run that was interrupted has left to do")
+    configure_finish(end)
+    end.set_defaults(body=finish_plan)
+    show = subcommands.add_parser("demo", help="the whole sequence on this machine, with a real guest")
+    demo.configure(show)
+    show.set_defaults(body=demo.main)
+    move = subcommands.add_parser("pivot", help="let QEMU use a complete image instead of nbd-overlay")
+    pivot_command.configure(move)
+    move.set_defaults(body=pivot_command.main)
+    qmp = subcommands.add_parser("qmp")
+    qmp_command.configure(qmp)
+    qmp.set_defaults(body=qmp_command.main)
+    raise_fence = subcommands.add_parser("fence")
+    raise_fence.add_argument("ready", metavar="READY", type=Path)
+    raise_fence.add_argument("image", metavar="IMAGE")
+    raise_fence.add_argument("--free", action="store_true")
+    raise_fence.set_defaults(body=lambda given: fence.fence(given.image, given.ready, free=given.free))
+    look = subcommands.add_parser("probe")
+    look.add_argument("uri", metavar="URI")
+    look.set_defaults(body=lambda given: probe.probe(given.uri))
+    return parser
+
+
+def configure_run(parser: argparse.ArgumentParser) -> None:
+    """Give ``run`` its options. What is given here wins over the plan file."""
+    parser.description = "Run the six steps of a plan. An option wins over the plan's file."
+    configure_plan(parser)
+    parser.add_argument(
+        "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
+    )
+    parser.add_argument(
+        "--channel", choices=["tcp"], default="tcp", help="disk and RAM on a connection each (the default)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
+    parser.add_argument("--check", action="store_true", help="only check the plan's file; touch no host")
+
+
+def configure_finish(parser: argparse.ArgumentParser) -> None:
+    """Give ``finish`` its options."""
+    parser.description = (
+        "Do what is left of steps 5 and 6 of a plan, after a run that was interrupted or has failed when the "
+        "guest had left A: stream, let the guest use its own disk, end what is not needed any more. It looks "
+        "first, refuses while the guest is on A, and may be repeated. Give it the options that the run had."
+    )
+    configure_plan(parser)
+    parser.add_argument(
+        "--boot", action="store_true", help="start the guest on B again where its QEMU has ended"
+    )
+
+
+def configure_plan(parser: argparse.ArgumentParser) -> None:
+    """Give a subcommand the plan, and what wins over its file."""
+    parser.add_argument("plan", metavar="PLAN.toml", type=Path, help="see docs/migrate.md")
+    parser.add_argument("--source", metavar="QMP", help="A's monitor: a socket's path, or HOST:PORT")
+    parser.add_argument("--to", metavar="HOST[:PORT]", help="where B listens for the RAM (port 4444)")
+    parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
+    parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
+    parser.add_argument(
+        "--engine",
+        choices=["overlay", "qemu"],
+        help="who copies: nbd-overlay, into a raw file (the default), or B's QEMU, into a QED image",
+    )
+
+
+def run_plan(given: argparse.Namespace) -> int:
+    """``nbd-migrate run``."""
+    plan = load(given.plan, overrides(given))
+    if given.check:
+        print(f"{given.plan}: nothing is wrong with it")
+        return program.EXIT_DONE
+    report = choose_report(as_json=given.json)
+    with contextlib.closing(report):
+        return clock.run(until_signal(plan, report, finish_command(given)))
+
+
+async def until_signal(plan: Plan, report: Report, finish: str = FINISH) -> int:
+    """Migrate, unless a signal interrupts it; then in good order."""
+    try:
+        await interruptible(migrate(plan, report, finish=finish))
+    except asyncio.CancelledError:
+        return program.EXIT_INTERRUPTED
+    return program.EXIT_DONE
+
+
+def finish_plan(given: argparse.Namespace) -> int:
+    """``nbd-migrate finish``."""
+    plan = load(given.plan, overrides(given))
+    report = choose_report()
+
+    async def until_signal() -> int:
+        try:
+            await interruptible(finish(plan, report, boot=given.boot, again=finish_command(given)))
+        except asyncio.CancelledError:
+            return program.EXIT_INTERRUPTED
+        return program.EXIT_DONE
+
+    with contextlib.closing(report):
+        return clock.run(until_signal())
+
+
+def finish_command(given: argparse.Namespace) -> str:
+    """What the operator types to do the rest of this plan, as one line for a shell."""
+    program = sys.argv[0] if Path(sys.argv[0]).name == PROGRAM else PROGRAM
+    words = [PROGRAM if shutil.which(PROGRAM) == program else str(Path(program).absolute()), "finish"]
+    for name in ("source", "to", "speed", "move_aside", "engine"):
+        value = getattr(given, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", value]
+    return pasted([*words, str(given.plan.absolute())])
+
+
+def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """The options that stand for keys of the plan, by section."""
+    found: dict[str, dict[str, object]] = {"source": {}, "destination": {}, "limits": {}, "finish": {}}
+    if given.source is not None:
+        found["source"]["qmp"] = given.source
+    if given.engine is not None:
+        found["destination"]["engine"] = given.engine
+    if given.to is not None:
+        host = f"[{given.to}]" if is_ipv6(given.to) else given.to
+        address = given.to if is_host_and_port(given.to) else f"{host}:{MIGRATION_PORT}"
+        found["destination"]["migration"] = f"tcp:{address}"
+    if given.speed is not None:
+        found["limits"]["speed"] = sizes.parse_size(given.speed, "--speed")
+    if given.move_aside is not None:
+        found["finish"]["move_aside"] = given.move_aside
+    return found

@@ -1,0 +1,231 @@
+"""``nbd-migrate finish``: what is left to do when a run has ended after the cut-over, however it ended.
+
+It looks before it acts, and refuses unless the guest has left A for good. What the run has started and still
+lives is taken over, and what has ended is started again; then steps 5 and 6 go on as in the run. A guest that
+has ended on B is no obstacle: its disk is completed without it, or, with ``boot``, it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+from nbdserve.common.errors import ConnectError, MigrationError, UsageError
+from recipes.commands.run import go_through
+from recipes.hosts.host import Host
+from recipes.hosts.quoting import pasted
+from recipes.migrate.report import Report, Step
+from recipes.migrate.runtime import READY, Migration, gone, hosts
+from recipes.plans.plan import Plan
+from recipes.processes.children import Children
+from recipes.qemu.source import HOLDS, cancelling, has_left, migration_status
+from recipes.qemu.vm import CommandError, EndedVm, Vm, connect, nobody_listens
+from recipes.steps import advice, steps
+from recipes.steps.cutover import fence_source
+from recipes.steps.engines import blockdev_options, engine_of, reached
+from recipes.steps.recovery import JOB
+from recipes.steps.stream import stream
+from recipes.steps.unattended import go_without_guest
+
+
+async def shut_down(m: Migration) -> str:
+    """Step 6, at which A may be without a fence."""
+    await steps.detach(m)
+    if m.fence is None and await m.host_a.test("-e", m.plan.source.image, m.plan.limits.command):
+        await raise_fence(m)
+    return await steps.clear_source(m)
+
+
+STEPS = ((Step.STREAM, stream), (Step.SHUTDOWN, shut_down))
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What B's image says of itself: the size of the disk in bytes, and whether all of it is there."""
+
+    size: int
+    complete: bool
+
+
+async def finish(plan: Plan, report: Report, *, boot: bool = False, again: str) -> None:
+    """Do what is left of steps 5 and 6. ``again`` is the command that the operator has typed.
+
+    Raises MigrationError: nothing was touched when the guest has not left A; otherwise the line says where
+    the guest is and what to do.
+    """
+    async with AsyncExitStack() as stack:
+        a = await source(plan)
+        stack.push_async_callback(a.disconnect)
+        b = await destination(plan)
+        if b:
+            stack.push_async_callback(b.disconnect)
+        places = await hosts(plan)
+        disk = await look_at(plan, places[1])
+        children = await stack.enter_async_context(Children())
+        m = Migration(
+            *(plan, places, engine_of(plan), report, children, None, a, disk.size),
+            owned=False,
+            finish=again,
+        )
+        stack.push_async_callback(m.close)
+        m.b, m.arrived, m.complete = b, time.monotonic(), disk.complete
+        m.no_longer_need("A's QEMU")
+        await take_over(m)
+        if b:
+            m.need("B's QEMU", gone(b))
+            if boot:
+                report.note("B's QEMU is there: it is not started")
+        elif boot:
+            await start_guest(m)
+        else:
+            report.note("the guest does not run on B; its disk is completed without it")
+            await go_without_guest(m)
+        await set_speed(m)
+        await go_through(m, STEPS[m.complete :], where)
+        report.note(f"done: the guest's disk is {plan.destination.image} on B, and needs nothing on A")
+
+
+async def where(m: Migration) -> str:
+    """Where the guest is when something fails here: on B, as it was before."""
+    return advice.after_cut_over(m)
+
+
+async def source(plan: Plan) -> Vm:
+    """A's QEMU, whose guest has left, or has ended; MigrationError when the guest is there."""
+    limits, address = plan.limits, plan.source.qmp
+    try:
+        a = await connect("A's QEMU", address, limit=limits.connect, command_limit=limits.command)
+    except ConnectError as error:
+        if not nobody_listens(error):
+            # Who is connected may be a run that still goes on; a host that is away may have the guest.
+            raise
+        return EndedVm("A's QEMU")
+    try:
+        if await has_left(a):
+            return a
+        state, migration = (await a.execute("query-status"))["status"], await migration_status(a)
+    except BaseException:
+        await a.disconnect()
+        raise
+    await a.disconnect()
+    remedy = "run the plan again"
+    if migration == HOLDS:
+        remedy = f"it stands still before the switch-over, and goes on with: {cancelling(address)}"
+    raise MigrationError(f"the guest is on A, in state {state}, and there is nothing to finish: {remedy}")
+
+
+async def destination(plan: Plan) -> Vm | None:
+    """B's QEMU, which has the guest; None when it has ended. MigrationError when it waits for the guest."""
+    limits = plan.limits
+    try:
+        b = await connect(
+            "B's QEMU", plan.destination.qmp, limit=limits.connect, command_limit=limits.command
+        )
+    except ConnectError as error:
+        if not nobody_listens(error):
+            raise
+        return None
+    try:
+        waits = (await b.execute("query-status"))["status"] == "inmigrate"
+    except BaseException:
+        await b.disconnect()
+        raise
+    if waits:
+        await b.disconnect()
+        quit_b = pasted(["nbd-migrate", "qmp", plan.destination.qmp, "quit"])
+        raise MigrationError(
+            "the guest never came to B, and A's QEMU has ended: there is nothing to finish; end B's QEMU "
+            f"with {quit_b}, and start the guest on A"
+        )
+    return b
+
+
+async def look_at(plan: Plan, host: Host) -> Disk:
+    """See how complete B's image is."""
+    image, limit = plan.destination.image, plan.limits.command
+    if not await host.test("-e", image, limit):
+        raise MigrationError(
+            f"there is no {image} on B, so there is nothing to finish; is it the right plan?"
+        )
+    # In use it is: by nbd-overlay, or by B's QEMU.
+    answer = await host.run(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
+    facts = json.loads(answer)
+    made_by = "qemu" if facts["format"] == "qed" else "overlay"
+    if made_by != plan.destination.engine:
+        raise UsageError(
+            f"{image} on B is of engine {made_by}: give --engine {made_by}, as the run was given"
+        )
+    return Disk(int(facts["virtual-size"]), "backing-filename" not in facts)
+
+
+async def take_over(m: Migration) -> None:
+    """Find what the run has left, and see that A is fenced and, as long as it is needed, serves its disk."""
+    image, there = m.plan.source.image, m.plan.destination.image
+    try:
+        m.server = await m.adopt("the server on A", m.host_a, image, "nbdserve")
+        m.fence = await m.adopt("the fence on A", m.host_a, image, "fence")
+    except MigrationError:
+        # A complete disk needs nothing of A, which may be away for good: the last step says so.
+        if not m.complete:
+            raise
+    m.overlay = await m.adopt("nbd-overlay on B", m.host_b, there, "overlay")
+    limits, address = m.plan.limits, m.plan.destination.overlay_monitor
+    try:
+        # Also without a pid file.
+        m.overlay_monitor = await connect(
+            "nbd-overlay", address, limit=limits.connect, command_limit=limits.command
+        )
+    except ConnectError:
+        if m.overlay:
+            raise
+    if m.a.connected:
+        await fence_source(m)
+    elif not m.complete and m.fence is None:
+        await raise_fence(m)
+    if not m.complete:
+        await ensure_export(m)
+
+
+async def set_speed(m: Migration) -> None:
+    """Give a stream that was begun already the speed of the plan, which may be another one now."""
+    jobs = m.overlay_monitor or m.b
+    if jobs:
+        with suppress(CommandError):
+            await jobs.execute("block-job-set-speed", device=JOB, speed=m.plan.limits.speed)
+
+
+async def raise_fence(m: Migration) -> None:
+    """Keep everybody from writing to A's disk; MigrationError where somebody does that already."""
+    image, limit = m.plan.source.image, m.plan.limits.start
+    command = m.host_a.own("fence", READY, image, "--free")
+    m.fence = await m.start("the fence on A", m.host_a, image, "fence", command, ready=True)
+    await m.during(m.fence.ready(limit), limit, "raising the fence on A")
+
+
+async def ensure_export(m: Migration) -> None:
+    """See that A serves its disk; by our server, or by one that somebody has started meanwhile."""
+    limits = m.plan.limits
+    if m.server is None:
+        try:
+            await m.during(steps.check_export(m), limits.connect, "reaching the export from B")
+            return
+        except MigrationError:
+            m.server = await steps.start_server(m)
+
+
+async def start_guest(m: Migration) -> None:
+    """Start the guest on B again, as after a power failure, on what there is of its disk."""
+    destination, limits = m.plan.destination, m.plan.limits
+    if m.complete:
+        nodes = [m.engine.complete_node(m.plan)]
+    else:
+        await m.engine.prepare_again(m)
+        nodes = m.engine.nodes(m.plan)
+    argv = [*destination.qemu, *blockdev_options(nodes), "-qmp", steps.monitor_option(destination.qmp)]
+    m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
+    m.need("B's QEMU", m.qemu.wait())
+    m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
+    await m.during(steps.check_device(m.plan, m.b), limits.command, "looking at B's disk")
+    m.report.note(f"the guest was started again on B, process {m.qemu.pid}")

@@ -1,0 +1,1 @@
+"""A host of the migration: the way there, what is run there, and how that ends."""

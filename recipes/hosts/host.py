@@ -1,0 +1,77 @@
+"""A host of the migration: what runs there, and where our own tools are on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdserve.common.errors import MigrationError
+from recipes.hosts import ssh
+from recipes.hosts.calls import Call, HostError
+from recipes.hosts.way import Way
+
+PROGRAMS = {
+    "keeper": "recipes.processes.supervisor",
+    "fence": "recipes.qemu.fence",
+    "guard": "recipes.migrate.guard",
+    "probe": "recipes.cli.probe",
+}
+"""The small programs, by the words that call them, and the modules that they are."""
+
+
+@dataclass(frozen=True)
+class Host(Way):
+    """Where commands run: a way there, and ``bin``, the directory of our own commands there, or nothing."""
+
+    bin: str = ""
+
+    async def prepared(self, limit: float) -> Host:
+        """The same host, whose ssh asks nothing and waits at most ``limit`` seconds for a connection."""
+        return dataclasses.replace(self, options=await ssh.missing_options(self.shell, limit))
+
+    def tool(self, name: str) -> str:
+        """How to call one of our own commands on this host."""
+        if self.bin:
+            return f"{self.bin}/{name}"
+        beside = Path(sys.executable).with_name(name)
+        return str(beside) if beside.exists() and not self.remote else name
+
+    def own(self, name: str, *arguments: str) -> list[str]:
+        """One of the small programs of this package (keeper, fence, probe) as a command of this host."""
+        if self.remote:
+            return [self.tool("nbd-migrate"), name, *arguments]
+        return module(name, *arguments)
+
+    async def run(self, *command: str, limit: float) -> str:
+        """Run a short command there and return what it printed.
+
+        Raises HostError where the host cannot be reached, MigrationError with the command's last line when it
+        fails, cannot be started, or takes longer than ``limit`` seconds; then it is killed.
+        """
+        return await Call(self, command).run(limit)
+
+    async def has(self, command: str, limit: float) -> bool:
+        """Whether a command of this name can be run there; raises HostError."""
+        if not self.shell:
+            return shutil.which(command) is not None
+        try:
+            await self.run("sh", "-c", 'command -v "$1"', "sh", command, limit=limit)
+        except HostError:
+            raise
+        except MigrationError:
+            return False
+        return True
+
+    async def test(self, question: str, path: str, limit: float) -> bool:
+        """Answer one of test(1)'s questions about a path there, such as ``-e``; raises as run() does."""
+        script = 'if test "$1" "$2"; then echo yes; else echo no; fi'
+        return (await self.run("sh", "-c", script, "sh", question, path, limit=limit)).strip() == "yes"
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    """One of the small programs of this package as a command of this host."""
+    # -P: otherwise Python would take modules from the working directory first, whoever has put them there.
+    return [sys.executable, "-P", "-m", PROGRAMS[name], *arguments]

@@ -1,0 +1,69 @@
+"""What a keeper says on its standard output, told apart from what is said on the way to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from recipes.hosts.calls import MISSING
+from recipes.hosts.ssh import explain
+from recipes.hosts.way import Way
+
+END = 1.0
+"""Seconds in which a keeper that says nothing more has ended."""
+
+_FRAME = 'echo; echo "$0"; exec "$@"'
+"""Becomes the command "$@" behind a line with the mark "$0"."""
+
+
+class Beginning:
+    """The beginning of a keeper behind a prefix: a login may greet first, and a mark is where that ends."""
+
+    def __init__(self, way: Way, keeper: Sequence[str]) -> None:
+        self._way = way
+        self._keeper = keeper
+        self._mark = secrets.token_hex(8)
+        self._greeted = not way.shell
+        self._greeting = ""
+
+    def argv(self) -> list[str]:
+        """The keeper's command line, with the prefix."""
+        framed = ["sh", "-c", _FRAME, self._mark, *self._keeper] if self._way.shell else self._keeper
+        return self._way.argv(framed)
+
+    async def first(self, messages: asyncio.StreamReader) -> dict[str, Any]:
+        """The first message; an empty one when there is none."""
+        while line := await messages.readline():
+            if self._greeted and (message := message_in(line)):
+                return message
+            self._greeted = self._greeted or self._mark.encode() in line
+            if not self._greeted:
+                self._greeting = line.decode(errors="replace")
+        return {}
+
+    async def failure(self, process: asyncio.subprocess.Process, said: str) -> str:
+        """Why there was no message; ``said`` is what the keeper, or its prefix, wrote as errors."""
+        try:
+            async with asyncio.timeout(END):
+                code = await process.wait()
+        except TimeoutError:
+            code = 0
+        if not self._greeted:
+            otherwise = f"{self._way.shell[0]} ended with code {code}" if code else "no answer in time"
+            return explain(said if said.strip() else self._greeting, self._way.shell) or otherwise
+        if code in MISSING:
+            return f"there is no {self._keeper[0]} on {self._way.name}; install it there"
+        lines = said.strip().splitlines()
+        return lines[-1].strip() if lines else "its keeper ended without a word"
+
+
+def message_in(line: bytes) -> dict[str, Any]:
+    """The message on a line; an empty one where something else is on it."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}

@@ -1,0 +1,34 @@
+"""How a command gets to a host: behind a prefix of words, some of which may be ssh."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from recipes.hosts import ssh
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way to a host.
+
+    name     of the host, "A" or "B", as messages call it
+    shell    prefix of every command: nothing for this host, ``ip netns exec NAME``, ``ssh HOST`` ...
+    options  more options for the prefix's ssh
+    """
+
+    name: str
+    shell: tuple[str, ...] = ()
+    options: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def remote(self) -> bool:
+        """Whether ssh leads there: then our tools must be installed there."""
+        return ssh.sessions(self.shell) > 0
+
+    def argv(self, command: Sequence[str]) -> list[str]:
+        """The command with the prefix, quoted once for each remote shell that would split it again."""
+        for _ in range(ssh.sessions(self.shell)):
+            command = [shlex.join(command)]
+        return [*ssh.with_options(self.shell, self.options), *command]

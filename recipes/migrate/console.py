@@ -1,0 +1,146 @@
+"""What the operator sees of a migration: lines, and on a terminal a bar while the disk is streamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from nbdserve.common.errors import MigrationError
+from nbdserve.common.standard_streams import silence
+from recipes.migrate.report import Moment, Outcome, Progress, Report, Step, StepResult
+
+INTERVAL = 5.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+MIB = 1 << 20
+
+
+class PlainReport(Report):
+    """Prints a line for everything that happens, with the seconds since the beginning."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        """``out`` is standard output by default."""
+        self._out = out or sys.stdout
+        self._begin = time.monotonic()
+        self._next_progress = 0.0
+
+    def step_started(self, step: Step) -> None:
+        self._line(f"step {step.number}  {step.title} ...")
+
+    def step_done(self, result: StepResult) -> None:
+        self._line(f"step {result.step.number}  {result.summary} [{result.seconds:.1f} s]")
+
+    def moment(self, moment: Moment) -> None:
+        self._line(f"        {moment.value}")
+
+    def note(self, text: str) -> None:
+        self._line(f"        {text}")
+
+    def progress(self, progress: Progress) -> None:
+        if time.monotonic() >= self._next_progress:
+            self._next_progress = time.monotonic() + INTERVAL
+            self._line(f"        {describe(progress)}")
+
+    def finished(self, outcome: Outcome) -> None:
+        self._line(summary(outcome))
+
+    def close(self) -> None:
+        """Leave the output in order, whatever has happened."""
+
+    def _line(self, text: str) -> None:
+        try:
+            print(f"{time.monotonic() - self._begin:7.1f} s  {text}", file=self._out, flush=True)
+        except OSError:
+            # Nobody reads any more, or the disk is full: no reason to stop a migration half-way.
+            silence(self._out)
+
+
+class TerminalReport(PlainReport):
+    """The same, with a bar while the disk is streamed."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        super().__init__(out)
+        self._console = Console(file=self._out)
+        self._bar: Bar | None = None
+
+    def progress(self, progress: Progress) -> None:
+        try:
+            if self._bar is None:
+                columns = (BarColumn(), TextColumn("{task.description}"))
+                # Refreshed here: a thread would die, aloud, with a terminal that has hung up.
+                self._bar = Bar(*columns, console=self._console, transient=True, auto_refresh=False)
+                self._bar.add_task("", total=progress.total)
+                self._bar.start()
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=progress.done, description=describe(progress), refresh=True)
+        except OSError:
+            silence(self._out)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        bar, self._bar = self._bar, None
+        if bar:
+            try:
+                bar.stop()
+            except OSError:
+                silence(self._out)
+
+    def _line(self, text: str) -> None:
+        # The bar gives way to every line and comes back with the next progress.
+        self.close()
+        super()._line(text)
+
+
+class JsonReport(PlainReport):
+    """Lines on standard error, and at the end the outcome as one JSON object on standard output."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def finished(self, outcome: Outcome) -> None:
+        """Print the outcome; a step by its number and its title. MigrationError when that cannot be done."""
+        super().finished(outcome)
+        values = dataclasses.asdict(outcome)
+        values["steps"] = [
+            {"number": r.step.number, "title": r.step.title, "seconds": r.seconds, "summary": r.summary}
+            for r in outcome.steps
+        ]
+        try:
+            print(json.dumps(values), flush=True)
+        except OSError as error:
+            silence(sys.stdout)
+            raise MigrationError(
+                "the guest has moved to B with its disk, and A is not needed any more; only the outcome "
+                f"could not be written to standard output: {error.strerror}"
+            ) from error
+
+
+def choose_report(*, as_json: bool = False) -> PlainReport:
+    """The report that suits standard output."""
+    if as_json:
+        return JsonReport()
+    return TerminalReport() if sys.stdout.isatty() else PlainReport()
+
+
+def describe(progress: Progress) -> str:
+    """One line about the stream: bytes, rate, time left, vulnerable window."""
+    left = progress.seconds_left
+    return (
+        f"{progress.done / MIB:.0f} of {progress.total / MIB:.0f} MiB  {progress.rate / MIB:.1f} MiB/s  "
+        f"{'--' if left is None else f'{left:.0f} s'} left  window {progress.window:.0f} s"
+    )
+
+
+def summary(outcome: Outcome) -> str:
+    """One line about a migration that is complete."""
+    return (
+        f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B, "
+        f"vulnerable window {outcome.window:.1f} s, interrupted {outcome.recoveries} times"
+    )

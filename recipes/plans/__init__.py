@@ -1,0 +1,1 @@
+"""What to migrate, from where to where."""

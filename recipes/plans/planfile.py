@@ -1,0 +1,120 @@
+"""The plan's TOML file, and what an operator may have got wrong in it.
+
+[source]                                  the guest as it runs now
+qmp = "/run/vm/a.qmp"                     QMP address of its QEMU: a socket's path, or "HOST:PORT"
+image = "/var/lib/images/vm.raw"          its disk, raw, as host A sees it
+node = "disk0"                            its block node or device; default: found by the image's name
+shell = ["ssh", "a.example"]              prefix of every command that must run on A; default: this host
+bin = "/opt/nbd-migrate/bin"              where A has nbdserve; default: beside this command, or A's PATH
+
+[export]
+uri = "nbd://192.0.2.1:10809/vm"          where A serves the disk and B finds it; or "nbd+unix:///vm?socket=/run/x"
+
+[destination]                             the guest as it is going to run
+qemu = ["qemu-system-x86_64", ..., "-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"]
+node = "disk0"                            the block node that this -device refers to
+image = "/var/lib/images/vm.raw"          the image that is made there, which is a raw disk in the end
+engine = "overlay"                        who copies: "overlay" (the default), or B's "qemu"
+qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is started there
+owner = "libvirt-qemu:kvm"                who that QEMU runs as, if not who starts it; mode: of its files
+migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOST:PORT" or "unix:PATH"
+
+[limits]                                  seconds, unless said otherwise; see Limits
+[finish]                                  see Finish
+[log]
+directory = "/var/log/nbd-migrate"        where what is started writes, on A and B; default: see places.py
+"""
+
+from __future__ import annotations
+
+import codecs
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from nbdserve.common.errors import UsageError
+from recipes.plans.plan import Command, Plan
+
+_MOST_BITS = 1000
+"""Of a whole number that can be shown, and be a float."""
+
+
+def load(path: Path, overrides: Mapping[str, Mapping[str, object]] | None = None) -> Plan:
+    """Read a plan file; ``overrides`` (section, then key) win over what the file says.
+
+    Raises UsageError for a file that is not TOML, an unknown or missing key, a wrong type or a wrong value.
+    """
+    if path.exists() and not path.is_file():
+        # Reading a FIFO could take for ever.
+        raise UsageError(f"{path}: not a regular file; write the plan to one")
+    try:
+        document = tomllib.loads(decoded(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        # Beside what is wrong TOML: what is no text, numbers of thousands of digits, lists without an end.
+        raise UsageError(f"{path}: not a TOML file: {error}") from error
+    try:
+        return build(document, overrides or {})
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def decoded(content: bytes) -> str:
+    """The text of a TOML file, which is UTF-8; editors on other systems put a mark before it, or use UTF-16.
+
+    Raises UnicodeDecodeError.
+    """
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf_16 else "utf-8-sig")
+
+
+def build(document: Mapping[str, Any], overrides: Mapping[str, Mapping[str, object]]) -> Plan:
+    """Make a Plan from nested mappings; see load()."""
+    sections = get_type_hints(Plan)
+    for name in document:
+        if name not in sections:
+            raise UsageError(f"[{name}]: no such section; there are {', '.join(sections)}")
+    made = {}
+    for name, kind in sections.items():
+        values = document.get(name, {})
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{name}: write it as a section, [{name}]")
+        made[name] = section_of(kind, name, {**values, **overrides.get(name, {})})
+    return Plan(**made)
+
+
+def section_of(kind: type, section: str, values: Mapping[str, object]) -> Any:
+    """Make one section's dataclass, checking its keys and their types."""
+    assert is_dataclass(kind)
+    hints = get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise UsageError(f"{section}.{key}: no such key; there are {', '.join(hints)}")
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise UsageError(f"{section}.{missing[0]}: this is missing")
+    return kind(**{key: typed(f"{section}.{key}", hints[key], value) for key, value in values.items()})
+
+
+def typed(where: str, kind: object, value: object) -> object:
+    """Return the value as a str, an int, a float or a tuple of str, whichever the key wants."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise UsageError(f"{where}: no number can be as large as this one")
+    words = value if isinstance(value, (list, tuple)) else [value]
+    nul = next((word for word in words if isinstance(word, str) and "\0" in word), None)
+    if nul is not None:
+        raise UsageError(f"{where}: {nul!r} has a NUL in it, which no path and no command line can have")
+    if kind == Command:
+        if isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
+            return tuple(value)
+        raise UsageError(f"{where}: a list of strings is wanted")
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    names = {float: "a number", int: "a whole number", str: "a string"}
+    given = "a section" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
+    raise UsageError(f"{where}: {names[kind]} is wanted, not {given}")  # type: ignore[index]

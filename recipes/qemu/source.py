@@ -1,0 +1,171 @@
+"""The source's QEMU around the cut-over: who has the guest, and how it gets its guest back.
+
+What QEMU 7.2 does on the source, with ``pause-before-switchover`` and ``return-path`` (each is a test in
+tests/vm/test_switch_over_states.py):
+
+    state           the guest       B's QEMU dies        cont       migrate_cancel
+    active          runs            it runs on           -          it runs on
+    pre-switchover  stands still    stands for ever      refused    it runs at once, and B's QEMU ends
+    device          stands still    it runs again        refused    it runs at once; and so may B's
+    completed       has left        has left             RUNS, TOO  nothing
+
+At ``device`` the monitor may not answer: QEMU holds its main loop while it writes what is left, and when B's
+QEMU hangs that takes as long. It comes to an end when B's goes on, or dies.
+
+So only who stands at pre-switchover needs somebody who acts, and migrate_cancel is right for that and nothing
+else: at ``device`` all of the guest may be with B already, which takes it up whatever the source says then.
+``migrate-continue`` at pre-switchover with B's QEMU dead lets the guest run on here as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from enum import Enum
+from typing import Any
+
+from nbdserve.common.clock import now
+from nbdserve.common.errors import MigrationError
+from recipes.hosts.quoting import pasted
+from recipes.qemu.vm import CommandError, Vm
+
+RESUME = 20.0
+"""Seconds until the source's guest must run again after the destination has ended."""
+
+LOOK = 0.05
+"""Seconds between two looks at a state that no event announces."""
+
+UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "postcopy-active", "wait-unplug"}
+"""States of query-migrate in which the source still tries to migrate."""
+
+HOLDS = "pre-switchover"
+"""The state of query-migrate in which the guest stands still until somebody lets it go on, there or here."""
+
+SWITCHES = "device"
+"""The state of query-migrate in which B's QEMU may get all of the guest at any instant."""
+
+WANTED = ("events", "return-path", "pause-before-switchover")
+"""Capabilities that the source needs."""
+
+
+class Side(Enum):
+    """Who has the guest."""
+
+    SOURCE = "A"
+    DESTINATION = "B"
+
+
+async def give_back(
+    a: Vm,
+    end_destination: Callable[[], Awaitable[None]],
+    capabilities: Sequence[str],
+    *,
+    grace: float = 0.0,
+    continued: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Side:
+    """Unless the migration is complete, end the destination and let the guest go on at the source.
+
+    The guest changes sides in one instant, see has_left(). A switch-over that is under way may still get
+    there, and has ``grace`` seconds for it; then the destination is ended *before* the source goes on, so
+    that never both run. In every state before it the destination lacks the end of the guest's state and can
+    never run it, so that one which cannot be ended, as its host is away, does not keep the guest from going
+    on. ``continued`` says that the source was told to switch over. ``capabilities`` were on before; the
+    others are switched off again. ``tell`` is told what is not as it was when the guest runs on.
+
+    Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
+    """
+    deadline = now() + grace
+    while await migration_status(a) == SWITCHES and now() < deadline:
+        await asyncio.sleep(LOOK)
+    # One that comes to its end from here on is the one to our destination: asked first, so that there is no
+    # instant in which it could end unseen.
+    status = await migration_status(a)
+    if await has_left(a):
+        return Side.DESTINATION
+    try:
+        await end_destination()
+    except MigrationError as error:
+        if status == SWITCHES or (continued and status == HOLDS):
+            raise
+        tell(str(error))
+    await resume(a, ours=status in UNDER_WAY)
+    try:
+        await restore_capabilities(a, capabilities)
+    except MigrationError as error:
+        tell(f"the migration capabilities of A's QEMU are not as they were: {error}")
+    return Side.SOURCE
+
+
+def cancelling(address: str) -> str:
+    """The command that lets a guest run on that stands still before the switch-over, for the operator."""
+    return pasted(["nbd-migrate", "qmp", address, "migrate_cancel"])
+
+
+async def leave_alone(a: Vm, capabilities: Sequence[str]) -> str:
+    """Where the guest is, one phrase, when our migration of it has not begun; another one is not touched."""
+    if await migration_status(a) not in UNDER_WAY and not await has_left(a):
+        await restore_capabilities(a, capabilities)
+        if (await a.execute("query-status"))["running"]:
+            return "the guest runs on A as before"
+    return "the guest is still on A, where somebody else's migration may be under way: look at query-migrate"
+
+
+async def resume(a: Vm, *, ours: bool = False) -> None:
+    """Bring the source from any state of a migration back to a running guest. The destination must be dead.
+
+    ``ours`` says that a migration which is complete now was one to that destination, and no other.
+
+    Raises MigrationError when the guest does not run again within RESUME seconds.
+    """
+    deadline = now() + RESUME
+    refusal = ""
+    while now() < deadline:
+        under_way = await migration_status(a) in UNDER_WAY
+        running = (await a.execute("query-status"))["running"]
+        if running and not under_way:
+            return
+        if not ours and await has_left(a):
+            # Not to our destination, which is dead: to somebody else's, where it runs.
+            raise MigrationError("the guest has left A by another migration, so it was not told to go on")
+        try:
+            await a.execute("migrate_cancel" if under_way else "cont")
+        except CommandError as error:
+            refusal = f": {error.reason}"
+        await asyncio.sleep(LOOK)
+    raise MigrationError(f"the guest is paused on A and cannot go on{refusal}")
+
+
+async def has_left(a: Vm) -> bool:
+    """Whether the source's migration is complete.
+
+    ``completed`` alone does not say so: a guest that came here by a migration keeps that from its arrival.
+    """
+    if await migration_status(a) != "completed":
+        return False
+    return (await a.execute("query-status"))["status"] in ("postmigrate", "finish-migrate")
+
+
+async def migration_status(a: Vm) -> str:
+    """The state that query-migrate tells; empty when there was no migration."""
+    return str((await a.execute("query-migrate")).get("status", ""))
+
+
+async def capabilities_on(vm: Vm) -> list[str]:
+    """The migration capabilities that are switched on."""
+    return [each["capability"] for each in await vm.execute("query-migrate-capabilities") if each["state"]]
+
+
+async def set_capabilities(vm: Vm, names: Sequence[str]) -> None:
+    """Switch these migration capabilities on."""
+    wanted = [{"capability": name, "state": True} for name in names]
+    await vm.execute("migrate-set-capabilities", capabilities=wanted)
+
+
+async def restore_capabilities(vm: Vm, before: Sequence[str]) -> None:
+    """Switch off what set_capabilities() switched on, except what was on before."""
+    surplus: list[dict[str, Any]] = [
+        {"capability": name, "state": False} for name in WANTED if name not in before
+    ]
+    if surplus:
+        await vm.execute("migrate-set-capabilities", capabilities=surplus)

@@ -1,0 +1,1 @@
+"""The six steps, and what is done about an interruption in them."""

@@ -1,0 +1,82 @@
+"""What an operator reads who must take over: what is wrong, where everything is, and what to type.
+
+Every command here is one that a shell takes as it stands (recipes/hosts/quoting.py), and is run so by a test.
+"""
+
+from __future__ import annotations
+
+from recipes.hosts.quoting import pasted
+from recipes.migrate.runtime import Migration
+from recipes.steps.steps import server_command
+
+
+async def server_away(m: Migration) -> str:
+    """A's server cannot be brought back from here."""
+    runs = pasted(m.host_a.argv([*await server_command(m), "--fork"]))
+    return f"see that this runs on A: {runs}; then: {m.finish}"
+
+
+async def server_hangs(m: Migration) -> str:
+    """A's server is there, but nothing comes."""
+    log = await m.place(m.host_a, m.plan.source.image, "nbdserve")
+    return f"look at A's disk, at the network and at {log}.log on A; then: {m.finish}"
+
+
+async def bad_source(m: Migration) -> str:
+    """A's disk itself fails."""
+    image = m.plan.source.image
+    log = await m.place(m.host_a, image, "nbdserve")
+    return (
+        f"everything else can be copied; {log}.log on A, the server's log, names the places that cannot be "
+        f"read: make them readable in {image}; then: {m.finish}"
+    )
+
+
+async def bad_destination(m: Migration) -> str:
+    """B's disk itself fails."""
+    return f"mend B's disk (its kernel's log says more); then: {m.finish}"
+
+
+async def no_space(m: Migration, missing: int) -> str:
+    """There is no space left on B."""
+    return f"{missing} bytes of the disk are still to come; when there is room: {m.finish}"
+
+
+async def overlay_dead(m: Migration) -> str:
+    """nbd-overlay does not stay."""
+    log = await m.place(m.host_b, m.plan.destination.image, "overlay")
+    return f"see in {log}.log on B why, and mend that; then: {m.finish}"
+
+
+async def overlay_silent(m: Migration) -> str:
+    """nbd-overlay is there, but does not answer."""
+    if m.overlay is None:
+        return f"see what it waits for; then: {m.finish}"
+    kill = pasted(m.host_b.argv(["kill", "-9", str(m.overlay.pid)]))
+    return f"see what it waits for; to kill it loses nothing that was written: {kill}; then: {m.finish}"
+
+
+async def qemu_silent(m: Migration) -> str:
+    """B's QEMU does not answer."""
+    log = await m.place(m.host_b, m.plan.destination.image, "qemu")
+    return f"see what it waits for, {log}.log on B may say it; then: {m.finish}"
+
+
+def after_cut_over(m: Migration) -> str:
+    """Where the guest and its disk are behind the cut-over."""
+    image, overlay = m.plan.source.image, m.plan.destination.image
+    if m.complete:
+        where = "the guest is on B and stays there" if m.has_guest else "the guest has stopped"
+        clear = f"to clear away what is left: {m.finish}"
+        boot = "" if m.has_guest else f"; to start it again: {m.finish} --boot"
+        return f"{where}; its disk, {overlay} on B, is complete and needs nothing on A; {clear}{boot}"
+    if m.has_guest:
+        return (
+            f"the guest is on B and stays there; until {overlay} is complete, keep {image} and A's server; "
+            f"to complete it: {m.finish}"
+        )
+    return (
+        f"the guest has stopped; its disk is {overlay} on B together with {image} on A, which is still "
+        f"served: keep both; to start the guest again and complete its disk: {m.finish} --boot; to complete "
+        f"the disk without it: {m.finish}"
+    )

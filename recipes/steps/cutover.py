@@ -1,0 +1,122 @@
+"""Step 4: the RAM follows, the guest changes sides, and A is kept from ever running it again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+
+from qemu.qmp import EventListener
+
+from nbdserve.common.errors import MigrationError
+from recipes.migrate.report import Moment
+from recipes.migrate.runtime import READY, Arrival, Migration
+from recipes.qemu.destination import ARRIVE
+from recipes.qemu.source import LOOK, WANTED, set_capabilities
+from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError
+
+
+async def cut_over(m: Migration) -> str:
+    """Step 4: migrate; when this returns, the guest runs on B and the children live on without us."""
+    a, b = m.a, m.monitor_b
+    # Without return-path the source would report success even if the destination could not load the guest.
+    await set_capabilities(b, ("events", "return-path"))
+    await set_capabilities(a, WANTED)
+    with a.events("MIGRATION") as news:
+        m.guard.migrating()
+        # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
+        m.migrating = True
+        try:
+            await a.execute("migrate", uri=m.plan.destination.migration)
+        except CommandError:
+            m.migrating = False
+            raise
+        await m.during(reaching("pre-switchover", a, news), m.plan.limits.migrate, "sending the RAM")
+        m.report.moment(Moment.SWITCHOVER)
+        m.refuse_the_dead()
+        # From here on only the two QEMUs count: a server that dies is started again while streaming.
+        for name in ("the server on A", "nbd-overlay on B", "the guard"):
+            m.no_longer_need(name)
+        # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
+        await m.release_for_sure()
+        m.continued = True
+        await a.execute("migrate-continue", state="pre-switchover")
+        await switch_over(m, news)
+    await arrive(m)
+    await fence_source(m)
+    m.guard.dismiss()
+    if m.arrival is None:
+        return "the guest runs on B"
+    sent = f"{m.arrival.ram_bytes} bytes of RAM in {m.arrival.total_ms} ms"
+    return f"{sent}; the guest stood still for {m.arrival.downtime_ms} ms"
+
+
+async def reaching(state: str, a: Vm, news: EventListener) -> None:
+    """Wait until the source's migration is in this state; MigrationError when it fails instead."""
+    while True:
+        # The time limit is the caller's.
+        event = await a.next_event(news, float("inf"), state)
+        if event["status"] == state:
+            return
+        if event["status"] in ("failed", "cancelled"):
+            reason = (await a.execute("query-migrate")).get("error-desc", "the other side gave up")
+            raise RefusedGuestError(f"A's QEMU says that the migration is {event['status']}: {reason}")
+
+
+async def switch_over(m: Migration, news: EventListener) -> None:
+    """Wait for the source's ``completed``: from then on the guest is B's."""
+    try:
+        await m.during(reaching("completed", m.a, news), m.plan.limits.switch_over, "the switch-over")
+        facts = await m.a.execute("query-migrate")
+        m.arrival = Arrival(facts["downtime"], facts["total-time"], facts["ram"]["transferred"])
+    except MigrationError:
+        # A source that died after everything had been sent did not live to say so, and cannot go on either.
+        if m.a.connected or not await is_there(m.monitor_b):
+            raise
+        m.report.note("A's QEMU ended during the switch-over, but the guest had arrived on B")
+
+
+async def arrive(m: Migration) -> None:
+    """Note that the guest is B's, and let what carries it live on without us."""
+    m.arrived = time.monotonic()
+    m.no_longer_need("A's QEMU")
+    await m.during(arrival(m.monitor_b), ARRIVE, "the guest's start on B")
+    m.report.moment(Moment.ARRIVED)
+
+
+async def is_there(b: Vm) -> bool:
+    """Whether the guest is on B, or will be within ARRIVE seconds."""
+    try:
+        async with asyncio.timeout(ARRIVE):
+            await arrival(b)
+    except (MigrationError, TimeoutError):
+        return False
+    return True
+
+
+async def arrival(b: Vm) -> None:
+    """Wait until the guest is there; it may not run, when its first request has failed already."""
+    while (await b.execute("query-status"))["status"] == "inmigrate":
+        await asyncio.sleep(LOOK)
+
+
+async def fence_source(m: Migration) -> None:
+    """Keep everybody from writing to the old disk, and end the QEMU that could go on with the old guest.
+
+    The guest runs on B already, so what fails here is told and does not stop the disk from following it.
+    """
+    image, limits = m.plan.source.image, m.plan.limits
+    try:
+        if m.fence is None or not m.fence.running:
+            command = m.host_a.own("fence", READY, image)
+            m.fence = await m.start("the fence on A", m.host_a, image, "fence", command, ready=True)
+        await m.fence.ready(limits.start)
+    except MigrationError as error:
+        m.report.note(f"no fence: {error}; do not let anyone open {image} on A")
+    try:
+        with suppress(VmGoneError):
+            await m.a.execute("quit")
+        async with asyncio.timeout(limits.stop):
+            await m.a.gone()
+    except (MigrationError, TimeoutError) as error:
+        m.report.note(f"A's QEMU did not end ({error}); never let its guest go on")

@@ -1,0 +1,154 @@
+"""What is checked before anything is started, each with one clear line."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from nbdserve.common.errors import ConnectError, MigrationError, UsageError
+from recipes.hosts.host import Host
+from recipes.hosts.quoting import pasted
+from recipes.plans.plan import Plan
+from recipes.qemu.source import HOLDS, UNDER_WAY, cancelling, migration_status
+from recipes.qemu.vm import Vm, connect
+from recipes.steps.engines import engine_of
+
+
+async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> int:
+    """Check the hosts and the running guest; return the size of its disk in bytes.
+
+    Raises UsageError when the plan does not fit what is found, MigrationError when something is missing.
+    """
+    await check_guest(a, plan.source.qmp)
+    size = await disk_size(plan, a)
+    await check_tools(plan, host_a, host_b)
+    await check_destination(plan, host_b)
+    if plan.finish.move_aside:
+        await check_move(plan, host_a)
+    return size
+
+
+async def check_guest(a: Vm, address: str) -> None:
+    """The guest must be running, and not be migrating."""
+    status = await a.execute("query-status")
+    if await migration_status(a) == HOLDS:
+        raise MigrationError(
+            "the guest on A stands still before the switch-over of a migration that nobody continues; it "
+            f"goes on with: {cancelling(address)}"
+        )
+    if not status["running"]:
+        raise MigrationError(
+            f"the guest on A does not run, it is in state {status['status']}; start it first"
+        )
+    if await migration_status(a) in UNDER_WAY:
+        raise MigrationError(
+            "the guest on A is migrating already; wait for that, or cancel it (migrate_cancel)"
+        )
+
+
+async def disk_size(plan: Plan, a: Vm) -> int:
+    """Size in bytes of the planned disk, which must be a raw image that A's QEMU has open."""
+    wanted, node = plan.source.image, plan.source.node
+    devices = {each["device"]: each.get("inserted", {}) for each in await a.execute("query-block")}
+    name = devices.get(node, {}).get("node-name", node)
+    nodes: list[dict[str, Any]] = await a.execute("query-named-block-nodes", flat=True)
+    if name and all(each["node-name"] != name for each in nodes):
+        raise UsageError(f"source.node: A's QEMU has no block node or device {node!r}")
+    # The file's own node is named too; only the format's tells what is in the file.
+    formats = [
+        each for each in nodes if each["file"] == wanted and each["drv"] not in ("file", "host_device")
+    ]
+    if name:
+        formats = [each for each in formats if each["node-name"] == name]
+    if not formats:
+        raise UsageError(unknown_image(wanted, node, nodes))
+    if formats[0]["drv"] != "raw":
+        raise UsageError(
+            f"source.image: {wanted} is {formats[0]['drv']}; only raw images can be exported while in use"
+        )
+    if formats[0]["ro"]:
+        raise UsageError(f"source.image: {wanted} is read-only in A's QEMU; it needs no migration")
+    return int(formats[0]["image"]["virtual-size"])
+
+
+def unknown_image(wanted: str, node: str, nodes: list[dict[str, Any]]) -> str:
+    """Say that A's QEMU does not have this image, and what it has instead."""
+    known = {each["file"]: each["node-name"] for each in nodes if each["drv"] not in ("file", "host_device")}
+    names = ", ".join(f"{file} ({name})" for file, name in known.items())
+    reason = f"source.image: {wanted} is not the file of {node or 'any disk'} in A's QEMU"
+    if any(not file.startswith(("/", "json:")) for file in known):
+        # Relative to a working directory that the monitor does not tell.
+        remedy = "which cannot be found from here; start the guest with absolute paths"
+        return f"{reason}: A's QEMU knows its disks as {names}, {remedy}"
+    return f"{reason}, which has {names or 'none'}; name it as QEMU does"
+
+
+async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
+    """What is started there must exist."""
+    limit = plan.limits.command
+    for host, programs in (
+        (host_a, [host_a.tool("nbdserve")]),
+        (host_b, [host_b.tool("nbd-overlay"), plan.destination.qemu[0]]),
+    ):
+        for program in (*programs, host.own("keeper")[0]):
+            if not await host.has(program, limit):
+                raise MigrationError(f"there is no {program} on {host.name}; install it there")
+
+
+async def check_destination(plan: Plan, host_b: Host) -> None:
+    """Nothing of what is made on B may be there."""
+    image, monitor = plan.destination.image, plan.destination.qmp
+    limit = plan.limits.command
+    if not await host_b.test("-d", str(PurePosixPath(image).parent), limit):
+        raise MigrationError(f"destination.image: there is no directory for {image} on B")
+    if await host_b.test("-b", image, limit):
+        raise MigrationError(
+            f"destination.image: {image} is a block device on B; name a file, as its map lies beside it"
+        )
+    for path in engine_of(plan).files(plan):
+        if await in_the_way(host_b, path, limit):
+            discard = pasted(host_b.argv([host_b.tool("nbd-overlay"), "discard", image]))
+            raise MigrationError(
+                f"destination.image: {path} exists on B; remove it if it is left from an interrupted run, an "
+                f"overlay that holds nothing, and no other, with: {discard}"
+            )
+    if await answers(monitor, plan.limits.connect):
+        raise MigrationError(
+            f"destination.qmp: something answers at {monitor} already; end it or choose another"
+        )
+
+
+async def in_the_way(host: Host, path: str, limit: float) -> bool:
+    """Whether something is there. A socket on which nobody listens is as good as none: it is replaced."""
+    dead = 'test -S "$1" && ! grep -qF -- " $1" /proc/net/unix'
+    script = f'if {dead}; then echo no; elif test -e "$1" || test -L "$1"; then echo yes; else echo no; fi'
+    return (await host.run("sh", "-c", script, "sh", path, limit=limit)).strip() == "yes"
+
+
+async def check_move(plan: Plan, host_a: Host) -> None:
+    """The image's new place must be free, and on the same file system, so that moving is one instant."""
+    image, target = plan.source.image, plan.finish.move_aside
+    limit = plan.limits.command
+    if await host_a.test("-b", image, limit):
+        raise MigrationError(f"finish.move_aside: {image} is a block device on A, which stays; leave it out")
+    if await host_a.test("-e", target, limit):
+        raise MigrationError(f"finish.move_aside: {target} exists on A; choose another name")
+    directory = str(PurePosixPath(target).parent)
+    if not await host_a.test("-d", directory, limit):
+        raise MigrationError(f"finish.move_aside: there is no directory {directory} on A")
+    devices = await host_a.run("stat", "--format=%d", "--", image, directory, limit=limit)
+    if len(set(devices.split())) != 1:
+        raise MigrationError(
+            f"finish.move_aside: {target} is on another file system than {image}; choose one on the same"
+        )
+
+
+async def answers(address: str, limit: float) -> bool:
+    """Whether a monitor, or anything else, accepts connections there."""
+    try:
+        vm = await connect("", address, limit=limit, command_limit=limit)
+    except ConnectError as error:
+        # Somebody who accepts but says nothing is somebody, too.
+        return isinstance(error.__cause__, TimeoutError)
+    await vm.disconnect()
+    return True

@@ -1,0 +1,58 @@
+"""Whether B's QEMU, whoever it runs as, can do what it has to later: open the guest's file, connect again.
+
+QEMU opens its disks as whoever has started it; then it may become another user (``-runas``). So it is asked
+to try both while it waits for the guest: nobody else is confined exactly as it is.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from nbdserve.common.errors import MigrationError
+from recipes.migrate.runtime import Migration
+from recipes.qemu.vm import CommandError
+
+_USER = (
+    "p=$1; "
+    'while c=$(cat "/proc/$p/task/$p/children" 2>/dev/null) && [ -n "$c" ]; do p=${c%% *}; done; '
+    'u=$(sed -n "s/^Uid:[^0-9]*[0-9]*[^0-9]*\\([0-9]*\\).*/\\1/p" "/proc/$p/status"); '
+    'n=$(getent passwd "$u" | cut -d: -f1); '
+    'echo "${n:-$u}"'
+)
+"""Prints who process $1 runs as; of a prefix such as sudo, what that has started."""
+
+
+async def check_rights(m: Migration) -> None:
+    """Raise MigrationError, which says what to write, where B's QEMU has no right to what it needs later."""
+    for what, node in m.engine.needed_later(m.plan).items():
+        name = f"{m.plan.destination.node}-access"
+        try:
+            await m.monitor_b.call("blockdev-add", {"node-name": name, **node})
+        except CommandError as error:
+            raise MigrationError(await _complaint(m, what, error.reason)) from error
+        await m.monitor_b.execute("blockdev-del", node_name=name)
+
+
+def explain_start(m: Migration, error: MigrationError) -> MigrationError:
+    """Why B's QEMU has not started, with what to write where it was not let to its disk."""
+    why, there = str(error), m.plan.destination
+    ours = any(path in why for path in m.engine.files(m.plan))
+    if ours and "Permission denied" in why and not there.owner:
+        return MigrationError(f"{why}; if it runs as another user, write that as owner in [destination]")
+    return error
+
+
+async def _complaint(m: Migration, what: str, reason: str) -> str:
+    """That QEMU will not be able to do this; if it lacks the right, who it runs as and what gives that."""
+    if "denied" not in reason and "not permitted" not in reason:
+        return f"destination.qemu: B's QEMU will not be able to {what}: {reason}"
+    user = "another user"
+    assert m.qemu
+    with suppress(MigrationError):
+        limit = m.plan.limits.command
+        user = (await m.host_b.run("sh", "-c", _USER, "sh", str(m.qemu.pid), limit=limit)).strip() or user
+    complaint = f"destination.qemu: B's QEMU runs as {user} and will not be able to {what} ({reason})"
+    enter = f"let {user} enter each directory above it"
+    if m.plan.destination.owner.partition(":")[0] == user:
+        return f"{complaint}; {enter}"
+    return f'{complaint}; write owner = "{user}" in [destination], and {enter}'

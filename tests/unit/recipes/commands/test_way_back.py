@@ -1,0 +1,197 @@
+"""Who has the guest when A's QEMU, or only the connection to it, is gone: what the way back makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nbdserve.common.errors import ConnectError, MigrationError
+from recipes.commands import run
+from recipes.migrate import watch
+from recipes.migrate.leftovers import but
+from recipes.migrate.runtime import Migration
+from recipes.migrate.watch import Orders, Watch
+from recipes.qemu import destination
+from recipes.qemu.destination import Destination
+from recipes.qemu.vm import EndedVm, Vm, VmGoneError, VmSilentError, connect, nobody_listens
+
+
+class Answering:
+    """B's QEMU, which says each of these of its state, the last one for ever; "" is silence."""
+
+    connected = True
+
+    def __init__(self, *states: str) -> None:
+        self._states = list(states)
+
+    async def execute(self, command: str) -> dict[str, object]:
+        assert command == "query-status"
+        state = self._states.pop(0) if len(self._states) > 1 else self._states[0]
+        if not state:
+            raise VmSilentError("B's QEMU did not answer query-status within 1 s")
+        return {"status": state, "running": state == "running"}
+
+
+def without_source(directory: Path, *states: str) -> Migration:
+    """A migration in whose switch-over A's QEMU has ended."""
+    plan = SimpleNamespace(
+        source=SimpleNamespace(qmp=str(directory / "a.qmp")), limits=SimpleNamespace(connect=1.0, command=1.0)
+    )
+    b = Answering(*states)
+    found = SimpleNamespace(plan=plan, a=EndedVm("A's QEMU"), b=b, migrating=True, continued=True)
+    return cast(Migration, found)
+
+
+def back(m: Migration) -> str:
+    return asyncio.run(run.go_back(m, cast(Orders, SimpleNamespace(capabilities=[]))))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(destination, "ARRIVE", 0.3)
+
+
+@pytest.mark.parametrize("state", ["running", "io-error", "paused", "shutdown"])
+def test_a_guest_that_is_on_b_is_kept_there_whatever_it_does(tmp_path: Path, state: str) -> None:
+    """With A's host the export may have gone, too: then the guest waits on B, and is on no other host."""
+    assert back(without_source(tmp_path, "inmigrate", state)) == ""
+
+
+def test_a_b_that_is_silent_may_have_the_guest(tmp_path: Path) -> None:
+    with pytest.raises(MigrationError, match="A's QEMU has ended, and B's does not answer"):
+        back(without_source(tmp_path, "inmigrate", ""))
+
+
+def test_a_guest_of_which_b_waits_for_the_rest_has_gone_with_a(tmp_path: Path) -> None:
+    assert "A's QEMU is gone and with it the guest" in back(without_source(tmp_path, "inmigrate"))
+
+
+def test_only_a_refusal_says_that_there_is_no_qemu(tmp_path: Path) -> None:
+    closed = socket.create_server(("127.0.0.1", 0))
+    port = closed.getsockname()[1]
+    closed.close()
+    mute = tmp_path / "mute"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(mute))
+        server.listen()
+        addresses = {
+            str(tmp_path / "none"): True,
+            f"127.0.0.1:{port}": True,
+            # A name with two addresses, as a rule.
+            f"localhost:{port}": True,
+            str(mute): False,
+            # No connection can be made to this.
+            "255.255.255.255:4000": False,
+        }
+        for address, ended in addresses.items():
+            with pytest.raises(ConnectError) as failure:
+                asyncio.run(connect("A's QEMU", address, limit=0.3, command_limit=0.3))
+            assert nobody_listens(failure.value) == ended, address
+
+
+def unreachable(*given: object, **others: object) -> Any:
+    """What connecting to a host says that is away."""
+    lost = RuntimeError()
+    lost.exc = OSError(errno.EHOSTUNREACH, "No route to host")  # type: ignore[attr-defined]
+    raise ConnectError("no monitor at 192.0.2.1:4000: No route to host") from lost
+
+
+def test_hosts_that_are_away_may_have_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.qemu.vm.connect", unreachable)
+    monkeypatch.setattr(watch, "connect", unreachable)
+    found = asyncio.run(destination.has_guest("192.0.2.1:4000", 0.1))
+    assert found is Destination.SILENT
+    orders = Orders("192.0.2.1:4000", "192.0.2.2:4000", [], owned=False, limit=0.1)
+    there = Watch(orders, migrating=True)
+    there.children.append(watch.Watched("B's QEMU", 1 << 20, 1 << 20))
+    monkeypatch.setattr(there, "release_children", lambda: None)
+    with pytest.raises(MigrationError, match=r"it is not known where the guest is: .*; nothing was ended"):
+        asyncio.run(there.act())
+
+
+def test_a_source_that_falls_silent_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent(*given: object, **others: object) -> Vm:
+        class Silent:
+            async def execute(self, command: str, **arguments: object) -> object:
+                raise VmSilentError(f"A's QEMU did not answer {command} within 0.1 s")
+
+            async def disconnect(self) -> None:
+                pass
+
+        return cast(Vm, Silent())
+
+    monkeypatch.setattr(watch, "connect", silent)
+    there = Watch(Orders("/a", "/b", [], owned=False, limit=0.1), migrating=True)
+    there.children.append(watch.Watched("B's QEMU", 1 << 20, 1 << 20))
+    released: list[bool] = []
+    monkeypatch.setattr(there, "release_children", lambda: released.append(True))
+    with pytest.raises(MigrationError, match="it is not known where the guest is: A's QEMU did not answer"):
+        asyncio.run(there.act())
+    assert released
+
+
+class Living:
+    """A's QEMU, in which the guest runs."""
+
+    connected = True
+
+    async def execute(self, command: str, **arguments: object) -> object:
+        return {"query-migrate": {}, "query-status": {"status": "running", "running": True}}.get(command)
+
+
+class Ending(Living):
+    """A's QEMU, which ends just when it is spoken to."""
+
+    connected = True
+    shut_down = None
+
+    async def execute(self, command: str, **arguments: object) -> object:
+        self.connected = False
+        raise VmGoneError("A's QEMU has ended")
+
+    async def gone(self) -> None:
+        pass
+
+
+def test_a_source_that_ends_while_it_is_asked_has_ended(tmp_path: Path) -> None:
+    m = without_source(tmp_path, "inmigrate")
+    m.a = cast(Vm, Ending())
+    assert "A's QEMU is gone and with it the guest" in back(m)
+    m = without_source(tmp_path, "inmigrate", "running")
+    m.a = cast(Vm, Ending())
+    assert back(m) == ""
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_source_whose_connection_was_lost_has_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    async def again(*given: object, **others: object) -> Vm:
+        if away:
+            unreachable()
+        return cast(Vm, Living())
+
+    monkeypatch.setattr(run, "connect_again", again)
+    m = without_source(tmp_path, "inmigrate")
+    m.migrating = m.continued = False
+    orders = Orders("/a", "/b", [], owned=False, limit=1.0)
+    where = asyncio.run(run.go_back(m, orders))
+    if away:
+        assert where.startswith("the guest was left on A, but look at it: no monitor at 192.0.2.1:4000")
+        m.continued = True
+        with pytest.raises(ConnectError):
+            asyncio.run(run.go_back(m, orders))
+    else:
+        assert where.startswith("the guest runs on A as before; but its QEMU's monitor had hung up")
+
+
+def test_what_is_left_is_told_once() -> None:
+    assert but("the guest runs on A as before", "B is away", "B is away") == (
+        "the guest runs on A as before; but B is away"
+    )

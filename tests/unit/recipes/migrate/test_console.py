@@ -1,0 +1,113 @@
+"""What the operator sees of a migration, and how fast a stream is said to be."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+
+import pytest
+
+from recipes.migrate.console import JsonReport, PlainReport, TerminalReport, describe
+from recipes.migrate.report import Moment, Outcome, Progress, Report, Step, StepResult
+from recipes.steps.stream import Meter
+
+MIB = 1 << 20
+HALFWAY = Progress(done=512 * MIB, total=1024 * MIB, rate=64.0 * MIB, window=9.6)
+RESULT = StepResult(Step.STREAM, 16.04, "every block is local")
+OUTCOME = Outcome(
+    steps=(RESULT,),
+    downtime_ms=12,
+    migrate_ms=700,
+    ram_bytes=1 << 27,
+    disk_bytes=1 << 30,
+    window=16.3,
+    recoveries=1,
+)
+
+
+def tell(report: Report) -> None:
+    """Everything that a report is told, once."""
+    report.step_started(Step.STREAM)
+    report.moment(Moment.ARRIVED)
+    report.progress(HALFWAY)
+    report.note("the export is back")
+    report.step_done(RESULT)
+    report.finished(OUTCOME)
+
+
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    out = io.StringIO()
+    tell(PlainReport(out))
+    lines = [line.split(" s  ", 1)[1] for line in out.getvalue().splitlines()]
+    assert lines == [
+        "step 5  stream the disk ...",
+        "        the guest runs on B",
+        "        512 of 1024 MiB  64.0 MiB/s  8 s left  window 10 s",
+        "        the export is back",
+        "step 5  every block is local [16.0 s]",
+        "done: downtime 12 ms, 1024 MiB of disk on B, vulnerable window 16.3 s, interrupted 1 times",
+    ]
+
+
+def test_progress_is_not_a_line_every_time() -> None:
+    out = io.StringIO()
+    report = PlainReport(out)
+    for _ in range(10):
+        report.progress(HALFWAY)
+    assert len(out.getvalue().splitlines()) == 1
+
+
+def test_on_a_terminal_lines_and_bar_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    out = Terminal()
+    report = TerminalReport(out)
+    tell(report)
+    report.close()
+    assert "512 of 1024 MiB  64.0 MiB/s  8 s left  window 10 s" in out.getvalue()
+    assert "\n" in out.getvalue().split("the export is back")[1]
+
+
+def test_a_terminal_that_hangs_up_stops_no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as out:
+        report = TerminalReport(out)
+        report.progress(HALFWAY)
+        os.close(ours)
+        tell(report)
+        report.close()
+
+
+def test_the_outcome_as_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(JsonReport())
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["steps"] == [
+        {"number": 5, "title": "stream the disk", "seconds": 16.04, "summary": "every block is local"}
+    ]
+    assert json.loads(captured.out)["recoveries"] == 1
+    assert "the export is back" in captured.err
+
+
+def test_nothing_is_said_about_the_end_of_a_stream_that_stands_still() -> None:
+    assert "0.0 MiB/s  -- left" in describe(Progress(0, MIB, 0.0, 1.0))
+
+
+def test_the_rate_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("recipes.steps.stream.time.monotonic", lambda: clock[0])
+    meter = Meter()
+    for _ in range(10):
+        clock[0] += 1.0
+        meter.note(int(clock[0] - 100) * 10 * MIB)
+    assert meter.rate == 10 * MIB
+    assert meter.still == 0.0
+    clock[0] += 7.0
+    meter.note(100 * MIB)
+    assert meter.rate == 0.0
+    assert meter.still == 7.0

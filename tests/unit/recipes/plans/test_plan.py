@@ -1,0 +1,293 @@
+"""The plan of a migration: its file, and every mistake in it that can be seen without a host."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from nbdserve.common.errors import UsageError
+from recipes.plans.plan import Limits, Plan
+from recipes.plans.planfile import build, load
+from tests.support.vms import as_toml
+
+MINIMAL = """
+[source]
+qmp = "/run/a.qmp"
+image = "/images/vm.raw"
+[export]
+uri = "nbd://192.0.2.1/vm"
+[destination]
+qemu = ["qemu-system-x86_64", "-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"]
+image = "/images/vm.qed"
+qmp = "192.0.2.2:4000"
+migration = "tcp:[2001:db8::2]:4444"
+"""
+
+
+def plan_of(tmp_path: Path, text: str) -> Plan:
+    """The plan that a file with this text holds."""
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    return load(path)
+
+
+def test_a_plan_needs_no_more_than_what_cannot_be_guessed(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, MINIMAL)
+    assert plan.source.shell == ()
+    assert plan.destination.node == "disk0"
+    assert plan.export.address.port == 10809
+    assert (plan.limits.speed, plan.limits.connections, plan.destination.engine) == (0, 3, "overlay")
+    assert plan.finish.move_aside == ""
+
+
+def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path, MINIMAL + '[limits]\nspeed = 1000\nmigrate = 5\n[finish]\nmove_aside = "/images/old"\n'
+    )
+    assert plan.limits.migrate == 5.0
+    assert plan_of(tmp_path, as_toml(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("limit", "complaint"),
+    [
+        ("connections = 0", "limits.connections: 0 is too small"),
+        ("connections = 65", "limits.connections: 65 is too large: at most 64 connections"),
+        ("reconnect_timeout = 0", "limits.reconnect_timeout: 0.0 is too small"),
+        ("reconnect_timeout = 86401", "is too large: at most 86400 seconds"),
+    ],
+)
+def test_nbd_overlay_is_not_asked_for_what_it_would_refuse(
+    tmp_path: Path, limit: str, complaint: str
+) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        plan_of(tmp_path, f"{MINIMAL}[limits]\n{limit}\n")
+
+
+def test_a_link_local_address_names_its_interface(tmp_path: Path) -> None:
+    here = "[fe80::5054:ff:fe12:3456%br-mgmt]"
+    text = MINIMAL.replace("tcp:[2001:db8::2]", f"tcp:{here}").replace("192.0.2.2:4000", f"{here}:4000")
+    plan = plan_of(tmp_path, text.replace("nbd://192.0.2.1/", f"nbd://{here}/"))
+    assert plan.destination.migration == f"tcp:{here}:4444"
+    assert plan.destination.qmp == f"{here}:4000"
+    assert plan.export.address.host == here[1:-1]
+
+
+def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(MINIMAL)
+    plan = load(path, {"source": {"qmp": "/run/other.qmp"}, "limits": {"speed": 7}})
+    assert (plan.source.qmp, plan.limits.speed) == ("/run/other.qmp", 7)
+    assert plan.source.image == "/images/vm.raw"
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "complaint"),
+    [
+        ("[source]", "[sauce]", "[sauce]: no such section; there are source, export, "),
+        ("[source]", "source = 1\n[other]", "[other]: no such section"),
+        ('image = "/images/vm.raw"', "", "source.image: this is missing"),
+        ('image = "/images/vm.raw"', "image = 3", "source.image: a string is wanted, not 3"),
+        ('image = "/images/vm.raw"', 'imago = "x"', "source.imago: no such key; there are qmp, image, node"),
+        ('image = "/images/vm.raw"', 'image = "vm.raw"', "source.image: 'vm.raw' must be an absolute path"),
+        (
+            'qmp = "/run/a.qmp"',
+            'qmp = "a.qmp"',
+            "source.qmp: 'a.qmp' is not usable: write a socket's",
+        ),
+        ('qmp = "/run/a.qmp"', 'qmp = "a:99999"', "source.qmp: 'a:99999' is not usable"),
+        ('qmp = "/run/a.qmp"', 'qmp = "2001:db8::1:4000"', "source.qmp: '2001:db8::1:4000' is not usable"),
+        ('"192.0.2.2:4000"', '"/run/a.qmp"', "destination.qmp: /run/a.qmp is the source's monitor"),
+        (
+            "nbd://192.0.2.1/vm",
+            "http://192.0.2.1/vm",
+            "export.uri: 'http://192.0.2.1/vm' is not an NBD",
+        ),
+        ("nbd://192.0.2.1/vm", "nbds://192.0.2.1/vm", "export.uri: 'nbds://192.0.2.1/vm': TLS"),
+        ("nbd://192.0.2.1/vm", "nbd+unix:///vm?socket=x", "the socket must be an absolute path"),
+        ('"-device"', '"-incoming"', "destination.qemu: leave -incoming out"),
+        ('"-device"', '"--daemonize"', "destination.qemu: leave -daemonize out"),
+        ('"-device"', '"-S"', "destination.qemu: leave -S out"),
+        ('"-device"', "3", "destination.qemu: a list of strings is wanted"),
+        ('["qemu', '[]\nnode = ["qemu', "destination.node: a string is wanted"),
+        (
+            "tcp:[2001:db8::2]:4444",
+            "tcp:2001:db8::2:4444",
+            "destination.migration: 'tcp:2001:db8::2:",
+        ),
+        (
+            "tcp:[2001:db8::2]:4444",
+            "tcp:[fe80::1%]:4444",
+            "destination.migration: 'tcp:[fe80::1%]:4444' is not",
+        ),
+        (
+            "tcp:[2001:db8::2]:4444",
+            "tcp:[fe80::g%e0]:1",
+            "destination.migration: 'tcp:[fe80::g%e0]:1' is not",
+        ),
+        ("tcp:[2001:db8::2]:4444", "tcp:[]:4444", "destination.migration: 'tcp:[]:4444' is not usable"),
+        ("tcp:[2001:db8::2]:4444", "unix:migration", "destination.migration: 'unix:migration' is not usable"),
+        (
+            "tcp:[2001:db8::2]:4444",
+            f"unix:/{'m' * 107}",
+            f"destination.migration: /{'m' * 107} has 108 bytes, a Unix socket's path at most 107",
+        ),
+        (
+            "/run/a.qmp",
+            f"/{'a' * 107}",
+            f"source.qmp: /{'a' * 107} has 108 bytes, a Unix socket's path at most",
+        ),
+        (
+            "192.0.2.2:4000",
+            f"/{'b' * 107}",
+            f"destination.qmp: /{'b' * 107} has 108 bytes, a Unix socket's path",
+        ),
+        ("/images/vm.qed", f"/{'i' * 103}", "is too long for the sockets beside it"),
+        (
+            "nbd://192.0.2.1/vm",
+            f"nbd+unix:///vm?socket=/{'s' * 107}",
+            "the socket's path has 108 bytes; 107 are possible",
+        ),
+        ("tcp:[2001:db8::2]:4444", "exec:cat", "destination.migration: 'exec:cat' is not usable"),
+        ("[destination]", '[destination]\nnode = "0"', "destination.node: '0' is not usable"),
+        ("[source]", "[limits]\nspeed = -1\n[source]", "limits.speed: -1 is too small"),
+        ("[source]", "[limits]\nstop = 0\n[source]", "limits.stop: 0.0 is too small"),
+        (
+            "[source]",
+            "[limits]\nspeed = 9223372036854775808\n[source]",
+            "limits.speed: 9223372036854775808 is too large",
+        ),
+        (
+            "[source]",
+            "[limits]\nstop = inf\n[source]",
+            "limits.stop: inf is too large: at most 1000000 seconds",
+        ),
+        ("[source]", "[limits]\nstop = nan\n[source]", "limits.stop: nan is not a number of seconds"),
+        (
+            "[source]",
+            "[limits]\nreconnect_delay = 5000000000\n[source]",
+            "limits.reconnect_delay: 5000000000 is too",
+        ),
+        ("/images/vm.raw", "/images/\\u0000", "source.image: '/images/\\x00' has a NUL in it"),
+        ('"-device"', '"\\u0000"', "destination.qemu: '\\x00' has a NUL in it"),
+        ("[source]", "[limits]\nspeed = 1.5\n[source]", "limits.speed: a whole number is wanted, not 1.5"),
+        ("[source]", "[limits]\nstop = true\n[source]", "limits.stop: a number is wanted, not True"),
+        (
+            "[source]",
+            '[finish]\nmove_aside = "/images/vm.raw"\n[source]',
+            "finish.move_aside: this is the image",
+        ),
+        ("[source]", "[source", "plan.toml: not a TOML file: "),
+    ],
+)
+def test_a_mistake_is_named_with_its_section_and_key(
+    tmp_path: Path, line: str, changed: str, complaint: str
+) -> None:
+    assert line in MINIMAL
+    with pytest.raises(UsageError) as caught:
+        plan_of(tmp_path, MINIMAL.replace(line, changed, 1))
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "plan.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_plan_may_come_from_any_editor(tmp_path: Path, encoding: str, end: str) -> None:
+    text = MINIMAL.replace("/images/vm.raw", "/images/Gäste.raw").replace("\n", end)
+    path = tmp_path / "plan.toml"
+    path.write_bytes(text.encode(encoding))
+    assert load(path).source.image == "/images/Gäste.raw"
+
+
+def test_the_defaults_in_the_manual_are_those_of_the_program() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "migrate.md").read_text()
+    block = text.partition("    [limits]")[2].partition("    [finish]")[0]
+    told = dict(re.findall(r"^    (\w+) = (\S+)", block, re.MULTILINE))
+    assert {name: float(value) for name, value in told.items()} == dataclasses.asdict(Limits())
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"a = '\xe4'", b"\x00\x01"])
+def test_a_file_that_is_not_text_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"plan\.toml: not a TOML file"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"[limits]\nspeed = {'1' * 5000}\n",
+        f"[limits]\nspeed = {'[' * 20000}",
+        f"x = {'{a = ' * 5000}",
+    ],
+)
+def test_a_file_that_is_too_much_for_toml_is_named(tmp_path: Path, content: str) -> None:
+    with pytest.raises(UsageError, match=r"plan\.toml: not a TOML file: "):
+        plan_of(tmp_path, content)
+
+
+@pytest.mark.parametrize("key", ["stop", "speed", "connections"])
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "0x" + "f" * 5000, "-1" + "0" * 4000])
+def test_a_number_that_python_cannot_handle_is_named(tmp_path: Path, key: str, number: str) -> None:
+    with pytest.raises(UsageError, match=rf"plan\.toml: limits\.{key}: no number can be as large"):
+        plan_of(tmp_path, f"{MINIMAL}[limits]\n{key} = {number}\n")
+
+
+@pytest.mark.parametrize("value", ["[0x" + "f" * 5000 + "]", "{" + ".".join("a" * 5000) + " = 1}"])
+def test_what_cannot_be_shown_in_a_complaint_is_named(tmp_path: Path, value: str) -> None:
+    for key, kind in (("speed", "a whole number"), ("stop", "a number")):
+        with pytest.raises(UsageError, match=rf"limits\.{key}: {kind} is wanted, not a (list|section)$"):
+            plan_of(tmp_path, f"{MINIMAL}[limits]\n{key} = {value}\n")
+
+
+@pytest.mark.timeout(60)
+def test_a_plan_that_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "plan.toml"
+    os.mkfifo(fifo)
+    with pytest.raises(UsageError, match=r"plan\.toml: not a regular file; write the plan to one"):
+        load(fifo)
+    with pytest.raises(UsageError, match="not a regular file"):
+        load(tmp_path)
+
+
+def test_a_plan_that_is_built_by_a_program_is_checked_as_well(tmp_path: Path) -> None:
+    plan = build({}, dataclasses.asdict(plan_of(tmp_path, MINIMAL)))
+    with pytest.raises(UsageError, match=r"source\.image"):
+        dataclasses.replace(plan, source=dataclasses.replace(plan.source, image="vm.raw"))
+
+
+@pytest.mark.parametrize("image", ["/dev/vg/lv", "/dev/new", "//dev/./mapper/vg-lv"])
+def test_a_destination_among_the_devices_is_refused(tmp_path: Path, image: str) -> None:
+    with pytest.raises(UsageError, match="is among the devices; name a file in a file system"):
+        plan_of(tmp_path, MINIMAL.replace("/images/vm.qed", image))
+
+
+def test_a_destination_in_memory_is_a_file_like_any_other(tmp_path: Path) -> None:
+    assert plan_of(tmp_path, MINIMAL.replace("/images/vm.qed", "/dev/shm/vm.raw"))
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('owner = "a b"', "destination.owner: 'a b' is not usable: write USER or USER:GROUP"),
+        ('owner = "a:b:c"', "destination.owner: 'a:b:c' is not usable"),
+        ('mode = "rw"', "destination.mode rw: write an octal mode"),
+        ("mode = 660", "destination.mode: a string is wanted, not 660"),
+    ],
+)
+def test_an_owner_or_mode_that_cannot_be_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        plan_of(tmp_path, f"{MINIMAL}{line}\n")
+
+
+def test_an_owner_may_be_a_user_a_group_or_both(tmp_path: Path) -> None:
+    for owner in ("qemu", "107:36", ":kvm"):
+        there = plan_of(tmp_path, f'{MINIMAL}owner = "{owner}"\nmode = "0660"\n').destination
+        assert there.ownership("--x-") == ["--x-owner", owner, "--x-mode", "0660"]
+    assert plan_of(tmp_path, MINIMAL).destination.ownership("--") == []
