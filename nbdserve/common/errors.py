@@ -5,8 +5,9 @@
     ├── ProtocolError        a peer broke the NBD protocol; its connection cannot go on
     ├── ConnectionLostError  a client went away in the middle of something
     ├── ConnectError         a server, socket or monitor could not be reached
-    ├── ImageError           a disk image is malformed, unsafe or of an unknown kind
-    └── MigrationError       a step of the migration failed
+    └── ImageError           a disk image is malformed, unsafe or of an unknown kind
+
+What may fail in a migration besides is in ``recipes/errors.py``.
 
 In the data path failures are ``OSError`` with an errno instead, so that a guest's request fails with the
 number that the disk failed with.
@@ -44,7 +45,3 @@ class ConnectError(OperatorError):
 
 class ImageError(OperatorError):
     """A disk image is malformed, unsafe to open, or of a kind that is not known here."""
-
-
-class MigrationError(OperatorError):
-    """A step of the migration failed; the message says what state the guest is in."""

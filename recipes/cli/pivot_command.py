@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from nbdserve.common import clock, program
-from nbdserve.common.errors import MigrationError
 from overlay.formats.open import open_image
+from recipes.errors import MigrationError
 from recipes.plans.plan import check_monitor
 from recipes.qemu.pivot import Pivot, pivot
 from recipes.qemu.vm import connect

@@ -10,8 +10,9 @@ from typing import Any
 
 from nbdserve.common import clock
 from nbdserve.common.clock import now
-from nbdserve.common.errors import MigrationError, UsageError
+from nbdserve.common.errors import UsageError
 from nbdserve.common.program import EXIT_DONE
+from recipes.errors import MigrationError
 from recipes.plans.plan import check_monitor
 from recipes.qemu.vm import VmSilentError, connect
 

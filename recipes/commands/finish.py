@@ -12,8 +12,11 @@ import time
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
-from nbdserve.common.errors import ConnectError, MigrationError, UsageError
+from nbdserve.common.errors import ConnectError, UsageError
 from recipes.commands.run import go_through
+from recipes.engines.choice import engine_for
+from recipes.engines.interface import blockdev_options, reached
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 from recipes.migrate.report import Report, Step
@@ -22,20 +25,22 @@ from recipes.plans.plan import Plan
 from recipes.processes.children import Children
 from recipes.qemu.source import HOLDS, cancelling, has_left, migration_status
 from recipes.qemu.vm import CommandError, EndedVm, Vm, connect, nobody_listens
-from recipes.steps import advice, steps
+from recipes.steps import advice
 from recipes.steps.cutover import fence_source
-from recipes.steps.engines import blockdev_options, engine_of, reached
+from recipes.steps.export import check_export, start_server
+from recipes.steps.launch import check_device, monitor_option
 from recipes.steps.recovery import JOB
+from recipes.steps.shut_down import clear_source, detach
 from recipes.steps.stream import stream
 from recipes.steps.unattended import go_without_guest
 
 
 async def shut_down(m: Migration) -> str:
     """Step 6, at which A may be without a fence."""
-    await steps.detach(m)
+    await detach(m)
     if m.fence is None and await m.host_a.test("-e", m.plan.source.image, m.plan.limits.command):
         await raise_fence(m)
-    return await steps.clear_source(m)
+    return await clear_source(m)
 
 
 STEPS = ((Step.STREAM, stream), (Step.SHUTDOWN, shut_down))
@@ -65,7 +70,7 @@ async def finish(plan: Plan, report: Report, *, boot: bool = False, again: str) 
         disk = await look_at(plan, places[1])
         children = await stack.enter_async_context(Children())
         m = Migration(
-            *(plan, places, engine_of(plan), report, children, None, a, disk.size),
+            *(plan, places, report, children, None, a, disk.size),
             owned=False,
             finish=again,
         )
@@ -209,23 +214,23 @@ async def ensure_export(m: Migration) -> None:
     limits = m.plan.limits
     if m.server is None:
         try:
-            await m.during(steps.check_export(m), limits.connect, "reaching the export from B")
+            await m.during(check_export(m), limits.connect, "reaching the export from B")
             return
         except MigrationError:
-            m.server = await steps.start_server(m)
+            m.server = await start_server(m)
 
 
 async def start_guest(m: Migration) -> None:
     """Start the guest on B again, as after a power failure, on what there is of its disk."""
     destination, limits = m.plan.destination, m.plan.limits
     if m.complete:
-        nodes = [m.engine.complete_node(m.plan)]
+        nodes = [engine_for(m).complete_node(m.plan)]
     else:
-        await m.engine.prepare_again(m)
-        nodes = m.engine.nodes(m.plan)
-    argv = [*destination.qemu, *blockdev_options(nodes), "-qmp", steps.monitor_option(destination.qmp)]
+        await engine_for(m).prepare_again(m)
+        nodes = engine_for(m).nodes(m.plan)
+    argv = [*destination.qemu, *blockdev_options(nodes), "-qmp", monitor_option(destination.qmp)]
     m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
     m.need("B's QEMU", m.qemu.wait())
     m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
-    await m.during(steps.check_device(m.plan, m.b), limits.command, "looking at B's disk")
+    await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
     m.report.note(f"the guest was started again on B, process {m.qemu.pid}")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
-from nbdserve.common.errors import ConnectError, MigrationError, OperatorError
+from nbdserve.common.errors import ConnectError, OperatorError
+from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
 from recipes.migrate.guard import start_guard
 from recipes.migrate.leftovers import but, remove
@@ -20,10 +21,13 @@ from recipes.processes.children import Child, Children
 from recipes.qemu.destination import Destination, arrives
 from recipes.qemu.source import Side, capabilities_on, give_back, leave_alone
 from recipes.qemu.vm import VmGoneError, connect, connect_again
-from recipes.steps import advice, preflight, steps
+from recipes.steps import advice, preflight
 from recipes.steps.causes import described
+from recipes.steps.create import create_overlay
 from recipes.steps.cutover import cut_over, fence_source
-from recipes.steps.engines import engine_of
+from recipes.steps.export import export
+from recipes.steps.launch import launch
+from recipes.steps.shut_down import shut_down
 from recipes.steps.stream import stream
 
 Body = Callable[[Migration], Coroutine[Any, Any, str]]
@@ -32,12 +36,12 @@ ATTEMPTS = 3
 """How often A's QEMU is asked anew when its monitor hangs up in the middle."""
 
 STEPS: tuple[tuple[Step, Body], ...] = (
-    (Step.EXPORT, steps.export),
-    (Step.OVERLAY, steps.create_overlay),
-    (Step.LAUNCH, steps.launch),
+    (Step.EXPORT, export),
+    (Step.OVERLAY, create_overlay),
+    (Step.LAUNCH, launch),
     (Step.MIGRATE, cut_over),
     (Step.STREAM, stream),
-    (Step.SHUTDOWN, steps.shut_down),
+    (Step.SHUTDOWN, shut_down),
 )
 
 
@@ -75,7 +79,7 @@ async def migrate(
         stack.push_async_callback(guard.close)
         guard.go_on(finish)
         m = Migration(
-            *(plan, places, engine_of(plan), report, ours, guard, a, size),
+            *(plan, places, report, ours, guard, a, size),
             owned=children is not None,
             finish=finish,
         )

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 
 NODE = "disk0"  # the block node that the guest's disk refers to
 MEMORY = 192  # MiB

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from nbdserve.common import clock
 from nbdserve.common.clock import now
-from nbdserve.common.errors import MigrationError
 from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from nbdserve.common.sizes import format_size, parse_size
 from recipes.commands.run import migrate
@@ -20,6 +19,7 @@ from recipes.demo.guest import Guest, Memory
 from recipes.demo.stage import Stage, prepare
 from recipes.demo.verdict import Phases, Verdict
 from recipes.demo.workplace import kept_directory, temporary_directory
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.interruption import interruptible
 from recipes.migrate.console import choose_report

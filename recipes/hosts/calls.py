@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.ending import KILL, end_group
 from recipes.hosts.spawn import spawn
 from recipes.hosts.ssh import explain

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts import ssh
 from recipes.hosts.calls import Call, HostError
 from recipes.hosts.way import Way

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from nbdserve.common.errors import MigrationError
 from nbdserve.common.standard_streams import silence
+from recipes.errors import MigrationError
 from recipes.migrate.report import Moment, Outcome, Progress, Report, Step, StepResult
 
 INTERVAL = 5.0

@@ -26,7 +26,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from nbdserve.common import clock, program
-from nbdserve.common.errors import MigrationError, OperatorError
+from nbdserve.common.errors import OperatorError
+from recipes.errors import MigrationError
 from recipes.hosts.host import module
 from recipes.hosts.spawn import spawn
 from recipes.migrate.watch import Orders, Watch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 

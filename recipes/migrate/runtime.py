@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.places import place_of
 from recipes.migrate.guard import Guard
@@ -17,9 +17,6 @@ from recipes.migrate.report import Report
 from recipes.plans.plan import Plan
 from recipes.processes.children import Child, Children
 from recipes.qemu.vm import RefusedGuestError, Vm, VmGoneError
-
-if TYPE_CHECKING:
-    from recipes.steps.engines import Engine
 
 T = TypeVar("T")
 
@@ -71,6 +68,7 @@ class Migration:
     server   nbdserve on A; fence: recipes.qemu.fence on A; qemu: the QEMU on B
     migrating  A's QEMU has taken our command to migrate; continued: and that to switch over
     overlay  nbd-overlay on B, with its monitor, where that is the engine
+    unattended  the disk is completed without its guest
     guest_end  how B's QEMU has ended after the cut-over, when it was noticed
     removal  the command for B that removes what this migration has made there; none where it is nothing
     arrival  what the source said of the RAM's migration, when it is complete
@@ -84,7 +82,6 @@ class Migration:
         self,
         plan: Plan,
         hosts: tuple[Host, Host],
-        engine: Engine,
         report: Report,
         children: Children,
         guard: Guard | None,
@@ -95,7 +92,6 @@ class Migration:
         finish: str = FINISH,
     ) -> None:
         self.plan = plan
-        self.engine = engine
         self.report = report
         self.children = children
         self.finish = finish
@@ -111,7 +107,7 @@ class Migration:
         self.overlay: Child | None = None
         self.overlay_monitor: Vm | None = None
         self.removal: tuple[str, ...] = ()
-        self.complete = False
+        self.complete = self.unattended = False
         self.migrating = self.continued = False
         self.arrived: float | None = None
         self.arrival: Arrival | None = None

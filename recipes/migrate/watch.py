@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from nbdserve.common.errors import ConnectError, MigrationError
+from nbdserve.common.errors import ConnectError
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.migrate.leftovers import but, remove
 from recipes.processes.children import stream

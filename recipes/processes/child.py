@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.ending import end_group
 from recipes.hosts.host import Host
 from recipes.hosts.messages import message_in

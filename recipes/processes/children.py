@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.calls import cannot_start
 from recipes.hosts.host import Host
 from recipes.hosts.interruption import completed

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbdserve.common.errors import MigrationError
 from nbdserve.common.sizes import format_size
+from recipes.errors import MigrationError
 from recipes.qemu.vm import CommandError, Vm
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdserve.common.clock import now
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
 from recipes.qemu.vm import CommandError, Vm
 

@@ -25,7 +25,7 @@ from enum import Enum
 from typing import Any
 
 from nbdserve.common.clock import now
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.quoting import pasted
 from recipes.qemu.vm import CommandError, Vm
 

@@ -26,7 +26,8 @@ from qemu.qmp import (
 )
 
 from nbdserve.common.clock import now
-from nbdserve.common.errors import ConnectError, MigrationError
+from nbdserve.common.errors import ConnectError
+from recipes.errors import MigrationError
 
 T = TypeVar("T")
 

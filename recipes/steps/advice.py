@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from recipes.hosts.quoting import pasted
 from recipes.migrate.runtime import Migration
-from recipes.steps.steps import server_command
+from recipes.steps.export import server_command
 
 
 async def server_away(m: Migration) -> str:

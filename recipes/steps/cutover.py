@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from qemu.qmp import EventListener
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.migrate.report import Moment
 from recipes.migrate.runtime import READY, Arrival, Migration
 from recipes.qemu.destination import ARRIVE

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from nbdserve.common.errors import ConnectError, MigrationError, UsageError
+from nbdserve.common.errors import ConnectError, UsageError
+from recipes.engines.choice import engine_of
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 from recipes.plans.plan import Plan
 from recipes.qemu.source import HOLDS, UNDER_WAY, cancelling, migration_status
 from recipes.qemu.vm import Vm, connect
-from recipes.steps.engines import engine_of
 
 
 async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> int:

@@ -13,11 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 from nbdserve.common.clock import now
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.migrate.runtime import AdvisedError, Migration
 from recipes.qemu.vm import CommandError, Vm
 from recipes.steps import advice
-from recipes.steps.steps import check_export, start_server
+from recipes.steps.export import check_export, start_server
 
 JOB = "stream"
 """The block job's name."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from nbdserve.common.errors import MigrationError
+from recipes.engines.choice import engine_for
+from recipes.errors import MigrationError
 from recipes.migrate.runtime import Migration
 from recipes.qemu.vm import CommandError
 
@@ -24,7 +25,7 @@ _USER = (
 
 async def check_rights(m: Migration) -> None:
     """Raise MigrationError, which says what to write, where B's QEMU has no right to what it needs later."""
-    for what, node in m.engine.needed_later(m.plan).items():
+    for what, node in engine_for(m).needed_later(m.plan).items():
         name = f"{m.plan.destination.node}-access"
         try:
             await m.monitor_b.call("blockdev-add", {"node-name": name, **node})
@@ -36,7 +37,7 @@ async def check_rights(m: Migration) -> None:
 def explain_start(m: Migration, error: MigrationError) -> MigrationError:
     """Why B's QEMU has not started, with what to write where it was not let to its disk."""
     why, there = str(error), m.plan.destination
-    ours = any(path in why for path in m.engine.files(m.plan))
+    ours = any(path in why for path in engine_for(m).files(m.plan))
     if ours and "Permission denied" in why and not there.owner:
         return MigrationError(f"{why}; if it runs as another user, write that as owner in [destination]")
     return error

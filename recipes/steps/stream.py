@@ -10,7 +10,8 @@ from typing import Any
 from qemu.qmp import EventListener
 
 from nbdserve.common.clock import now
-from nbdserve.common.errors import MigrationError
+from recipes.engines.choice import engine_for
+from recipes.errors import MigrationError
 from recipes.migrate.report import Progress
 from recipes.migrate.runtime import Migration
 from recipes.qemu.vm import Vm, VmGoneError, VmSilentError
@@ -25,15 +26,15 @@ RATE_WINDOW = 5.0
 async def stream(m: Migration) -> str:
     """Step 5: until every block is in the overlay, and on stable storage there."""
     try:
-        await Stream(m, await m.engine.monitor(m)).run()
+        await Stream(m, await engine_for(m).monitor(m)).run()
     except MigrationError:
         # A guest that has shut down needs its disk no less than before; one whose QEMU died may be started
         # again at once, on what is there.
         if not (await m.guest_has_ended() and m.guest_end and m.guest_end.good):
             raise
         await go_without_guest(m)
-        await Stream(m, await m.engine.monitor(m)).run()
-    await m.engine.confirm(m)
+        await Stream(m, await engine_for(m).monitor(m)).run()
+    await engine_for(m).confirm(m)
     # From here on nothing on A is needed: make sure that a power failure on B does not change that.
     image, limit = m.plan.destination.image, m.plan.limits.stall
     await m.during(
@@ -114,7 +115,7 @@ class Stream:
             self._m.recoveries += 1
             self._m.report.note(f"{error}; it is started again, and the guest waits")
             try:
-                self._recovery.jobs = await self._m.engine.monitor(self._m)
+                self._recovery.jobs = await engine_for(self._m).monitor(self._m)
                 return
             except MigrationError as refusal:
                 if await self._m.guest_has_ended():
@@ -124,7 +125,7 @@ class Stream:
 
     async def _stream(self) -> None:
         """Start the job, and follow it to its end. VmGoneError when what streams has died."""
-        device = self._m.engine.streamed(self._m.plan)
+        device = engine_for(self._m).streamed(self._m.plan)
         with self._jobs.events("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR") as news:
             speed = self._limits.speed
             waits = self._waits

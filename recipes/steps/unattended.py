@@ -6,30 +6,8 @@ into images of either layout, whoever did so before.
 
 from __future__ import annotations
 
-import json
-
-from nbdserve.common.errors import MigrationError
 from recipes.migrate.runtime import GuestEnd, Migration
 from recipes.steps.causes import described
-from recipes.steps.engines import OverlayEngine
-
-
-class Unattended(OverlayEngine):
-    """nbd-overlay has the disk, and nobody is its client."""
-
-    def __init__(self, layout: str) -> None:
-        self.layout = layout
-
-    async def confirm(self, m: Migration) -> None:
-        """The image must need no backing any more."""
-        tool, image = m.host_b.tool("nbd-overlay"), m.plan.destination.image
-        answer = await m.host_b.run(tool, "info", "-U", "--json", image, limit=m.plan.limits.command)
-        if "backing-filename" in json.loads(answer):
-            raise MigrationError(f"{image} is not complete: it has a backing, {tool} info says")
-
-    async def detach(self, m: Migration) -> None:
-        """End nbd-overlay: there is no guest that would have to pivot."""
-        await self.end_overlay(m)
 
 
 async def go_without_guest(m: Migration) -> None:
@@ -40,7 +18,7 @@ async def go_without_guest(m: Migration) -> None:
     if m.b:
         await m.b.disconnect()
         m.b = None
-    m.engine = Unattended(m.engine.layout)
+    m.unattended = True
 
 
 def told(end: GuestEnd) -> str:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from nbdserve.common import clock
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts import ssh
 from recipes.hosts.calls import HostError
 from recipes.hosts.host import Host

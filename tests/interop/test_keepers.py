@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host, module
 from recipes.processes.children import Child, Children
 from tests.support.processes import check, dying_with_parent, wait_until

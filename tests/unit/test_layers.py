@@ -25,6 +25,19 @@ FOLDERS = {
         "cli",
     ),
     "overlay": ("formats", "backing", "fill", "", "monitor", "inspect", "cli"),
+    "recipes": (
+        "",
+        "hosts",
+        "processes",
+        "qemu",
+        "plans",
+        "migrate",
+        "engines",
+        "steps",
+        "commands",
+        "demo",
+        "cli",
+    ),
 }
 """Inside a package, from the lowest to the highest; "" are the modules that lie in no folder."""
 MOST_MODULES = 12

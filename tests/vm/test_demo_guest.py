@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.common.errors import MigrationError
 from recipes.demo import disk, records
 from recipes.demo.guest import Guest, Memory
 from recipes.demo.records import Place
 from recipes.demo.stage import Stage
+from recipes.errors import MigrationError
 from tests.support.guests import MIB, flip, guest_running, staged
 from tests.support.processes import Process
 

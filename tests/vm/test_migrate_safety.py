@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.hosts.host import module
 from recipes.qemu.source import Side, give_back, resume
 from recipes.qemu.vm import connect

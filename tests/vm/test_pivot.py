@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from nbdserve.backends.imagelocks import EXCLUSIVE, WRITER, ImageLocks
-from nbdserve.common.errors import MigrationError
+from recipes.errors import MigrationError
 from recipes.qemu.pivot import Pivot, pivot
 from recipes.qemu.vm import Vm, connect
 from tests.support.delay import delayed

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import pytest
 
-from nbdserve.common.errors import ConnectError, MigrationError
+from nbdserve.common.errors import ConnectError
 from recipes.commands import run
+from recipes.errors import MigrationError
 from recipes.migrate import watch
 from recipes.migrate.leftovers import but
 from recipes.migrate.runtime import Migration

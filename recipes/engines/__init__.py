@@ -1,0 +1,1 @@
+"""Who has the guest's disk on B until it is complete."""

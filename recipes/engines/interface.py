@@ -1,0 +1,84 @@
+"""What the steps ask of whoever has the guest's disk on B."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import ClassVar
+
+from nbdserve.common.errors import ConnectError
+from recipes.migrate.runtime import Migration
+from recipes.plans.plan import Plan
+from recipes.qemu.vm import Vm, connect
+
+LOOK = 0.05
+"""Seconds between two looks at what no event announces."""
+
+
+class Engine(ABC):
+    """What is different between the two in steps 1, 2, 3, 5 and 6.
+
+    layout              of the image that step 2 makes
+    structured_replies  whether the export may offer them
+    """
+
+    layout: str
+    structured_replies: ClassVar[bool]
+
+    @abstractmethod
+    def files(self, plan: Plan) -> list[str]:
+        """What the migration makes on B, and what of it a failure before the cut-over has to remove."""
+
+    @abstractmethod
+    def nodes(self, plan: Plan) -> list[dict[str, object]]:
+        """The guest's disk in B's QEMU, as -blockdev options; the last one is what the -device refers to."""
+
+    @abstractmethod
+    def needed_later(self, plan: Plan) -> dict[str, dict[str, object]]:
+        """What B's QEMU has to do again or for the first time while the guest is there: as -blockdev options,
+        by what it is called."""
+
+    @abstractmethod
+    def complete_node(self, plan: Plan) -> dict[str, object]:
+        """The guest's disk in B's QEMU once every block of it is local, as a -blockdev option."""
+
+    @abstractmethod
+    def streamed(self, plan: Plan) -> str:
+        """The device that block-stream is told."""
+
+    @abstractmethod
+    async def prepare(self, m: Migration) -> None:
+        """Step 3, before B's QEMU is started."""
+
+    @abstractmethod
+    async def prepare_again(self, m: Migration) -> None:
+        """Before a QEMU is started on B on an incomplete disk whose guest has been here."""
+
+    @abstractmethod
+    async def monitor(self, m: Migration) -> Vm:
+        """Step 5: the monitor that streaming is told to."""
+
+    @abstractmethod
+    async def confirm(self, m: Migration) -> None:
+        """Step 5, when the job has ended well: see that the image says so too."""
+
+    @abstractmethod
+    async def detach(self, m: Migration) -> None:
+        """Step 6: every block is local; part B's QEMU from all that is not its own file."""
+
+
+async def reached(name: str, address: str, plan: Plan) -> Vm:
+    """Connect to a monitor as soon as it is there; the time limit is the caller's."""
+    limits = plan.limits
+    while True:
+        with suppress(ConnectError):
+            return await connect(name, address, limit=limits.connect, command_limit=limits.command)
+        await asyncio.sleep(LOOK)
+
+
+def blockdev_options(nodes: Sequence[Mapping[str, object]]) -> list[str]:
+    """Block nodes as words of QEMU's command line."""
+    return [word for node in nodes for word in ("-blockdev", json.dumps(node))]

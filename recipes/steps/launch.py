@@ -1,0 +1,60 @@
+"""Step 3: the QEMU on B that waits for the guest."""
+
+from __future__ import annotations
+
+from recipes.engines.choice import engine_for
+from recipes.engines.interface import blockdev_options, reached
+from recipes.errors import MigrationError
+from recipes.migrate.runtime import Migration
+from recipes.plans.plan import Plan
+from recipes.qemu.machine import check_machine
+from recipes.qemu.vm import CommandError, Vm
+from recipes.steps.rights import check_rights, explain_start
+
+
+async def launch(m: Migration) -> str:
+    """Step 3: start the QEMU on B that waits for the guest."""
+    destination, limits = m.plan.destination, m.plan.limits
+    await engine_for(m).prepare(m)
+    disk = blockdev_options(engine_for(m).nodes(m.plan))
+    argv = [*destination.qemu, *disk, "-incoming", "defer", "-qmp", monitor_option(destination.qmp)]
+    m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
+    m.need("B's QEMU", m.qemu.wait())
+    try:
+        m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
+    except MigrationError as error:
+        raise explain_start(m, error) from error
+    await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
+    await m.during(check_machine(m.a, m.b), limits.command, "comparing B's machine with A's")
+    await m.during(check_rights(m), limits.command, "looking at what B's QEMU may do")
+    listen = m.b.execute("migrate-incoming", uri=destination.migration)
+    await m.during(listen, limits.command, "listening for the RAM")
+    return f"process {m.qemu.pid} waits at {destination.migration}"
+
+
+def monitor_option(address: str) -> str:
+    """The value of QEMU's -qmp for a monitor at this address."""
+    kind = "unix" if address.startswith("/") else "tcp"
+    return f"{kind}:{address.replace(',', ',,')},server=on,wait=off"
+
+
+async def check_device(plan: Plan, b: Vm) -> None:
+    """Insist that B's guest has the disk, and waits when the export is away instead of seeing I/O errors."""
+    node = plan.destination.node
+    devices = [each for each in await b.execute("query-block") if "qdev" in each]
+    using = [each["qdev"] for each in devices if each.get("inserted", {}).get("node-name") == node]
+    if not using:
+        raise MigrationError(
+            f"destination.qemu: no -device has drive={node}, so the guest would have no disk"
+        )
+    for name in ("rerror", "werror"):
+        try:
+            action = await b.execute("qom-get", path=using[0], property=name)
+        except CommandError as error:
+            reason = f"the -device of {node} has no {name}: use virtio-blk, scsi-hd or ide-hd"
+            raise MigrationError(f"destination.qemu: {reason}") from error
+        if action != "stop":
+            reason = (
+                f"the -device of {node} has {name}={action}, and an export that is away would be an error"
+            )
+            raise MigrationError(f"destination.qemu: {reason} in the guest; write rerror=stop,werror=stop")
