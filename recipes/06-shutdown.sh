@@ -78,7 +78,7 @@ has_clients() {
 
 has_no_clients() { ! has_clients "$1"; }
 
-nbdserve='^(.*/)?nbdserve$' fence='^((.*/)?nbd-migrate|recipes\.fence)$'
+nbdserve='^(.*/)?nbdserve$' fence='^((.*/)?nbd-migrate|recipes\.(qemu\.)?fence)$'
 
 # Is anything here still needed?
 if [ "$DESTINATION_QMP" != ended ]; then
