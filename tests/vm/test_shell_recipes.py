@@ -138,7 +138,8 @@ def test_a_destination_that_fails_leaves_the_guest_running_on_a(
     operator.must(3, *qemu[: port - 1], *qemu[port + 1 :])
     said = operator.fails(4)
     assert "the guest runs on here, on A, as the migration failed" in said
-    assert "query-migrate: status is failed" in said, "QEMU gives no reason for an end of its return path"
+    # QEMU 7.2 gives no reason for an end of its return path.
+    assert "query-migrate: status is failed" in said or "Sibling indicated error" in said
     assert "load of migration failed" in operator.log_of_b()
     asyncio.run(demo.write_for(0, stage.guest_on_a))
 
