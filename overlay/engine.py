@@ -201,7 +201,7 @@ class Overlay(Backend):
     def needs_network(self, command: Command, offset: int, length: int) -> bool:
         """What reads does, and changes that cover absent clusters in part."""
         if command in (Command.WRITE, Command.WRITE_ZEROES):
-            return not all(self._has(place, 1) for place in self._edges(offset, length))
+            return not all(self._has(place, 1) for place in self.image.edges(offset, length))
         return command not in (Command.FLUSH, Command.TRIM)
 
     def file_range(self, offset: int) -> FileRange | None:
@@ -253,16 +253,8 @@ class Overlay(Backend):
 
     def _bring_edges(self, offset: int, length: int) -> None:
         """Make the clusters local that a change covers only partly."""
-        for place in self._edges(offset, length):
+        for place in self.image.edges(offset, length):
             self.fetcher.bring_cluster(place)
-
-    def _edges(self, offset: int, length: int) -> Iterator[int]:
-        """A place in each of the clusters that a change covers only partly."""
-        size, end = self.image.cluster_size, offset + length
-        if offset % size:
-            yield offset
-        if end % size and end < self.size:
-            yield end - 1
 
     def _allocation(self, runs: list[Run]) -> Iterator[Extent]:
         """The status of runs in ``base:allocation``, as far as a few questions to the backing tell."""

@@ -71,6 +71,12 @@ class Image(ABC):
     backings: tuple[Backing, ...]
     """Where what is absent can be had, all of the same content; () if the image needs none."""
 
+    _path: str
+    """The file's name, for messages."""
+
+    _writable: bool
+    """Whether it is open for changes."""
+
     records_writer: bool = False
     """Whether the layout records what the guest wrote, so that runs are told as ``written``."""
 
@@ -191,6 +197,37 @@ class Image(ABC):
         if not self.read_now(offset, memoryview(data)):
             raise OSError(errno.ENODATA, f"part of the {length} bytes at {offset} is in the backing")
         return bytes(data)
+
+    def edges(self, offset: int, length: int) -> list[int]:
+        """Tell a place in each of the clusters, at most two, that a range covers only in part.
+
+        The disk's last cluster is covered when all its bytes on the disk are.
+        """
+        if not length:
+            return []
+        size, end = self.cluster_size, offset + length
+        places = [offset] if offset % size else []
+        if end % size and end < self.size:
+            places.append(end - 1)
+        return places
+
+    def _check_range(self, offset: int, length: int) -> None:
+        """Require a range that lies within the disk: else OSError, EINVAL."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not within the disk", self._path)
+
+    def _check_change(self, offset: int, length: int) -> None:
+        """Require that a range may be changed: else OSError, EROFS or EINVAL."""
+        if not self._writable:
+            raise OSError(errno.EROFS, "the image is open for reading only", self._path)
+        self._check_range(offset, length)
+
+    def _check_fill(self, offset: int, length: int) -> None:
+        """Require that a range may be changed, and is of whole clusters: else OSError, EROFS or EINVAL."""
+        self._check_change(offset, length)
+        end = offset + length
+        if offset % self.cluster_size or (end % self.cluster_size and end < self.size):
+            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not whole clusters", self._path)
 
     def __enter__(self) -> Self:
         return self

@@ -169,7 +169,8 @@ class FlatImage(Image):
     def fill(self, offset: int, data: Buffer) -> int:
         """Store fetched data where it is absent; see Image."""
         view = memoryview(data)
-        first, end = self._check_fill(offset, len(view))
+        self._check_fill(offset, len(view))
+        first, end = offset // GRAIN, -(-(offset + len(view)) // GRAIN)
         self._make_room()
         filled = 0
         with self._lock:
@@ -331,9 +332,8 @@ class FlatImage(Image):
 
     def _is_part_absent(self, offset: int, end: int) -> bool:
         """Whether a grain is absent of which a range is only a part; for who holds the lock."""
-        edges = [offset // GRAIN] if offset % GRAIN else []
-        edges += [end // GRAIN] if end % GRAIN and end < self.size else []
-        return offset < end and not all(self._grains.has(edge, edge + 1) for edge in edges)
+        edges = self.edges(offset, end - offset)
+        return not all(self._grains.has(edge // GRAIN, edge // GRAIN + 1) for edge in edges)
 
     def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int, bool, bool]]:
         """The grains' runs for a range, piece by piece."""
@@ -360,24 +360,10 @@ class FlatImage(Image):
         if begin < stop:
             yield Run(begin, stop - begin, State.ZERO, None, written)
 
-    def _check_range(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not within the disk", self._path)
-
     def _check_change(self, offset: int, length: int) -> None:
-        if not self._writable:
-            raise OSError(errno.EROFS, "the image is open for reading only", self._path)
+        super()._check_change(offset, length)
         self._refuse_after_failed_sync()
-        self._check_range(offset, length)
 
     def _refuse_after_failed_sync(self) -> None:
         if self._map.failed:
             raise OSError(errno.EIO, "writing back to the disk has failed before", self._path)
-
-    def _check_fill(self, offset: int, length: int) -> tuple[int, int]:
-        """The first grain of a range and the one behind it."""
-        self._check_change(offset, length)
-        end = offset + length
-        if offset % GRAIN or (end % GRAIN and end < self.size):
-            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not whole grains", self._path)
-        return offset // GRAIN, -(-end // GRAIN)

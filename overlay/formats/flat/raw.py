@@ -125,12 +125,3 @@ class RawImage(Image):
             if self._leftover is not None:
                 self._leftover.close()
             self._data.close()
-
-    def _check_range(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not within the disk", self._path)
-
-    def _check_change(self, offset: int, length: int) -> None:
-        if not self._writable:
-            raise OSError(errno.EROFS, "the image is open for reading only", self._path)
-        self._check_range(offset, length)

@@ -224,8 +224,7 @@ class QedImage(Image):
         """Drop the backing from the header; see Image."""
         if not self.backings:
             return
-        if not self._writable:
-            raise OSError(errno.EROFS, "the image is open for reading only", self._path)
+        self._check_change(0, 0)
         if not self.complete:
             raise OSError(errno.EBUSY, "part of the disk is still in the backing", self._path)
         self.flush()
@@ -372,26 +371,7 @@ class QedImage(Image):
             change = (entry == ABSENT) - (was == ABSENT)
             self._absent = absent + change * self._bytes(cluster, count)
 
-    def _check_range(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not within the disk", self._path)
-
-    def _check_change(self, offset: int, length: int) -> None:
-        if not self._writable:
-            raise OSError(errno.EROFS, "the image is open for reading only", self._path)
-        self._check_range(offset, length)
-
-    def _check_fill(self, offset: int, length: int) -> None:
-        self._check_change(offset, length)
-        end = offset + length
-        if offset % self.cluster_size or (end % self.cluster_size and end < self.size):
-            raise OSError(errno.EINVAL, f"{length} bytes at {offset} are not whole clusters", self._path)
-
     def _is_part_absent(self, offset: int, length: int) -> bool:
         """Whether a cluster is absent of which a range is only a part; for who holds the lock."""
-        if not self.backings or not length:
-            return False
-        end = offset + length
-        edges = [offset] if offset % self.cluster_size else []
-        edges += [end - 1] if end % self.cluster_size and end < self.size else []
+        edges = self.edges(offset, length) if self.backings else []
         return any(entry == ABSENT for edge in edges for _, _, entry in self._entries(edge, 1))
