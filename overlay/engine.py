@@ -93,7 +93,7 @@ class Overlay(Backend):
                 raise OSError(errno.EBUSY, "the guest runs here: what it reads cannot be taken away any more")
             # What is on its way may have been read before the guest changed it.
             for claim in self.fetcher.claims.within(offset, length):
-                while not claim.done.wait(1.0):
+                while not claim.wait():
                     if self.sources.quiet >= _FETCH_SILENCE or not self.sources.connected:
                         reason = f"{claim.length} bytes at {claim.offset} are being fetched"
                         raise OSError(errno.ETIMEDOUT, f"{reason}, and nothing comes")
@@ -193,15 +193,27 @@ class Overlay(Backend):
         return coalesce(self._allocation(runs))
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
-        """Reads of what is here; when everything is, in a plain file, also writes."""
+        """Tell what waits for nothing: reads of what is here; when all is, in a plain file, also writes.
+
+        What a damaged image cannot tell is found out by who serves the request.
+        """
         if command is Command.READ:
-            return self._has(offset, length)
+            try:
+                return self.image.is_local(offset, length)
+            except ImageError:
+                return False
         return command is Command.WRITE and self.image.raw_fd is not None
 
     def needs_network(self, command: Command, offset: int, length: int) -> bool:
-        """What reads does, and changes that cover absent clusters in part."""
+        """Tell whether a server may be asked: by what reads, and by changes that need a fetch.
+
+        A trim leaves alone what it would have to fetch.
+        """
         if command in (Command.WRITE, Command.WRITE_ZEROES):
-            return not all(self._has(place, 1) for place in self.image.edges(offset, length))
+            try:
+                return self.image.needs_fetch(offset, length)
+            except ImageError:
+                return True
         return command not in (Command.FLUSH, Command.TRIM)
 
     def file_range(self, offset: int) -> FileRange | None:
@@ -214,13 +226,6 @@ class Overlay(Backend):
         self.fetcher.close()
         self.sources.close()
         self.image.close()
-
-    def _has(self, offset: int, length: int) -> bool:
-        """Whether a range is local; what a damaged image cannot tell is found out by who needs it."""
-        try:
-            return self.image.is_local(offset, length)
-        except ImageError:
-            return False
 
     def _bring(self, offset: int, length: int) -> bool:
         """Fetch and keep a range; False if that fails although a server is there.

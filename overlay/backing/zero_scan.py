@@ -12,7 +12,7 @@ from nbdserve.protocol.constants import ExtentFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
 from overlay.backing.session import Session
-from overlay.formats.image import Image, State
+from overlay.formats.image import Image
 
 _AHEAD = 8
 """Requests for block status under way at once: a sparse disk is looked over at the speed of the link."""
@@ -70,10 +70,9 @@ def _survey(image: Image, session: Session, offset: int) -> Iterator[tuple[int, 
 
 def _absent(image: Image, offset: int, size: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of what is absent, as far as the backing goes, in pieces to ask for."""
-    for run in image.runs(offset, max(0, min(size, image.size) - offset)):
-        if run.state is State.ABSENT:
-            for begin in range(run.offset, run.offset + run.length, STATUS_LIMIT):
-                yield begin, min(STATUS_LIMIT, run.offset + run.length - begin)
+    for start, length in image.absent(offset, max(0, min(size, image.size) - offset)):
+        for begin in range(start, start + length, STATUS_LIMIT):
+            yield begin, min(STATUS_LIMIT, start + length - begin)
 
 
 def _told(

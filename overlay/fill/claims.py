@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 UNIT = 64 << 10
 """Bytes that are claimed together, unless an image's clusters are larger."""
+_MOMENT = 1.0
+"""Seconds after which who waits for another's claim looks whether that still makes sense."""
 
 
 class Claim(NamedTuple):
@@ -16,6 +18,10 @@ class Claim(NamedTuple):
     offset: int
     length: int
     done: threading.Event
+
+    def wait(self) -> bool:
+        """Wait a moment until it is released; False if it is not yet. Who holds it has limits of its own."""
+        return self.done.wait(_MOMENT)
 
 
 class Claims:

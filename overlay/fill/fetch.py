@@ -25,7 +25,7 @@ from overlay.backing.failover import Sources
 from overlay.fill.claims import UNIT, Claim, Claims
 from overlay.fill.progress import Meter
 from overlay.fill.read_ahead import ReadAhead
-from overlay.formats.image import Image, State
+from overlay.formats.image import Image
 
 _LOG = logging.getLogger("nbd-overlay")
 
@@ -90,7 +90,7 @@ class Fetcher:
         if self._image.is_local(offset, length):
             return
         with self.miss():
-            claims, others = self._claim(offset, length)
+            claims, others = self.claim(offset, length)
             try:
                 # Only now that we have claimed ours may others claim what is around.
                 self._look_ahead(offset, length)
@@ -100,7 +100,7 @@ class Fetcher:
             while claims or others:
                 self._fetch(claims)
                 _wait_for(others)
-                claims, others = self._claim(offset, length)
+                claims, others = self.claim(offset, length)
 
     def bring_cluster(self, offset: int) -> None:
         """Make the one cluster local that has ``offset``, and fetch no more than that."""
@@ -111,7 +111,7 @@ class Fetcher:
             return
         with self.miss():
             while not self._image.is_local(start, length):
-                claims, others = self._claim(start, length)
+                claims, others = self.claim(start, length)
                 self._fetch(claims, (start, length))
                 _wait_for(others)
 
@@ -162,13 +162,21 @@ class Fetcher:
                 self._hints.put_nowait(None)
             self._thread.join(1.0)
 
+    def claim(self, offset: int, length: int, longest: int | None = None) -> tuple[list[Claim], list[Claim]]:
+        """Claim what is absent of a range; see Claims.take.
+
+        Unless ``longest`` says so, on a slow link in small parts, as others wait for all of a claim.
+        """
+        longest = longest or max(self.claims.unit, self._sources.length)
+        return self.claims.take(offset, length, lambda *part: not self._image.is_local(*part), longest)
+
     def absent_part(self, claim: Claim) -> tuple[int, int]:
         """Of a claimed range, from the first to the last cluster that is absent; the length may be 0."""
-        absent = [run for run in self._image.runs(claim.offset, claim.length) if run.state is State.ABSENT]
+        absent = list(self._image.absent(claim.offset, claim.length))
         if not absent:
             return claim.offset, 0
-        begin = absent[0].offset
-        return begin, absent[-1].offset + absent[-1].length - begin
+        begin = absent[0][0]
+        return begin, sum(absent[-1]) - begin
 
     def _keep(self, offset: int, data: memoryview) -> Refusal | None:
         """Ask every server for a range, and keep it."""
@@ -180,14 +188,6 @@ class Fetcher:
             return Refusal(offset, error)
         self.store(offset, data)
         return None
-
-    def _claim(self, offset: int, length: int) -> tuple[list[Claim], list[Claim]]:
-        """Claim what is absent; on a slow link in small parts, as others wait for all of a claim."""
-        longest = max(self.claims.unit, self._sources.length)
-        return self.claims.take(offset, length, self._is_absent, longest)
-
-    def _is_absent(self, offset: int, length: int) -> bool:
-        return not self._image.is_local(offset, length)
 
     def _fetch(self, claims: list[Claim], only: tuple[int, int] | None = None) -> None:
         """Fetch and store what is claimed, or only a part of it, and release the claims in any case."""
@@ -261,7 +261,7 @@ class Fetcher:
         while (hint := self._hints.get()) is not None and not self._closed:
             before = time.monotonic()
             try:
-                claims, _ = self._claim(*hint)
+                claims, _ = self.claim(*hint)
                 self._fetch(claims)
             except (OSError, ImageError) as error:
                 # Nobody waits for it; a guest that will is told by its own request.
@@ -284,5 +284,4 @@ def _parts(offset: int, data: memoryview, size: int) -> Iterator[tuple[int, memo
 
 def _wait_for(others: list[Claim]) -> None:
     for other in others:
-        # Whoever holds it has limits of its own; the wait is short.
-        other.done.wait(1.0)
+        other.wait()

@@ -25,7 +25,7 @@ from overlay.fill.fetch import Fetcher, Refusal
 from overlay.fill.flow import Flow, Read, Share
 from overlay.fill.job import Interrupted, Job, Phase
 from overlay.fill.pacing import QUIET_STEP, RateLimit, Window
-from overlay.formats.image import Image, State
+from overlay.formats.image import Image
 
 _LOG = logging.getLogger("nbd-overlay")
 
@@ -156,10 +156,8 @@ class Streamer:
 
     def _next_claims(self) -> Iterator[list[Claim]]:
         """What to fetch next, until the end of the disk; claimed, so that nobody else fetches it."""
-        for run in self._image.runs(0, self._image.size):
-            if run.state is not State.ABSENT:
-                continue
-            offset, end = run.offset, run.offset + run.length
+        for offset, length in self._image.absent(0, self._image.size):
+            end = offset + length
             while offset < end:
                 step = self._step()
                 # A guest that wants what is claimed waits for it, but never for room.
@@ -174,9 +172,7 @@ class Streamer:
 
     def _claim(self, offset: int, length: int) -> list[Claim]:
         length = min(length, self._image.size - offset)
-        claims, _ = self._fetcher.claims.take(
-            offset, length, lambda *part: not self._image.is_local(*part), LONGEST
-        )
+        claims, _ = self._fetcher.claim(offset, length, LONGEST)
         return claims
 
     def _step(self) -> int:
@@ -193,10 +189,9 @@ class Streamer:
         shares = [Share(claim, 1) for claim in claims]
         try:
             for share in shares:
-                for run in list(self._image.runs(share.claim.offset, share.claim.length)):
-                    if run.state is State.ABSENT:
-                        self._flow.ask(self._session(), share, run.offset, run.length)
-                        self.limit.passed(run.length)
+                for offset, length in list(self._image.absent(share.claim.offset, share.claim.length)):
+                    self._flow.ask(self._session(), share, offset, length)
+                    self.limit.passed(length)
         finally:
             for share in shares:
                 self._flow.release(share)

@@ -198,6 +198,17 @@ class Image(ABC):
             raise OSError(errno.ENODATA, f"part of the {length} bytes at {offset} is in the backing")
         return bytes(data)
 
+    def absent(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) of what of a range has to be fetched, in order; see :meth:`runs`."""
+        if self.backings:
+            for run in self.runs(offset, length):
+                if run.state is State.ABSENT:
+                    yield run.offset, run.length
+
+    def needs_fetch(self, offset: int, length: int) -> bool:
+        """Tell whether a change has to wait for a fetch, as it covers an absent cluster only in part."""
+        return not all(self.is_local(edge, 1) for edge in self.edges(offset, length))
+
     def edges(self, offset: int, length: int) -> list[int]:
         """Tell a place in each of the clusters, at most two, that a range covers only in part.
 

@@ -126,7 +126,7 @@ class FlatImage(Image):
             self._data.write(offset, data)
             return True
         with self._lock:
-            if self._map.is_full or ((offset | length) % GRAIN and self._is_part_absent(offset, end)):
+            if self._map.is_full or ((offset | length) % GRAIN and self.needs_fetch(offset, length)):
                 return False
             self._data.write(offset, data)
             if not self._is_raw:
@@ -136,10 +136,9 @@ class FlatImage(Image):
     def write(self, offset: int, data: Buffer) -> bool:
         """The same; makes room in the log if it must."""
         self._check_change(offset, len(data))
-        end = offset + len(data)
         while not self.write_now(offset, data):
             with self._lock:
-                if self._is_part_absent(offset, end):
+                if self.needs_fetch(offset, len(data)):
                     return False
             self._make_room()
         return True
@@ -149,7 +148,7 @@ class FlatImage(Image):
         self._check_change(offset, length)
         end = offset + length
         with self._lock:
-            if self._is_part_absent(offset, end):
+            if self.needs_fetch(offset, length):
                 return False
         while offset < end:
             stop = min(end, offset - offset % _STEP + _STEP)
@@ -157,7 +156,7 @@ class FlatImage(Image):
             with self._lock:
                 if self._map.is_full:
                     continue
-                if self._is_part_absent(offset, stop):
+                if self.needs_fetch(offset, stop - offset):
                     return False
                 self._data.zero(offset, stop - offset)
                 first, last = offset // GRAIN, -(-stop // GRAIN)
@@ -329,11 +328,6 @@ class FlatImage(Image):
         """Flush if the log or the memory for changes is full. Not under the lock."""
         if self._map.is_full:
             self.flush()
-
-    def _is_part_absent(self, offset: int, end: int) -> bool:
-        """Whether a grain is absent of which a range is only a part; for who holds the lock."""
-        edges = self.edges(offset, end - offset)
-        return not all(self._grains.has(edge // GRAIN, edge // GRAIN + 1) for edge in edges)
 
     def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int, bool, bool]]:
         """The grains' runs for a range, piece by piece."""

@@ -136,7 +136,7 @@ class QedImage(Image):
         self._check_change(offset, len(view))
         self._make_room()
         with self._lock:
-            if self._is_part_absent(offset, len(view)):
+            if self._needs_fetch(offset, len(view)):
                 return False
             self._store(self._entries(offset, len(view)), offset, view)
         return True
@@ -145,11 +145,11 @@ class QedImage(Image):
         """Make a range read as zeros; see Image. Data clusters keep their place, with a hole in it."""
         self._check_change(offset, length)
         with self._lock:
-            if self._is_part_absent(offset, length):
+            if self._needs_fetch(offset, length):
                 return False
         for begin, part in self._parts(offset, length):
             with self._lock:
-                if self._is_part_absent(begin, part):
+                if self._needs_fetch(begin, part):
                     return False
                 self._changes += 1
                 for cluster, count, entry in self._entries(begin, part):
@@ -371,7 +371,7 @@ class QedImage(Image):
             change = (entry == ABSENT) - (was == ABSENT)
             self._absent = absent + change * self._bytes(cluster, count)
 
-    def _is_part_absent(self, offset: int, length: int) -> bool:
-        """Whether a cluster is absent of which a range is only a part; for who holds the lock."""
+    def _needs_fetch(self, offset: int, length: int) -> bool:
+        """Tell what needs_fetch() does, for who holds the lock."""
         edges = self.edges(offset, length) if self.backings else []
         return any(entry == ABSENT for edge in edges for _, _, entry in self._entries(edge, 1))
