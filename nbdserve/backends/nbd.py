@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.slices import WHOLE, Slice
-from nbdserve.client.handle import Export
+from nbdserve.client.export import Export
 from nbdserve.client.pace import Pace, timed
 from nbdserve.client.pipeline import SILENCE, Client, connect
 from nbdserve.client.upstream import PATIENCE, Upstream

@@ -5,7 +5,7 @@ errno, as everywhere in the data path. Every request has a time limit, and any n
 number of requests in flight.
 """
 
-from nbdserve.client.handle import Export
+from nbdserve.client.export import Export
 from nbdserve.client.pipeline import DEFAULT_TIMEOUT, Client, connect
 from nbdserve.client.upstream import Fate, Upstream
 

@@ -12,19 +12,18 @@ import os
 import select
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from nbdserve.client import tlsfaults, trust
 from nbdserve.client.dial import Countdown, begin, connect_tcp, connect_unix, in_time, race, resolve, tune
+from nbdserve.client.export import Export
 from nbdserve.client.libnbd import nbd
 from nbdserve.client.replies import broken
 from nbdserve.common.errors import ConnectError
 from nbdserve.common.uri import NbdUri, TlsType
 from nbdserve.protocol.constants import MAX_STRING
-from nbdserve.protocol.offers import BASE_ALLOCATION
 
 HandleError = nbd.Error
 """What every method of a handle raises; ``errnum`` is its errno, or 0."""
@@ -113,35 +112,6 @@ class Handle(Protocol):
     def can_cache(self) -> bool: ...
     def can_multi_conn(self) -> bool: ...
     def can_meta_context(self, metacontext: str) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """What the server says of an export. Sizes in bytes; a block size of 0 means that it named none."""
-
-    size: int
-    read_only: bool
-    multi_conn: bool
-    """Several connections see one another's writes, and flush them (NBD_FLAG_CAN_MULTI_CONN)."""
-    flush: bool
-    fua: bool
-    trim: bool
-    zero: bool
-    fast_zero: bool
-    cache: bool
-    rotational: bool
-    structured_replies: bool
-    """The server offers structured replies, and this client took the offer."""
-    contexts: tuple[str, ...]
-    """The meta contexts that were asked for and that the server answers block status for."""
-    minimum_block: int
-    preferred_block: int
-    maximum_block: int
-
-    @property
-    def has_extents(self) -> bool:
-        """The server answers block status for ``base:allocation``."""
-        return BASE_ALLOCATION in self.contexts
 
 
 def open_handle(

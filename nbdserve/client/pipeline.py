@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from nbdserve.client.dial import SILENT_NETWORK, Countdown, is_cut_off, unsent
+from nbdserve.client.export import Export
 from nbdserve.client.flight import Flight, Request
 from nbdserve.client.handle import (
     CHUNK_ERROR,
     Completion,
     ErrorCell,
-    Export,
     Handle,
     HandleError,
     drive,

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from enum import Enum, auto
 
-from nbdserve.client.handle import Export
+from nbdserve.client.export import Export
 from nbdserve.client.pipeline import Client
 from nbdserve.common.errors import ConnectError, OperatorError
 
