@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from nbdserve.backends.base import Backend
-from nbdserve.common.errors import OperatorError, ProtocolError, UsageError
-from nbdserve.common.threads import Thread
+from nbdserve.common.errors import OperatorError, ProtocolError, UsageError, reason_of
+from nbdserve.common.threads import promised
 from nbdserve.exports.lookups import TooLateError
 from nbdserve.exports.shelf import PATIENCE, Looks, Shelf
 from nbdserve.protocol.constants import MAX_STRING, TransmissionFlags
@@ -295,9 +295,8 @@ class Exports:
 def _end(export: Export) -> Callable[[], str | None]:
     """Flush an export and let go of it. What is returned waits for that, and tells why it failed, if so."""
     seconds = export.backend.last_patience
-    failures: list[str] = []
 
-    def end() -> None:
+    def end() -> str | None:
         try:
             # Where a request hangs in the disk its descriptor must not become another file's.
             if export.users:
@@ -305,25 +304,21 @@ def _end(export: Export) -> Callable[[], str | None]:
             else:
                 export.close()
         except OSError as error:
-            failures.append(error.strerror or str(error))
+            return reason_of(error)
+        return None
 
     if seconds is None:
-        end()
-        return lambda: failures[0] if failures else None
-    thread = Thread(end, f"end of {export.name}")
+        reason = end()
+        return lambda: reason
     deadline = time.monotonic() + seconds
-    try:
-        thread.start()
-    except OSError:
-        # What it asks for has limits of its own, if longer ones.
-        end()
+    # Where no thread can be started, what it asks for has limits of its own, if longer ones.
+    ending = promised(f"end of {export.name}", end)
 
     def ended() -> str | None:
-        if thread.is_alive():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if thread.is_alive() and export.owes:
-            return "the server there does not answer"
-        return failures[0] if failures else None
+        try:
+            return ending.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            return "the server there does not answer" if export.owes else None
 
     return ended
 
