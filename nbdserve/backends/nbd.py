@@ -70,7 +70,7 @@ class NbdBackend(Backend):
         )
         self._payload, self._range = Pace(*_PAYLOAD), Pace(*_RANGE)
         # What is shorter tells nothing of the link and is one request anyway, as most reads of guests are.
-        self._short = min(_PAYLOAD[0] - 1, export.maximum_block or _PAYLOAD[0])
+        self._short = export.payload(_PAYLOAD[0] - 1)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer."""
@@ -152,17 +152,12 @@ class NbdBackend(Backend):
         self._upstream.close()
 
     def _pieces(self, offset: int, length: int, pace: Pace) -> Iterator[tuple[int, int]]:
-        """Where the requests that make up a range begin and end.
-
-        They are as long as the pace says and the server takes, and end with its blocks.
-        """
-        block = self._export.minimum_block or 1
-        most = (self._export.maximum_block or pace.longest) if pace is self._payload else pace.longest
+        """Tell where the requests that make up a range begin and end: as long as the pace says by then."""
         begin = 0
         while begin < length:
-            end = begin + max(min(pace.length, most), block)
-            end -= (self._base + offset + end) % block
-            yield begin, min(end, length)
+            longest = self._export.payload(pace.length) if pace is self._payload else pace.length
+            end = begin + self._export.piece(self._base + offset + begin, length - begin, longest)
+            yield begin, end
             begin = end
 
     def _change(

@@ -34,3 +34,17 @@ class Export:
     def has_extents(self) -> bool:
         """The server answers block status for ``base:allocation``."""
         return BASE_ALLOCATION in self.contexts
+
+    def payload(self, length: int) -> int:
+        """Return so many bytes, or as many as one read or write may carry if those are fewer."""
+        return min(length, self.maximum_block or length)
+
+    def piece(self, offset: int, length: int, longest: int) -> int:
+        """Tell how many bytes the first of the requests has that make up a range.
+
+        With what lies before ``offset`` in its block it has at most ``longest`` bytes, or a block if that is
+        more. All but the last end with a block.
+        """
+        block = self.minimum_block or 1
+        end = offset + max(longest - longest % block, block)
+        return min(end - end % block - offset, length)

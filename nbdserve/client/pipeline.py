@@ -180,7 +180,7 @@ class Client:
         """Read ``length`` bytes at ``offset``; OSError if the server fails, hangs up or does not answer."""
         self._check_range(offset, length)
         data = bytearray(length)
-        part = min(_READ_PART, self.export.maximum_block or _READ_PART)
+        part = self.export.payload(_READ_PART)
         started: deque[Future[None]] = deque()
         with memoryview(data) as view:
             for begin in range(0, length, part):

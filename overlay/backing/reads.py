@@ -80,8 +80,7 @@ class Reading:
         block = export.minimum_block
         if block > 1 and (self.offset % block or length % block):
             return False
-        longest = min(pace.length, export.maximum_block or LONGEST)
-        return 0 < length <= longest and self.offset + length <= export.size
+        return 0 < length <= export.payload(pace.length) and self.offset + length <= export.size
 
 
 class _Attempt:
@@ -91,6 +90,7 @@ class _Attempt:
         self.future: Future[None] = Future()
         self.future.set_running_or_notify_cancel()
         self._reading, self._client, self._pace = reading, client, pace
+        self._export = client.export
         self._block = client.export.minimum_block or 1
         self._lock = threading.Lock()
         self._waiting = deque(part for part in missing if part[1] > part[0])
@@ -113,10 +113,10 @@ class _Attempt:
     def _next(self) -> Range | None:
         """What to ask for now, if anything. Ends the attempt when all is over."""
         with self._lock:
-            length = self._length()
             if self._waiting and self._error is None and self._bytes < self._pace.room:
                 begin, end = self._waiting.popleft()
-                stop = min(end, self._aligned(begin + length))
+                longest = self._export.payload(self._pace.length)
+                stop = begin + self._export.piece(self._reading.offset + begin, end - begin, longest)
                 if stop < end:
                     self._waiting.appendleft((stop, end))
                 self._bytes += stop - begin
@@ -126,14 +126,6 @@ class _Attempt:
         if is_over:
             self._end()
         return None
-
-    def _length(self) -> int:
-        longest = min(self._pace.length, self._client.export.maximum_block or LONGEST)
-        return max(longest - longest % self._block, self._block)
-
-    def _aligned(self, end: int) -> int:
-        """The place in the buffer where the server's block ends that is the last to end by there."""
-        return end - (self._reading.offset + end) % self._block
 
     def _ask(self, part: Range) -> tuple[int, memoryview, Future[None]]:
         """Read a part; returns where what is read begins on the disk and where it will be.

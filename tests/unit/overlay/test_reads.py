@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import errno
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from overlay.backing.reads import Reading, new_pace
 from tests.support.disks import KIB
+from tests.support.exports import PLAIN
 
 SIZE = 64 * KIB
-
-
-@dataclass
-class Export:
-    """What a server that takes only blocks of 4 KiB says of its disk."""
-
-    size: int = SIZE
-    minimum_block: int = 4 * KIB
-    maximum_block: int = 0
 
 
 class Server:
@@ -29,7 +21,7 @@ class Server:
 
     uri = "nbd://somewhere"
     size = SIZE
-    export = Export()
+    export = replace(PLAIN, size=SIZE, minimum_block=4 * KIB)
 
     def __init__(self) -> None:
         self.answer: Future[None] = Future()
