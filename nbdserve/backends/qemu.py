@@ -29,7 +29,7 @@ from nbdserve.client.pipeline import Client, connect
 from nbdserve.client.upstream import PATIENCE, Fate, Upstream
 from nbdserve.common.errors import ConnectError, ImageError, OperatorError
 from nbdserve.common.socket_paths import place_for_sockets
-from nbdserve.common.threads import Thread
+from nbdserve.common.threads import LOOK, Thread
 from nbdserve.common.uri import NbdUri
 
 _LOG = logging.getLogger("nbdserve")
@@ -38,8 +38,6 @@ _START_TIMEOUT = 10.0
 """Seconds in which the child must be ready."""
 _END_TIMEOUT = 30.0
 """Seconds in which the child ends by itself after its client has left, flushing what it holds."""
-_PAUSE = 0.01
-"""Seconds between two attempts to connect to a child that is starting."""
 _LAST_WORDS = 1000
 """Bytes of what a child says that an error message repeats."""
 _PREFIX = re.compile(r"qemu-nbd: (Failed to blk_new_open '.*?': )?")
@@ -138,7 +136,7 @@ class Child:
                         raise ImageError(f"{self._path}: qemu-nbd: {running.last_words()}") from None
                     if time.monotonic() > deadline:
                         raise
-                    time.sleep(_PAUSE)
+                    time.sleep(LOOK)
                 else:
                     running.connected = True
                     return client

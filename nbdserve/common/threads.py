@@ -1,4 +1,4 @@
-"""Threads, of which a process may have no more: the one place that starts any."""
+"""Threads, of which a process may have no more: the one place that starts any, and how often they poll."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
+
+LOOK = 0.01
+"""Seconds between two looks of a thread at what tells nobody that it changes: another process's lock, a child
+that starts, a socket that empties."""
 
 
 class Thread(threading.Thread):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from nbdserve.common.errors import ConnectionLostError, ProtocolError
 from nbdserve.common.logs import ClientLog
+from nbdserve.common.threads import LOOK
 from nbdserve.connection.connected_clients import Clients
 from nbdserve.connection.handshake import Outcome, Terms, TimedSocket, shake_hands
 from nbdserve.connection.listeners import Visitor
@@ -35,8 +36,6 @@ _BUSY = 1.0
 """Seconds in which a client that never stops sending requests is still served while the server stops."""
 _LINGER = 1.0
 """Seconds in which a client may take its last replies before the socket closes."""
-_PAUSE = 0.01
-"""Seconds between two looks at whether it has."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ class Connection:
                 if not self._sock.recv(_GULP):
                     if not self._unsent():
                         return
-                    time.sleep(_PAUSE)
+                    time.sleep(LOOK)
         except OSError:
             # The client closed first, or keeps the connection open: either way it had its time.
             pass

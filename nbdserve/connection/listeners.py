@@ -18,6 +18,7 @@ from typing import Any
 
 from nbdserve.common.errors import ConnectError
 from nbdserve.common.ownership import PRIVATE, Ownership
+from nbdserve.common.threads import LOOK
 
 _LOG = logging.getLogger("nbdserve")
 
@@ -27,8 +28,10 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP
 """A dead peer is noticed after two minutes (seconds, seconds, probes)."""
 _NOT_HERE = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EADDRNOTAVAIL, errno.EPERM, errno.EACCES)
 """What says that this machine, or what confines this process, does not have an address or its family."""
-_TURN, _LOOK = 2.0, 0.01
-"""Seconds for which another server that takes a dead socket's place is waited for, and between two looks."""
+_TURN = 2.0
+"""Seconds for which another server that takes a dead socket's place is waited for."""
+ACCEPT_PAUSE = 0.2
+"""Seconds to wait when no client can be accepted, for lack of descriptors or memory."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                time.sleep(_LOOK)
+                time.sleep(LOOK)
             except OSError:
                 break
         yield

@@ -14,15 +14,13 @@ from qemu.qmp.protocol import ConnectError
 
 from nbdserve import __version__
 from nbdserve.common.threads import Thread
-from nbdserve.connection.listeners import Listener
+from nbdserve.connection.listeners import ACCEPT_PAUSE, Listener
 from nbdserve.qmp.dispatch import Command, CommandError, Handler
 from nbdserve.qmp.session import Session
 
 _LOG = logging.getLogger("nbdserve")
 MAX_SESSIONS = 16
 """Clients at a time; more wait."""
-_PAUSE = 0.2
-"""Seconds to wait when no client can be accepted for lack of descriptors."""
 _END = 5.0
 """Seconds in which the thread must end."""
 
@@ -90,7 +88,7 @@ class Monitor:
             except OSError as error:
                 _LOG.warning("monitor: cannot accept a client: %s", error.strerror or error)
                 room.release()
-                await asyncio.sleep(_PAUSE)
+                await asyncio.sleep(ACCEPT_PAUSE)
                 continue
             task = self._loop.create_task(self._attend(sock))
             attending.add(task)

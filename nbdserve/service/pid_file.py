@@ -19,13 +19,13 @@ from typing import Self
 
 from nbdserve.common import file_locks
 from nbdserve.common.errors import OperatorError
+from nbdserve.common.threads import LOOK
 
 _CONTENT = re.compile(rb"\s*([0-9]*)\s*")
 _MOST = 32
 """Bytes that a pid file has at most."""
 _PATIENCE = 1.0
 """Seconds in which another newcomer has taken the place of a process that has ended."""
-_PAUSE = 0.01
 
 
 class PidFile:
@@ -128,7 +128,7 @@ def _open_abandoned(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-        time.sleep(_PAUSE)
+        time.sleep(LOOK)
 
 
 def _take(descriptor: int, owner: int) -> bool:

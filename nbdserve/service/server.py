@@ -14,7 +14,7 @@ from nbdserve.common.logs import ClientLog
 from nbdserve.common.threads import Thread
 from nbdserve.connection.client_connection import Connection, Shared
 from nbdserve.connection.connected_clients import SILENCE, Clients
-from nbdserve.connection.listeners import Listener, Visitor
+from nbdserve.connection.listeners import ACCEPT_PAUSE, Listener, Visitor
 from nbdserve.connection.policy import Policy
 from nbdserve.exports.served_exports import Exports
 from nbdserve.service.notify import ServiceManager
@@ -29,8 +29,6 @@ _DRAIN = 10.0
 """Seconds that requests in flight are given when the server stops."""
 _FAREWELL = 1.0
 """Seconds that those are given together who have been cut off."""
-_PAUSE = 0.2
-"""Seconds to wait when no client can be accepted for lack of descriptors or memory."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -147,7 +145,7 @@ class Server:
             return
         except OSError as error:
             _LOG.warning("%s: cannot accept a client: %s", listener, error.strerror or error)
-            time.sleep(_PAUSE)
+            time.sleep(ACCEPT_PAUSE)
             return
         if visitor.host is not None and not self._policy.allow.admits(visitor.host):
             self._turn_away(visitor, "not allowed", "turned away: its address is not in any --allow")

@@ -12,6 +12,7 @@ from nbdserve.client import Client
 from nbdserve.client.reconnect import Fault, fault_of
 from nbdserve.common.errors import ImageError
 from overlay.backing.reads import Reading, new_pace
+from overlay.backing.session import LOOK
 from overlay.formats.image import Image, State
 
 _BLOCK = 4096
@@ -21,8 +22,6 @@ _OF_EACH, _APART = 8, 128 << 10
 """Blocks that are taken of what lies together, at most; and bytes from one to the next, at least."""
 _ENOUGH = 4
 """Blocks of which none is as it was, after which it is another disk even while the guest runs elsewhere."""
-_LOOK = 0.5
-"""Seconds between two looks whether a server that says nothing is still waited for."""
 _MOST_RUNS = 1024
 """Runs of an image that are looked at to recall what was copied."""
 
@@ -119,7 +118,7 @@ def _read(
     for offset in offsets:
         block = bytearray(_BLOCK)
         started.append((offset, block, Reading(offset, memoryview(block)).start(client, pace)))
-    while wait([future for _, _, future in started], _LOOK).not_done:
+    while wait([future for _, _, future in started], LOOK).not_done:
         go_on()
     for offset, block, future in started:
         error = future.exception()

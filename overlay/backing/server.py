@@ -15,7 +15,7 @@ from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import Thread
 from nbdserve.common.uri import NbdUri
 from overlay.backing.reads import new_pace
-from overlay.backing.session import Session
+from overlay.backing.session import LOOK, Session
 
 _LOG = logging.getLogger("nbd-overlay")
 
@@ -25,8 +25,6 @@ _LONGEST_PAUSE = 3.0
 """Seconds between two attempts to connect, at most."""
 _APART = 0.1
 """Seconds between two connections, at least, however soon the first is lost."""
-_LOOK = 0.5
-"""Seconds between two looks at a connection that nobody uses."""
 _HALF_LIFE = 60.0
 """Seconds after which an error counts half as much when servers are compared."""
 
@@ -204,7 +202,7 @@ class Source:
             if not self._is_checked:
                 self._check(session)
             else:
-                self._wait(_LOOK)
+                self._wait(LOOK)
                 self._watch(session)
             return
         if session is not None:

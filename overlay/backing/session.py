@@ -9,6 +9,9 @@ from nbdserve.client.pace import Pace
 from nbdserve.client.reconnect import Connections
 from nbdserve.common.uri import NbdUri
 
+LOOK = 0.5
+"""Seconds between two looks whether a server that says nothing is still to be waited for."""
+
 
 class Server(Protocol):
     """The server whose connections they are: what those who use them tell it, from any thread."""
