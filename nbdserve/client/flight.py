@@ -20,22 +20,30 @@ _LOOK = 5.0
 """Seconds between two looks at a connection on which nothing moves, at most."""
 
 
+class Promise(Future[T]):
+    """What a request will have brought: nobody can call it back, as it is on its way."""
+
+    def cancel(self) -> bool:
+        """Refuse."""
+        return False
+
+
 class Request(Generic[T]):
     """A request in flight. ``result`` yields what its Future is to return, once it has succeeded."""
 
+    # Of the class until they change, as most requests are answered before that.
+    number = 0
+    sent = 0.0
+    overtaken = math.inf
+    """Since when later ones are answered before it."""
+    rounds = 0
+    """How often one that was sent after it had been overtaken was answered before it."""
+    next_round = 0
+    """The number from which on requests make another round."""
+
     def __init__(self, result: Callable[[], T]) -> None:
-        self.future: Future[T] = Future()
-        # It is on its way: nobody can call it back.
-        self.future.set_running_or_notify_cancel()
+        self.future: Promise[T] = Promise()
         self.result = result
-        self.number = 0
-        self.sent = 0.0
-        self.overtaken = math.inf
-        """Since when later ones are answered before it."""
-        self.rounds = 0
-        """How often one that was sent after it had been overtaken was answered before it."""
-        self.next_round = 0
-        """The number from which on requests make another round."""
 
     def succeed(self, name: str) -> None:
         """The server with this name has done it."""

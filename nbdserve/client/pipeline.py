@@ -90,6 +90,7 @@ class Client:
     def __init__(self, uri: NbdUri, export: Export, handle: Handle, silence: float) -> None:
         self.uri = uri
         self.export = export
+        self._name = str(uri)
         self._lock = threading.Lock()
         self._handle: Handle | None = handle
         self._thread: Thread | None = None
@@ -324,7 +325,7 @@ class Client:
             if not self._flight.end(request):
                 continue
             if not number:
-                request.succeed(str(self.uri))
+                request.succeed(self._name)
             elif number == errno.ENOTCONN and reason is not None:
                 self._fail(request, reason)
             elif number == errno.EPROTO:
