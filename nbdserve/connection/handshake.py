@@ -121,7 +121,12 @@ def shake_hands(timed: TimedSocket, catalog: Catalog, terms: Terms) -> Outcome:
 
 
 def _answer(stream: TlsStream | TimedSocket, replies: bytes, haggling: Haggling) -> None:
-    """Send replies. Who has said goodbye need not wait for one; nbdinfo 1.22 does not."""
+    """Send replies. Who has said goodbye need not wait for one; nbdinfo 1.22 does not.
+
+    Even to send nothing fails where the client has gone, and its goodbye may not have been received yet.
+    """
+    if not replies:
+        return
     try:
         stream.sendall(replies)
     except ConnectionError:
