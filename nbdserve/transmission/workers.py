@@ -36,7 +36,8 @@ class Budget:
     def reserve(self, amount: int) -> None:
         """Wait, in the order of arrival, for so many bytes; more than the limit are granted alone."""
         with self._turn, self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + amount <= self._limit)
+            while self._held and self._held + amount > self._limit:
+                self._changed.wait()
             self._held += amount
         if self._whole is not None:
             self._whole.reserve(amount)
@@ -204,7 +205,8 @@ class InFlight:
     def begin(self, size: int) -> None:
         """Count one more; waits while a limit is reached, which is the client's backpressure."""
         with self._changed:
-            self._changed.wait_for(lambda: self._has_room(size))
+            while not self._has_room(size):
+                self._changed.wait()
             self._count += 1
             self._bytes += size
         self._memory.reserve(size)
