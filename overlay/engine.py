@@ -38,6 +38,10 @@ class Overlay(Backend):
 
     ``keep`` is copy-on-read: whether what was read is kept. ``armed`` says that the guest still runs
     elsewhere and changes the backing, so that nothing may be kept before :meth:`activate`.
+
+    Safe for several threads. ``_changing`` keeps :meth:`activate` and :meth:`invalidate` apart. It is held
+    for as long as they take, and the locks of claims and image are taken under it; a guest's first write
+    waits for it. Nothing else holds a lock of this class, and who fetches holds none at all.
     """
 
     always_local = False

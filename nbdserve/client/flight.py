@@ -59,9 +59,11 @@ class Request(Generic[T]):
 
 
 class Flight:
-    """What is under way on one connection. Safe for several threads.
+    """What is under way on one connection.
 
     ``silence`` is for how many seconds nothing may come or go while something is under way.
+
+    Safe for several threads: the lock is held for moments only, and no other is taken under it.
     """
 
     def __init__(self, silence: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -85,6 +85,10 @@ class Client:
     too long, and EPROTO when it breaks the protocol so that nothing more can be understood, which end the
     connection; EPROTO also when it answered something else than what was asked, else what the server says.
     Their callbacks run in the connection's own thread and must not wait.
+
+    Safe for several threads. The lock is held while a request is handed to libnbd, which sends what the
+    socket takes and never waits; Flight's lock, and then libnbd's own, are taken under it. Only :meth:`close`
+    waits, without it, for at most two seconds.
     """
 
     def __init__(self, uri: NbdUri, export: Export, handle: Handle, silence: float) -> None:

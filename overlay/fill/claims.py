@@ -25,7 +25,11 @@ class Claim(NamedTuple):
 
 
 class Claims:
-    """The claims on one disk of ``size`` bytes. Safe for several threads."""
+    """The claims on one disk of ``size`` bytes.
+
+    Safe for several threads. The lock is held while :meth:`take` asks what is wanted, so the image's locks
+    are taken under it, and its tables may have to be read; nobody waits for a claim under it.
+    """
 
     def __init__(self, size: int, unit: int = UNIT) -> None:
         self.unit = unit

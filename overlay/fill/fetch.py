@@ -66,9 +66,12 @@ class Refusal(NamedTuple):
 
 
 class Fetcher:
-    """Brings parts of the backing into the image. Safe for several threads.
+    """Brings parts of the backing into the image.
 
     ``on_miss`` is called with the offset and length of what a guest had to wait for.
+
+    Safe for several threads. What is claimed is fetched without a lock: who needs it too waits for the claim.
+    ``_starting`` lets one thread start the one that reads ahead, or none once it is closed.
     """
 
     def __init__(self, image: Image, sources: Sources) -> None:

@@ -37,7 +37,11 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 class Job:
-    """One job at a time. Safe for several threads."""
+    """One job at a time.
+
+    Safe for several threads. ``tell`` is called under the condition, so that phases are told in their order:
+    it takes no lock that is held while this one is used, and waits for nothing.
+    """
 
     def __init__(self) -> None:
         self.identifier = ""

@@ -57,7 +57,9 @@ class Meter:
 class Progress:
     """What there was to do, and what of it is done, in bytes. Neither ever decreases.
 
-    As with QEMU's jobs, what has to be done once more counts on both sides. Safe for several threads.
+    As with QEMU's jobs, what has to be done once more counts on both sides.
+
+    Safe for several threads. ``_taking`` lets one after the other take parts away, for as long as that takes.
     """
 
     def __init__(self, image: Image) -> None:
