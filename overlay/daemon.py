@@ -58,26 +58,26 @@ class Daemon:
 
     @property
     def finished(self) -> bool:
-        """Whether the source is needed no more, and another process may take the image over."""
+        """Tell whether the source is needed no more, and another process may take the image over."""
         return self.window_ended is not None
 
     @property
     def window(self) -> float | None:
-        """Seconds for which the guest has depended on the source, or did; None before it came here."""
+        """Tell for how many seconds the guest depends on the source, or did; None before it came here."""
         if self.window_began is None:
             return None
         return max(0.0, (self.window_ended or time.monotonic()) - self.window_began)
 
     @property
     def rate(self) -> float | None:
-        """Bytes a second at which the disk becomes local by copying; None while that is not known."""
+        """Tell how many bytes a second become local by copying; None while that is not known."""
         if self.job.phase is not Phase.RUNNING or not self.streamer.has_surveyed:
             return None
         return self.overlay.fetcher.copied.rate()
 
     @property
     def seconds_left(self) -> float | None:
-        """Until everything is here; None while that cannot be known."""
+        """Return the seconds until everything is here; None while that cannot be known."""
         if self.finished:
             return 0.0
         rate = self.rate

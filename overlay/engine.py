@@ -71,12 +71,12 @@ class Overlay(Backend):
 
     @property
     def armed(self) -> bool:
-        """Whether the cut-over is still to come, so that nothing of the backing may be kept."""
+        """Tell whether the cut-over is still to come, so that nothing of the backing may be kept."""
         return self._armed
 
     @property
     def keeps(self) -> bool:
-        """Whether what guests read is kept now."""
+        """Tell whether what guests read is kept now."""
         return self._keep and not self._armed
 
     def activate(self) -> None:
@@ -185,7 +185,7 @@ class Overlay(Backend):
             self.image.flush()
 
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
-        """What is here, and of what is not, what a server says; data, where none says anything.
+        """Yield what is here, and of what is not, what a server says; data, where none says anything.
 
         An error would be taken for the end of the disk by QEMU 7.2 and 10.0, so there is none.
         """
@@ -221,7 +221,7 @@ class Overlay(Backend):
         return command not in (Command.FLUSH, Command.TRIM)
 
     def file_range(self, offset: int) -> FileRange | None:
-        """The plain file that the image has become."""
+        """Return the plain file that the image has become."""
         fd = self.image.raw_fd
         return None if fd is None else FileRange(fd, offset)
 

@@ -95,12 +95,12 @@ class Backend(ABC):
 
     @property
     def unflushed(self) -> bool:
-        """Whether there may be acknowledged changes that are not durable."""
+        """Tell whether there may be acknowledged changes that are not durable."""
         return True
 
     @property
     def last_patience(self) -> float | None:
-        """For how many seconds its last flush is waited for when the server ends.
+        """Tell for how many seconds its last flush is waited for when the server ends.
 
         None, for as long as it takes, where a disk does it.
         """
@@ -114,23 +114,23 @@ class Backend(ABC):
         """
 
     def reads_as_zeroes(self, offset: int, length: int) -> bool:
-        """Whether the whole range is known, at less than the cost of reading it, to hold only zeroes."""
+        """Tell whether the whole range is known, at less than the cost of reading it, to hold only zeroes."""
         return False
 
     def file_range(self, offset: int) -> FileRange | None:
-        """Where the bytes from ``offset`` on lie in a file, if reading that file is all that a read does."""
+        """Tell where the bytes from ``offset`` on lie in a file, if a read does no more than to read it."""
         return None
 
     def write_range(self, offset: int) -> FileRange | None:
-        """Where writes from ``offset`` on go in a file, if that is all that they do, apart from FUA."""
+        """Tell where writes from ``offset`` on go in a file, if that is all that they do, apart from FUA."""
         return None
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
-        """Whether a request can be served at once, without waiting for a network or a slow device."""
+        """Tell whether a request can be served at once, without waiting for a network or a slow device."""
         return True
 
     def needs_network(self, command: Command, offset: int, length: int) -> bool:
-        """Whether a request that is not local may have to wait for another server, which may hang."""
+        """Tell whether a request that is not local may have to wait for another server, which may hang."""
         return False
 
     @abstractmethod

@@ -79,11 +79,11 @@ class DirectBackend(FileBackend):
             super().write(border - self._base, view[border - begin :], fua)
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:
-        """Never: every access waits for the disk."""
+        """Refuse: every access waits for the disk."""
         return False
 
     def write_now(self, offset: int, data: Buffer) -> bool:
-        """Never, either."""
+        """Refuse, too."""
         return False
 
     def _write_through_blocks(self, begin: int, data: memoryview, fua: bool) -> None:

@@ -63,7 +63,7 @@ class FileBackend(Backend):
         self.capabilities = Capabilities(read_only=read_only, cache=True, fast_zero=True, multi_conn=True)
 
     def fileno(self) -> int:
-        """The descriptor, for image locks."""
+        """Return the descriptor, for image locks."""
         return self._fd
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -101,7 +101,7 @@ class FileBackend(Backend):
         return True
 
     def log_writes(self) -> None:
-        """Nothing: the kernel has what was written."""
+        """Do nothing: the kernel has what was written."""
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Zero by fallocate where the file system can, by writing where it cannot."""
@@ -194,7 +194,7 @@ class FileBackend(Backend):
             raise OSError(errno.EIO, f"{self.path} ends before offset {end}")
 
     def reads_as_zeroes(self, offset: int, length: int) -> bool:
-        """Whether the range lies in a hole. Looks for data only: to find where data ends can take long."""
+        """Tell whether the range lies in a hole. Looks for data only: finding its end can take long."""
         position = self._base + offset
         data = next_data(self._fd, position)
         if data is None:
@@ -203,15 +203,15 @@ class FileBackend(Backend):
         return data >= position + length
 
     def file_range(self, offset: int) -> FileRange | None:
-        """The file as it is."""
+        """Return the file as it is."""
         return FileRange(self._fd, self._base + offset)
 
     def write_range(self, offset: int) -> FileRange | None:
-        """The same file."""
+        """Return the same file."""
         return self.file_range(offset)
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
-        """All but a flush, which waits for the disk while reads from the page cache could go on."""
+        """Say yes but to a flush, which waits for the disk while reads from the page cache could go on."""
         return command != Command.FLUSH
 
     def close(self) -> None:

@@ -26,77 +26,77 @@ class Filter(Backend):
         self.contexts = beneath.contexts
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """As beneath."""
+        """Do as beneath."""
         self.beneath.read_into(offset, buffer)
 
     def write(self, offset: int, data: Buffer, fua: bool) -> None:
-        """As beneath."""
+        """Do as beneath."""
         self.beneath.write(offset, data, fua)
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:
-        """As beneath: no filter changes what is read."""
+        """Do as beneath: no filter changes what is read."""
         return self.beneath.read_now(offset, buffer)
 
     def write_now(self, offset: int, data: Buffer) -> bool:
-        """As beneath."""
+        """Do as beneath."""
         return self.beneath.write_now(offset, data)
 
     def log_writes(self) -> None:
-        """As beneath."""
+        """Do as beneath."""
         self.beneath.log_writes()
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
-        """As beneath."""
+        """Do as beneath."""
         self.beneath.zero(offset, length, fua, may_trim, fast)
 
     def trim(self, offset: int, length: int, fua: bool) -> None:
-        """As beneath."""
+        """Do as beneath."""
         self.beneath.trim(offset, length, fua)
 
     def cache(self, offset: int, length: int) -> None:
-        """As beneath."""
+        """Do as beneath."""
         self.beneath.cache(offset, length)
 
     def flush(self) -> None:
-        """As beneath."""
+        """Do as beneath."""
         self.beneath.flush()
 
     @property
     def unflushed(self) -> bool:
-        """As beneath."""
+        """Do as beneath."""
         return self.beneath.unflushed
 
     @property
     def last_patience(self) -> float | None:
-        """As beneath."""
+        """Do as beneath."""
         return self.beneath.last_patience
 
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
-        """As beneath."""
+        """Do as beneath."""
         return self.beneath.extents(offset, length, context)
 
     def reads_as_zeroes(self, offset: int, length: int) -> bool:
-        """As beneath."""
+        """Do as beneath."""
         return self.beneath.reads_as_zeroes(offset, length)
 
     def file_range(self, offset: int) -> FileRange | None:
-        """As beneath: no filter changes what is read."""
+        """Do as beneath: no filter changes what is read."""
         return self.beneath.file_range(offset)
 
     def write_range(self, offset: int) -> FileRange | None:
-        """As beneath."""
+        """Do as beneath."""
         return self.beneath.write_range(offset)
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
-        """As beneath."""
+        """Do as beneath."""
         return self.beneath.is_local(command, offset, length)
 
     def needs_network(self, command: Command, offset: int, length: int) -> bool:
-        """As beneath."""
+        """Do as beneath."""
         return self.beneath.needs_network(command, offset, length)
 
     def close(self) -> None:
-        """As beneath."""
+        """Do as beneath."""
         self.beneath.close()
 
 
@@ -108,7 +108,7 @@ class WriteThrough(Filter):
         self.beneath.write(offset, data, fua=True)
 
     def write_now(self, offset: int, data: Buffer) -> bool:
-        """Never: it waits for the disk."""
+        """Refuse: it waits for the disk."""
         return False
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
@@ -120,11 +120,11 @@ class WriteThrough(Filter):
         self.beneath.trim(offset, length, fua=True)
 
     def write_range(self, offset: int) -> FileRange | None:
-        """None: writing is not all."""
+        """Name none: writing is not all."""
         return None
 
     def is_local(self, command: Command, offset: int, length: int) -> bool:
-        """Only what waits for no disk."""
+        """Say yes to what waits for no disk."""
         waits = command in (Command.WRITE, Command.WRITE_ZEROES, Command.TRIM)
         return not waits and self.beneath.is_local(command, offset, length)
 
@@ -189,7 +189,7 @@ class Caching(Enum):
 
     @property
     def direct(self) -> bool:
-        """Past the page cache."""
+        """Tell whether files are read and written past the page cache."""
         return self in (Caching.NONE, Caching.DIRECTSYNC)
 
     @property
@@ -223,11 +223,11 @@ class ZeroDetector(Filter):
             self.beneath.write(offset, data, fua)
 
     def write_now(self, offset: int, data: Buffer) -> bool:
-        """As beneath, but for zeroes: these go the ordinary way."""
+        """Do as beneath, but for zeroes: these go the ordinary way."""
         return not _is_zero(memoryview(data)) and self.beneath.write_now(offset, data)
 
     def write_range(self, offset: int) -> FileRange | None:
-        """None: what is written has to be looked at."""
+        """Name none: what is written has to be looked at."""
         return None
 
 

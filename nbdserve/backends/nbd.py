@@ -89,7 +89,7 @@ class NbdBackend(Backend):
             self._change(fua, start, self._base + offset + begin, view[begin:end])
 
     def log_writes(self) -> None:
-        """Nothing: no write is taken at once."""
+        """Do nothing: no write is taken at once."""
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Let the server zero the range."""
@@ -120,16 +120,16 @@ class NbdBackend(Backend):
 
     @property
     def unflushed(self) -> bool:
-        """Whether this process has acknowledged anything that the server has not flushed."""
+        """Tell whether this process has acknowledged anything that the server has not flushed."""
         return self._upstream.unflushed
 
     @property
     def last_patience(self) -> float | None:
-        """What is left of 10 s: one that others have waited for in vain already hardly gets any more."""
+        """Grant what is left of 10 s: one that others have waited for in vain hardly gets any more."""
         return max(_LEAST_PATIENCE, _MOST_PATIENCE - self._upstream.waited)
 
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
-        """What the server says of the range; OSError when it fails."""
+        """Yield what the server says of the range; OSError when it fails."""
         place = self._base + offset
         left = self.size - offset
         runs = self._upstream.call(Client.start_extents, place, length, context)

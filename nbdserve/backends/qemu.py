@@ -56,7 +56,7 @@ class Manner:
     aio: str | None = None
 
     def options(self) -> list[str]:
-        """The words on qemu-nbd's command line."""
+        """Return the words on qemu-nbd's command line."""
         named = {
             "format": self.format,
             "discard": self.discard,
@@ -69,7 +69,7 @@ class Manner:
 
     @property
     def durable(self) -> bool:
-        """Whether nothing is acknowledged before it is durable."""
+        """Tell whether nothing is acknowledged before it is durable."""
         return self.cache in ("writethrough", "directsync")
 
 
@@ -95,7 +95,7 @@ class QemuBackend(NbdBackend):
 
     @property
     def last_patience(self) -> float | None:
-        """No less than the disk beneath needs."""
+        """Grant no less than the disk beneath needs."""
         return None
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Child:
         return Fate.SAFE if self.end() == 0 or self._manner.durable else Fate.LOST
 
     def end(self) -> int | None:
-        """The exit code of the child, which has lost its client; it is killed when it does not end."""
+        """Return the exit code of the child, which has lost its client; it is killed when it does not end."""
         running, self._running = self._running, None
         return None if running is None else running.wait()
 
@@ -178,13 +178,13 @@ class _Running:
         self._process = outcome
 
     def last_words(self) -> str:
-        """What the child said at its end, in one line."""
+        """Return what the child said at its end, in one line."""
         said = os.pread(self._log.fileno(), _LAST_WORDS, 0).decode(errors="replace")
         lines = [_PREFIX.sub("", line) for line in said.splitlines() if line.strip()]
         return ": ".join(lines) or "it ended without a word"
 
     def wait(self) -> int:
-        """The exit code; the process is killed if it does not end soon."""
+        """Return the exit code; the process is killed if it does not end soon."""
         waits = _END_TIMEOUT if self.connected else 0
         if not self.ended.wait(waits):
             if waits:

@@ -15,7 +15,7 @@ class Slice:
     size: int | None = None
 
     def length_within(self, whole: int, name: str) -> int:
-        """How many bytes of an image of ``whole`` bytes are shown; UsageError when it is too short."""
+        """Tell how many bytes of an image of ``whole`` bytes are shown; UsageError when it is too short."""
         if self.offset > whole:
             raise UsageError(
                 f"{name}: offset {self.offset} is past the end at {whole} bytes, choose a smaller one"

@@ -27,7 +27,7 @@ class FileRange(NamedTuple):
 
 
 def open_pipe() -> Pipe | None:
-    """A pipe; None when the process may open no more files, as there are other ways."""
+    """Return a pipe; None when the process may open no more files, as there are other ways."""
     try:
         return Pipe()
     except OSError:
@@ -55,7 +55,7 @@ class Pipe:
             self.capacity = fcntl.fcntl(self._write_end, fcntl.F_GETPIPE_SZ)
 
     def most(self, offset: int) -> int:
-        """Bytes that fit from a file offset on; a page of which only a part counts takes a whole place."""
+        """Tell how many bytes fit from a file offset on; a part of a page takes a whole place."""
         return self.capacity - offset % PAGE
 
     def fill(self, source: FileRange, length: int) -> bool:
@@ -118,7 +118,7 @@ class Pipe:
         return True
 
     def take_back(self) -> bytes:
-        """Everything that is in the pipe."""
+        """Return everything that is in the pipe."""
         content, self.held = self._empty(self.held), 0
         return content
 

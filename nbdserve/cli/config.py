@@ -63,7 +63,7 @@ class Options:
 
 
 def certificates(given: argparse.Namespace) -> Certificates | None:
-    """The files that the TLS options name; None without TLS. UsageError where they make no sense."""
+    """Return the files that the TLS options name; None without TLS. UsageError where they make no sense."""
     single = (given.tls_cert, given.tls_key, given.tls_ca)
     if given.tls_psk is not None:
         if any(single) or given.tls_certificates is not None or given.tls_verify_peer:
@@ -81,7 +81,7 @@ def certificates(given: argparse.Namespace) -> Certificates | None:
 
 
 def exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
-    """What is to be served; UsageError where the options make no sense."""
+    """Return what is to be served; UsageError where the options make no sense."""
     found = [_export(text, given.read_only) for text in given.export]
     if given.file is not None:
         single = ExportOptions(
@@ -105,7 +105,7 @@ def exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
 
 
 def directory(given: argparse.Namespace) -> DirectoryOptions | None:
-    """The directory whose files are to be served, if there is one; -f belongs to a FILE when one is given."""
+    """Return the directory to be served, if there is one; -f belongs to a FILE when one is given."""
     if given.directory is None:
         return None
     return DirectoryOptions(given.directory, None if given.file else given.format, given.read_only)
@@ -152,7 +152,7 @@ def _export(text: str, read_only: bool) -> ExportOptions:
 
 
 def addresses(given: argparse.Namespace, can_encrypt: bool) -> tuple[NbdUri, ...]:
-    """Where to listen, as far as anything was said about it; UsageError where it makes no sense."""
+    """Tell where to listen, as far as anything was said about it; UsageError where it makes no sense."""
     found = [parse_listen_uri(text) for text in given.listen]
     for text, address in zip(given.listen, found, strict=True):
         if address.tls not in (None, Tls()):
@@ -172,7 +172,7 @@ def addresses(given: argparse.Namespace, can_encrypt: bool) -> tuple[NbdUri, ...
 
 
 def monitor_path(text: str) -> str:
-    """The path in ``--qmp unix:PATH``."""
+    """Return the path in ``--qmp unix:PATH``."""
     kind, _, path = text.partition(":")
     if kind != "unix" or not path:
         raise UsageError(f"--qmp {text}: write unix:PATH")
@@ -180,7 +180,7 @@ def monitor_path(text: str) -> str:
 
 
 def socket_owner(given: argparse.Namespace, addresses: Sequence[NbdUri]) -> Ownership:
-    """Whose the clients' Unix sockets are to be; UsageError where that makes no sense."""
+    """Tell whose the clients' Unix sockets are to be; UsageError where that makes no sense."""
     found = ownership(given.socket_mode, given.socket_owner, "--socket-")
     paths = [each.socket for each in addresses if each.socket and not each.socket.startswith("\0")]
     if found and not paths:
@@ -191,7 +191,7 @@ def socket_owner(given: argparse.Namespace, addresses: Sequence[NbdUri]) -> Owne
 
 
 def monitor_owner(given: argparse.Namespace) -> Ownership:
-    """Whose the monitor's socket is to be; UsageError where that makes no sense."""
+    """Tell whose the monitor's socket is to be; UsageError where that makes no sense."""
     found = ownership(given.qmp_mode, given.qmp_owner, "--qmp-")
     if found and given.qmp is None:
         raise UsageError("--qmp-mode and --qmp-owner are for the monitor: add --qmp")
@@ -199,7 +199,7 @@ def monitor_owner(given: argparse.Namespace) -> Ownership:
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """The two parts of ``--metrics HOST:PORT``; an IPv6 address stands in brackets."""
+    """Return the two parts of ``--metrics HOST:PORT``; an IPv6 address stands in brackets."""
     host, colon, port = text.rpartition(":")
     usable = colon and re.fullmatch("[0-9]{1,5}", port) and int(port) <= 65535
     if not usable or (":" in host and not host.startswith("[")):
@@ -208,7 +208,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def bare_host(text: str, where: str) -> str:
-    """A host's name or address without the brackets that an IPv6 address may stand in; UsageError if none."""
+    """Return a host's name or address without the brackets of an IPv6 address; UsageError if none."""
     if not text.startswith("["):
         return text
     if not text.endswith("]") or not is_ipv6(text[1:-1]):

@@ -29,7 +29,7 @@ _LOG = logging.getLogger("nbdserve")
 
 
 def main() -> int:
-    """Entry point of the console script."""
+    """Run the console script."""
     return program.run("nbdserve", lambda: serve(options.parse(sys.argv[1:])))
 
 

@@ -60,7 +60,7 @@ class Countdown:
 
     @property
     def left(self) -> float:
-        """Seconds until it is over; TimeoutError when it is."""
+        """Return the seconds until it is over; TimeoutError when it is."""
         left = self._due - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -68,7 +68,7 @@ class Countdown:
 
 
 def connect_tcp(host: str, port: int, limit: Countdown) -> socket.socket:
-    """A connected socket that does not block.
+    """Return a connected socket that does not block.
 
     Raises OSError with the reasons when no address of the host takes it, TimeoutError at the limit.
     """
@@ -76,7 +76,7 @@ def connect_tcp(host: str, port: int, limit: Countdown) -> socket.socket:
 
 
 def connect_unix(path: str, limit: Countdown) -> socket.socket:
-    """A connected socket that does not block; waits until the limit for a place in the server's queue."""
+    """Return a connected socket that does not block; wait until the limit for the server's queue."""
     peer = socket.socket(socket.AF_UNIX)
     try:
         left = limit.left
@@ -95,7 +95,7 @@ def connect_unix(path: str, limit: Countdown) -> socket.socket:
 
 
 def resolve(host: str, port: int, limit: Countdown) -> list[Address]:
-    """The addresses of a host, families in turn, as the system prefers them; OSError if there are none."""
+    """Return a host's addresses, families in turn, as the system prefers them; OSError if none."""
 
     def look_up() -> list[Address]:
         try:
@@ -117,7 +117,7 @@ def resolve(host: str, port: int, limit: Countdown) -> list[Address]:
 
 
 def in_time(work: Callable[[], T], name: str, limit: Countdown) -> T:
-    """What ``work``, which nothing can interrupt, returns or raises; TimeoutError, and it goes on alone."""
+    """Do ``work``, which nothing can interrupt; after TimeoutError it goes on alone."""
     outcome: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
 
     def run() -> None:
@@ -137,7 +137,7 @@ def in_time(work: Callable[[], T], name: str, limit: Countdown) -> T:
 
 
 def begin(address: Address) -> socket.socket:
-    """A socket that is being connected; OSError if it cannot be."""
+    """Return a socket that is being connected; OSError if it cannot be."""
     peer = socket.socket(address.family, socket.SOCK_STREAM)
     peer.setblocking(False)
     code = peer.connect_ex(address.sockaddr)
@@ -148,7 +148,7 @@ def begin(address: Address) -> socket.socket:
 
 
 def race(attempts: Sequence[tuple[str, Callable[[], socket.socket]]], limit: Countdown) -> socket.socket:
-    """The first of these sockets, each with a name, to be connected; the others are closed."""
+    """Return the first of these sockets, each with a name, to be connected; the others are closed."""
     waiting, running = list(reversed(attempts)), dict[int, tuple[str, socket.socket]]()
     failures: list[tuple[str, OSError]] = []
     # So that the last one has its time, however many there are.
@@ -198,13 +198,13 @@ def tune(fd: int) -> None:
 
 
 def unsent(fd: int) -> int:
-    """How many bytes a socket still holds that the other end has not taken (TCP: not acknowledged)."""
+    """Tell how many bytes a socket still holds that the other end has not taken (TCP: not acknowledged)."""
     (count,) = struct.unpack("@i", fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)))
     return int(count)
 
 
 def is_cut_off(fd: int) -> bool:
-    """Whether the host at the other end has acknowledged nothing of what was sent, for 20 s or longer.
+    """Tell whether the host at the other end has acknowledged nothing of what was sent, for 20 s or longer.
 
     For who has waited that long: a host that is there acknowledges at once, however slow its server is.
     """

@@ -107,12 +107,12 @@ class Flight:
 
     @property
     def quiet(self) -> float:
-        """Seconds for which nothing has come or gone although something is under way; 0 if nothing is."""
+        """Tell for how many seconds nothing has moved although something is under way; 0 if nothing is."""
         with self._lock:
             return self._quiet(next(iter(self._requests), None))
 
     def seconds_to_look(self) -> float:
-        """When to look again, also for what is sent meanwhile. TimeoutError, ETIMEDOUT, if one is late."""
+        """Tell when to look again, whatever is sent meanwhile. TimeoutError, ETIMEDOUT, if one is late."""
         with self._lock:
             oldest = next(iter(self._requests), None)
             quiet = self._quiet(oldest)

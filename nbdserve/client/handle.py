@@ -203,12 +203,12 @@ def drive_once(handle: Handle, seconds: float, wake: int | None = None) -> bool:
 
 
 def needs_waking(handle: Handle) -> bool:
-    """Whether a thread that waits to hear from the server has to look again: there is something to send."""
+    """Tell whether a thread that waits for the server has to look again: there is something to send."""
     return bool(handle.aio_get_direction() != nbd.AIO_DIRECTION_READ)
 
 
 def loss(error: nbd.Error) -> OSError:
-    """Why a connection ended: EPROTO when what came makes no sense, else ENOTCONN."""
+    """Tell why a connection ended: EPROTO when what came makes no sense, else ENOTCONN."""
     text = _why(error)
     if error.errnum == errno.EPROTO or (not error.errnum and not text.startswith(_TRANSPORT)):
         return broken(text)
@@ -216,7 +216,7 @@ def loss(error: nbd.Error) -> OSError:
 
 
 def is_over(handle: Handle) -> bool:
-    """Whether the connection has ended, one way or the other."""
+    """Tell whether the connection has ended, one way or the other."""
     return handle.aio_is_closed() or handle.aio_is_dead()
 
 

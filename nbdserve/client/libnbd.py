@@ -13,7 +13,7 @@ _WHERE = (
 
 
 def load() -> Any:
-    """The module ``nbd``; OperatorError, with what to install, when it is missing or is something else."""
+    """Return the module ``nbd``; OperatorError, with what to install, when it is not there."""
     try:
         import nbd
     except ImportError as error:

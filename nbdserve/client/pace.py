@@ -49,37 +49,37 @@ class Pace:
 
     @property
     def length(self) -> int:
-        """How many bytes a request should ask for."""
+        """Tell how many bytes a request should ask for."""
         return self._lengths[self._now]
 
     @property
     def room(self) -> int:
-        """How many bytes one who reads on should have under way: less before an answer so long has come."""
+        """Tell how many bytes who reads on should have under way: less before an answer so long has come."""
         return self.length * (2 if self._now in self._seconds else 1)
 
     @property
     def shortest(self) -> int:
-        """How many bytes a request asks for at least, unless no more are wanted."""
+        """Tell how many bytes a request asks for at least, unless no more are wanted."""
         return self._lengths[0]
 
     @property
     def longest(self) -> int:
-        """How many bytes a request ever asks for."""
+        """Tell how many bytes a request ever asks for."""
         return self._lengths[-1]
 
     @property
     def seconds(self) -> float:
-        """What an answer took lately, without the time that it waited behind others."""
+        """Return what an answer took lately, without the time that it waited behind others."""
         return self._typical
 
     @property
     def is_slow(self) -> bool:
-        """Whether answers take so long that their length matters."""
+        """Tell whether answers take so long that their length matters."""
         return self._typical > _QUICK
 
     @property
     def rate(self) -> float:
-        """Bytes a second that answers came with lately; 0 if there were none."""
+        """Return the bytes a second that answers came with lately; 0 if there were none."""
         return self._bytes / self._busy if self._busy else 0.0
 
     def answered(self, length: int, sent: float) -> None:
@@ -125,7 +125,7 @@ class Pace:
 
 
 def timed(start: Callable[P, Future[T]], pace: Pace, length: int) -> Callable[P, Future[T]]:
-    """What starts a request of so many bytes, and lets the pace learn how long its answer takes."""
+    """Return what starts a request of so many bytes, and lets the pace learn how long its answer takes."""
     if length < pace.shortest:
         return start
 

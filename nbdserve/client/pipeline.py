@@ -107,17 +107,17 @@ class Client:
 
     @property
     def size(self) -> int:
-        """Size of the export in bytes."""
+        """Return the size of the export in bytes."""
         return self.export.size
 
     @property
     def connected(self) -> bool:
-        """Whether the connection still stands, as far as is known."""
+        """Tell whether the connection still stands, as far as is known."""
         return self._handle is not None
 
     @property
     def quiet(self) -> float:
-        """Seconds for which nothing has come or gone although something is asked for; 0 if nothing is."""
+        """Tell for how many seconds nothing has moved although something is asked for; 0 if nothing is."""
         return self._flight.quiet
 
     def start_read(self, offset: int, buffer: memoryview) -> Future[None]:
@@ -166,7 +166,7 @@ class Client:
         return self._start(lambda handle, over: handle.aio_flush(over))
 
     def start_extents(self, offset: int, length: int, context: str) -> Future[list[Extent]]:
-        """The runs from ``offset`` on, at least one, none empty; they may end before or after the range."""
+        """Ask for the runs from ``offset`` on: at least one, none empty; the last may end anywhere."""
         self._check_range(offset, length)
         length = min(length, STATUS_LIMIT)
         replies: list[list[Extent]] = []
@@ -197,7 +197,7 @@ class Client:
         return bytes(data)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        """The runs of ``base:allocation`` (flags NBD_STATE_HOLE 1, NBD_STATE_ZERO 2) that make up a range.
+        """Return a range's runs of ``base:allocation`` (flags NBD_STATE_HOLE 1, NBD_STATE_ZERO 2).
 
         Without block status on the server the whole range counts as data. Raises OSError like :meth:`read`.
         """

@@ -113,17 +113,17 @@ class Connections:
 
     @property
     def export(self) -> Export:
-        """What the server says of the disk."""
+        """Return what the server says of the disk."""
         return self.clients[0].export
 
     @property
     def connected(self) -> bool:
-        """Whether all of them still stand, as far as is known."""
+        """Tell whether all of them still stand, as far as is known."""
         return all(client.connected for client in self.clients)
 
     @property
     def quiet(self) -> float:
-        """For how many seconds nothing has come or gone although something is asked for; 0 if nothing is."""
+        """Tell for how many seconds nothing has moved although something is asked for; 0 if nothing is."""
         return max(client.quiet for client in self.clients)
 
     def add(self, client: Client) -> None:

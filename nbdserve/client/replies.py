@@ -45,7 +45,7 @@ class Coverage:
         self._marks[begin:end] = b"\1" * (end - begin)
 
     def require_whole(self) -> None:
-        """OSError, EPROTO, unless each byte has come exactly once."""
+        """Raise OSError, EPROTO, unless each byte has come exactly once."""
         came = self._next if self._marks is None else self._marks.count(1)
         if self._fault is None and came != self._length:
             self._fault = f"has only {came} of them"
@@ -56,7 +56,7 @@ class Coverage:
 def sound_runs(
     replies: Sequence[Sequence[Extent]], offset: int, length: int, size: int, block: int
 ) -> list[Extent]:
-    """The block status of a range in one context, of an export with ``size`` bytes and a minimum ``block``.
+    """Return a range's block status in one context; the export has ``size`` bytes, a minimum ``block``.
 
     NBD protocol, "NBD_REPLY_TYPE_BLOCK_STATUS": one reply, in which at least one extent, none of them empty,
     only the last reaching beyond the range; else OSError, EPROTO. What follows the last whole block is left
@@ -86,5 +86,5 @@ def sound_runs(
 
 
 def broken(what: str) -> OSError:
-    """What a server that broke the protocol makes of a request."""
+    """Return what a server that broke the protocol makes of a request."""
     return OSError(errno.EPROTO, f"the server broke the protocol: {what}")

@@ -53,7 +53,7 @@ _ALERTS = {
 
 
 def explain(uri: NbdUri, directory: Path | None, seconds: float) -> str | None:
-    """Why TLS with this server fails, in a phrase; None when this is not about certificates.
+    """Tell why TLS with this server fails, in a phrase; None when this is not about certificates.
 
     ``directory`` is that of the client's certificates. Takes up to ``seconds`` for each of two connections.
     """

@@ -27,7 +27,7 @@ _BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.
 
 @contextlib.contextmanager
 def certificates(uri: NbdUri) -> Iterator[Path | None]:
-    """The directory of certificates that libnbd is to use for a URI with TLS; None where it needs none.
+    """Return the directory of certificates for libnbd and a URI with TLS; None where it needs none.
 
     Raises ConnectError when the server is to be verified, and there is no authority to do it by, or when
     there is a pipe or a device where a file belongs.

@@ -131,13 +131,13 @@ class Upstream:
 
     @property
     def unflushed(self) -> bool:
-        """Whether a change was acknowledged after the last flush, or may have been lost."""
+        """Tell whether a change was acknowledged after the last flush, or may have been lost."""
         with self._books:
             return self._doubt or self._acknowledged > self._durable or self._given_up is not None
 
     @property
     def waited(self) -> float:
-        """For how many seconds somebody has been waiting in vain: for a byte, or while the server is lost."""
+        """Tell for how many seconds somebody has waited in vain: for a byte, or for a server that is lost."""
         session = self._session
         if session.connected:
             return session.quiet

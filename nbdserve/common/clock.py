@@ -30,7 +30,7 @@ class Clock:
         self._seen = self._now = clock()
 
     def now(self) -> float:
-        """The time in seconds, as by time.monotonic() but without the stops."""
+        """Return the time in seconds, as by time.monotonic() but without the stops."""
         seen = self._clock()
         self._now += min(seen - self._seen, MOST)
         self._seen = seen
@@ -45,7 +45,7 @@ class Loop(asyncio.SelectorEventLoop):
         super().__init__(_Ticking())
 
     def time(self) -> float:
-        """The Clock's time in seconds."""
+        """Return the Clock's time in seconds."""
         return self._limits.now()
 
 
@@ -64,5 +64,5 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def now() -> float:
-    """The time in seconds by which the limits of the running event loop go."""
+    """Return the time in seconds by which the limits of the running event loop go."""
     return asyncio.get_running_loop().time()

@@ -26,7 +26,7 @@ def lock(descriptor: int, kind: int, start: int = 0, length: int = 0) -> None:
 
 
 def is_locked_by_another(descriptor: int, kind: int, start: int = 0, length: int = 0) -> bool:
-    """Whether taking this lock, which is not done, would fail now. Raises other OSErrors as ``lock`` does."""
+    """Tell whether taking this lock would fail now; it is not taken. Raises OSErrors as ``lock`` does."""
     answer = _fcntl(descriptor, fcntl.F_OFD_GETLK, kind, start, length)
     return bool(_FLOCK.unpack(answer)[0] != NONE)
 

@@ -29,7 +29,7 @@ class TextFormatter(logging.Formatter):
         self._program = program
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """The line; line breaks in a message become spaces."""
+        """Return the line; line breaks in a message become spaces."""
         client = getattr(record, "client", None)
         parts = [self._program, *([client] if client else []), " ".join(record.message.splitlines())]
         return ": ".join(parts)
@@ -39,7 +39,7 @@ class JsonFormatter(logging.Formatter):
     """An object with the members time (UTC), level, client (or null) and message, and maybe traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object on one line."""
+        """Return the object on one line."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         told = {
             "time": time.replace("+00:00", "Z"),
@@ -68,7 +68,7 @@ def start(program: str, handler: logging.Handler, *, as_json: bool, verbose: boo
 
 
 def system_log() -> logging.Handler:
-    """Where a daemon's log goes: to syslog, if this system has one."""
+    """Tell where a daemon's log goes: to syslog, if this system has one."""
     if _SYSTEM_LOG.exists():
         return logging.handlers.SysLogHandler(str(_SYSTEM_LOG), logging.handlers.SysLogHandler.LOG_DAEMON)
     return logging.NullHandler()

@@ -25,7 +25,7 @@ class Ownership:
 
     @property
     def gives_away(self) -> bool:
-        """Whether somebody else may become the owner."""
+        """Tell whether somebody else may become the owner."""
         return self.user is not None or self.group is not None
 
     def apply(self, descriptor: int, name: str | Path) -> None:
@@ -66,7 +66,7 @@ def add_options(add: Callable[..., object], option: str, what: str) -> None:
 
 
 def ownership(mode: str | None, owner: str | None, option: str) -> Ownership:
-    """What the options ``--OPTION-mode`` (octal) and ``--OPTION-owner`` (USER, USER:GROUP or :GROUP) ask for.
+    """Return what ``--OPTION-mode`` (octal) and ``--OPTION-owner`` (USER, USER:GROUP or :GROUP) ask for.
 
     Raises UsageError for what is no mode, and where there is no such user or group.
     """
@@ -79,7 +79,7 @@ def ownership(mode: str | None, owner: str | None, option: str) -> Ownership:
 
 
 def parse_mode(text: str, option: str) -> int:
-    """A file's mode, in octal as for chmod, without what is special; UsageError."""
+    """Return a file's mode, in octal as for chmod, without what is special; UsageError."""
     if not text or set(text) - set("01234567") or int(text, 8) > 0o777:
         raise UsageError(f"{option} {text}: write an octal mode up to 0777, such as 0660")
     return int(text, 8)

@@ -29,7 +29,7 @@ class Dates:
 
     @classmethod
     def of(cls, decoded: dict[str, object]) -> Dates:
-        """Those of a certificate as Python's ssl module decodes it."""
+        """Return those of a certificate as Python's ssl module decodes it."""
         return cls(
             _name(decoded["subject"]),
             _name(decoded["issuer"]),
@@ -39,7 +39,7 @@ class Dates:
         )
 
     def fault(self, now: float) -> str | None:
-        """What is wrong at this time, if anything is."""
+        """Return what is wrong at this time, if anything is."""
         if now < self.begins:
             return f"is not valid before {date_text(self.begins)}: wait, or set the clock"
         if now >= self.ends:
@@ -52,7 +52,7 @@ Validity = Sequence[tuple[Path, Dates]]
 
 
 def read_certificates(path: Path) -> list[str]:
-    """The certificates in a file, each in PEM; UsageError when there is none, or one is damaged."""
+    """Return the certificates in a file, each in PEM; UsageError when there is none, or one is damaged."""
     text = _read(path)
     found = [block[0] for block in _BLOCK.finditer(text) if block[1] in _CERTIFICATES]
     if not found or len(found) < sum(label in _CERTIFICATES for label in _BEGIN.findall(text)):
@@ -92,7 +92,7 @@ _WEAKNESS = {
 
 
 def date_text(seconds: float) -> str:
-    """A time since the epoch, for people."""
+    """Return a time since the epoch, for people."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 

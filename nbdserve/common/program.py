@@ -93,14 +93,14 @@ def tell(text: str, end: str = "\n") -> None:
 
 
 def count(text: str) -> int:
-    """A whole number of 0 or more, as an argument's type."""
+    """Return a whole number of 0 or more, as an argument's type."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more."""
+    """Return a whole number of 1 or more."""
     value = count(text)
     if not value:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
@@ -108,7 +108,7 @@ def positive(text: str) -> int:
 
 
 def port(text: str) -> int:
-    """A TCP port; 0 lets the kernel choose."""
+    """Return a TCP port; 0 lets the kernel choose."""
     value = count(text)
     if value > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port, 0 to 65535")
@@ -116,12 +116,12 @@ def port(text: str) -> int:
 
 
 def patience(text: str) -> float:
-    """A time in seconds, up to a day; 0 is none."""
+    """Return a time in seconds, up to a day; 0 is none."""
     return 0.0 if text == "0" else seconds(text)
 
 
 def seconds(text: str) -> float:
-    """A time in seconds, more than 0 and up to a day."""
+    """Return a time in seconds, more than 0 and up to a day."""
     try:
         value = float(text)
     except ValueError:

@@ -12,7 +12,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:([kmgtpe])(?:i?b)?|b)?", re.IGNORECASE | 
 
 
 def parse_size(text: str, what: str) -> int:
-    """Bytes of ``512``, ``64K``, ``1.5G``, ``10GiB``; K is 1024 bytes.
+    """Return bytes of ``512``, ``64K``, ``1.5G``, ``10GiB``; K is 1024 bytes.
 
     ``what`` names the option in the UsageError that anything else, or a fraction of a byte, raises.
     """
@@ -28,7 +28,7 @@ def parse_size(text: str, what: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """The size in the largest unit that keeps it at or above one: ``512 B``, ``1.5 GiB``."""
+    """Return the size in the largest unit that keeps it at or above one: ``512 B``, ``1.5 GiB``."""
     if size < 1024:
         return f"{size} B"
     power = min((size.bit_length() - 1) // 10, len(_UNITS))

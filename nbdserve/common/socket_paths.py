@@ -30,7 +30,7 @@ def check_socket_path(path: str, where: str) -> str:
 
 
 def place_for_sockets() -> str:
-    """The directory for temporary files, or /tmp where it leaves no room for the names of sockets."""
+    """Return the directory for temporary files, or /tmp where it leaves no room for the names of sockets."""
     # Imported where it is used, as it brings a lot with it.
     import tempfile
 

@@ -65,7 +65,7 @@ def silence(stream: TextIO) -> None:
 
 
 def trouble_of(stream: TextIO) -> OSError | None:
-    """Why what was written to this stream cannot get out, if so; then it is silenced."""
+    """Tell why what was written to this stream cannot get out, if so; then it is silenced."""
     try:
         stream.flush()
     except OSError as error:

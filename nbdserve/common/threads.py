@@ -35,7 +35,7 @@ class Thread(threading.Thread):
 
 
 def promised(name: str, work: Callable[[], T]) -> Future[T]:
-    """What a thread of its own does that may hang; it is done already where none could be started."""
+    """Return what a thread of its own does that may hang; it is done already where none could be started."""
     promise: Future[T] = Future()
     fulfil(promise, name, work)
     return promise

@@ -92,7 +92,7 @@ class NbdUri:
         return f"{scheme}://{authority}/{quote(self.export, safe='/')}" + (f"?{query}" if query else "")
 
     def qemu_server(self) -> dict[str, str | bool]:
-        """The ``server`` member of QEMU's blockdev driver ``nbd`` (a SocketAddress)."""
+        """Return the ``server`` member of QEMU's blockdev driver ``nbd`` (a SocketAddress)."""
         if self.socket is None:
             return {"type": "inet", "host": self.host, "port": str(self.port)}
         if self.socket.startswith("\0"):
@@ -100,7 +100,7 @@ class NbdUri:
         return {"type": "unix", "path": self.socket}
 
     def with_export(self, export: str) -> NbdUri:
-        """The same server, another export."""
+        """Return the same server, another export."""
         return replace(self, export=export)
 
     def _quoted_host(self) -> str:
@@ -142,7 +142,7 @@ def parse_listen_uri(text: str) -> NbdUri:
 
 
 def is_ipv6(text: str) -> bool:
-    """Whether this is an IPv6 address; behind ``%`` it may name an interface, as a link-local one has to."""
+    """Tell whether this is an IPv6 address; behind ``%`` it may name an interface, as link-local ones do."""
     address, percent, zone = text.partition("%")
     try:
         ipaddress.IPv6Address(address)

@@ -18,7 +18,7 @@ class Network:
     zone: str = ""
 
     def admits(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address, zone: str) -> bool:
-        """Whether a host is one of them."""
+        """Tell whether a host is one of them."""
         return address in self.addresses and self.zone in ("", zone)
 
 
@@ -29,7 +29,7 @@ class AllowList:
         self._networks = tuple(networks)
 
     def admits(self, host: str) -> bool:
-        """Whether a client with this address, as the kernel tells it, may connect."""
+        """Tell whether a client with this address, as the kernel tells it, may connect."""
         if not self._networks:
             return True
         text, _, zone = host.partition("%")

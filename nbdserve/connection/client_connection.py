@@ -114,19 +114,19 @@ class Connection:
 
     @property
     def encrypted(self) -> bool:
-        """Whether the client speaks TLS."""
+        """Tell whether the client speaks TLS."""
         return isinstance(self._stream, TlsStream)
 
     @property
     def silent_for(self) -> float:
-        """Seconds for which it has not answered the server's greeting; 0 if it has. From any thread."""
+        """Tell for how many seconds it has left the greeting unanswered; 0 if it has not. From any thread."""
         since = self._timed.silent_since
         if since is None or self._shows(select.POLLIN):
             return 0.0
         return time.monotonic() - since
 
     def has_gone(self) -> bool:
-        """Whether the client has closed the connection, or its half of it. May be called from any thread."""
+        """Tell whether the client has closed the connection, or its half of it. From any thread."""
         return self._shows(select.POLLRDHUP)
 
     def _shows(self, event: int) -> bool:

@@ -33,10 +33,10 @@ class Client(Protocol):
 
     @property
     def silent_for(self) -> float:
-        """Seconds for which it has not answered the server's greeting; 0 if it has. From any thread."""
+        """Tell for how many seconds it has left the greeting unanswered; 0 if it has not. From any thread."""
 
     def has_gone(self) -> bool:
-        """Whether its end of the connection is closed. May be called from any thread."""
+        """Tell whether its end of the connection is closed. May be called from any thread."""
 
 
 C = TypeVar("C", bound=Client)
@@ -58,7 +58,7 @@ class Clients(Generic[C]):
         return len(self._threads)
 
     def add(self, client: C, thread: threading.Thread) -> None:
-        """A new client, which the thread is going to serve."""
+        """Add a new client, which the thread is going to serve."""
         with self._condition:
             self._threads[client] = thread
             self._haggling[client] = time.monotonic()
@@ -90,17 +90,17 @@ class Clients(Generic[C]):
         self._changed()
 
     def everyone(self) -> dict[C, threading.Thread]:
-        """All clients and their threads at this moment, in the order of arrival."""
+        """Return all clients and their threads at this moment, in the order of arrival."""
         with self._condition:
             return dict(self._threads)
 
     @property
     def haggling(self) -> int:
-        """How many have not chosen an export yet."""
+        """Tell how many have not chosen an export yet."""
         return len(self._haggling)
 
     def who_gives_way(self) -> tuple[C, float] | None:
-        """Which of those that haggle goes first where there are too many, and in how many seconds.
+        """Tell which of those that haggle goes first where there are too many, and in how many seconds.
 
         It is one from the host that most come from: there the oldest of those who have not even answered
         the greeting, which takes a round trip, or else the one who has taken the longest to choose.

@@ -27,13 +27,13 @@ class Terms:
 
     @property
     def encryption(self) -> Encryption:
-        """What to answer to STARTTLS."""
+        """Return what to answer to STARTTLS."""
         if self.tls is None:
             return Encryption.NONE
         return Encryption.REQUIRED if self.tls_required else Encryption.OFFERED
 
     def requiring_tls(self) -> Terms:
-        """The same terms for clients that must encrypt."""
+        """Return the same terms for clients that must encrypt."""
         return replace(self, tls_required=True)
 
 
@@ -61,7 +61,7 @@ class TimedSocket:
         self._heard = False
 
     def recv(self, length: int) -> bytes:
-        """As socket.recv; ConnectionLostError when time is up."""
+        """Receive as socket.recv does; ConnectionLostError when time is up."""
         self._set_timeout()
         try:
             data = self._sock.recv(length)
@@ -71,7 +71,7 @@ class TimedSocket:
             raise self._too_slow() from error
 
     def sendall(self, data: bytes) -> None:
-        """As socket.sendall; ConnectionLostError when time is up."""
+        """Send as socket.sendall does; ConnectionLostError when time is up."""
         self._set_timeout()
         try:
             self._sock.sendall(data)

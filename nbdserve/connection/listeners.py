@@ -75,7 +75,7 @@ class Listener:
 
 
 def visitor(client: socket.socket) -> Visitor:
-    """A client whose connection somebody else has accepted."""
+    """Return a client whose connection somebody else has accepted."""
     if client.family not in (socket.AF_INET, socket.AF_INET6):
         return Visitor(client, address_text(client.getsockname() or "inherited"))
     return _tcp_visitor(client, client.getpeername())
@@ -104,7 +104,7 @@ def listen_tcp(host: str | None, port: int) -> list[Listener]:
 
 
 def bind_tcp(host: str | None, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address that ``host`` stands for; None stands for all of this machine.
+    """Listen on every address that ``host`` stands for; None stands for all of this machine.
 
     What the machine does not have, such as IPv6, is left out as long as something is left. Raises OSError.
     """
@@ -228,7 +228,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 
 def address_text(address: tuple[object, ...] | str | bytes) -> str:
-    """A socket address as text: IPv6 in brackets, ``unix:@NAME`` for an abstract Unix socket."""
+    """Return a socket address as text: IPv6 in brackets, ``unix:@NAME`` for an abstract Unix socket."""
     if isinstance(address, bytes):
         address = address.decode(errors="backslashreplace")
     if isinstance(address, str):

@@ -28,7 +28,7 @@ _CIPHERS = "kECDHEPSK"
 
 
 def psk_context(path: Path) -> ssl.SSLContext:
-    """A context that knows clients by the keys in this file, in TLS 1.2 and newer.
+    """Return a context that knows clients by the keys in this file, in TLS 1.2 and newer.
 
     The file is read once. UsageError when it is no good, or where Python cannot do this yet.
     """
@@ -46,7 +46,7 @@ def psk_context(path: Path) -> ssl.SSLContext:
 
 
 def read_keys(path: Path) -> dict[str, bytes]:
-    """The users in a file of keys, and their keys; UsageError with the number of the line that is no good."""
+    """Return the users in a file of keys, and their keys; UsageError with the number of a bad line."""
     require_file(path, "--tls-psk ")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

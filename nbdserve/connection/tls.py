@@ -34,10 +34,10 @@ class Carrier(Protocol):
     """What carries the ciphertext: a socket, or one with a deadline."""
 
     def recv(self, length: int, /) -> bytes:
-        """As socket.recv."""
+        """Receive as socket.recv does."""
 
     def sendall(self, data: bytes, /) -> None:
-        """As socket.sendall."""
+        """Send as socket.sendall does."""
 
 
 class TlsStream:

@@ -28,13 +28,13 @@ class Directory:
         self.names()
 
     def names(self) -> list[str]:
-        """The files that are there now, sorted."""
+        """Return the files that are there now, sorted."""
         with os.scandir(self._wanted.path) as entries:
             files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
         return sorted(filter(_is_harmless, files))
 
     def offer(self, name: str) -> Offer | None:
-        """What a file is as an export; None when there is none of that name, or it cannot be served."""
+        """Return what a file is as an export; None when there is none, or it cannot be served."""
         if not self._has(name):
             return None
         try:
@@ -44,7 +44,7 @@ class Directory:
             return None
 
     def open(self, name: str) -> Export | None:
-        """The export; None when there is no such file. OperatorError or OSError when it cannot be had."""
+        """Open the export; None when there is no such file. OperatorError or OSError when that fails."""
         return open_export(self._options(name), self._how) if self._has(name) else None
 
     def _has(self, name: str) -> bool:

@@ -50,6 +50,6 @@ class ImageOptions:
 
 
 def source(text: str) -> Path | NbdUri:
-    """A file's path, or the address of another server's export; UsageError when that is malformed."""
+    """Return a file's path, or the address of another server's export; UsageError when that is malformed."""
     scheme = text.partition(":")[0].partition("+")[0]
     return parse_uri(text) if ":" in text and scheme in ("nbd", "nbds") else Path(text)

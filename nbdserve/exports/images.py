@@ -48,7 +48,7 @@ def open_export(wanted: ExportOptions, how: ImageOptions, identifier: str | None
 
 
 def describe(wanted: ExportOptions, how: ImageOptions) -> Offer:
-    """What a raw image is as an export, without holding any lock. Raises what ``open_export`` does."""
+    """Return what a raw image is as an export, without holding any lock. Raises what ``open_export`` does."""
     assert isinstance(wanted.source, Path)
     backend = _open_raw(wanted.source, wanted, how, locked=False)
     try:

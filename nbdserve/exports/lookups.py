@@ -34,7 +34,7 @@ class Lookups:
         self._under_way: dict[str, Future[Any]] = {}
 
     def get(self, name: str, look: Callable[[], T], patience: float | None = None) -> T:
-        """What ``look`` returns, or raises; TooLateError when that is not known in time.
+        """Return what ``look`` returns, or raises; TooLateError when that is not known in time.
 
         ``patience`` is for how many seconds this one waits, if not as all.
         """

@@ -66,7 +66,7 @@ class Export:
 
     @property
     def owes(self) -> bool:
-        """Whether something that was acknowledged may not be durable."""
+        """Tell whether something that was acknowledged may not be durable."""
         return not self.backend.capabilities.read_only and self.backend.unflushed
 
     def flush(self) -> None:
@@ -144,7 +144,7 @@ class Exports:
             self._close(export)
 
     def enter(self, offer: Offer, user: User) -> Export:
-        """The export behind an offer of this catalog, used from now on until ``leave``.
+        """Return the export behind an offer of this catalog, used from now on until ``leave``.
 
         ProtocolError when it has been removed since the client chose it, or cannot be opened;
         ConnectionLostError when that takes too long.
@@ -238,12 +238,12 @@ class Exports:
                 _LOG.error("export %r: what was written and not flushed may be lost: %s", export.name, reason)
 
     def everything(self) -> list[Export]:
-        """All exports at this moment, those that are being removed as well."""
+        """Return all exports at this moment, those that are being removed as well."""
         with self._lock:
             return list(self._by_identifier.values())
 
     def traffic(self, export: Export) -> Traffic:
-        """What all its clients have done so far."""
+        """Return what all its clients have done so far."""
         total = Traffic()
         with self._lock:
             for part in (export.past, *(user.traffic for user in export.users)):
@@ -251,18 +251,18 @@ class Exports:
         return total
 
     def names(self) -> list[str]:
-        """All names in the order in which they were added; on the shelf also what cannot be served."""
+        """Return all names in the order in which they were added; on the shelf also what cannot be served."""
         own = [offer.name for offer in self._own_offers()]
         return own + [name for name in self._shelf.names() if name not in own]
 
     def listing(self) -> list[tuple[str, str]]:
-        """The name and description of each export to list, in the order in which they were added."""
+        """Return the name and description of each export to list, in the order in which they were added."""
         own = {offer.name: offer.description for offer in self._own_offers()}
         more = [name for name in self._shelf.names() if name not in own]
         return [*own.items(), *self._shelf.listing(more)]
 
     def offer(self, name: str) -> Offer | None:
-        """What is said of an export, or None if there is none of that name.
+        """Return what is said of an export, or None if there is none of that name.
 
         ConnectionLostError when that takes too long to find out.
         """

@@ -25,13 +25,13 @@ class Shelf(Protocol[E_co]):
     """Exports that are opened when they are used and closed when they are not. Everything may hang."""
 
     def names(self) -> list[str]:
-        """What there is now; OSError when that cannot be told."""
+        """Return what there is now; OSError when that cannot be told."""
 
     def offer(self, name: str) -> Offer | None:
-        """What a client is told of one; None if there is none of that name, or it cannot be served."""
+        """Return what a client is told of one; None if there is none of that name, or it cannot be served."""
 
     def open(self, name: str) -> E_co | None:
-        """The export; None if there is none of that name. OperatorError or OSError when it cannot be had."""
+        """Open the export; None if there is none. OperatorError or OSError when it cannot be had."""
 
 
 class Looks(Generic[E]):
@@ -42,7 +42,7 @@ class Looks(Generic[E]):
         self._lookups = Lookups(patience)
 
     def names(self) -> list[str]:
-        """What there is now; nothing, and a line in the log, when that cannot be told."""
+        """Return what there is now; nothing, and a line in the log, when that cannot be told."""
         if self._shelf is None:
             return []
         try:
@@ -54,7 +54,7 @@ class Looks(Generic[E]):
         return []
 
     def listing(self, names: list[str]) -> Iterator[tuple[str, str]]:
-        """Of these names, with descriptions, those that can be served, as far as that is known in time."""
+        """Return those of the names that can be served, as far as that is known in time, described."""
         deadline = time.monotonic() + self._lookups.patience / 2
         for name in names:
             left = deadline - time.monotonic()
@@ -68,14 +68,14 @@ class Looks(Generic[E]):
                 yield name, offer.description
 
     def offer(self, name: str) -> Offer | None:
-        """What a client is told of an export; ConnectionLostError when that takes too long to find out."""
+        """Return what a client is told of an export; ConnectionLostError when that takes too long."""
         try:
             return self._look_up(name, None)
         except TooLateError as error:
             raise self.does_not_answer(name) from error
 
     def open(self, name: str, keep: Callable[[E | None], E | None]) -> E | None:
-        """What ``keep`` makes of an export that is opened, for all who wait; it may refuse it.
+        """Return what ``keep`` makes of an export that is opened, for all who wait; it may refuse it.
 
         TooLateError when that takes too long; ``keep`` is called nevertheless when it has been opened. Raises
         what opening does.
@@ -84,7 +84,7 @@ class Looks(Generic[E]):
         return None if shelf is None else self._lookups.get(f"open {name}", lambda: keep(shelf.open(name)))
 
     def does_not_answer(self, name: str) -> ConnectionLostError:
-        """What to tell of a client that has waited in vain."""
+        """Return what to tell of a client that has waited in vain."""
         seconds = self._lookups.patience
         return ConnectionLostError(f"export {name!r}: its file system has not answered for {seconds:g} s")
 

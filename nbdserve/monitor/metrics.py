@@ -38,7 +38,7 @@ class Collector(PrometheusCollector):
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        """Everything at this moment."""
+        """Return everything at this moment."""
         exports = self._server.exports
         traffic = {export.name: exports.traffic(export) for export in exports.everything()}
         yield from _by_command(traffic)
@@ -100,7 +100,7 @@ def _latencies(traffic: dict[str, Traffic]) -> Metric:
 
 
 def buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """What prometheus-client wants: each bound with how many took no longer."""
+    """Return what prometheus-client wants: each bound with how many took no longer."""
     return list(zip(_BOUNDS, itertools.accumulate(histogram.counts), strict=True))
 
 

@@ -30,7 +30,7 @@ def coalesce(extents: Iterable[Extent]) -> Iterator[Extent]:
 
 
 def descriptors(extents: Iterable[Extent], *, limit: int, longest: int) -> list[Extent]:
-    """The first ``limit`` runs, joined, none of more than ``longest`` bytes."""
+    """Return the first ``limit`` runs, joined, none of more than ``longest`` bytes."""
     result: list[Extent] = []
     for extent in coalesce(extents):
         left = extent.length

@@ -95,19 +95,19 @@ class Framing(ABC):
 
     @abstractmethod
     def success(self, request: Request) -> bytes:
-        """The reply to a request that succeeded and returns no data."""
+        """Return the reply to a request that succeeded and returns no data."""
 
     @abstractmethod
     def error(self, request: Request, error: NbdError, message: str) -> bytes:
-        """The last, or only, reply to a request that failed."""
+        """Return the last, or only, reply to a request that failed."""
 
     @abstractmethod
     def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
-        """A run of zeroes in the reply to a read, without the zeroes."""
+        """Return a run of zeroes in the reply to a read, without the zeroes."""
 
     @abstractmethod
     def block_status(self, request: Request, context: int, extents: Sequence[Extent], *, done: bool) -> bytes:
-        """The extents of one meta context."""
+        """Return the extents of one meta context."""
 
 
 class SimpleFraming(Framing):
@@ -130,19 +130,19 @@ class SimpleFraming(Framing):
         _SIMPLE.pack_into(out, start, SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def success(self, request: Request) -> bytes:
-        """A simple reply without an error."""
+        """Return a simple reply without an error."""
         return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, request.cookie)
 
     def error(self, request: Request, error: NbdError, message: str) -> bytes:
-        """A simple reply with an error; there is no room for the message."""
+        """Return a simple reply with an error; there is no room for the message."""
         return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, error, request.cookie)
 
     def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
-        """Not to be had in simple replies."""
+        """Refuse: simple replies have none."""
         raise NotImplementedError("simple replies have no holes")
 
     def block_status(self, request: Request, context: int, extents: Sequence[Extent], *, done: bool) -> bytes:
-        """Not to be had in simple replies."""
+        """Refuse: simple replies have none."""
         raise NotImplementedError("simple replies have no block status")
 
 
@@ -170,20 +170,20 @@ class StructuredFraming(Framing):
         return head + payload
 
     def success(self, request: Request) -> bytes:
-        """A chunk that only says that all is done."""
+        """Return a chunk that only says that all is done."""
         return self._chunk(request, ReplyType.NONE)
 
     def error(self, request: Request, error: NbdError, message: str) -> bytes:
-        """An error with a sentence about it."""
+        """Return an error with a sentence about it."""
         text = message.encode()[:MAX_STRING]
         return self._chunk(request, ReplyType.ERROR, _ERROR.pack(error, len(text)) + text)
 
     def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
-        """An OFFSET_HOLE chunk; ``length`` is below 4 GiB."""
+        """Return an OFFSET_HOLE chunk; ``length`` is below 4 GiB."""
         return self._chunk(request, ReplyType.OFFSET_HOLE, _HOLE.pack(offset, length), done=done)
 
     def block_status(self, request: Request, context: int, extents: Sequence[Extent], *, done: bool) -> bytes:
-        """A BLOCK_STATUS chunk with 32-bit lengths."""
+        """Return a BLOCK_STATUS chunk with 32-bit lengths."""
         payload = b"".join((_CONTEXT.pack(context), *(_DESCRIPTOR.pack(*extent) for extent in extents)))
         return self._chunk(request, ReplyType.BLOCK_STATUS, payload, done=done)
 
@@ -221,14 +221,14 @@ class ExtendedFraming(StructuredFraming):
         )
 
     def block_status(self, request: Request, context: int, extents: Sequence[Extent], *, done: bool) -> bytes:
-        """A BLOCK_STATUS_EXT chunk with 64-bit lengths."""
+        """Return a BLOCK_STATUS_EXT chunk with 64-bit lengths."""
         head = _EXTENDED_CONTEXT.pack(context, len(extents))
         payload = b"".join((head, *(_EXTENDED_DESCRIPTOR.pack(*extent) for extent in extents)))
         return self._chunk(request, ReplyType.BLOCK_STATUS_EXT, payload, done=done)
 
 
 def framing_of(agreement: Agreement) -> Framing:
-    """The framing that was agreed on."""
+    """Return the framing that was agreed on."""
     if agreement.mode is Mode.SIMPLE:
         return SimpleFraming()
     return StructuredFraming() if agreement.mode is Mode.STRUCTURED else ExtendedFraming()

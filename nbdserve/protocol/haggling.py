@@ -104,13 +104,13 @@ class Haggling:
 
     @staticmethod
     def greeting() -> bytes:
-        """The server's first words."""
+        """Return the server's first words."""
         flags = HandshakeFlags.FIXED_NEWSTYLE | HandshakeFlags.NO_ZEROES
         return GREETING.pack(GREETING_MAGIC, OPTION_MAGIC, flags)
 
     @property
     def leftover(self) -> bytes:
-        """Bytes that were received and belong to the transmission phase."""
+        """Return the bytes that were received and belong to the transmission phase."""
         return bytes(self._receive_buffer)
 
     def receive(self, data: bytes) -> bytes:

@@ -41,10 +41,10 @@ class Catalog(Protocol):
     """Where option haggling finds the exports."""
 
     def listing(self) -> list[tuple[str, str]]:
-        """The name and description of each export to list, in order."""
+        """Return the name and description of each export to list, in order."""
 
     def offer(self, name: str) -> Offer | None:
-        """The export of this name (the empty name means the default export), or None."""
+        """Return the export of this name (the empty name means the default export), or None."""
 
 
 class Mode(Enum):

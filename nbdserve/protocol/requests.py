@@ -49,7 +49,7 @@ def wire_error(number: int | None) -> NbdError:
 
 
 def without_payload(request: Request) -> Request:
-    """The request as if no payload had been announced; all its other flags stay, those without a name too."""
+    """Return the request as if no payload had been announced; all its other flags stay, named or not."""
     return request._replace(flags=request.flags & ~_PAYLOAD_LEN)
 
 

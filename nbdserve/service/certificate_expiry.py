@@ -21,7 +21,7 @@ _LOOK = 3600.0
 
 
 def stages(dates: Dates) -> tuple[float, float, float]:
-    """When to say that a certificate will expire, when to say it again, and when it has expired.
+    """Tell when to say that a certificate will expire, when to say it again, and when it has expired.
 
     A month and a day ahead, or a tenth and a hundredth of its life where that is shorter; in seconds since
     the epoch.

@@ -39,7 +39,7 @@ class Certificates:
 
     @classmethod
     def in_directory(cls, directory: Path, *, verify_peer: bool) -> Certificates:
-        """The layout of QEMU and nbdkit: ``ca-cert.pem``, ``server-cert.pem`` and ``server-key.pem``."""
+        """Name files as QEMU and nbdkit do: ``ca-cert.pem``, ``server-cert.pem``, ``server-key.pem``."""
         authority = directory / "ca-cert.pem"
         return cls(
             directory / "server-cert.pem",

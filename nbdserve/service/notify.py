@@ -20,7 +20,7 @@ class Watchdog:
         self._next = time.monotonic()
 
     def seconds_left(self) -> float | None:
-        """How long one may wait before the next ``beat``; None for ever."""
+        """Tell how long one may wait before the next ``beat``; None for ever."""
         return None if self._interval is None else max(0.0, self._next - time.monotonic())
 
     def beat(self) -> None:
@@ -47,7 +47,7 @@ class ServiceManager:
             self.watchdog = Watchdog(lambda: self.tell("WATCHDOG=1"), int(asked) / 2e6)
 
     def descriptors(self) -> list[int]:
-        """What must stay open when the process becomes a daemon."""
+        """Return what must stay open when the process becomes a daemon."""
         return [] if self._sock is None else [self._sock.fileno()]
 
     def tell(self, *assignments: str) -> None:

@@ -20,7 +20,7 @@ class Identity:
 
 
 def identity(user: str | None, group: str | None) -> Identity | None:
-    """Who ``--user`` and ``--group``, each a name or a number, mean; None when neither is given.
+    """Tell who ``--user`` and ``--group``, each a name or a number, mean; None when neither is given.
 
     A user brings its own group and supplementary groups, unless a group is given, which then is the only one.
     UsageError when there is no such user or group.

@@ -19,13 +19,13 @@ _LAST_REPLIES = 10.0
 
 
 def shares_stderr() -> bool:
-    """Whether standard error is the client as well, as with inetd: then nothing must be written there."""
+    """Tell whether standard error is the client as well, as with inetd: nothing must be written there."""
     return os.path.sameopenfile(sys.stderr.fileno(), 0) or os.path.sameopenfile(sys.stderr.fileno(), 1)
 
 
 @contextlib.contextmanager
 def client() -> Iterator[Visitor]:
-    """The client, until its last replies are out. From now on nobody else reads or writes there.
+    """Return the client, until its last replies are out. From now on nobody else reads or writes there.
 
     UsageError when standard input and output are neither one socket nor two pipes.
     """

@@ -68,13 +68,13 @@ class Commands:
             replies.add(self._framing.success(request))
 
     def failure(self, request: Request, error: OSError) -> bytes:
-        """The reply to a request that the backend failed."""
+        """Return the reply to a request that the backend failed."""
         number, message = wire_error(error.errno), error.strerror or str(error)
         self._failures.tell(request, number, message)
         return self.refusal(request, number, message)
 
     def refusal(self, request: Request, error: NbdError, message: str) -> bytes:
-        """The reply to a request that is not served."""
+        """Return the reply to a request that is not served."""
         self._traffic.failed(request.command)
         return self._framing.error(request, error, message)
 

@@ -23,12 +23,12 @@ class Payloads:
         self._splices = receive_buffer.splices
 
     def take(self, length: int) -> memoryview:
-        """Up to PIECE bytes; valid until the next call."""
+        """Return up to PIECE bytes; valid until the next call."""
         self._prepare(length)
         return self._receive_buffer.take(length)
 
     def collect(self, length: int) -> bytearray:
-        """All of it."""
+        """Return all of it."""
         self._prepare(length)
         payload = bytearray(length)
         self._receive_buffer.fill(memoryview(payload))

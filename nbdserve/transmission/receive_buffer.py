@@ -56,12 +56,12 @@ class ReceiveBuffer:
 
     @property
     def held(self) -> int:
-        """How many bytes have been received and not been taken."""
+        """Tell how many bytes have been received and not been taken."""
         return self.end - self.start
 
     @property
     def splices(self) -> bool:
-        """Whether ``pass_on`` may be tried."""
+        """Tell whether ``pass_on`` may be tried."""
         return self._socket is not None
 
     def take(self, length: int) -> memoryview:

@@ -47,7 +47,7 @@ class Replies(ABC):
         self.used = start + length
 
     def most_to_splice(self, source: FileRange) -> int:
-        """How many bytes of a file ``splice`` can take with one reply; 0 where it cannot take any."""
+        """Tell how many bytes of a file ``splice`` can take with one reply; 0 where it cannot take any."""
         return 0
 
     def splice(self, head: bytearray, source: FileRange, length: int) -> bool:
@@ -75,7 +75,7 @@ class Parcel(Replies):
         return self.used
 
     def content(self) -> memoryview:
-        """All of it."""
+        """Return all of it."""
         return self.view[: self.used]
 
 
@@ -143,16 +143,16 @@ class ReplyBuffer(Replies):
 
     @property
     def lost(self) -> bool:
-        """Whether nothing is sent any more. From any thread."""
+        """Tell whether nothing is sent any more. From any thread."""
         return self._lost is not None
 
     def require(self) -> None:
-        """ConnectionLostError when nothing is sent any more."""
+        """Raise ConnectionLostError when nothing is sent any more."""
         if self._lost is not None:
             raise ConnectionLostError(self._lost)
 
     def most_to_splice(self, source: FileRange) -> int:
-        """How many bytes of a file ``splice`` can take with one reply; 0 where it cannot take any."""
+        """Tell how many bytes of a file ``splice`` can take with one reply; 0 where it cannot take any."""
         if self._socket is None:
             return 0
         if self._pipe is None:

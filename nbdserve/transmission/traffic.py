@@ -85,7 +85,7 @@ class Traffic:
                 self._histogram(command).observe(seconds, requests)
 
     def latencies(self) -> Iterator[tuple[Command, Histogram]]:
-        """The histograms of the commands that were used."""
+        """Yield the histograms of the commands that were used."""
         with self._lock:
             found = list(self._latencies.items())
         return ((Command(command), histogram) for command, histogram in found)

@@ -26,7 +26,7 @@ class Changes:
 
     @property
     def under_way(self) -> bool:
-        """Whether one has begun and is not over; after ``stop`` it gets false for good. From any thread."""
+        """Tell whether one has begun and is not over; after ``stop`` never again. From any thread."""
         return self._own or self._handed > 0
 
     def stop(self) -> None:
@@ -34,7 +34,7 @@ class Changes:
         self.stopped = True
 
     def require(self) -> None:
-        """ConnectionLostError when no change may begin any more."""
+        """Raise ConnectionLostError when no change may begin any more."""
         if self.stopped:
             raise ConnectionLostError(
                 "the client went away in the middle of a change; another uses the disk now"

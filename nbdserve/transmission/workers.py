@@ -51,12 +51,12 @@ class Budget:
             self._changed.notify_all()
 
     def part(self, share: float) -> Budget:
-        """So much of it at most, for those who leave the rest to others."""
+        """Return so much of it at most, for those who leave the rest to others."""
         return Budget(int(share * self._limit), self)
 
     @property
     def held(self) -> int:
-        """How many bytes are reserved at this moment."""
+        """Tell how many bytes are reserved at this moment."""
         return self._held
 
 
@@ -175,7 +175,7 @@ class Pools:
         self._pools: weakref.WeakKeyDictionary[object, Crew] = weakref.WeakKeyDictionary()
 
     def of(self, export: object) -> Crew:
-        """Those of an export, for as long as it exists."""
+        """Return those of an export, for as long as it exists."""
         with self._lock:
             crew = self._pools.get(export)
             if crew is None:

@@ -69,43 +69,43 @@ class Sources:
 
     @property
     def failed(self) -> bool:
-        """Whether all servers have been lost for longer than patience lasts."""
+        """Tell whether all servers have been lost for longer than patience lasts."""
         since = self._lost_since
         lost = since is not None and time.monotonic() >= since + self._patience
         return lost or self._is_nobody_trusted()
 
     @property
     def patience(self) -> float:
-        """Seconds for which a lost server is waited for."""
+        """Return the seconds for which a lost server is waited for."""
         return self._patience
 
     @property
     def connected(self) -> bool:
-        """Whether a server can be asked now."""
+        """Tell whether a server can be asked now."""
         return self._best() is not None
 
     @property
     def quiet(self) -> float:
-        """For how many seconds no server that is asked for something has said anything; 0 if one does."""
+        """Tell for how many seconds no server that is asked has said anything; 0 if one does."""
         sessions = [source.session for source in self._sources]
         return min((session.quiet for session in sessions if session is not None), default=0.0)
 
     @property
     def length(self) -> int:
-        """How many bytes the healthiest server should be asked for in one request."""
+        """Tell how many bytes the healthiest server should be asked for in one request."""
         best = self._best()
         return LONGEST if best is None else best.source.pace.length
 
     @property
     def room(self) -> int | None:
-        """How many bytes streaming should have under way; None where only the link's capacity matters."""
+        """Tell how many bytes streaming should have under way; None where only the link's capacity counts."""
         best = self._best()
         if best is None or best.source.pace.length >= LONGEST:
             return None
         return best.source.pace.room
 
     def health(self) -> list[Health]:
-        """How each server is doing."""
+        """Tell how each server is doing."""
         return [source.health() for source in self._sources]
 
     def retry(self) -> None:
@@ -123,7 +123,7 @@ class Sources:
             self._changed.wait_for(lambda: self._closed or self.connected, seconds)
 
     def session(self) -> Session:
-        """The healthiest server; waits for one while there is none. OSError, EIO, when patience is over."""
+        """Return the healthiest server; wait while there is none. OSError, EIO, when patience is over."""
         best = self._best()
         if best is not None:
             return best
@@ -160,7 +160,7 @@ class Sources:
         self._ask(ask, lambda: sum(reading.bytes_missing for reading in readings))
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        """The runs of ``base:allocation`` from ``offset`` on, at least one; all data if no server knows.
+        """Return the runs of ``base:allocation`` from ``offset`` on, one or more; data if no server knows.
 
         They may end before or after the range. Raises OSError when no server answers.
         """
@@ -259,7 +259,7 @@ class Sources:
         return self._patience if since is None else since + self._patience - time.monotonic()
 
     def troubles(self) -> str:
-        """Why no server can be asked."""
+        """Tell why no server can be asked."""
         return "; ".join(health.trouble or "" for health in self.health()) or "no server is named"
 
     def _require_same_disk(self, session: Session, go_on: Callable[[], None]) -> None:

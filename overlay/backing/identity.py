@@ -40,11 +40,11 @@ class Samples:
 
     @property
     def any_known(self) -> bool:
-        """Whether there is anything to compare."""
+        """Tell whether there is anything to compare."""
         return bool(self._digests)
 
     def remember(self, offset: int, data: memoryview) -> None:
-        """What a server said, as far as it is worth it: not zeros, as many disks have these in a place."""
+        """Remember what a server said, as far as it is worth it: not zeros, which many disks have there."""
         if len(self._digests) >= _MOST:
             return
         for place in _places(len(data)):

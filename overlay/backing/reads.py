@@ -26,12 +26,12 @@ Range = tuple[int, int]
 
 
 def sectors(size: int) -> int:
-    """A size in bytes, rounded up to whole sectors."""
+    """Return a size in bytes, rounded up to whole sectors."""
     return -(-size // SECTOR) * SECTOR
 
 
 def new_pace() -> Pace:
-    """How long the reads from one server are, in bytes."""
+    """Tell how long the reads from one server are, in bytes."""
     return Pace(_SHORTEST, _FIRST, LONGEST)
 
 
@@ -51,7 +51,7 @@ class Reading:
 
     @property
     def bytes_missing(self) -> int:
-        """How much has not come yet, while nothing is under way."""
+        """Tell how much has not come yet, while nothing is under way."""
         single = self._single
         if single is not None and single.done() and single.exception() is None:
             return 0

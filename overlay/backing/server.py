@@ -140,7 +140,7 @@ class Source:
 
     @property
     def is_distrusted(self) -> bool:
-        """Whether it is not used any more."""
+        """Tell whether it is not used any more."""
         return self._distrusted
 
     def answered(self, seconds: float) -> None:
@@ -149,14 +149,14 @@ class Source:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """The healthier a server, the lower. A server that is a little slower is as good as another.
+        """Rank the server: the healthier, the lower. One that is a little slower is as good as another.
 
         Errors count less the longer ago they were: one bad sector says nothing of the rest for ever.
         """
         return round(self._blame_now()), round(self._latency, 2)
 
     def health(self) -> Health:
-        """How it is doing now."""
+        """Tell how it is doing now."""
         session = self.session
         return Health(
             uri=str(self.uri),

@@ -63,7 +63,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main() -> int:
-    """Entry point of the console script."""
+    """Run the console script."""
     return run(PROGRAM, lambda: _run_command(sys.argv[1:]))
 
 

@@ -46,7 +46,7 @@ class Remote:
     async def execute(
         self, command: str, given: Mapping[str, object] | None = None, *, limit: float = LIMIT
     ) -> Any:
-        """What a QMP command with these arguments returns. Raises RefusedError, GoneError."""
+        """Return what a QMP command with these arguments returns. Raises RefusedError, GoneError."""
         try:
             # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the answer.
             async with asyncio.timeout(limit):
@@ -61,12 +61,12 @@ class Remote:
             ) from error
 
     async def status(self) -> dict[str, Any]:
-        """What ``query-overlay`` tells."""
+        """Return what ``query-overlay`` tells."""
         told: dict[str, Any] = await self.execute("query-overlay")
         return told
 
     async def job(self) -> str:
-        """What the job is called; RefusedError if there is none."""
+        """Return what the job is called; RefusedError if there is none."""
         told = await self.status()
         if told["job"] is None or told["phase"] in ("idle", "done"):
             state = "everything is here" if told["complete"] else "nothing is being streamed"

@@ -98,7 +98,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def read_options(given: argparse.Namespace) -> Options:
-    """What was asked for; UsageError or ImageError where that cannot be done."""
+    """Return what was asked for; UsageError or ImageError where that cannot be done."""
     monitor = None if given.qmp is None else monitor_path(given.qmp)
     options = Options(
         image=given.image,
@@ -129,7 +129,7 @@ def read_options(given: argparse.Namespace) -> Options:
 
 
 def parse_backings(texts: list[str]) -> tuple[NbdUri, ...]:
-    """What --backing was given; UsageError where one is no address, or named twice."""
+    """Return what --backing was given; UsageError where one is no address, or named twice."""
     found = [parse_uri(text) for text in texts]
     for number, uri in enumerate(found):
         if uri in found[:number]:

@@ -35,7 +35,7 @@ class StreamError(OperatorError):
 
 
 def text(told: Status) -> str:
-    """All that matters, on a few lines."""
+    """Return all that matters, on a few lines."""
     rows = [
         ("image", str(told["image"])),
         ("disk", _disk(told)),
@@ -49,7 +49,7 @@ def text(told: Status) -> str:
 
 
 def line(told: Status) -> str:
-    """How it goes, on one line."""
+    """Tell how it goes, on one line."""
     parts = [
         f"{_percent(told)} of {format_size(told['total'])}",
         _pace(told) if told["phase"] == "running" else _phase(told),
@@ -66,7 +66,7 @@ def line(told: Status) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``8 s``, ``3:05`` or ``2:03:05``."""
+    """Return seconds as ``8 s``, ``3:05`` or ``2:03:05``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

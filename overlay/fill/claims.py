@@ -74,7 +74,7 @@ class Claims:
         claim.done.set()
 
     def within(self, offset: int, length: int) -> list[Claim]:
-        """Those on a range at this instant, each once."""
+        """Return those on a range at this instant, each once."""
         numbers = range(offset // self.unit, -(-(offset + length) // self.unit))
         with self._lock:
             held = (claim for number, claim in self._held.items() if number in numbers)
@@ -82,7 +82,7 @@ class Claims:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody fetches anything."""
+        """Tell whether nobody fetches anything."""
         return not self._held
 
     def _hold(self, begin: int, end: int) -> Claim:

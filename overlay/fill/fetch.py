@@ -54,7 +54,7 @@ class Fetched:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def lately(self, seconds: float) -> bool:
-        """Whether a guest waits, or did within the last ``seconds``."""
+        """Tell whether a guest waits, or did within the last ``seconds``."""
         return self.waiting > 0 or time.monotonic() - self.waited_until < seconds
 
 
@@ -174,7 +174,7 @@ class Fetcher:
         return self.claims.take(offset, length, lambda *part: not self._image.is_local(*part), longest)
 
     def absent_part(self, claim: Claim) -> tuple[int, int]:
-        """Of a claimed range, from the first to the last cluster that is absent; the length may be 0."""
+        """Narrow a claimed range: from the first to the last cluster that is absent; the length may be 0."""
         absent = list(self._image.absent(claim.offset, claim.length))
         if not absent:
             return claim.offset, 0

@@ -35,12 +35,12 @@ class Read:
 
     @property
     def offset(self) -> int:
-        """Where it begins on the disk."""
+        """Tell where it begins on the disk."""
         return self.reading.offset
 
     @property
     def data(self) -> memoryview:
-        """Where what is read goes, all of it once it has been answered."""
+        """Tell where what is read goes, all of it once it has been answered."""
         return self.reading.buffer
 
 
@@ -76,7 +76,7 @@ class Flow:
         future.add_done_callback(lambda done: self._answers.put((read, done)))
 
     def next(self, seconds: float) -> tuple[Read, OSError | None] | None:
-        """A read that was answered, and what went wrong; None if none is within so many seconds."""
+        """Return a read that was answered, and what went wrong; None if none is within so many seconds."""
         try:
             read, future = self._answers.get(timeout=seconds)
         except queue.Empty:

@@ -58,7 +58,7 @@ class Job:
 
     @property
     def phase(self) -> Phase:
-        """What it is doing now."""
+        """Return what it is doing now."""
         return self._phase
 
     def start(self, identifier: str, on_error: OnError = OnError.STOP) -> bool:

@@ -40,7 +40,7 @@ class Window:
 
     @property
     def quiet_size(self) -> int:
-        """How many bytes may be in flight while guests wait: few, but more where the link is long.
+        """Tell how many bytes may be in flight while guests wait: few, but more where the link is long.
 
         Near by it is the processors that everybody waits for, and a long link that is empty helps nobody.
         """
@@ -85,7 +85,7 @@ class RateLimit:
 
     @property
     def speed(self) -> int:
-        """Bytes a second; 0 means no limit."""
+        """Return bytes a second; 0 means no limit."""
         return self._speed
 
     @speed.setter
@@ -93,7 +93,7 @@ class RateLimit:
         self._speed, self._due = speed, self._clock()
 
     def delay(self) -> float:
-        """Seconds until the next bytes may pass; 0 or less if they may now."""
+        """Return the seconds until the next bytes may pass; 0 or less if they may now."""
         return self._due - self._clock() if self._speed else 0.0
 
     def passed(self, length: int) -> None:

@@ -40,7 +40,7 @@ class Meter:
             self._recent = 0.0
 
     def rate(self) -> float | None:
-        """Bytes a second lately; None while that is not known yet."""
+        """Return the bytes a second lately; None while that is not known yet."""
         with self._lock:
             self._fade()
             measured = self._last - self._begin
@@ -85,7 +85,7 @@ class Progress:
                     self._again += max(0, before - self._image.local_bytes)
 
     def look(self) -> tuple[int, int]:
-        """(done, in all)."""
+        """Return (done, in all)."""
         with self._lock:
             # What is being taken away is not accounted for yet.
             self._done = max(self._done, self._image.local_bytes + self._again)

@@ -23,7 +23,7 @@ class ReadAhead:
         self._readers: OrderedDict[int, int] = OrderedDict()
 
     def after(self, offset: int, length: int) -> tuple[int, int] | None:
-        """A range (offset, length) to read ahead now that this one was missed; None if it looks random."""
+        """Return (offset, length) to read ahead after this range was missed; None if that looks random."""
         end = offset + length
         with self._lock:
             for expected, window in self._readers.items():

@@ -72,7 +72,7 @@ class Streamer:
 
     @property
     def in_flight(self) -> int:
-        """Bytes that were asked for and have not come yet."""
+        """Return the bytes that were asked for and have not come yet."""
         return self._flow.bytes
 
     def start(self) -> None:

@@ -82,7 +82,7 @@ class Image(ABC):
 
     @property
     def is_written_certain(self) -> bool:
-        """Whether what is here and not told as ``written`` was certainly copied from a backing.
+        """Tell whether what is here and not told as ``written`` was certainly copied from a backing.
 
         False where the layout records no writer, where no backing is needed any more, and after a power cut.
         """
@@ -91,28 +91,28 @@ class Image(ABC):
     @property
     @abstractmethod
     def local_bytes(self) -> int:
-        """The bytes of the disk that are not absent; all of it without a backing."""
+        """Return the bytes of the disk that are not absent; all of it without a backing."""
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is absent."""
+        """Tell whether nothing is absent."""
         return not self.backings or self.local_bytes == self.size
 
     @property
     def raw_fd(self) -> int | None:
-        """The descriptor of a file that is the disk, byte for byte, and stays so; None if there is none."""
+        """Return the descriptor of a file that is the disk, byte for byte, and stays so; None if none is."""
         return None
 
     @abstractmethod
     def runs(self, offset: int, length: int) -> Iterator[Run]:
-        """The runs that make up a range, in order, neighbours differing in state, place or writer.
+        """Yield the runs that make up a range, in order, neighbours differing in state, place or writer.
 
         Each piece is as it was at one instant between the call and its arrival.
         """
 
     @abstractmethod
     def is_local(self, offset: int, length: int) -> bool:
-        """Whether no byte of a range is absent (in the backing)."""
+        """Tell whether no byte of a range is absent (in the backing)."""
 
     @abstractmethod
     def read_now(self, offset: int, buffer: memoryview) -> bool:
@@ -152,7 +152,7 @@ class Image(ABC):
 
     @abstractmethod
     def fill_zero(self, offset: int, length: int) -> int:
-        """Like :meth:`fill` with zeros, of any length."""
+        """Do what :meth:`fill` does with zeros, of any length."""
 
     @abstractmethod
     def commit(self) -> None:
@@ -250,7 +250,7 @@ class Image(ABC):
 
 
 def zero_runs(data: memoryview, step: int) -> Iterator[tuple[int, memoryview, bool]]:
-    """(offset, part, whether it is all zeros): data cut up where pieces of ``step`` bytes begin to differ."""
+    """Yield (offset, part, whether it is zeros): data cut where pieces of ``step`` bytes begin to differ."""
     # Only a piece that begins with a zero can be all zeros: most data is not looked at any further.
     heads = bytes(data[::step])
     is_zero = bytearray(len(heads))

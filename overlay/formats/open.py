@@ -42,12 +42,12 @@ def open_image(
 
 
 def real_path(path: Path) -> Path:
-    """The file that a symbolic link leads to: a map lies beside that. Another path stays as it was given."""
+    """Return the file that a symbolic link leads to: a map lies beside that. Other paths stay as they are."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def layout_of(path: Path) -> Layout:
-    """The layout of a file. Raises ImageError if it cannot be read, OSError."""
+    """Return the layout of a file. Raises ImageError if it cannot be read, OSError."""
     storage = open_file(path, force_share=True)
     try:
         if os.path.lexists(map_path(path)) or read_trailer(storage, str(path)):

@@ -28,10 +28,10 @@ class Storage(Protocol):
     """
 
     def size(self) -> int:
-        """The length of the file."""
+        """Return the length of the file."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to ``length`` bytes, fewer only where the file ends."""
+        """Return up to ``length`` bytes, fewer only where the file ends."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer; EIO if the file ends before."""
@@ -43,7 +43,7 @@ class Storage(Protocol):
         """Make a range within the file read as zeros, and occupy nothing if that is possible."""
 
     def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """(offset, length) of what is not surely a hole in a range, in order. May be slow."""
+        """Yield (offset, length) of what is not surely a hole in a range, in order. May be slow."""
 
     def truncate(self, size: int) -> None:
         """Cut the file off, or let it grow by bytes that read as zeros and occupy nothing."""
@@ -52,7 +52,7 @@ class Storage(Protocol):
         """Return when everything written before is durable (fdatasync)."""
 
     def fileno(self) -> int | None:
-        """The file's descriptor, if there is one."""
+        """Return the file's descriptor, if there is one."""
 
     def share(self) -> None:
         """Give back the locks that keep other processes away."""
@@ -72,19 +72,19 @@ class FileStorage:
         self._sync_failed = False
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """Return the descriptor."""
         return self._fd
 
     def size(self) -> int:
-        """The length of the file in bytes."""
+        """Return the length of the file in bytes."""
         return os.fstat(self._fd).st_size
 
     def allocated(self) -> int:
-        """The bytes that the file occupies in its file system."""
+        """Return the bytes that the file occupies in its file system."""
         return os.fstat(self._fd).st_blocks * 512
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to ``length`` bytes, fewer only where the file ends."""
+        """Return up to ``length`` bytes, fewer only where the file ends."""
         parts: list[bytes] = []
         try:
             while length:
@@ -136,7 +136,7 @@ class FileStorage:
             self.write(offset + done, memoryview(_ZEROS)[: length - done])
 
     def data(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """What SEEK_DATA and SEEK_HOLE tell; everything where they do not work."""
+        """Yield what SEEK_DATA and SEEK_HOLE tell; everything where they do not work."""
         end = offset + length
         while offset < end:
             try:

@@ -11,7 +11,7 @@ from overlay.inspect.report import printable
 
 
 def info_json(path: str, image: Image, actual_size: int) -> str:
-    """What ``qemu-img info --output=json`` says, with all the backings; a complete image is raw."""
+    """Return what ``qemu-img info --output=json`` says, with all the backings; a complete image is raw."""
     answer: dict[str, object] = {
         "filename": path,
         "format": "flat" if image.backings else "raw",
@@ -28,7 +28,7 @@ def info_json(path: str, image: Image, actual_size: int) -> str:
 
 
 def info_text(path: str, image: Image, actual_size: int) -> str:
-    """The same for people."""
+    """Return the same for people."""
     share = 100 * image.local_bytes // image.size
     return "\n".join(
         [
@@ -44,7 +44,7 @@ def info_text(path: str, image: Image, actual_size: int) -> str:
 
 
 def check_json(path: str, report: FlatReport) -> str:
-    """What ``qemu-img check --output=json`` says, with what a flat image has."""
+    """Return what ``qemu-img check --output=json`` says, with what a flat image has."""
     answer = {
         "filename": path,
         "format": "flat",
@@ -65,7 +65,7 @@ def check_json(path: str, report: FlatReport) -> str:
 
 
 def check_text(path: str, report: FlatReport) -> str:
-    """The same for people."""
+    """Return the same for people."""
     lines = [f"{path}: {problem}" for problem in report.problems]
     if report.corruptions_fixed:
         lines.append("repaired: the image can be used again; what the log said is dropped")

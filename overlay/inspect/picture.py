@@ -53,7 +53,7 @@ class Survey:
 
     @property
     def labels(self) -> dict[Kind, str]:
-        """The kinds that can be there, and what to call them."""
+        """Return the kinds that can be there, and what to call them."""
         if self.knows_writer:
             return {kind: kind.label for kind in Kind}
         return {Kind.COPIED: "copied or written", Kind.ZERO: Kind.ZERO.label, Kind.ABSENT: Kind.ABSENT.label}
@@ -75,7 +75,7 @@ def survey(image: Image, blocks: int) -> Survey:
 
 
 def colour_of(share: tuple[int, int, int, int]) -> Colour:
-    """The colour of a block: the mean of its kinds' colours, in which each counts for something."""
+    """Return the colour of a block: the mean of its kinds' colours, in which each counts for something."""
     weights = [0.0] * len(_KINDS)
     total = sum(share)
     for number, length in enumerate(share):
@@ -92,7 +92,7 @@ def colour_of(share: tuple[int, int, int, int]) -> Colour:
 
 
 def leading_kind(share: tuple[int, int, int, int]) -> Kind:
-    """What a block is where colours cannot be mixed: written if any of it is, else what most of it is."""
+    """Tell what a block is where colours cannot be mixed: written if any is, else what most of it is."""
     written = share[_KINDS.index(Kind.WRITTEN)]
     return Kind.WRITTEN if written else _KINDS[share.index(max(share))]
 

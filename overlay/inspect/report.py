@@ -12,7 +12,7 @@ from overlay.formats.qed.header import Feature, Header
 
 
 def info_json(path: str, header: Header, backing: Backing | None, actual_size: int) -> str:
-    """What ``qemu-img info --output=json`` says of the image, and the size of its tables (clusters)."""
+    """Return what ``qemu-img info --output=json`` says of the image, and its tables' size (clusters)."""
     answer: dict[str, object] = {
         "filename": path,
         "format": "qed",
@@ -30,7 +30,7 @@ def info_json(path: str, header: Header, backing: Backing | None, actual_size: i
 
 
 def info_text(path: str, header: Header, backing: Backing | None, actual_size: int) -> str:
-    """The same for people."""
+    """Return the same for people."""
     lines = [
         f"image: {path}",
         "layout: qed",
@@ -49,7 +49,7 @@ def info_text(path: str, header: Header, backing: Backing | None, actual_size: i
 
 
 def check_json(path: str, report: Report) -> str:
-    """What ``qemu-img check --output=json`` says, and a list of the problems."""
+    """Return what ``qemu-img check --output=json`` says, and a list of the problems."""
     answer = {
         "filename": path,
         "format": "qed",
@@ -68,7 +68,7 @@ def check_json(path: str, report: Report) -> str:
 
 
 def check_text(path: str, report: Report) -> str:
-    """The same for people: the problems first, the verdict at the end."""
+    """Return the same for people: the problems first, the verdict at the end."""
     lines = [f"{path}: {problem}" for problem in report.problems]
     hidden = report.corruptions + report.corruptions_fixed - len(report.problems)
     if len(report.problems) and hidden > 0:
@@ -97,7 +97,7 @@ def check_text(path: str, report: Report) -> str:
 
 
 def map_json(image: Image) -> Iterator[str]:
-    """What ``qemu-img map --output=json`` says, piece by piece; the backing counts as data throughout."""
+    """Yield what ``qemu-img map --output=json`` says, piece by piece; the backing counts as data."""
     opening = "["
     for run in image.runs(0, image.size):
         yield f"{opening}{json.dumps(_map_entry(run, image.backings))}"
@@ -106,7 +106,7 @@ def map_json(image: Image) -> Iterator[str]:
 
 
 def map_text(image: Image) -> Iterator[str]:
-    """The same for people, a line for each run."""
+    """Yield the same for people, a line for each run."""
     yield f"{'offset':>18} {'length':>18} {'state':<7} file offset\n"
     for run in image.runs(0, image.size):
         place = f" {run.file_offset:#x}" if run.file_offset is not None else ""
@@ -128,5 +128,5 @@ def _map_entry(run: Run, backings: tuple[Backing, ...]) -> dict[str, object]:
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would act on, or cannot show, as escapes."""
+    """Return the text with what a terminal would act on, or cannot show, as escapes."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -26,7 +26,7 @@ class Collector(PrometheusCollector):
         self._daemon = daemon
 
     def collect(self) -> Iterator[Metric]:
-        """Everything at this moment."""
+        """Return everything at this moment."""
         yield from self._server.collect()
         yield from self._copying()
         yield self._waits()

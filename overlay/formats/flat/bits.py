@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def get(bitmap: bytearray | bytes, begin: int, end: int) -> int:
-    """The bits from ``begin`` to ``end`` as a number, the first one lowest."""
+    """Return the bits from ``begin`` to ``end`` as a number, the first one lowest."""
     first = begin >> 3
     value = int.from_bytes(bitmap[first : (end + 7) >> 3], "little") >> (begin & 7)
     return value & ((1 << (end - begin)) - 1)
@@ -35,12 +35,12 @@ def clear_all(bitmap: bytearray, begin: int, end: int) -> int:
 
 
 def count(bitmap: bytearray | bytes) -> int:
-    """How many bits are set."""
+    """Tell how many bits are set."""
     return int.from_bytes(bitmap, "little").bit_count()
 
 
 def runs(value: int, length: int) -> Iterator[tuple[int, int, bool]]:
-    """(begin, end, whether they are set) for the equal neighbours among the lowest ``length`` bits."""
+    """Yield (begin, end, whether they are set) for the equal neighbours among the lowest ``length`` bits."""
     digits = format(value, f"0{length}b")[::-1]
     begin = 0
     while begin < length:

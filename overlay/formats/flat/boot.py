@@ -9,7 +9,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def current_boot() -> UUID:
-    """The kernel's boot id: the same until the page cache is lost. Where there is none, never the same."""
+    """Return the kernel's boot id: the same until the page cache is lost; never, where there is none."""
     try:
         return UUID(_BOOT_ID.read_text().strip())
     except (OSError, ValueError):

@@ -23,12 +23,12 @@ from overlay.formats.storage import Storage, create_file, sync_directory
 
 
 def map_path(path: Path) -> Path:
-    """Where the map of a data file is."""
+    """Tell where the map of a data file is."""
     return path.with_name(path.name + ".map")
 
 
 def new_header(size: int, backings: tuple[Backing, ...]) -> Header:
-    """The header of an empty image for a disk of ``size`` bytes, rounded up to whole sectors.
+    """Return the header of an empty image for a disk of ``size`` bytes, rounded up to whole sectors.
 
     Raises UsageError for what no image can have.
     """

@@ -77,16 +77,16 @@ class Grains:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much waits for a flush that it should come before the next change."""
+        """Tell whether so much waits for a flush that it should come before the next change."""
         return len(self._changed) >= DIRTY_PAIRS
 
     @property
     def written(self) -> int:
-        """How many grains the guest wrote."""
+        """Tell how many grains the guest wrote."""
         return sum(self._directory[1::2])
 
     def has(self, first: int, end: int) -> bool:
-        """Whether all grains of a range are present. Needs no lock."""
+        """Tell whether all grains of a range are present. Needs no lock."""
         if end - first == 1:  # the most frequent case
             chunk, begin = divmod(first, CHUNK_GRAINS)
             present = self._directory[2 * chunk]
@@ -106,7 +106,7 @@ class Grains:
         return True
 
     def has_written(self, first: int, end: int) -> bool:
-        """Whether all grains of a range are present and were written by the guest. Needs no lock."""
+        """Tell whether all grains of a range are present and were written by the guest. Needs no lock."""
         if end - first == 1:
             chunk, begin = divmod(first, CHUNK_GRAINS)
             written = self._directory[2 * chunk + 1]
@@ -126,7 +126,7 @@ class Grains:
         return True
 
     def runs(self, first: int, end: int) -> Iterator[tuple[int, int, bool, bool]]:
-        """(first grain, end, present, written) of what is alike, in order; neighbours may be alike."""
+        """Yield (first grain, end, present, written) of what is alike, in order; neighbours may be alike."""
         for chunk, begin, stop in _parts(first, end):
             base = chunk * CHUNK_GRAINS
             present, written = self._directory[2 * chunk : 2 * chunk + 2]
@@ -146,7 +146,7 @@ class Grains:
                 yield base + left, base + right, is_present, is_written
 
     def absent(self, first: int, end: int) -> list[tuple[int, int]]:
-        """The longest runs of absent grains in a range, as (first, end)."""
+        """Return the longest runs of absent grains in a range, as (first, end)."""
         found: list[tuple[int, int]] = []
         for begin, stop, present, _ in self.runs(first, end):
             if present:
@@ -209,7 +209,7 @@ class Grains:
             self._changed.add(chunk)
 
     def take_changes(self) -> Changes:
-        """What the file lacks. :meth:`stored` or :meth:`put_back` must follow before the next call."""
+        """Return what the file lacks. :meth:`stored` or :meth:`put_back` must follow before the next call."""
         chunks = sorted(self._changed)
         pairs: list[tuple[int, bytes]] = []
         in_order = False

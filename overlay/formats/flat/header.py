@@ -92,7 +92,7 @@ class Trailer:
     flags: int = 0
 
     def pack(self) -> bytes:
-        """The trailer as it lies in the file."""
+        """Return the trailer as it lies in the file."""
         fixed = _TRAILER.pack(TRAILER_MAGIC, VERSION, self.flags, self.size, self.uuid.bytes)
         return _sealed(fixed).ljust(TRAILER_BYTES, b"\0")
 
@@ -110,26 +110,26 @@ class Header:
 
     @property
     def grains(self) -> int:
-        """How many grains the disk has, the last one perhaps in part."""
+        """Tell how many grains the disk has, the last one perhaps in part."""
         return -(-self.size // GRAIN)
 
     @property
     def chunks(self) -> int:
-        """How many entries the directory has."""
+        """Tell how many entries the directory has."""
         return -(-self.grains // CHUNK_GRAINS)
 
     @property
     def bitmaps_at(self) -> int:
-        """Where the bitmaps begin in the map, in bytes."""
+        """Tell where the bitmaps begin in the map, in bytes."""
         return -(-(DIRECTORY_AT + self.chunks * ENTRY_BYTES) // 4096) * 4096
 
     @property
     def map_bytes(self) -> int:
-        """The length of the map."""
+        """Return the length of the map."""
         return self.bitmaps_at + self.chunks * PAIR_BYTES
 
     def pack(self) -> bytes:
-        """The header as it lies in the file."""
+        """Return the header as it lies in the file."""
         names = self.pack_backings()
         fixed = _HEADER.pack(
             MAP_MAGIC,
@@ -147,17 +147,17 @@ class Header:
         return _sealed(fixed).ljust(SECTOR, b"\0")
 
     def pack_backings(self) -> bytes:
-        """The backings as they lie in the file."""
+        """Return the backings as they lie in the file."""
         return b"".join(backing.name.encode() + b"\0" for backing in self.backings)
 
 
 def trailer_at(size: int) -> int:
-    """Where the trailer of a disk of ``size`` bytes is."""
+    """Tell where the trailer of a disk of ``size`` bytes is."""
     return -(-size // GRAIN) * GRAIN
 
 
 def read_trailer(data: Storage, path: str) -> Trailer | None:
-    """The trailer at a file's end, None if there is none. Raises ImageError if it is damaged, OSError."""
+    """Return the trailer at a file's end, or None. Raises ImageError if it is damaged, OSError."""
     length = data.size()
     raw = data.read(length - TRAILER_BYTES, TRAILER_BYTES) if length >= TRAILER_BYTES else b""
     if raw[:8] != TRAILER_MAGIC:
@@ -175,7 +175,7 @@ def read_trailer(data: Storage, path: str) -> Trailer | None:
 
 
 def read_header(file: Storage, path: str) -> Header:
-    """The map's header and backings. Raises ImageError if they are damaged or unknown here, OSError."""
+    """Return the map's header and backings. Raises ImageError if they are no good here, OSError."""
     raw = file.read(0, SECTOR)
     if raw[:8] != MAP_MAGIC:
         raise ImageError(f"{path}: not the map of a flat image: it does not begin with 'NBDFMAP' and a NUL")

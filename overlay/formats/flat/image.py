@@ -63,7 +63,7 @@ class FlatImage(Image):
 
     @property
     def local_bytes(self) -> int:
-        """The bytes of the grains that are present."""
+        """Return the bytes of the grains that are present."""
         with self._lock:
             count = self._grains.present
             padding = -self.size % GRAIN
@@ -72,21 +72,21 @@ class FlatImage(Image):
 
     @property
     def complete(self) -> bool:
-        """Whether every grain is present."""
+        """Tell whether every grain is present."""
         return self._is_raw or self._grains.present == self._map.header.grains
 
     @property
     def raw_fd(self) -> int | None:
-        """The data file, once it is the disk and nothing else."""
+        """Return the data file, once it is the disk and nothing else."""
         return self._data.fileno() if self._is_raw else None
 
     @property
     def is_written_certain(self) -> bool:
-        """Whether what is not told as written was copied; see Image."""
+        """Tell whether what is not told as written was copied; see Image."""
         return bool(self.backings) and not self._map.header.flags & Flag.UNCERTAIN
 
     def runs(self, offset: int, length: int) -> Iterator[Run]:
-        """The runs that make up a range; see Image. Asks the file system where the holes are."""
+        """Yield the runs that make up a range; see Image. Asks the file system where the holes are."""
         self._check_range(offset, length)
         end = offset + length
         pending: tuple[int, int, bool, bool] | None = None
@@ -101,7 +101,7 @@ class FlatImage(Image):
             yield from self._runs_of(pending, offset, end)
 
     def is_local(self, offset: int, length: int) -> bool:
-        """Whether no byte is absent; see Image."""
+        """Tell whether no byte is absent; see Image."""
         self._check_range(offset, length)
         return self._grains.has(offset // GRAIN, -(-(offset + length) // GRAIN))
 
@@ -134,7 +134,7 @@ class FlatImage(Image):
         return True
 
     def write(self, offset: int, data: Buffer) -> bool:
-        """The same; makes room in the log if it must."""
+        """Store it as write_now() does; make room in the log if that must be."""
         self._check_change(offset, len(data))
         while not self.write_now(offset, data):
             with self._lock:
@@ -209,7 +209,7 @@ class FlatImage(Image):
                 self._map.write_notes()
 
     def commit(self) -> None:
-        """The same."""
+        """Do the same as log_writes()."""
         self.log_writes()
 
     def flush(self) -> None:

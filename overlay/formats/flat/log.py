@@ -43,12 +43,12 @@ class Log:
 
     @property
     def is_full(self) -> bool:
-        """Whether no record fits until the bitmaps have been written."""
+        """Tell whether no record fits until the bitmaps have been written."""
         return self._length >= HALF_RECORDS
 
     @property
     def has_notes(self) -> bool:
-        """Whether the file lacks what was noted. Needs no lock."""
+        """Tell whether the file lacks what was noted. Needs no lock."""
         return bool(self._notes)
 
     def note(self, first: int, count: int) -> None:
@@ -93,7 +93,7 @@ class Log:
 
 
 def read_log(file: Storage, generations: tuple[int, int]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """The records that count, as (first grain, count), and how many each half has. Raises OSError."""
+    """Return the records that count, as (first grain, count), and how many each half has. Raises OSError."""
     halves = [list(_read_half(file, half, generation)) for half, generation in enumerate(generations)]
     return halves[0] + halves[1], (len(halves[0]), len(halves[1]))
 

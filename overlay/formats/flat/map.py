@@ -47,7 +47,7 @@ class Map:
 
     @property
     def is_full(self) -> bool:
-        """Whether a flush must come before the next change. Not once the map has been given up."""
+        """Tell whether a flush must come before the next change. Not once the map has been given up."""
         return not self._closed and (self._log.is_full or self.grains.is_full)
 
     def note(self, first: int, end: int) -> None:
@@ -57,7 +57,7 @@ class Map:
 
     @property
     def has_notes(self) -> bool:
-        """Whether there are notes that the log's file lacks. Needs no lock."""
+        """Tell whether there are notes that the log's file lacks. Needs no lock."""
         return self._log.has_notes
 
     def write_notes(self) -> None:
@@ -69,7 +69,7 @@ class Map:
         self._log.drop_notes()
 
     def take_changes(self) -> Changes:
-        """What the file lacks; the data must be synced before it is stored. See Grains."""
+        """Return what the file lacks; the data must be synced before it is stored. See Grains."""
         self._log.retire()
         return self.grains.take_changes()
 
@@ -95,7 +95,7 @@ class Map:
             self.grains.stored(changes)
 
     def mark_clean(self) -> None:
-        """Closed in good order, after everything has been stored. Raises OSError."""
+        """Say that it was closed in good order, after everything has been stored. Raises OSError."""
         self.header = replace(self.header, flags=self.header.flags | Flag.CLEAN)
         self._write_header()
         self._sync()
@@ -136,7 +136,7 @@ class Map:
 
 
 def sync_failed(path: str) -> ImageError:
-    """The refusal to go on after a failed sync."""
+    """Return the refusal to go on after a failed sync."""
     return ImageError(
         f"{path}: writing back to the disk has failed, and writes that were acknowledged may be lost; "
         f"if that is acceptable, nbd-overlay check --repair {path} lets the image be used again"

@@ -63,7 +63,7 @@ def assemble(
     boot: UUID,
     remove_map: Callable[[], None],
 ) -> Image:
-    """What a data file and a map, if there is one, make. Raises ImageError, OSError."""
+    """Return what a data file and a map, if there is one, make. Raises ImageError, OSError."""
     trailer = read_trailer(data, path)
     if file is None:
         return RawImage(data, raw_size(data, trailer, path), path, writable=writable)
@@ -106,7 +106,7 @@ def check_finished(data: Storage, file: Storage, header: Header, path: str) -> N
 
 
 def raw_size(data: Storage, trailer: Trailer | None, path: str) -> int:
-    """The size of a disk that has no map. Raises ImageError unless it can be a whole one."""
+    """Return the size of a disk that has no map. Raises ImageError unless it can be a whole one."""
     if trailer is not None:
         raise ImageError(
             f"{path}: not a whole disk, and its map {path}.map is missing: put it back beside the file"

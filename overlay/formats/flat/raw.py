@@ -29,16 +29,16 @@ class RawImage(Image):
 
     @property
     def local_bytes(self) -> int:
-        """All of the disk."""
+        """Return all of the disk."""
         return self.size
 
     @property
     def raw_fd(self) -> int | None:
-        """The file."""
+        """Return the file."""
         return self._data.fileno()
 
     def runs(self, offset: int, length: int) -> Iterator[Run]:
-        """Data and holes; see Image."""
+        """Yield data and holes; see Image."""
         self._check_range(offset, length)
         end = offset + length
         for place, part in self._data.data(offset, length):
@@ -50,7 +50,7 @@ class RawImage(Image):
             yield Run(offset, end - offset, State.ZERO)
 
     def is_local(self, offset: int, length: int) -> bool:
-        """Always."""
+        """Say yes."""
         self._check_range(offset, length)
         return True
 
@@ -88,10 +88,10 @@ class RawImage(Image):
         return 0
 
     def log_writes(self) -> None:
-        """Nothing: what was written is in the file."""
+        """Do nothing: what was written is in the file."""
 
     def commit(self) -> None:
-        """Nothing: what was written is in the file."""
+        """Do nothing: what was written is in the file."""
 
     def flush(self) -> None:
         """Sync the file."""

@@ -34,7 +34,7 @@ def new_header(
     cluster_size: int = DEFAULT_CLUSTER_SIZE,
     table_size: int = DEFAULT_TABLE_SIZE,
 ) -> Header:
-    """The header of an empty image for a disk of ``size`` bytes, rounded up to whole sectors as QEMU does.
+    """Return the header of an empty image for a disk of ``size`` bytes, rounded up to sectors as by QEMU.
 
     Raises UsageError for sizes (bytes; the table's in clusters) that no image can have.
     """

@@ -67,31 +67,31 @@ class Header:
 
     @property
     def table_bytes(self) -> int:
-        """The length of an L1 or L2 table in bytes."""
+        """Return the length of an L1 or L2 table in bytes."""
         return self.table_size * self.cluster_size
 
     @property
     def table_entries(self) -> int:
-        """How many offsets a table holds (the spec's TABLE_NOFFSETS)."""
+        """Tell how many offsets a table holds (the spec's TABLE_NOFFSETS)."""
         return self.table_bytes // ENTRY_BYTES
 
     @property
     def clusters(self) -> int:
-        """How many clusters the guest's disk has, the last one perhaps in part."""
+        """Tell how many clusters the guest's disk has, the last one perhaps in part."""
         return -(-self.image_size // self.cluster_size)
 
     @property
     def first_cluster(self) -> int:
-        """Where in the file the regular clusters begin, in bytes."""
+        """Tell where in the file the regular clusters begin, in bytes."""
         return self.header_size * self.cluster_size
 
     @property
     def largest_image(self) -> int:
-        """The largest disk that tables of this geometry can map, in bytes."""
+        """Return the largest disk that tables of this geometry can map, in bytes."""
         return min(self.table_entries * self.table_entries * self.cluster_size, MAX_IMAGE_SIZE)
 
     def is_cluster(self, offset: int, end: int, count: int = 1) -> bool:
-        """Whether ``count`` clusters at ``offset`` are aligned and between the header and ``end`` (bytes)."""
+        """Tell whether ``count`` clusters at ``offset`` are aligned, behind the header and before ``end``."""
         return (
             offset % self.cluster_size == 0
             and self.first_cluster <= offset
@@ -99,16 +99,16 @@ class Header:
         )
 
     def without(self, *bits: Feature) -> Header:
-        """The same header with feature bits cleared."""
+        """Return the same header with feature bits cleared."""
         return replace(self, features=self.features & ~sum(bits))
 
     def without_backing(self) -> Header:
-        """The same header for an image that has the whole disk."""
+        """Return the same header for an image that has the whole disk."""
         header = self.without(Feature.BACKING_FILE, Feature.BACKING_FORMAT_NO_PROBE)
         return replace(header, backing_filename_offset=0, backing_filename_size=0)
 
     def pack(self) -> bytes:
-        """The header as it lies in the file."""
+        """Return the header as it lies in the file."""
         return _LAYOUT.pack(MAGIC, *(getattr(self, field.name) for field in fields(self)))
 
     @classmethod

@@ -67,7 +67,7 @@ class QedImage(Image):
 
     @property
     def local_bytes(self) -> int:
-        """The bytes that are not absent. The first time this reads all tables."""
+        """Return the bytes that are not absent. The first time this reads all tables."""
         if not self.backings:
             return self.size
         with self._lock:
@@ -76,7 +76,7 @@ class QedImage(Image):
             return self.size - self._absent
 
     def runs(self, offset: int, length: int) -> Iterator[Run]:
-        """The runs that make up a range; see Image."""
+        """Yield the runs that make up a range; see Image."""
         self._check_range(offset, length)
         pending: Run | None = None
         for cluster, count, entry in self._clusters(offset, length):
@@ -96,7 +96,7 @@ class QedImage(Image):
             yield pending
 
     def is_local(self, offset: int, length: int) -> bool:
-        """Whether no byte is absent; see Image."""
+        """Tell whether no byte is absent; see Image."""
         self._check_range(offset, length)
         return not self.backings or all(entry != ABSENT for _, _, entry in self._clusters(offset, length))
 
@@ -210,7 +210,7 @@ class QedImage(Image):
         self.flush()
 
     def log_writes(self) -> None:
-        """Nothing: only writes in place are taken at once."""
+        """Do nothing: only writes in place are taken at once."""
 
     def commit(self) -> None:
         """Let the tables in the file tell of every change so far; see Image."""

@@ -93,7 +93,7 @@ class Tables:
         """Slices that may point behind the file's end as it was at first, because we made them."""
 
     def is_stored(self, cluster: int, count: int) -> bool:
-        """Whether the file's tables tell of these clusters what ours do. All must be data in ours."""
+        """Tell whether the file's tables tell of these clusters what ours do. All must be data in ours."""
         end = cluster + count
         while cluster < end:
             number, first = divmod(cluster, self._slice_entries)
@@ -112,11 +112,11 @@ class Tables:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much waits for a commit that it should come before the next change."""
+        """Tell whether so much waits for a commit that it should come before the next change."""
         return len(self._dirty) >= DIRTY_SLICES
 
     def runs(self, cluster: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(cluster, count, entry) of what is alike, from ``cluster`` up to ``end``.
+        """Yield (cluster, count, entry) of what is alike, from ``cluster`` up to ``end``.
 
         The entry is ABSENT, ZERO, or the file offset of the first of ``count`` clusters that follow one
         another in the file. Neighbouring runs may be alike. Raises ImageError at a damaged table, OSError.
@@ -179,7 +179,7 @@ class Tables:
         self._storage.truncate(offset)
 
     def take_changes(self) -> Changes:
-        """What the file's tables lack now. A sync, and :meth:`store`, must follow before the next call."""
+        """Return what the file's tables lack. A sync, and :meth:`store`, must follow before the next call."""
         parts = {
             number: (part, part.dirty_begin, part.entries[part.dirty_begin : part.dirty_end])
             for number, part in self._dirty.items()
@@ -212,7 +212,7 @@ class Tables:
         self._stored = Changes({}, set())
 
     def count_absent(self) -> int:
-        """How many clusters of the disk are absent. Reads all L2 tables, raises ImageError, OSError."""
+        """Tell how many clusters of the disk are absent. Reads all L2 tables, raises ImageError, OSError."""
         absent = 0
         for l1_index, place in enumerate(self._l1):
             first = l1_index * self._header.table_entries
@@ -318,7 +318,7 @@ def read_entries(storage: Storage, offset: int, count: int) -> array[int]:
 
 
 def encode(entries: array[int]) -> bytes:
-    """Table entries as they lie in the file."""
+    """Return table entries as they lie in the file."""
     if sys.byteorder == "big":
         entries = array("Q", entries)
         entries.byteswap()
