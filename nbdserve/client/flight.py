@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 _LOOK = 5.0
 """Seconds between two looks at a connection on which nothing moves, at most."""
+_OFTEN = 0.1
+"""Seconds between two looks for requests that are passed over, while bytes move."""
 
 
 class Promise(Future[T]):
@@ -76,6 +78,9 @@ class Flight:
         self._requests: dict[Request[Any], None] = {}
         self._number = 0
         self._moved = clock()
+        # Of the connection's own thread alone.
+        self._has_moved = False
+        self._due = self._moved
 
     def begin(self, request: Request[Any]) -> None:
         """A request is about to be sent."""
@@ -104,6 +109,7 @@ class Flight:
     def moved(self) -> None:
         """Something came or went."""
         self._moved = self._clock()
+        self._has_moved = True
 
     @property
     def quiet(self) -> float:
@@ -112,7 +118,14 @@ class Flight:
             return self._quiet(next(iter(self._requests), None))
 
     def seconds_to_look(self) -> float:
-        """Tell when to look again, whatever is sent meanwhile. TimeoutError, ETIMEDOUT, if one is late."""
+        """Tell when to look again, whatever is sent meanwhile. TimeoutError, ETIMEDOUT, if one is late.
+
+        Cheap while bytes move, as it is asked for each answer.
+        """
+        has_moved, self._has_moved = self._has_moved, False
+        if has_moved and self._moved < self._due:
+            return self.look
+        self._due = self._clock() + _OFTEN
         with self._lock:
             oldest = next(iter(self._requests), None)
             quiet = self._quiet(oldest)

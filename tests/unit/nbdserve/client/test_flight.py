@@ -81,6 +81,40 @@ def test_a_request_that_is_passed_over_again_and_again_is_late_although_bytes_mo
         flight.seconds_to_look()
 
 
+def test_a_request_that_is_passed_over_is_found_also_where_answers_come_all_the_time() -> None:
+    clock = Clock()
+    flight = Flight(60.0, clock)
+    begun(flight)
+    began = clock.now
+
+    def go_on() -> None:
+        while clock.now < began + 120.0:
+            later = begun(flight)
+            clock.now += 0.01
+            flight.moved()
+            flight.end(later)
+            assert 0 < flight.seconds_to_look() <= 5.0
+
+    with pytest.raises(TimeoutError, match="passed over"):
+        go_on()
+    assert began + 60.0 <= clock.now <= began + 61.0
+
+
+def test_silence_after_a_busy_time_is_found_as_soon_as_any() -> None:
+    clock = Clock()
+    flight = Flight(60.0, clock)
+    begun(flight)
+    for _ in range(100):
+        clock.now += 0.01
+        flight.moved()
+        assert flight.seconds_to_look() == pytest.approx(5.0)
+    clock.now += 58.0
+    assert flight.seconds_to_look() == pytest.approx(2.0)
+    clock.now += 2.0
+    with pytest.raises(TimeoutError, match="no answer"):
+        flight.seconds_to_look()
+
+
 def test_a_long_queue_on_a_slow_link_is_not_taken_for_a_request_that_was_forgotten() -> None:
     """Out of order, and each answer takes a minute: those that were sent before the first was overtaken."""
     clock = Clock()
