@@ -7,7 +7,6 @@ has ended on B is no obstacle: its disk is completed without it, or, with ``boot
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from nbdserve.common.errors import ConnectError, UsageError
 from recipes.commands.run import go_through
 from recipes.engines.choice import engine_for
-from recipes.engines.interface import blockdev_options, reached
+from recipes.engines.interface import blockdev_options, image_facts, reached
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
@@ -154,9 +153,7 @@ async def look_at(plan: Plan, host: Host) -> Disk:
         raise MigrationError(
             f"there is no {image} on B, so there is nothing to finish; is it the right plan?"
         )
-    # In use it is: by nbd-overlay, or by B's QEMU.
-    answer = await host.run(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
-    facts = json.loads(answer)
+    facts = await image_facts(host, image, limit)
     made_by = "qemu" if facts["format"] == "qed" else "overlay"
     if made_by != plan.destination.engine:
         raise UsageError(

@@ -6,8 +6,7 @@ into images of either layout, whoever did so before.
 
 from __future__ import annotations
 
-import json
-
+from recipes.engines.interface import image_facts
 from recipes.engines.overlay_engine import OverlayEngine
 from recipes.errors import MigrationError
 from recipes.migrate.runtime import Migration
@@ -21,9 +20,9 @@ class Unattended(OverlayEngine):
 
     async def confirm(self, m: Migration) -> None:
         """See that the image needs no backing any more."""
-        tool, image = m.host_b.tool("nbd-overlay"), m.plan.destination.image
-        answer = await m.host_b.run(tool, "info", "-U", "--json", image, limit=m.plan.limits.command)
-        if "backing-filename" in json.loads(answer):
+        image = m.plan.destination.image
+        if "backing-filename" in await image_facts(m.host_b, image, m.plan.limits.command):
+            tool = m.host_b.tool("nbd-overlay")
             raise MigrationError(f"{image} is not complete: it has a backing, {tool} info says")
 
     async def detach(self, m: Migration) -> None:

@@ -1,8 +1,4 @@
-"""The disk of a guest that has ended on B before all of it was there: it is copied to the end without it.
-
-Nothing is lost by a guest's end: what it wrote is in the image on B, and the rest on A. nbd-overlay can copy
-into images of either layout, whoever did so before.
-"""
+"""When a disk is completed without its guest, and what is told of that one; see engines/unattended.py."""
 
 from __future__ import annotations
 
