@@ -5,6 +5,7 @@
     ├── ProtocolError        a peer broke the NBD protocol; its connection cannot go on
     ├── ConnectionLostError  a client went away in the middle of something
     ├── ConnectError         a server, socket or monitor could not be reached
+    ├── MonitorError         the other side of a monitor does not do what it is asked    qmp/client.py
     └── ImageError           a disk image is malformed, unsafe or of an unknown kind
 
 What may fail in a migration besides is in ``recipes/errors.py``.
