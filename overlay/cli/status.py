@@ -17,7 +17,8 @@ from nbdserve.common.clock import now
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.program import EXIT_DONE
 from nbdserve.common.sizes import format_size
-from overlay.cli.remote import GoneError, Remote, connected
+from nbdserve.qmp.client import GoneError
+from overlay.cli.remote import Remote, connected
 
 LIVE, PLAIN = 0.5, 5.0
 """Seconds between two looks: on a terminal, and between two lines where there is none."""

@@ -6,8 +6,7 @@ import asyncio
 import time
 from contextlib import suppress
 
-from qemu.qmp import EventListener
-
+from nbdserve.qmp.client import EventListener
 from recipes.errors import MigrationError
 from recipes.migrate.report import Moment
 from recipes.migrate.runtime import READY, Arrival, Migration

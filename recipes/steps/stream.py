@@ -7,9 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from qemu.qmp import EventListener
-
 from nbdserve.common.clock import now
+from nbdserve.qmp.client import EventListener
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.migrate.report import Progress

@@ -163,6 +163,16 @@ def test_only_one_module_imports_libnbd() -> None:
     assert users == {"nbdserve/client/libnbd.py"}
 
 
+def test_only_one_folder_imports_the_library_of_qemus_monitor_protocol() -> None:
+    users = {
+        str(source.parent.relative_to(ROOT))
+        for package in LAYERS
+        for source in modules(package)
+        if "qemu" in {name.split(".")[0] for name in imported_modules(source)}
+    }
+    assert users == {"nbdserve/qmp"}
+
+
 def test_threads_are_started_in_one_place_which_knows_that_there_may_be_none() -> None:
     starters = {"Thread", "Timer", "ThreadPoolExecutor", "start_new_thread", "start_joinable_thread"}
     for package in ("nbdserve", "overlay"):
