@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
+from tests.support.disks import MIB
 from tests.support.processes import Process, check, listens
 from tests.support.servers import NBDSERVE, UnixAddress, fresh_path
 
@@ -53,6 +54,19 @@ class Filler:
         """Let go of the monitor."""
         with contextlib.suppress(EOFError, OSError):
             self._monitor.close()
+
+
+def touch_memory(directory: Path, size: int) -> None:
+    """Touch as much memory as is about to be filled, in bytes.
+
+    A virtual machine's host may have taken back what is free: then it comes back page by page, at a quarter
+    of the speed, for whoever happens to be next.
+    """
+    path = fresh_path(directory, "touched", ".img")
+    with path.open("wb") as file:
+        for _ in range(size // MIB):
+            file.write(bytes(MIB))
+    path.unlink()
 
 
 Start = Callable[[UnixAddress, int, Path], AbstractContextManager[Filler]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,19 +48,24 @@ class Result:
     samples: Sequence[Sample]
 
     @property
+    def rates(self) -> list[float]:
+        """The rate of each run."""
+        return [sample.rate for sample in self.samples]
+
+    @property
     def rate(self) -> float:
         """The median rate."""
-        return statistics.median(sample.rate for sample in self.samples)
+        return statistics.median(self.rates)
 
     @property
     def lowest(self) -> float:
         """The lowest rate of a run."""
-        return min(sample.rate for sample in self.samples)
+        return min(self.rates)
 
     @property
     def highest(self) -> float:
         """The highest rate of a run."""
-        return max(sample.rate for sample in self.samples)
+        return max(self.rates)
 
     def median(self, figure: Callable[[Sample], float]) -> float:
         """The median of some figure of the runs."""
@@ -81,21 +86,29 @@ def measure(
     rounds: int,
     seconds: float,
 ) -> list[Result]:
-    """Start the contenders on the image, and measure each once per round, in turn."""
+    """Start the contenders on the image, and measure each once per round, in turn: see :func:`turns`."""
     client = trust.client() if row.tls else []
     with contextlib.ExitStack() as stack:
         running = [
             (contender, stack.enter_context(_start(contender, row, image, directory, trust)))
             for contender in contenders
         ]
-        samples = [
-            [_sample(row, contender, server, seconds, client) for contender, server in running]
-            for _ in range(rounds)
-        ]
+        samples: list[list[Sample]] = [[] for _ in running]
+        for order in turns(len(running), rounds):
+            for each in order:
+                contender, server = running[each]
+                samples[each].append(_sample(row, contender, server, seconds, client))
     return [
         Result(row, contender, of_contender)
-        for contender, of_contender in zip(contenders, zip(*samples, strict=True), strict=True)
+        for contender, of_contender in zip(contenders, samples, strict=True)
     ]
+
+
+def turns(contenders: int, rounds: int) -> Iterator[Sequence[int]]:
+    """In which order contenders are measured, in each round: backwards in every other, as place matters."""
+    forwards = range(contenders)
+    for number in range(rounds):
+        yield forwards[::-1] if number % 2 else forwards
 
 
 def _start(

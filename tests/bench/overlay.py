@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.bench.fillers import FLAT, QED, QEMU_QCOW2, QEMU_QED, Contender, nbdcopy
+from tests.bench.fillers import FLAT, QED, QEMU_QCOW2, QEMU_QED, Contender, nbdcopy, touch_memory
 from tests.bench.machine import describe_machine
 from tests.bench.table import written_by_hand
 from tests.support import servers
@@ -91,23 +91,10 @@ def source(
             yield near
 
 
-def warm(bench: Bench) -> None:
-    """Touch as much memory as is about to be filled.
-
-    A virtual machine's host may have taken back what is free: then it comes back page by page, at a quarter
-    of the speed, for whoever happens to be next.
-    """
-    path = bench.directory / "warm"
-    with path.open("wb") as file:
-        for _ in range(bench.size // MIB):
-            file.write(bytes(MIB))
-    path.unlink()
-
-
 def fill(bench: Bench, contender: Contender, at: UnixAddress) -> float:
     """MiB a second at which it fills."""
     if bench.size < SPARSE:
-        warm(bench)
+        touch_memory(bench.directory, bench.size)
     with contender.start(at, bench.size, bench.directory) as filler:
         return bench.size / MIB / filler.fill()
 
@@ -122,7 +109,7 @@ def streaming(bench: Bench) -> None:
         for _ in range(bench.rounds):
             for each in contenders:
                 samples[each.name].append(fill(bench, each, server.address))
-            warm(bench)
+            touch_memory(bench.directory, bench.size)
             samples["nbdcopy"].append(bench.size / MIB / nbdcopy(server.address, bench.directory))
     rates = bench.figures("Streaming, same machine", "MiB/s", samples)
     bench.target("flat / QEMU into QED", rates[FLAT.name] / rates[QEMU_QED.name], 3.0)

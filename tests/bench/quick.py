@@ -1,25 +1,25 @@
 """``python -m tests.bench.quick``: this version beside another one, in five minutes.
 
 The server's small and large requests and the overlay's stream, in interleaved rounds; each figure is the
-ratio of the medians, ours to theirs. What is below ``--least`` is named in the end, and the exit code is 1.
+median of the rounds' ratios, ours to theirs, with the interval in which it lies as far as so few rounds can
+tell. A row whose whole interval is below ``--least`` is slower: the exit code is 1. Where only a part of it
+is, more ``--rounds`` of that ``--row`` tell.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.__main__ import image_directory, write_image
+from tests.bench.comparison import Comparison
 from tests.bench.contenders import Contender, Task
-from tests.bench.fillers import overlay
-from tests.bench.measure import measure
+from tests.bench.fillers import overlay, touch_memory
+from tests.bench.measure import measure, turns
 from tests.bench.rows import KIB4, MIB1, Row
 from tests.bench.trust import Trust
 from tests.bench.versions import HERE, Version, checked_out
@@ -40,24 +40,6 @@ ROWS = (
 LAYOUTS = ("flat", "qed")
 
 
-@dataclass(frozen=True)
-class Figure:
-    """What one row gave: the medians and their ratio."""
-
-    name: str
-    ours: float
-    theirs: float
-    unit: str
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast we are."""
-        return self.ours / self.theirs
-
-    def __str__(self) -> str:
-        return f"{self.ratio:6.3f}  {self.name}: {self.ours:.4g} beside {self.theirs:.4g} {self.unit}"
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.quick", description=__doc__)
@@ -68,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.6, help="of each measurement (0.6)")
     parser.add_argument("--size", type=int, default=256, help="of the disk in MiB (256)")
     parser.add_argument("--directory", type=Path, help="where disks lie (default: in memory)")
-    parser.add_argument("--least", type=float, default=0.0, help="ratio below which a row fails (0)")
+    parser.add_argument("--least", type=float, default=0.0, help="ratio below which a row is slower (0)")
     parser.add_argument("--row", default="", help="only rows whose name contains this")
     return parser.parse_args()
 
@@ -88,27 +70,25 @@ def server_of(version: Version) -> Contender:
 
 def streams(
     versions: tuple[Version, Version], layout: str, given: argparse.Namespace, directory: Path
-) -> Figure:
+) -> Comparison:
     """How fast an overlay of this layout fills, from one server for both."""
-    rates: dict[Version, list[float]] = {version: [] for version in versions}
+    rates: tuple[list[float], list[float]] = [], []
     size = given.size * MIB
     at = UnixAddress(fresh_path(directory, "source", ".sock"))
     with nbdserve("-r", "-f", "raw", directory / "disk.img", directory=directory, at=at):
-        for number in range(given.rounds + 1):
-            for version in versions:
-                with overlay(layout, version.command("nbd-overlay"))(at, size, directory) as filler:
-                    took = filler.fill()
-                # The first round has touched the memory, and counts for nobody.
-                if number:
-                    rates[version].append(given.size / took)
-                time.sleep(0.05)
-    ours, theirs = (statistics.median(rates[version]) for version in versions)
-    return Figure(f"streaming, {layout}", ours, theirs, "MiB/s")
+        for order in turns(len(versions), given.rounds):
+            for each in order:
+                touch_memory(directory, size)
+                with overlay(layout, versions[each].command("nbd-overlay"))(at, size, directory) as filler:
+                    rates[each].append(given.size / filler.fill())
+    return Comparison(f"streaming, {layout}", "MiB/s", *rates)
 
 
-def figures(given: argparse.Namespace, directory: Path, tell: Callable[[Figure], None]) -> list[Figure]:
+def figures(
+    given: argparse.Namespace, directory: Path, tell: Callable[[Comparison], None]
+) -> list[Comparison]:
     """Measure everything that was asked for."""
-    found: list[Figure] = []
+    found: list[Comparison] = []
     with ExitStack() as stack:
         versions = (Version("this", HERE), stack.enter_context(checked_out(given.against, directory)))
         contenders = [server_of(version) for version in versions]
@@ -117,7 +97,7 @@ def figures(given: argparse.Namespace, directory: Path, tell: Callable[[Figure],
             if given.row in row.name:
                 image = directory / "disk.img"
                 ours, theirs = measure(row, contenders, image, directory, trust, given.rounds, given.seconds)
-                found.append(Figure(row.name, ours.rate, theirs.rate, row.unit.value))
+                found.append(Comparison(row.name, row.unit.value, ours.rates, theirs.rates))
                 tell(found[-1])
         for layout in LAYOUTS:
             if given.row in f"streaming, {layout}":
@@ -134,14 +114,15 @@ def main() -> int:
         directory = Path(scratch)
         directory.chmod(0o755)
         write_image(directory / "disk.img", given.size)
-        print(
-            f"this version beside {given.against}, ratios of the medians of {given.rounds} rounds", flush=True
-        )
-        found = figures(given, directory, lambda figure: print(figure, flush=True))
-    slow = [figure.name for figure in found if figure.ratio < given.least]
-    if slow:
-        print(f"slower than {given.least:g} of before: {'; '.join(slow)}")
-    return 1 if slow else 0
+        print(f"this version beside {given.against}: ratio [its interval], {given.rounds} rounds", flush=True)
+        found = figures(given, directory, lambda row: print(row, flush=True))
+    slower = [row.name for row in found if row.interval[1] < given.least]
+    unsure = [row.name for row in found if row.ratio < given.least <= row.interval[1]]
+    if slower:
+        print(f"slower than {given.least:g} of before: {'; '.join(slower)}")
+    if unsure:
+        print(f"perhaps slower than {given.least:g} of before, more rounds tell: {'; '.join(unsure)}")
+    return 1 if slower else 0
 
 
 if __name__ == "__main__":
