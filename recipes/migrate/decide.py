@@ -1,0 +1,197 @@
+"""What is done about a migration, and what the operator reads: one table for everybody who has to act.
+
+The running command after a failure, the guard after the command's death, ``resume`` and ``abort`` look at
+the same things (qemu/facts.py) and ask :func:`decide`. The rules are read from the first to the last, and the
+first that fits holds. Three things are true of every rule, and tested for every combination:
+
+- A is told to go on only where the guest has never run on B, or where B's end came before A's ``completed``
+  was seen;
+- nothing that carries the guest on B is ended, unless A's QEMU says that the migration has failed and runs
+  the guest itself, for then it is A's;
+- where it is not known who has the guest, nothing is ended and nothing is told to go on.
+
+docs/decisions.md is made from this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+
+from recipes.migrate.state import Phase, State
+from recipes.qemu.facts import Facts, OnA, OnB
+
+PREPARING = frozenset({Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH})
+"""Nothing has been told to A's QEMU: a migration that is under way there is somebody else's."""
+SENDING = frozenset({Phase.MIGRATE})
+"""A's QEMU keeps the end of the guest's state: B's can never run it."""
+MOVING = frozenset({Phase.SWITCH_OVER})
+BACK = frozenset({Phase.TAKING_BACK})
+ON_B = frozenset({Phase.ARRIVED, Phase.STREAM})
+"""The guest is B's, and part of its disk is on A only."""
+WHOLE = frozenset({Phase.COMPLETE, Phase.SHUT_DOWN})
+"""Every block is on B."""
+
+
+class Wish(Enum):
+    """What whoever asks is after."""
+
+    GO_BACK = "go back"
+    """The migration cannot, or shall not, go on: a step has failed, the command was killed, ``abort``."""
+    GO_ON = "go on"
+    """``resume``."""
+
+
+class Action(Enum):
+    """What is done; the value says it in full."""
+
+    NOTHING = "nothing"
+    CLEAN_UP = "leave A's QEMU alone; end what was started and remove what was made"
+    TAKE_BACK = "let the guest go on on A; then end B's QEMU and the rest, and remove what was made"
+    END_B_FIRST = "end B's QEMU; then let the guest go on on A, end the rest and remove what was made"
+    WAIT = "look again, as long as there is time"
+    KEEP = "touch nothing"
+    KEEP_B = "let what carries the guest on B live on; fence A's disk and end A's QEMU"
+    START_OVER = "as when going back; then begin anew"
+    FINISH = "do what is left of steps 5 and 6"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table.
+
+    ``words`` may name {image}, the guest's disk on A, {overlay}, that on B, and {finish}, a command.
+    """
+
+    name: str
+    wishes: Collection[Wish]
+    phases: Collection[Phase]
+    on_a: Collection[OnA]
+    on_b: Collection[OnB]
+    action: Action
+    words: str
+
+    def fits(self, phase: Phase, wish: Wish, facts: Facts) -> bool:
+        """Tell whether the rule speaks of this."""
+        return wish in self.wishes and phase in self.phases and facts.a in self.on_a and facts.b in self.on_b
+
+
+_BACK, _ON = frozenset({Wish.GO_BACK}), frozenset({Wish.GO_ON})
+_BOTH = _BACK | _ON
+_A, _B = frozenset(OnA), frozenset(OnB)
+_RUNS = frozenset({OnA.RUNS, OnA.RUNS_TOO})
+_NOT_YET_SENT = frozenset({OnA.RUNS, OnA.RUNS_TOO, OnA.STANDS, OnA.SENDS, OnA.HOLDS})
+_B_MAY_HAVE_IT = frozenset({OnA.STANDS, OnA.STUCK, OnA.LEFT, OnA.GONE, OnA.SILENT})
+
+_AGAIN = frozenset({Phase.TAKEN_BACK, Phase.LOST})
+_NOT_ON_B = PREPARING | SENDING | MOVING | BACK | _AGAIN
+
+AS_BEFORE = "the guest runs on A as before"
+_LOST = "A's QEMU is gone and with it the guest; its disk is untouched"
+_LEFT = "the guest was left on A, but look at it"
+UNKNOWN = "it is not known where the guest is"
+_STAYS = (
+    "the guest is on B and stays there; until {overlay} is complete, keep {image} and A's server; to "
+    "complete it: {finish}"
+)
+_STOPPED = (
+    "the guest has stopped; its disk is {overlay} on B together with {image} on A, which is still served: "
+    "keep both; to start the guest again and complete its disk: {finish} --boot; to complete the disk "
+    "without it: {finish}"
+)
+_WHOLE = "its disk, {overlay} on B, is complete and needs nothing on A; to clear away what is left: {finish}"
+
+RULES: tuple[Rule, ...] = (
+    # Over.
+    Rule("done", _BOTH, {Phase.DONE}, _A, _B, Action.NOTHING,
+         "the guest and its disk are on B; nothing is left to do"),
+    Rule("lost", _BACK, {Phase.LOST}, _A, _B, Action.NOTHING, _LOST),
+    Rule("was taken back", _BACK, {Phase.TAKEN_BACK}, _A, _B, Action.NOTHING,
+         "the guest was left on A, and nothing is left of the migration"),
+    Rule("again", _ON, _AGAIN, _RUNS, _B, Action.START_OVER,
+         "the migration begins anew"),
+    # Before A's QEMU has been told anything.
+    Rule("prepared, A runs", _BACK, PREPARING, _RUNS, _B, Action.CLEAN_UP, AS_BEFORE),
+    Rule("prepared, A gone", _BACK, PREPARING, {OnA.GONE}, _B, Action.CLEAN_UP,
+         f"what was started has been ended; {_LOST}"),
+    Rule("left alone", _BACK, PREPARING, {OnA.SILENT}, _B, Action.CLEAN_UP, _LEFT),
+    Rule("prepared, not ours", _BACK, PREPARING, _A, _B, Action.CLEAN_UP,
+         "the guest is still on A, where somebody else's migration may be under way: look at query-migrate"),
+    Rule("begin anew", _ON, PREPARING, _RUNS, _B, Action.START_OVER, "the migration begins anew"),
+    # A's QEMU was told to migrate, and not yet to switch over.
+    Rule("sent by hand", _BACK, SENDING, {OnA.LEFT}, {OnB.NONE}, Action.KEEP_B, _STOPPED),
+    Rule("sent by hand, B has it", _BACK, SENDING, {OnA.LEFT}, _B, Action.KEEP_B, _STAYS),
+    Rule("sending", _BACK, SENDING, _NOT_YET_SENT, _B, Action.TAKE_BACK, AS_BEFORE),
+    Rule("sending, begin anew", _ON, SENDING, _NOT_YET_SENT, _B,
+         Action.START_OVER, "the migration begins anew"),
+    # The switch-over may be under way, or is being taken back.
+    Rule("switching", _BOTH, SENDING | MOVING | BACK, {OnA.SWITCHES}, _B, Action.WAIT,
+         "the switch-over is under way"),
+    Rule("both have the guest", _BOTH, MOVING | BACK, {OnA.RUNS_TOO}, {OnB.HAS_GUEST}, Action.KEEP,
+         "the guest runs on A, where it was told to go on, and B's QEMU has it too: stop one of them at once "
+         "(command stop of its monitor) and keep the one that the network sees"),
+    Rule("B has the guest", _BACK, SENDING | MOVING | BACK, _B_MAY_HAVE_IT, {OnB.HAS_GUEST},
+         Action.KEEP_B, _STAYS),
+    Rule("sending, A silent", _BACK, SENDING, {OnA.SILENT}, _B, Action.CLEAN_UP, _LEFT),
+    Rule("sending, A gone", _BACK, SENDING, {OnA.GONE}, _B, Action.CLEAN_UP, _LOST),
+    Rule("sent, B is dead", _BACK, MOVING, {OnA.LEFT}, {OnB.NONE}, Action.KEEP_B, _STOPPED),
+    Rule("sent", _BACK, MOVING, {OnA.LEFT}, _B, Action.KEEP_B, _STAYS),
+    Rule("sent while it was taken back", _BOTH, BACK, {OnA.LEFT}, {OnB.WAITS}, Action.WAIT,
+         "B's QEMU is about to have the guest"),
+    Rule("sent while it was taken back, unknown", _BOTH, BACK, {OnA.LEFT}, {OnB.LATE, OnB.SILENT},
+         Action.KEEP, UNKNOWN),
+    Rule("A died, B may have all", _BOTH, MOVING | BACK, {OnA.GONE}, {OnB.WAITS}, Action.WAIT,
+         "B's QEMU may have all of the guest"),
+    Rule("A died", _BACK, MOVING | BACK, {OnA.GONE}, {OnB.NONE, OnB.LATE}, Action.CLEAN_UP, _LOST),
+    Rule("B is silent", _BACK, MOVING | BACK, {OnA.GONE}, _B, Action.KEEP, UNKNOWN),
+    Rule("A is silent", _BACK, MOVING | BACK, {OnA.SILENT}, _B, Action.KEEP, UNKNOWN),
+    Rule("take back", _BACK, SENDING | MOVING | BACK, _A, _B, Action.END_B_FIRST, AS_BEFORE),
+    Rule("arrived", _ON, SENDING | MOVING, {OnA.LEFT}, _B, Action.FINISH, "the guest is on B"),
+    Rule("arrived, A does not say so", _ON, MOVING | BACK, _B_MAY_HAVE_IT,
+         {OnB.HAS_GUEST}, Action.FINISH, "the guest is on B"),
+    # Whoever resumes finds a guest on A, or nobody who says where it is.
+    Rule("resume, A gone", _ON, _NOT_ON_B, {OnA.GONE}, {OnB.NONE, OnB.LATE, OnB.WAITS}, Action.KEEP,
+         "A's QEMU is gone and with it the guest; its disk is untouched: abort clears away what is left"),
+    Rule("resume, A silent", _ON, _NOT_ON_B, {OnA.SILENT, OnA.GONE}, _B, Action.KEEP,
+         "it cannot be seen where the guest is; see to the monitors, then resume again"),
+    Rule("resume, not ours", _ON, PREPARING | _AGAIN, _A, _B, Action.KEEP,
+         "the guest on A does not run, or somebody else migrates it: look at query-status and query-migrate"),
+    Rule("start over", _ON, SENDING | MOVING | BACK, _A, _B, Action.START_OVER, "the migration begins anew"),
+    # The guest is B's.
+    Rule("finish", _ON, ON_B | WHOLE, _A, _B, Action.FINISH, "the migration goes on"),
+    Rule("stopped, incomplete", _BACK, ON_B, _A, {OnB.NONE}, Action.KEEP_B, _STOPPED),
+    Rule("on B", _BACK, ON_B, _A, _B, Action.KEEP_B, _STAYS),
+    Rule("stopped, complete", _BACK, WHOLE, _A, {OnB.NONE}, Action.KEEP_B,
+         f"the guest has stopped; {_WHOLE}; to start it again: {{finish}} --boot"),
+    Rule("on B, complete", _BACK, WHOLE, _A, _B, Action.KEEP_B,
+         f"the guest is on B and stays there; {_WHOLE}"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done, and the sentence for the operator, still with its places for names."""
+
+    action: Action
+    words: str
+    rule: str
+
+
+def decide(phase: Phase, wish: Wish, facts: Facts) -> Decision:
+    """Decide what to do about a migration that has come to ``phase``, as it is found."""
+    for rule in RULES:
+        if rule.fits(phase, wish, facts):
+            return Decision(rule.action, rule.words, rule.name)
+    raise AssertionError(f"no rule for {phase}, {wish}, {facts}")
+
+
+def asks_b(phase: Phase, wish: Wish, a: OnA) -> bool:
+    """Whether what B's QEMU says makes a difference, so that it has to be asked."""
+    return len({decide(phase, wish, Facts(a, b)).rule for b in OnB}) > 1
+
+
+def told(words: str, state: State) -> str:
+    """Put the names of a migration into a rule's words."""
+    disk = state.disks[0]
+    return words.format(image=disk.source, overlay=disk.target, finish=state.finish)

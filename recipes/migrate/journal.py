@@ -1,0 +1,319 @@
+"""The journal: each state of a migration on a line, appended and synced before the action that it announces.
+
+    /var/lib/nbd-migrate/NAME/journal        or $XDG_STATE_HOME/nbd-migrate/NAME/journal
+    /var/lib/nbd-migrate/NAME/lock           held by whoever acts, with its process id
+
+The last whole line is the state; what a process that was killed has left half written is none, and the next
+line takes its place. The lock belongs to the orchestrator and its guard together: both have the same open
+file, so it is free only when both have ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from nbdserve.common.errors import UsageError
+from recipes.errors import MigrationError
+from recipes.migrate.report import Progress
+from recipes.migrate.state import State
+
+LONGEST_NAME = 40
+"""Bytes; with it the names of supervisors' sockets stay within what a socket's path may have."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_JOURNAL, _LOCK, _PROGRESS = "journal", "lock", "progress"
+
+
+class JournalBusyError(MigrationError):
+    """Another process acts on this migration; ``pid`` is its id, 0 if it has not said so yet."""
+
+    def __init__(self, message: str, pid: int) -> None:
+        super().__init__(message)
+        self.pid = pid
+
+
+class EmptyJournalError(MigrationError):
+    """There is a migration of this name, and nothing has been written of it."""
+
+
+def base_directory() -> Path:
+    """Where the migrations of this user are kept, each in a directory of its name."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    if os.path.isabs(home):
+        return Path(home) / "nbd-migrate"
+    if os.geteuid() == 0:
+        return Path("/var/lib/nbd-migrate")
+    try:
+        return Path.home() / ".local/state/nbd-migrate"
+    except RuntimeError as error:
+        raise UsageError("there is no home directory for the journal: set XDG_STATE_HOME") from error
+
+
+def check_name(name: str) -> str:
+    """Return the name; UsageError where it cannot be a migration's."""
+    if not _NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise UsageError(
+            f"{name!r} cannot be a migration's name: use up to {LONGEST_NAME} letters, digits and ._- "
+            "that begin with a letter or digit"
+        )
+    return name
+
+
+def usable_name(text: str) -> str:
+    """Make a migration's name of any text, such as a guest's name; "guest" where nothing is left of it."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:LONGEST_NAME]
+    return name or "guest"
+
+
+def names() -> list[str]:
+    """The migrations that are known, sorted."""
+    base = base_directory()
+    return sorted(path.parent.name for path in base.glob(f"*/{_JOURNAL}"))
+
+
+def known() -> Iterator[State]:
+    """Yield the last state of each migration that has one which can be read."""
+    for name in names():
+        with suppress(MigrationError):
+            yield last(name)
+
+
+def history(name: str) -> list[State]:
+    """All states of a migration, the last one last; locks nothing.
+
+    Raises MigrationError when there is no such migration, or its journal cannot be read.
+    """
+    path = base_directory() / check_name(name) / _JOURNAL
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise MigrationError(f"there is no migration {name}: see nbd-migrate list") from error
+    except OSError as error:
+        raise MigrationError(f"{path}: {error.strerror}") from error
+    states = [_parsed(path, line) for line in _whole_lines(content)]
+    if not states:
+        raise EmptyJournalError(f"{name}: nothing was begun; nbd-migrate cleanup {name} forgets it")
+    return states
+
+
+def last(name: str) -> State:
+    """The state of a migration, locking nothing; raises as ``history`` does."""
+    return history(name)[-1]
+
+
+def progress(name: str) -> dict[str, float] | None:
+    """How far the stream was when that was told last: as Progress, with ``time``; None if unknown."""
+    try:
+        return dict(json.loads((base_directory() / check_name(name) / _PROGRESS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def actor(name: str) -> int:
+    """The process that acts on a migration: its id, or 0 if nobody does."""
+    directory = base_directory() / check_name(name)
+    if not directory.is_dir():
+        return 0
+    try:
+        with Lock.taken(directory):
+            return 0
+    except JournalBusyError as error:
+        return error.pid
+
+
+@dataclass
+class Lock:
+    """The right to act on a migration, for as long as any process has the file open."""
+
+    fd: int
+
+    @classmethod
+    def taken(cls, directory: Path) -> Self:
+        """Take it. Raises JournalBusyError when another process has it, MigrationError when that fails."""
+        try:
+            fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise MigrationError(f"{directory / _LOCK}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            said = os.pread(fd, 32, 0).split()
+            os.close(fd)
+            pid = int(said[0]) if said and said[0].isdigit() else 0
+            raise JournalBusyError(
+                f"{directory.name}: process {pid or 'unknown'} is at work on this migration already", pid
+            ) from error
+        if not os.fstat(fd).st_nlink:
+            # Whoever had it has removed it meanwhile, with all that it was for.
+            os.close(fd)
+            raise JournalBusyError(f"{directory.name}: another process has just removed this migration", 0)
+        return cls(fd)
+
+    def sign(self) -> None:
+        """Write down which process acts."""
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let go; the lock is free when everybody has."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Journal:
+    """The journal of one migration, to be written to by the one process that holds its lock.
+
+    Made by ``begin``, ``take_over`` or ``inherit``.
+    """
+
+    def __init__(self, directory: Path, lock: Lock) -> None:
+        self.directory = directory
+        self.lock = lock
+        self._path = directory / _JOURNAL
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise MigrationError(f"{self._path}: {error.strerror}") from error
+        content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        self._end = content.rfind(b"\n") + 1
+        lines = list(_whole_lines(content))
+        self.state = _parsed(self._path, lines[-1]) if lines else None
+
+    @classmethod
+    def begin(cls, name: str, base: Path | None = None) -> Self:
+        """Open the journal for a new migration; one of this name that is over gives way.
+
+        Raises MigrationError when one of this name is not over, JournalBusyError when somebody is at work.
+        """
+        directory = (base or base_directory()) / check_name(name)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise MigrationError(
+                f"{directory}: {error.strerror}; set XDG_STATE_HOME to a directory for the journals"
+            ) from error
+        journal = cls._opened(directory)
+        if journal.state is not None and not journal.state.over:
+            phase = journal.state.phase.value
+            journal.close()
+            raise MigrationError(
+                f"migration {name} was interrupted ({phase}): nbd-migrate resume {name} takes it up, "
+                f"nbd-migrate abort {name} takes it back; or give this one another --name"
+            )
+        journal.begin_anew()
+        return journal
+
+    @classmethod
+    def take_over(cls, name: str) -> Self:
+        """Open the journal of a migration to act on it; raises as ``begin`` and ``Lock.taken`` do."""
+        directory = base_directory() / check_name(name)
+        if not directory.is_dir():
+            raise MigrationError(f"there is no migration {name}: see nbd-migrate list")
+        return cls._opened(directory)
+
+    @classmethod
+    def _opened(cls, directory: Path) -> Self:
+        lock = Lock.taken(directory)
+        try:
+            lock.sign()
+            return cls(directory, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def inherit(cls, directory: Path, lock_fd: int) -> Self:
+        """Open the journal of which the caller has been given the lock."""
+        return cls(directory, Lock(lock_fd))
+
+    def append(self, state: State) -> State:
+        """Make a state durable; return it with the time. Raises OSError when that fails."""
+        state = replace(state, time=time.time())
+        line = state.to_json().encode() + b"\n"
+        # What stands behind the last whole line is none: it is written over.
+        os.ftruncate(self._fd, self._end)
+        written = 0
+        while written < len(line):
+            written += os.pwrite(self._fd, line[written:], self._end + written)
+        os.fsync(self._fd)
+        if not self._end:
+            _sync_directory(self.directory)
+        self._end += len(line)
+        self.state = state
+        return state
+
+    def remember(self, state: State) -> None:
+        """Take this for the state although it could not be written."""
+        self.state = state
+
+    def begin_anew(self) -> None:
+        """Forget what was there when the next state is written, and not before."""
+        (self.directory / _PROGRESS).unlink(missing_ok=True)
+        self._end, self.state = 0, None
+
+    def note_progress(self, progress: Progress) -> None:
+        """Leave word of how far the stream is; unlike a state it may be lost."""
+        path = self.directory / _PROGRESS
+        fresh = path.with_suffix(".new")
+        with suppress(OSError):
+            fresh.write_text(json.dumps({"time": time.time(), **asdict(progress)}))
+            fresh.replace(path)
+
+    def close(self) -> None:
+        """Let go of the migration; where nothing was ever written, nothing is left of it."""
+        if not os.fstat(self._fd).st_size:
+            for name in (_JOURNAL, _LOCK):
+                (self.directory / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.directory.rmdir()
+        os.close(self._fd)
+        self.lock.release()
+
+
+def remove(name: str) -> None:
+    """Remove what is known of a migration that nobody acts on; raises as ``Journal.take_over`` does."""
+    directory = base_directory() / check_name(name)
+    if not directory.is_dir():
+        raise MigrationError(f"there is no migration {name}: see nbd-migrate list")
+    with Lock.taken(directory):
+        for known in (_JOURNAL, _PROGRESS, _LOCK):
+            (directory / known).unlink(missing_ok=True)
+        try:
+            directory.rmdir()
+        except OSError as error:
+            raise MigrationError(f"{directory}: {error.strerror}") from error
+
+
+def _whole_lines(content: bytes) -> Iterator[bytes]:
+    return (line for line in content[: content.rfind(b"\n") + 1].splitlines() if line)
+
+
+def _parsed(path: Path, line: bytes) -> State:
+    try:
+        return State.from_json(line.decode())
+    except (MigrationError, UnicodeDecodeError) as error:
+        raise MigrationError(f"{path}: {error}") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

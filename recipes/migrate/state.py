@@ -1,0 +1,199 @@
+"""The state of a migration: one immutable value, which is what the journal keeps.
+
+Whoever takes a migration over reads this, and asks the hosts for the rest (facts.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Self
+
+from recipes.errors import MigrationError
+from recipes.plans.plan import Destination, Export, Finish, Limits, Log, Plan, Source
+
+VERSION = 1
+"""Of the journal's lines; another is refused."""
+
+
+class Phase(Enum):
+    """What is about to be done, or under way. Each is in the journal before its first action."""
+
+    PREPARED = "prepared"
+    """The checks have passed; nothing has been started."""
+    EXPORT = "export"
+    OVERLAY = "overlay"
+    LAUNCH = "launch"
+    MIGRATE = "migrate"
+    """A's QEMU is told to migrate."""
+    SWITCH_OVER = "switch-over"
+    """The guest stands still on A, and A's QEMU is told to go on."""
+    ARRIVED = "arrived"
+    """The guest is B's; A's disk is fenced and A's QEMU ended."""
+    STREAM = "stream"
+    COMPLETE = "complete"
+    """Every block is on B, on stable storage; the guest moves to the file itself."""
+    SHUT_DOWN = "shut-down"
+    """Nothing is needed of A; what was started there is ended."""
+    DONE = "done"
+    TAKING_BACK = "taking-back"
+    """B's QEMU is ended; then the guest goes on on A."""
+    TAKEN_BACK = "taken-back"
+    """The guest is A's, and nothing is left of the migration."""
+    LOST = "lost"
+    """A's QEMU ended while it had the guest; nothing is left of the migration."""
+
+
+OVER = frozenset({Phase.DONE, Phase.TAKEN_BACK, Phase.LOST})
+"""A migration of the same name may begin."""
+
+
+class Role(Enum):
+    """What a process does for a migration; the value is what its log and its pid file are called."""
+
+    SERVER = "nbdserve"
+    """nbdserve on A."""
+    FENCE = "fence"
+    """On A."""
+    OVERLAY = "overlay"
+    """nbd-overlay on B."""
+    QEMU = "qemu"
+    """On B."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One of the guest's disks, and how far it has come: a path on each host, and its size in bytes."""
+
+    source: str
+    target: str
+    size: int
+    complete: bool = False
+    """Every block is on B, on stable storage."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that was started: its id on its host, and what its command line has and no other's."""
+
+    role: Role
+    pid: int
+    mark: str
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What A's QEMU says of a migration that is complete: milliseconds, and bytes sent."""
+
+    downtime_ms: int
+    total_ms: int
+    ram_bytes: int
+
+
+@dataclass(frozen=True)
+class State:
+    """A migration. Times are in seconds since the epoch."""
+
+    name: str
+    plan: Plan
+    phase: Phase = Phase.PREPARED
+    disks: tuple[Disk, ...] = ()
+    """One cut-over is for all of them."""
+    processes: tuple[Process, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    """Migration capabilities that were on at A before."""
+    removal: tuple[str, ...] = ()
+    """The command for B that removes what was made there, or may have been; none where it is nothing."""
+    finish: str = ""
+    """What the operator types to do what is left when the guest is on B."""
+    arrival: Arrival | None = None
+    arrived: float = 0.0
+    """When the guest became B's; 0 before."""
+    window: float = 0.0
+    """Seconds from then until nothing on A was needed any more; 0 before."""
+    recoveries: int = 0
+    """How often the stream was interrupted and taken up again."""
+    reason: str = ""
+    """Why it was taken back, if it was."""
+    time: float = 0.0
+    """When the journal was told."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of A is needed any more."""
+        return bool(self.disks) and all(disk.complete for disk in self.disks)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to be done."""
+        return self.phase in OVER
+
+    def process(self, role: Role) -> Process | None:
+        """The process in a role, if one was started."""
+        return next((each for each in self.processes if each.role is role), None)
+
+    def with_process(self, process: Process) -> Self:
+        """The state with a process that takes the place of the one in the same role."""
+        others = tuple(each for each in self.processes if each.role is not process.role)
+        return replace(self, processes=(*others, process))
+
+    def to_json(self) -> str:
+        """The state on one line."""
+        values = {"version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps(values, default=_value_of, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """The state that a line tells of. Raises MigrationError for what no version of ours has written."""
+        try:
+            return cls._from(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MigrationError(f"not a state of a migration: {error}") from error
+
+    @classmethod
+    def _from(cls, values: dict[str, Any]) -> Self:
+        if values.pop("version") != VERSION:
+            raise MigrationError("the state of a migration was written by another version of nbd-migrate")
+        arrival = values["arrival"]
+        values |= {
+            "plan": _plan(values["plan"]),
+            "phase": Phase(values["phase"]),
+            "disks": tuple(Disk(**each) for each in values["disks"]),
+            "processes": tuple(
+                Process(**{**each, "role": Role(each["role"])}) for each in values["processes"]
+            ),
+            "capabilities": tuple(values["capabilities"]),
+            "removal": tuple(values["removal"]),
+            "arrival": None if arrival is None else Arrival(**arrival),
+        }
+        return cls(**values)
+
+
+_SECTIONS = {
+    "source": Source,
+    "export": Export,
+    "destination": Destination,
+    "limits": Limits,
+    "finish": Finish,
+    "log": Log,
+}
+
+
+def _plan(values: Mapping[str, Mapping[str, Any]]) -> Plan:
+    """The plan again; lists were tuples."""
+    sections = {
+        name: _SECTIONS[name](
+            **{key: tuple(each) if isinstance(each, list) else each for key, each in section.items()}
+        )
+        for name, section in values.items()
+    }
+    return Plan(**sections)
+
+
+def _value_of(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"{value!r} has no place in a journal")
