@@ -8,19 +8,24 @@ has ended on B is no obstacle: its disk is completed without it, or, with ``boot
 from __future__ import annotations
 
 import time
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, closing, suppress
+from dataclasses import replace
+from itertools import chain, count
+from pathlib import Path
 
 from nbdserve.common.errors import ConnectError, UsageError
-from recipes.commands.run import go_through
+from recipes.commands.run import go_through, write
 from recipes.engines.choice import engine_for
 from recipes.engines.interface import blockdev_options, image_facts, reached
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
+from recipes.migrate.journal import Journal, known, names, usable_name
 from recipes.migrate.report import Report, Step
-from recipes.migrate.runtime import READY, Migration, gone, hosts
+from recipes.migrate.runtime import READY, Migration, gone
+from recipes.migrate.state import Disk, Phase, Role, State
 from recipes.plans.plan import Plan
+from recipes.plans.reaching import hosts
 from recipes.processes.children import Children
 from recipes.qemu.source import HOLDS, cancelling, has_left, migration_status
 from recipes.qemu.vm import CommandError, EndedVm, Vm, connect, nobody_listens
@@ -36,6 +41,7 @@ from recipes.steps.unattended import go_without_guest
 
 async def shut_down(m: Migration) -> str:
     """Step 6, at which A may be without a fence."""
+    m.enter(Phase.SHUT_DOWN)
     await detach(m)
     if m.fence is None and await m.host_a.test("-e", m.plan.source.image, m.plan.limits.command):
         await raise_fence(m)
@@ -45,21 +51,19 @@ async def shut_down(m: Migration) -> str:
 STEPS = ((Step.STREAM, stream), (Step.SHUTDOWN, shut_down))
 
 
-@dataclass(frozen=True)
-class Disk:
-    """What B's image says of itself: the size of the disk in bytes, and whether all of it is there."""
-
-    size: int
-    complete: bool
-
-
 async def finish(plan: Plan, report: Report, *, boot: bool = False, again: str) -> None:
     """Do what is left of steps 5 and 6. ``again`` is the command that the operator has typed.
 
     Raises MigrationError: nothing was touched when the guest has not left A; otherwise the line says where
     the guest is and what to do.
     """
+    await finish_with(journal_of(plan), plan, report, boot=boot, again=again)
+
+
+async def finish_with(journal: Journal, plan: Plan, report: Report, *, boot: bool, again: str) -> None:
+    """Do the same with a journal that was taken over already, and close it."""
     async with AsyncExitStack() as stack:
+        stack.enter_context(closing(journal))
         a = await source(plan)
         stack.push_async_callback(a.disconnect)
         b = await destination(plan)
@@ -67,14 +71,11 @@ async def finish(plan: Plan, report: Report, *, boot: bool = False, again: str) 
             stack.push_async_callback(b.disconnect)
         places = await hosts(plan)
         disk = await look_at(plan, places[1])
+        write(journal, taken_up(journal, plan, disk, again))
         children = await stack.enter_async_context(Children())
-        m = Migration(
-            *(plan, places, report, children, None, a, disk.size),
-            owned=False,
-            finish=again,
-        )
+        m = Migration(journal, places, report, children, None, a, owned=False)
         stack.push_async_callback(m.close)
-        m.b, m.arrived, m.complete = b, time.monotonic(), disk.complete
+        m.b = b
         m.no_longer_need("A's QEMU")
         await take_over(m)
         if b:
@@ -88,6 +89,7 @@ async def finish(plan: Plan, report: Report, *, boot: bool = False, again: str) 
             await go_without_guest(m)
         await set_speed(m)
         await go_through(m, STEPS[m.complete :], where)
+        m.enter(Phase.DONE)
         report.note(f"done: the guest's disk is {plan.destination.image} on B, and needs nothing on A")
 
 
@@ -146,6 +148,35 @@ async def destination(plan: Plan) -> Vm | None:
     return b
 
 
+def journal_of(plan: Plan) -> Journal:
+    """Take over the journal of the run of a plan; where there is none, as another version ran it, begin one.
+
+    Raises JournalBusyError when another process is at work.
+    """
+    there = plan.destination
+    for state in known():
+        other = state.plan.destination
+        if (other.image, other.qmp, other.shell) == (there.image, there.qmp, there.shell):
+            return Journal.take_over(state.name)
+    stem = usable_name(Path(plan.source.image).stem)
+    taken = names()
+    free = (each for each in chain([stem], (f"{stem[:30]}-{n}" for n in count(2))) if each not in taken)
+    return Journal.begin(next(free))
+
+
+def taken_up(journal: Journal, plan: Plan, disk: Disk, again: str) -> State:
+    """The state of a migration whose guest is found on B."""
+    known = journal.state or State(journal.directory.name, plan)
+    return replace(
+        known,
+        plan=plan,
+        phase=Phase.COMPLETE if disk.complete else Phase.ARRIVED,
+        disks=(disk,),
+        arrived=known.arrived or time.time(),
+        finish=again,
+    )
+
+
 async def look_at(plan: Plan, host: Host) -> Disk:
     """See how complete B's image is."""
     image, limit = plan.destination.image, plan.limits.command
@@ -159,20 +190,20 @@ async def look_at(plan: Plan, host: Host) -> Disk:
         raise UsageError(
             f"{image} on B is of engine {made_by}: give --engine {made_by}, as the run was given"
         )
-    return Disk(int(facts["virtual-size"]), "backing-filename" not in facts)
+    size, complete = int(facts["virtual-size"]), "backing-filename" not in facts
+    return Disk(plan.source.image, image, size, complete=complete)
 
 
 async def take_over(m: Migration) -> None:
     """Find what the run has left, and see that A is fenced and, as long as it is needed, serves its disk."""
-    image, there = m.plan.source.image, m.plan.destination.image
     try:
-        m.server = await m.adopt("the server on A", m.host_a, image, "nbdserve")
-        m.fence = await m.adopt("the fence on A", m.host_a, image, "fence")
+        await m.adopt(Role.SERVER)
+        await m.adopt(Role.FENCE)
     except MigrationError:
         # A complete disk needs nothing of A, which may be away for good: the last step says so.
         if not m.complete:
             raise
-    m.overlay = await m.adopt("nbd-overlay on B", m.host_b, there, "overlay")
+    await m.adopt(Role.OVERLAY)
     limits, address = m.plan.limits, m.plan.destination.overlay_monitor
     try:
         # Also without a pid file.
@@ -202,8 +233,8 @@ async def raise_fence(m: Migration) -> None:
     """Keep everybody from writing to A's disk; MigrationError where somebody does that already."""
     image, limit = m.plan.source.image, m.plan.limits.start
     command = m.host_a.own("fence", READY, image, "--free")
-    m.fence = await m.start("the fence on A", m.host_a, image, "fence", command, ready=True)
-    await m.during(m.fence.ready(limit), limit, "raising the fence on A")
+    fence = await m.start(Role.FENCE, command, ready=True)
+    await m.during(fence.ready(limit), limit, "raising the fence on A")
 
 
 async def ensure_export(m: Migration) -> None:
@@ -214,7 +245,7 @@ async def ensure_export(m: Migration) -> None:
             await m.during(check_export(m), limits.connect, "reaching the export from B")
             return
         except MigrationError:
-            m.server = await start_server(m)
+            await start_server(m)
 
 
 async def start_guest(m: Migration) -> None:
@@ -226,8 +257,8 @@ async def start_guest(m: Migration) -> None:
         await engine_for(m).prepare_again(m)
         nodes = engine_for(m).nodes(m.plan)
     argv = [*destination.qemu, *blockdev_options(nodes), "-qmp", monitor_option(destination.qmp)]
-    m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
-    m.need("B's QEMU", m.qemu.wait())
+    qemu = await m.start(Role.QEMU, argv)
+    m.need("B's QEMU", qemu.wait())
     m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
     await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
-    m.report.note(f"the guest was started again on B, process {m.qemu.pid}")
+    m.report.note(f"the guest was started again on B, process {qemu.pid}")

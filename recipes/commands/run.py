@@ -5,35 +5,35 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, closing, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from nbdserve.common.errors import ConnectError, OperatorError
+from nbdserve.common.errors import OperatorError
+from recipes.commands.retreat import retreat
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
 from recipes.migrate.guard import start_guard
-from recipes.migrate.leftovers import but, remove
+from recipes.migrate.journal import Journal, check_name, usable_name
 from recipes.migrate.report import Outcome, Report, Step, StepResult
-from recipes.migrate.runtime import FINISH, AdvisedError, Migration, hosts
+from recipes.migrate.runtime import FINISH, AdvisedError, Migration
+from recipes.migrate.state import Disk, Phase, State
 from recipes.migrate.watch import Orders
 from recipes.plans.plan import Plan
-from recipes.processes.children import Child, Children
-from recipes.qemu.destination import Destination, arrives
-from recipes.qemu.source import Side, capabilities_on, give_back, leave_alone
-from recipes.qemu.vm import VmGoneError, connect, connect_again
-from recipes.steps import advice, preflight
-from recipes.steps.causes import described
+from recipes.plans.reaching import hosts
+from recipes.processes.children import Children
+from recipes.qemu.source import capabilities_on
+from recipes.qemu.vm import Vm, connect
+from recipes.steps import preflight
 from recipes.steps.create import create_overlay
-from recipes.steps.cutover import cut_over, fence_source
+from recipes.steps.cutover import cut_over
 from recipes.steps.export import export
 from recipes.steps.launch import launch
 from recipes.steps.shut_down import shut_down
 from recipes.steps.stream import stream
 
 Body = Callable[[Migration], Coroutine[Any, Any, str]]
-
-ATTEMPTS = 3
-"""How often A's QEMU is asked anew when its monitor hangs up in the middle."""
 
 STEPS: tuple[tuple[Step, Body], ...] = (
     (Step.EXPORT, export),
@@ -46,10 +46,17 @@ STEPS: tuple[tuple[Step, Body], ...] = (
 
 
 async def migrate(
-    plan: Plan, report: Report, *, children: Children | None = None, finish: str = FINISH
+    plan: Plan,
+    report: Report,
+    *,
+    name: str = "",
+    base: Path | None = None,
+    children: Children | None = None,
+    finish: str = FINISH,
 ) -> Outcome:
     """Run the six steps; return when nothing on host A is needed any more.
 
+    ``name`` is the migration's, or else the guest's; its journal lies in ``base``, or where journal.py says.
     Without ``children``, the processes started here end with this one until the cut-over, and live on by
     themselves after it, as they carry the guest. With ``children`` (the caller's, as in the demo) they end
     with that block in any case. ``finish`` is the command that does what is left when the guest has come to
@@ -63,45 +70,72 @@ async def migrate(
     async with AsyncExitStack() as stack:
         a = await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
         stack.push_async_callback(a.disconnect)
-        places = await hosts(plan)
-        size = await preflight.check(plan, a, *places)
-        orders = Orders(
-            source=plan.source.qmp,
-            destination=plan.destination.qmp,
-            capabilities=await capabilities_on(a),
-            owned=children is not None,
-            limit=limits.connect,
-            shell=places[1].shell,
-            options=places[1].options,
-        )
-        ours = await stack.enter_async_context(Children()) if children is None else children
-        guard = await start_guard(orders)
-        stack.push_async_callback(guard.close)
-        guard.go_on(finish)
-        m = Migration(
-            *(plan, places, report, ours, guard, a, size),
-            owned=children is not None,
-            finish=finish,
-        )
-        stack.push_async_callback(m.close)
-        return await run(m, orders)
+        name = check_name(name) if name else await name_of(a, plan)
+        journal = stack.enter_context(closing(Journal.begin(name, base)))
+        return await migrate_from(plan, report, journal, a, stack, children, finish)
 
 
-async def run(m: Migration, orders: Orders) -> Outcome:
+async def migrate_from(
+    plan: Plan,
+    report: Report,
+    journal: Journal,
+    a: Vm,
+    stack: AsyncExitStack,
+    children: Children | None,
+    finish: str,
+) -> Outcome:
+    """Run the six steps from the first one on, with a journal of which nothing is needed any more."""
+    places = await hosts(plan)
+    size = await preflight.check(plan, a, *places)
+    state = State(
+        journal.directory.name,
+        plan,
+        disks=(Disk(plan.source.image, plan.destination.image, size),),
+        capabilities=tuple(await capabilities_on(a)),
+        finish=finish,
+    )
+    write(journal, state)
+    ours = await stack.enter_async_context(Children()) if children is None else children
+    owned = children is not None
+    try:
+        guard = await start_guard(Orders(str(journal.directory), journal.lock.fd, owned))
+    except BaseException:
+        # Nothing was started.
+        with suppress(OSError):
+            journal.append(replace(state, phase=Phase.TAKEN_BACK))
+        raise
+    stack.push_async_callback(guard.close)
+    m = Migration(journal, places, report, ours, guard, a, owned=owned)
+    stack.push_async_callback(m.close)
+    return await run(m)
+
+
+async def name_of(a: Vm, plan: Plan) -> str:
+    """The name of a migration that was given none: the guest's, or else that of its disk."""
+    return usable_name((await a.execute("query-name")).get("name") or Path(plan.source.image).stem)
+
+
+def write(journal: Journal, state: State) -> None:
+    """Write down a first state; MigrationError where that fails."""
+    try:
+        journal.append(state)
+    except OSError as error:
+        raise MigrationError(f"{journal.directory}: {error.strerror}") from error
+
+
+async def run(m: Migration) -> Outcome:
     """Run the steps of a migration that has been prepared."""
-
-    async def back(m: Migration) -> str:
-        return await retreat(m, orders)
-
-    results = await go_through(m, STEPS, back)
+    results = await go_through(m, STEPS, retreat)
+    m.enter(Phase.DONE)
+    arrival = m.state.arrival
     outcome = Outcome(
         steps=tuple(results),
-        downtime_ms=m.arrival.downtime_ms if m.arrival else 0,
-        migrate_ms=m.arrival.total_ms if m.arrival else 0,
-        ram_bytes=m.arrival.ram_bytes if m.arrival else 0,
-        disk_bytes=m.size,
-        window=m.window,
-        recoveries=m.recoveries,
+        downtime_ms=arrival.downtime_ms if arrival else 0,
+        migrate_ms=arrival.total_ms if arrival else 0,
+        ram_bytes=arrival.ram_bytes if arrival else 0,
+        disk_bytes=m.disk.size,
+        window=m.state.window,
+        recoveries=m.state.recoveries,
     )
     m.report.finished(outcome)
     return outcome
@@ -132,136 +166,3 @@ async def go_through(m: Migration, steps: Sequence[tuple[Step, Body]], retreat: 
             reason = f"unexpected {type(error).__name__}: {error}"
             raise MigrationError(f"step {step.number} ({step.title}): {reason}; {where}") from error
     return results
-
-
-async def retreat(m: Migration, orders: Orders) -> str:
-    """After a failure: give the guest back to A, or leave it on B; return one phrase that says which."""
-    if m.arrived is None:
-        try:
-            where = await go_back(m, orders)
-        except Exception as error:  # noqa: BLE001 - whatever it is, nothing that may carry the guest ends
-            with suppress(MigrationError):
-                m.release()
-            unknown = f"it is not known where the guest is: {error}"
-            if m.qemu and m.qemu.running:
-                unknown += (
-                    f"; if B's QEMU (process {m.qemu.pid}) hangs too, kill it: A's goes on with the guest"
-                )
-            return f"{unknown}; look at query-migrate on A before anything else"
-        if where:
-            return but(where, *await clear(m))
-        m.arrived = time.monotonic()
-        with suppress(MigrationError):
-            m.release()
-    return await after_cut_over(m)
-
-
-async def go_back(m: Migration, orders: Orders) -> str:
-    """Give the guest back to A; return one phrase about that, or an empty one when it turns out to be on B.
-
-    Raises MigrationError when who has it is not known.
-    """
-    said: list[str] = []
-    # It may end, or hang up, while it is spoken to.
-    for _ in range(ATTEMPTS):
-        if not m.a.connected:
-            try:
-                said += await reach_source_again(m)
-            except ConnectError as error:
-                if m.continued:
-                    raise
-                return f"the guest was left on A, but look at it: {error}"
-        if not m.a.connected:
-            return await without_source(m)
-        try:
-            return await with_source(m, orders, said)
-        except VmGoneError:
-            await m.a.gone()
-    raise MigrationError("A's QEMU hangs up again and again")
-
-
-async def with_source(m: Migration, orders: Orders, said: list[str]) -> str:
-    """The same, of a QEMU of A's that answers; VmGoneError when it does no more."""
-    if m.migrating:
-        side = await give_back(
-            m.a,
-            lambda: stop(m, m.qemu),
-            orders.capabilities,
-            continued=m.continued,
-            tell=said.append,
-        )
-        return but("the guest runs on A as before", *said) if side is Side.SOURCE else ""
-    try:
-        return but(await leave_alone(m.a, orders.capabilities), *said)
-    except VmGoneError:
-        raise
-    except MigrationError as error:
-        return f"the guest was left on A, but look at it: {error}"
-
-
-async def without_source(m: Migration) -> str:
-    """The same, when A's QEMU has ended."""
-    if await has_arrived(m):
-        return ""
-    if m.a.shut_down:
-        return f"{described(m.a.shut_down, 'A')}; its disk is untouched"
-    return "A's QEMU is gone and with it the guest; its disk is untouched"
-
-
-async def reach_source_again(m: Migration) -> list[str]:
-    """Connect to A's QEMU where only the connection was lost; return a phrase that says so.
-
-    Raises ConnectError when nobody knows whether it has ended.
-    """
-    source, limits = m.plan.source, m.plan.limits
-    again = await connect_again("A's QEMU", source.qmp, limit=limits.connect, command_limit=limits.command)
-    if again is None:
-        return []
-    m.a = again
-    return ["its QEMU's monitor had hung up, and was connected to again"]
-
-
-async def has_arrived(m: Migration) -> bool:
-    """Whether B's QEMU has the guest although A's has ended; MigrationError when nobody knows.
-
-    It may not run there: what ends A's QEMU may end the export, too.
-    """
-    # Before it is told to switch over, A's QEMU keeps the end of the guest's state.
-    if m.b is None or not m.continued:
-        return False
-    try:
-        found = await arrives(m.b)
-    except VmGoneError:
-        if await m.guest_has_ended():
-            return False
-        found = Destination.SILENT
-    if found is Destination.SILENT:
-        raise MigrationError("A's QEMU has ended, and B's does not answer")
-    return found is Destination.HAS_GUEST
-
-
-async def clear(m: Migration) -> list[str]:
-    """End what was started and remove what was made; return a phrase for each that is left."""
-    left = []
-    for child in (m.qemu, m.overlay, m.server):
-        try:
-            await stop(m, child)
-        except MigrationError as error:
-            left.append(str(error))
-    if m.removal:
-        left += await remove(m.host_b, m.removal, m.plan.limits.command)
-    return left
-
-
-async def stop(m: Migration, child: Child | None) -> None:
-    """End a child, if it was started; MigrationError when it does not end."""
-    if child and child.running:
-        await child.stop(m.plan.limits.stop)
-
-
-async def after_cut_over(m: Migration) -> str:
-    """What is so after a failure behind the cut-over. A must not go on in any case."""
-    if m.a.connected:
-        await fence_source(m)
-    await m.guest_has_ended()
-    return advice.after_cut_over(m)

@@ -10,6 +10,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.quoting import pasted
 from recipes.migrate.report import Moment
 from recipes.migrate.runtime import READY, Migration
+from recipes.migrate.state import Role
 from recipes.plans.plan import Plan
 from recipes.qemu.pivot import Pivot, pivot
 from recipes.qemu.vm import Vm, VmGoneError
@@ -148,10 +149,8 @@ class OverlayEngine(Engine):
             *destination.ownership("--socket-"),
             *("--reconnect-timeout", f"{limits.reconnect_timeout:g}", *options),
         ]
-        m.overlay = await m.start(
-            "nbd-overlay on B", m.host_b, destination.image, "overlay", argv, ready=True
-        )
-        await m.during(m.overlay.ready(limits.start), limits.start, "starting nbd-overlay on B")
+        overlay = await m.start(Role.OVERLAY, argv, ready=True)
+        await m.during(overlay.ready(limits.start), limits.start, "starting nbd-overlay on B")
 
 
 async def uses_overlay(vm: Vm, node: str) -> bool:

@@ -83,21 +83,6 @@ class Guard:
         """How to kill a child whose keeper is dead."""
         self._send("kill", [child.name, child.kill_command()])
 
-    def remove_later(self, argv: Sequence[str]) -> None:
-        """When the guest is given back to A, run this command on B, in place of what was told before.
-
-        It removes what the migration has made, or may have made by then.
-        """
-        self._send("remove", list(argv))
-
-    def go_on(self, command: str) -> None:
-        """What the operator is told to type when the guest is on B and we are dead."""
-        self._send("go on", command)
-
-    def migrating(self) -> None:
-        """From now on A's QEMU may be migrating for us; before, a migration there is somebody else's."""
-        self._send("migrating", None)
-
     async def wait(self) -> str:
         """Wait until one of them has ended, which it does not do by itself; return how, in words."""
         waits = [asyncio.ensure_future(each.process.wait()) for each in self._watchers]
@@ -159,7 +144,7 @@ async def _start(orders: Orders, fds: dict[str, int]) -> Watcher:
             process = await spawn(
                 module("guard", json.dumps(asdict(orders)), json.dumps(fds)),
                 stdin=theirs.fileno(),
-                pass_fds=tuple(fds.values()),
+                pass_fds=(orders.lock, *fds.values()),
                 start_new_session=True,
             )
     except BaseException:

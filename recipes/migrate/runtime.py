@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.places import place_of
 from recipes.migrate.guard import Guard
+from recipes.migrate.journal import Journal
 from recipes.migrate.report import Report
+from recipes.migrate.state import OVER, Disk, Phase, Process, Role, State
 from recipes.plans.plan import Plan
 from recipes.processes.children import Child, Children
 from recipes.qemu.vm import RefusedGuestError, Vm, VmGoneError
@@ -28,21 +31,20 @@ LAST_WORD_OF_LOAD = 1.0
 
 READY = "READY"
 
+NAMES = {
+    Role.SERVER: "the server on A",
+    Role.FENCE: "the fence on A",
+    Role.OVERLAY: "nbd-overlay on B",
+    Role.QEMU: "B's QEMU",
+}
+"""What messages call the processes."""
+
 FINISH = "nbd-migrate finish PLAN.toml"
 """What the operator is told to type where the plan's file is not known."""
 
 
 class AdvisedError(MigrationError):
     """A step failed, and the message says already where the guest is, and what to do."""
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What the source's QEMU says of a migration that is complete: milliseconds, and bytes sent."""
-
-    downtime_ms: int
-    total_ms: int
-    ram_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,65 +62,124 @@ class GuestEnd:
 
 
 class Migration:
-    """The hosts, monitors and processes of one migration.
+    """One migration while it runs: its journal, and the hosts, monitors and processes that it has.
 
-    a        the monitor of the source's QEMU; b: the destination's, from step 3 on
-    size     of the disk in bytes
-    owned    the processes end with this one in any case: they are never released
-    server   nbdserve on A; fence: recipes.qemu.fence on A; qemu: the QEMU on B
-    migrating  A's QEMU has taken our command to migrate; continued: and that to switch over
-    overlay  nbd-overlay on B, with its monitor, where that is the engine
-    unattended  the disk is completed without its guest
+    What it has come to is ``state``, which only ``enter`` and ``record`` change. The rest can be found again.
+
+    a, b       the monitors of the two QEMUs; b from step 3 on
+    owned      the processes end with this one in any case: they are never released
+    overlay_monitor  nbd-overlay's, where that is the engine
+    unattended the disk is completed without its guest
     guest_end  how B's QEMU has ended after the cut-over, when it was noticed
-    removal  the command for B that removes what this migration has made there; none where it is nothing
-    arrival  what the source said of the RAM's migration, when it is complete
-    complete every block is on B, on stable storage: nothing on A is needed
-    finish   the command that does what is left when the guest is on B, as the operator types it
-    window   seconds from then until nothing on A was needed any more
-    arrived  when the guest began to run on B (monotonic clock in seconds), None while it belongs to A
     """
 
     def __init__(
         self,
-        plan: Plan,
+        journal: Journal,
         hosts: tuple[Host, Host],
         report: Report,
         children: Children,
         guard: Guard | None,
         a: Vm,
-        size: int,
         *,
         owned: bool,
-        finish: str = FINISH,
     ) -> None:
-        self.plan = plan
+        self.journal = journal
         self.report = report
         self.children = children
-        self.finish = finish
         self.a = a
         self.b: Vm | None = None
         self.guest_end: GuestEnd | None = None
-        self.size = size
         self.owned = owned
         self.host_a, self.host_b = hosts
-        self.server: Child | None = None
-        self.fence: Child | None = None
-        self.qemu: Child | None = None
-        self.overlay: Child | None = None
         self.overlay_monitor: Vm | None = None
-        self.removal: tuple[str, ...] = ()
-        self.complete = self.unattended = False
-        self.migrating = self.continued = False
-        self.arrived: float | None = None
-        self.arrival: Arrival | None = None
-        self.recoveries = 0
-        self.window = 0.0
+        self.unattended = False
+        self._started: dict[Role, Child] = {}
         self._places: dict[tuple[Host, str], Path] = {}
         self._needed: dict[str, asyncio.Task[str]] = {}
         self._guard = guard
         if guard:
             self.need("the guard", guard.wait())
         self.need("A's QEMU", gone(a))
+
+    @property
+    def state(self) -> State:
+        """What the migration has come to."""
+        assert self.journal.state is not None
+        return self.journal.state
+
+    @property
+    def plan(self) -> Plan:
+        """What is migrated, from where to where."""
+        return self.state.plan
+
+    @property
+    def disk(self) -> Disk:
+        """The guest's disk."""
+        [disk] = self.state.disks
+        return disk
+
+    @property
+    def finish(self) -> str:
+        """What the operator types to do what is left when the guest is on B."""
+        return self.state.finish
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is on B, on stable storage: nothing on A is needed."""
+        return self.state.complete
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the guest is B's."""
+        return self.state.arrived > 0
+
+    @property
+    def since_arrival(self) -> float:
+        """Seconds since the guest became B's."""
+        return max(0.0, time.time() - self.state.arrived)
+
+    def enter(self, phase: Phase, **changes: Any) -> None:
+        """Write down what is done next, and what has changed, before it is done.
+
+        Raises MigrationError where that fails while the guest can still go back to A; later it is only told,
+        as the disk has to follow the guest in any case.
+        """
+        self._write(replace(self.state, phase=phase, **changes))
+
+    def record(self, **changes: Any) -> None:
+        """Write down what has changed; raises as ``enter`` does."""
+        self._write(replace(self.state, **changes))
+
+    def _write(self, state: State) -> None:
+        try:
+            self.journal.append(state)
+        except OSError as error:
+            told = f"{self.journal.directory}: {error.strerror}"
+            self.journal.remember(state)
+            if not self.arrived and state.phase not in (Phase.TAKING_BACK, *OVER):
+                raise MigrationError(told) from error
+            self.report.note(f"the journal cannot be written: {told}")
+
+    @property
+    def server(self) -> Child | None:
+        """Return nbdserve on A."""
+        return self._started.get(Role.SERVER)
+
+    @property
+    def fence(self) -> Child | None:
+        """Return recipes.qemu.fence on A."""
+        return self._started.get(Role.FENCE)
+
+    @property
+    def overlay(self) -> Child | None:
+        """Return nbd-overlay on B."""
+        return self._started.get(Role.OVERLAY)
+
+    @property
+    def qemu(self) -> Child | None:
+        """Return the QEMU on B, where this command, or the one before it, has started it."""
+        return self._started.get(Role.QEMU)
 
     @property
     def guard(self) -> Guard:
@@ -197,35 +258,52 @@ class Migration:
         """What was needed and has ended, and how."""
         return (f"{name} {end.result()}" for name, end in self._needed.items() if end.done())
 
-    async def start(
-        self, name: str, host: Host, image: str, suffix: str, argv: list[str], *, ready: bool = False
-    ) -> Child:
+    async def start(self, role: Role, argv: list[str], *, ready: bool = False) -> Child:
         """Start a process whose log lies in the plan's log directory, or else where places.py says.
 
         With ``ready``, ``READY`` in the command line stands for the file that it makes when it is ready.
         """
-        base = await self.place(host, image, suffix)
+        child = await self.run(NAMES[role], role, role.value, argv, ready=ready)
+        self._started[role] = child
+        self.record(processes=self.state.with_process(Process(role, child.pid, child.mark)).processes)
+        return child
+
+    async def run(self, name: str, role: Role, suffix: str, argv: list[str], *, ready: bool = False) -> Child:
+        """Start a process as ``start`` does, under another name, without keeping it."""
+        host, base = self._host_of(role), await self._base(role, suffix)
         ready_file = base.with_name(f"{base.name}.pid") if ready else None
         words = [str(ready_file) if word == READY else word for word in argv]
         log = base.with_name(f"{base.name}.log")
-        if self.arrived is None:
-            share = self.guard.share
+        if not self.arrived and self._guard:
+            share = self._guard.share
             child = await self.children.start(name, host, log, words, ready=ready_file, share=share)
-            self.guard.know(child)
+            self._guard.know(child)
             return child
         # From its first instant on it must not end with us.
         released = not self.owned
         return await self.children.start(name, host, log, words, ready=ready_file, released=released)
 
+    async def adopt(self, role: Role) -> Child | None:
+        """Take over a process that an earlier command has started; None if it lives no more."""
+        host, base = self._host_of(role), await self._base(role, role.value)
+        child = await self.children.adopt(NAMES[role], host, base.with_name(f"{base.name}.pid"))
+        known = self.state.process(role)
+        if child is None and known is not None:
+            child = await self.children.adopt_process(NAMES[role], host, known.pid, known.mark)
+        if child is not None:
+            self._started[role] = child
+        return child
+
+    def _host_of(self, role: Role) -> Host:
+        return self.host_a if role in (Role.SERVER, Role.FENCE) else self.host_b
+
+    async def _base(self, role: Role, suffix: str) -> Path:
+        there = self.plan.source if role in (Role.SERVER, Role.FENCE) else self.plan.destination
+        return await self.place(self._host_of(role), there.image, suffix)
+
     def remove_later(self, *argv: str) -> None:
         """From now on this command for B removes what was made there, when the guest is given back to A."""
-        self.removal = argv
-        self.guard.remove_later(argv)
-
-    async def adopt(self, name: str, host: Host, image: str, suffix: str) -> Child | None:
-        """A process of this name that start() has started in an earlier run; None if it lives no more."""
-        base = await self.place(host, image, suffix)
-        return await self.children.adopt(name, host, base.with_name(f"{base.name}.pid"))
+        self.record(removal=argv)
 
     async def place(self, host: Host, image: str, suffix: str) -> Path:
         """Where the log of what belongs to an image is, and its pid file, without ``.log`` and ``.pid``.
@@ -271,14 +349,6 @@ class Migration:
         for monitor in (self.a, self.b, self.overlay_monitor):
             if monitor:
                 await monitor.disconnect()
-
-
-async def hosts(plan: Plan) -> tuple[Host, Host]:
-    """Hosts A and B."""
-    source, destination, limit = plan.source, plan.destination, plan.limits.command
-    a, b = Host("A", source.shell, source.bin), Host("B", destination.shell, destination.bin)
-    # Less than the limit of a command, so that ssh itself says what it waited for.
-    return await a.prepared(limit * 2 / 3), await b.prepared(limit * 2 / 3)
 
 
 async def gone(vm: Vm) -> str:

@@ -10,18 +10,24 @@ import asyncio
 import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from nbdserve.common.errors import ConnectError
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.migrate.leftovers import but, remove
+from recipes.migrate.decide import UNKNOWN, Action, Wish, told
+from recipes.migrate.journal import Journal
+from recipes.migrate.leftovers import remove
+from recipes.migrate.state import OVER, Phase, State
+from recipes.migrate.way_back import Hands, Verdict, WayBack
+from recipes.plans.reaching import hosts
 from recipes.processes.children import stream
-from recipes.qemu.destination import Destination, has_guest
-from recipes.qemu.source import Side, give_back, leave_alone
-from recipes.qemu.vm import Vm, VmGoneError, connect, connect_again, nobody_listens
+from recipes.qemu.destination import look
+from recipes.qemu.facts import OnA, OnB
+from recipes.qemu.vm import Vm, connect_again
 
 MESSAGE = 1 << 16
 """Longest message in bytes."""
@@ -40,23 +46,16 @@ HERE = Host("this host")
 
 @dataclass(frozen=True)
 class Orders:
-    """What the guard must know of a migration.
+    """What the guard must know of a migration besides its journal.
 
-    source        QMP address of A's QEMU
-    destination   QMP address of B's QEMU
-    capabilities  migration capabilities that were on at A before
-    owned         the children end with the orchestrator in any case
-    limit         seconds for a connection to a monitor, and for a command
-    shell         prefix of a command for B, and ``options`` for its ssh
+    journal  the directory of the journal
+    lock     file descriptor of its lock, which the guard shares
+    owned    the children end with the orchestrator in any case
     """
 
-    source: str
-    destination: str
-    capabilities: Sequence[str]
+    journal: str
+    lock: int
     owned: bool
-    limit: float
-    shell: Sequence[str] = ()
-    options: Sequence[str] = ()
 
 
 @dataclass
@@ -69,15 +68,15 @@ class Watched:
     kill: Sequence[str] = ()
 
 
-@dataclass
-class Watch:
-    """What the guard was told until now."""
+class Watch(Hands):
+    """What the guard was told until now, and what it can do when the orchestrator is dead."""
 
-    orders: Orders
-    children: list[Watched] = field(default_factory=list)
-    removal: list[str] = field(default_factory=list)
-    migrating: bool = False
-    go_on: str = ""
+    def __init__(self, orders: Orders) -> None:
+        super().__init__()
+        self.orders = orders
+        self.children: list[Watched] = []
+        self._journal: Journal | None = None
+        self._a: Vm | None = None
 
     def listen(self, channel: socket.socket) -> bool:
         """Take messages; True when the orchestrator has died, False when it has dismissed us."""
@@ -92,12 +91,6 @@ class Watch:
                 name, argv = value
                 child = next(each for each in reversed(self.children) if each.name == name)
                 child.kill = argv
-            elif kind == "go on":
-                self.go_on = value
-            elif kind == "remove":
-                self.removal = value
-            elif kind == "migrating":
-                self.migrating = True
             else:
                 return False
 
@@ -107,75 +100,97 @@ class Watch:
         Raises MigrationError, whose line says what is left for the operator.
         """
         try:
-            a = await connect("A's QEMU", self.orders.source, **self._limits)
-            try:
-                return await self._decide(a)
-            except VmGoneError as error:
-                # It has ended, unless only the connection was lost; then somebody must look.
-                again = await connect_again("A's QEMU", self.orders.source, **self._limits)
-                if again is None:
-                    return await self._without_source(error, ended=True)
-                await again.disconnect()
-                raise self._nobody_knows(error) from error
-            except MigrationError as error:
-                raise self._nobody_knows(error) from error
-            finally:
-                await a.disconnect()
-        except ConnectError as error:
-            return await self._without_source(error, ended=nobody_listens(error))
+            self._journal = Journal.inherit(Path(self.orders.journal), self.orders.lock)
+            state = self.state
+        except MigrationError as error:
+            raise self._nobody_knows(str(error)) from error
+        self._journal.lock.sign()
+        way = WayBack(self, state.phase, state.capabilities, wish=Wish.GO_BACK, grace=SWITCH_OVER)
+        try:
+            verdict = await way.go()
+            if verdict.action is Action.KEEP_B:
+                return await self._keep_b(verdict)
+        except MigrationError as error:
+            raise self._nobody_knows(str(error)) from error
+        finally:
+            if self._a:
+                await self._a.disconnect()
+        if verdict.action is Action.KEEP:
+            raise self._nobody_knows(verdict.where)
+        if verdict.facts.a in (OnA.GONE, OnA.SILENT):
+            raise MigrationError(verdict.where)
+        return verdict.where
 
-    async def _decide(self, a: Vm) -> str:
-        """Let the guest go on where it is, as A's QEMU says."""
-        if not self.migrating:
-            try:
-                where = await leave_alone(a, self.orders.capabilities)
-            except VmGoneError:
-                raise
-            except MigrationError as error:
-                where = f"the guest was left on A, but look at it: {error}"
-            return but(where, *await self._clear())
-        said: list[str] = []
-        side = await give_back(
-            a, self._end_children, self.orders.capabilities, grace=SWITCH_OVER, tell=said.append
+    @property
+    def state(self) -> State:
+        """What the orchestrator has written down last."""
+        if self._journal is None or self._journal.state is None:
+            raise MigrationError(f"{self.orders.journal}: there is no journal")
+        return self._journal.state
+
+    async def source(self) -> Vm | None:
+        """Return A's QEMU, connected to anew."""
+        if self._a:
+            await self._a.disconnect()
+            self._a = None
+        limit = self.state.plan.limits.connect
+        self._a = await connect_again(
+            "A's QEMU", self.state.plan.source.qmp, limit=limit, command_limit=limit
         )
-        if side is Side.SOURCE:
-            return but("the guest runs on A as before", *said, *await self._clear())
+        return self._a
+
+    async def destination(self, limit: float | None) -> OnB:
+        """Ask B's QEMU."""
+        return await look(self.state.plan.destination.qmp, limit or self.state.plan.limits.connect)
+
+    async def end_destination(self) -> None:
+        """End every child: B's QEMU, and what it has been started with."""
+        await self._end_children()
+
+    async def clear(self) -> list[str]:
+        """End what was started and remove what was made; return a phrase for each that is left."""
+        left = []
+        try:
+            await self._end_children()
+        except MigrationError as error:
+            left.append(str(error))
+        if self.state.removal:
+            _, host_b = await hosts(self.state.plan)
+            left += await remove(host_b, self.state.removal, self.state.plan.limits.connect)
+        return left
+
+    def enter(self, phase: Phase) -> None:
+        """Write it down; the way back does not depend on it."""
+        assert self._journal is not None
+        removal = () if phase in OVER else self.state.removal
+        with suppress(OSError):
+            self._journal.append(replace(self.state, phase=phase, removal=removal))
+
+    async def _keep_b(self, verdict: Verdict) -> str:
+        """The guest is B's: what carries it lives on, and A's QEMU must not go on."""
         self.release_children()
-        with suppress(MigrationError):
-            await a.execute("quit")
-        return f"the guest runs on B; A's QEMU was ended; {self._unfinished}"
+        if not self.state.arrived:
+            assert self._journal is not None
+            with suppress(OSError):
+                self._journal.append(replace(self.state, phase=Phase.ARRIVED, arrived=time.time()))
+        ended = "A's QEMU is gone; "
+        if self._a and self._a.connected:
+            ended = ""
+            with suppress(MigrationError):
+                await self._a.execute("quit")
+        return f"{ended}{told(verdict.decision.words, self.state)}"
 
-    async def _without_source(self, error: Exception, *, ended: bool) -> str:
-        """A's QEMU has ended, or does not answer: only B's can have the guest."""
-        destination = Destination.NONE
-        if self.migrating:
-            destination = await has_guest(self.orders.destination, self.orders.limit)
-        if destination is Destination.HAS_GUEST:
-            self.release_children()
-            return f"A's QEMU is gone; the guest runs on B; {self._unfinished}"
-        if destination is Destination.SILENT or (destination is Destination.WAITS and not ended):
-            raise self._nobody_knows(MigrationError(str(error)))
-        where = f"what was started has been ended, but the guest on A was not reached: {error}"
-        raise MigrationError(but(where, *await self._clear()))
-
-    def _nobody_knows(self, error: MigrationError) -> MigrationError:
+    def _nobody_knows(self, why: str) -> MigrationError:
         """Let everything live on; the line that says so, to be raised."""
         if not self.children:
             # The guest is A's, as what was started has been ended, and it cannot go on.
-            return error
+            return MigrationError(why)
         self.release_children()
+        unknown = why if why.startswith(UNKNOWN) else f"{UNKNOWN}: {why}"
         return MigrationError(
-            f"it is not known where the guest is: {error}; nothing was ended; look at query-migrate on "
-            "A, then at query-status on B, before anything else"
+            f"{unknown}; nothing was ended; look at query-migrate on A, then at query-status on B, before "
+            "anything else"
         )
-
-    @property
-    def _limits(self) -> dict[str, float]:
-        return {"limit": self.orders.limit, "command_limit": self.orders.limit}
-
-    @property
-    def _unfinished(self) -> str:
-        return f"its disk is not complete yet; to complete it: {self.go_on}"
 
     def release_children(self) -> None:
         """Let the children live on by themselves, unless they are owned."""
@@ -194,18 +209,6 @@ class Watch:
         self.children.clear()
         if stubborn:
             raise MigrationError(f"{' and '.join(stubborn)} did not end within {END:g} s")
-
-    async def _clear(self) -> list[str]:
-        """End what was started and remove what was made; return a phrase for each that is left."""
-        left = []
-        try:
-            await self._end_children()
-        except MigrationError as error:
-            left.append(str(error))
-        if self.removal:
-            host_b = Host("B", tuple(self.orders.shell), options=tuple(self.orders.options))
-            left += await remove(host_b, self.removal, self.orders.limit)
-        return left
 
 
 def tell(child: Watched, word: str) -> None:

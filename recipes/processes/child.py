@@ -33,7 +33,7 @@ REMOTE_LOOK = 1.0
 _IS_OURS = 'grep -qs "^State:.[^XZ]" "/proc/$1/status" && grep -qszF -- "$2" "/proc/$1/cmdline"'
 """Whether process $1 is there, is no zombie, and has $2 in its command line: ids are used again."""
 
-_LOOK = f"if {_IS_OURS}; then echo lives; else echo ended; fi"
+LOOK = f"if {_IS_OURS}; then echo lives; else echo ended; fi"
 """Says whether process $1, which $2 tells, is there."""
 
 _KILL = f'if {_IS_OURS}; then kill "-$3" "$1"; fi'
@@ -74,8 +74,9 @@ class Child:
     name  what messages call it
     host  where it runs
     pid   its process id there
+    mark  what its command line has and no other process's
 
-    ``mark`` is what its command line has and no other process's. One that was started in an earlier run has
+    One that was started in an earlier run has
     neither ``lifeline`` nor ``keeper``, and is released.
     """
 
@@ -96,7 +97,7 @@ class Child:
         self.pid = pid
         self._lifeline = lifeline
         self._keeper = keeper
-        self._mark = mark
+        self.mark = mark
         self._ready_file = ready
         self.released = released
         self.status: int | None = None
@@ -225,7 +226,7 @@ class Child:
         It ends when the process has ended.
         """
         script = 'while grep -qszF -- "$2" "/proc/$1/cmdline"; do kill -9 "$1"; sleep 0.1; done'
-        return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self._mark])
+        return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self.mark])
 
     async def close(self) -> None:
         """Let go of the lifeline: the keeper ends what was not released, and itself."""
@@ -262,7 +263,7 @@ class Child:
             await asyncio.sleep(REMOTE_LOOK)
             # A host that cannot be reached says nothing about the process.
             with suppress(MigrationError):
-                words = ("sh", "-c", _LOOK, "sh", str(self.pid), self._mark)
+                words = ("sh", "-c", LOOK, "sh", str(self.pid), self.mark)
                 look = await self.host.run(*words, limit=COMMAND)
                 if look.strip() == "ended":
                     return
@@ -286,7 +287,7 @@ class Child:
         except PermissionError:
             pass  # the host's prefix, as sudo, has more rights than we have
         with suppress(MigrationError):
-            words = ("sh", "-c", _KILL, "sh", str(self.pid), self._mark, str(number.value))
+            words = ("sh", "-c", _KILL, "sh", str(self.pid), self.mark, str(number.value))
             await self.host.run(*words, limit=COMMAND)
 
     def _say(self, word: bytes) -> bool:

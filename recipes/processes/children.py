@@ -17,7 +17,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.interruption import completed
 from recipes.hosts.messages import Beginning
 from recipes.hosts.spawn import spawn
-from recipes.processes.child import COMMAND, KILL, RELEASE, Child, Lifeline, give_up
+from recipes.processes.child import COMMAND, KILL, LOOK, RELEASE, Child, Lifeline, give_up
 
 __all__ = ["Child", "Children"]
 
@@ -152,6 +152,13 @@ class Children:
         if not found.strip():
             return None
         return self._follow(Child(name, host, int(found), mark=str(pid_file), released=True))
+
+    async def adopt_process(self, name: str, host: Host, pid: int, mark: str) -> Child | None:
+        """The same, of a process whose id and mark were written down."""
+        found = await host.run("sh", "-c", LOOK, "sh", str(pid), mark, limit=COMMAND)
+        if found.strip() != "lives":
+            return None
+        return self._follow(Child(name, host, pid, mark=mark, released=True))
 
     def _follow(self, child: Child, messages: asyncio.StreamReader | None = None) -> Child:
         self._children.append(child)

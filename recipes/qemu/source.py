@@ -20,13 +20,13 @@ else: at ``device`` all of the guest may be with B already, which takes it up wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from enum import Enum
+from collections.abc import Sequence
 from typing import Any
 
 from nbdserve.common.clock import now
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import pasted
+from recipes.qemu.facts import OnA
 from recipes.qemu.vm import CommandError, Vm
 
 RESUME = 20.0
@@ -44,71 +44,36 @@ HOLDS = "pre-switchover"
 SWITCHES = "device"
 """The state of query-migrate in which B's QEMU may get all of the guest at any instant."""
 
+_FOUND = {HOLDS: OnA.HOLDS, SWITCHES: OnA.SWITCHES}
+_AFTER = ("postmigrate", "finish-migrate")
+"""States of query-status of a guest that has left."""
+
+UNDER_WAY_ON_A = frozenset({OnA.SENDS, OnA.HOLDS, OnA.SWITCHES, OnA.STUCK})
+"""Our migration has not come to an end."""
+
 WANTED = ("events", "return-path", "pause-before-switchover")
 """Capabilities that the source needs."""
 
 
-class Side(Enum):
-    """Who has the guest."""
-
-    SOURCE = "A"
-    DESTINATION = "B"
-
-
-async def give_back(
-    a: Vm,
-    end_destination: Callable[[], Awaitable[None]],
-    capabilities: Sequence[str],
-    *,
-    grace: float = 0.0,
-    continued: bool = False,
-    tell: Callable[[str], None] = lambda text: None,
-) -> Side:
-    """Unless the migration is complete, end the destination and let the guest go on at the source.
-
-    The guest changes sides in one instant, see has_left(). A switch-over that is under way may still get
-    there, and has ``grace`` seconds for it; then the destination is ended *before* the source goes on, so
-    that never both run. In every state before it the destination lacks the end of the guest's state and can
-    never run it, so that one which cannot be ended, as its host is away, does not keep the guest from going
-    on. ``continued`` says that the source was told to switch over. ``capabilities`` were on before; the
-    others are switched off again. ``tell`` is told what is not as it was when the guest runs on.
-
-    Raises MigrationError when the source's QEMU does not answer, has ended or cannot go on.
-    """
-    deadline = now() + grace
-    while await migration_status(a) == SWITCHES and now() < deadline:
-        await asyncio.sleep(LOOK)
-    # One that comes to its end from here on is the one to our destination: asked first, so that there is no
-    # instant in which it could end unseen.
+async def guest_on_a(a: Vm) -> OnA:
+    """Ask A's QEMU where the guest is. Raises MigrationError when it does not answer."""
     status = await migration_status(a)
-    if await has_left(a):
-        return Side.DESTINATION
-    try:
-        await end_destination()
-    except MigrationError as error:
-        if status == SWITCHES or (continued and status == HOLDS):
-            raise
-        tell(str(error))
-    await resume(a, ours=status in UNDER_WAY)
-    try:
-        await restore_capabilities(a, capabilities)
-    except MigrationError as error:
-        tell(f"the migration capabilities of A's QEMU are not as they were: {error}")
-    return Side.SOURCE
+    if status in _FOUND:
+        return _FOUND[status]
+    if status in UNDER_WAY:
+        return OnA.SENDS
+    found = await a.execute("query-status")
+    # The guest changes sides in one instant; ``completed`` alone is of its arrival here, by an earlier one.
+    if status == "completed" and found["status"] in _AFTER:
+        return OnA.LEFT
+    if found["running"]:
+        return OnA.RUNS_TOO if status == "completed" else OnA.RUNS
+    return OnA.STANDS
 
 
 def cancelling(address: str) -> str:
     """The command that lets a guest run on that stands still before the switch-over, for the operator."""
     return pasted(["nbd-migrate", "qmp", address, "migrate_cancel"])
-
-
-async def leave_alone(a: Vm, capabilities: Sequence[str]) -> str:
-    """Where the guest is, one phrase, when our migration of it has not begun; another one is not touched."""
-    if await migration_status(a) not in UNDER_WAY and not await has_left(a):
-        await restore_capabilities(a, capabilities)
-        if (await a.execute("query-status"))["running"]:
-            return "the guest runs on A as before"
-    return "the guest is still on A, where somebody else's migration may be under way: look at query-migrate"
 
 
 async def resume(a: Vm, *, ours: bool = False) -> None:
@@ -143,7 +108,7 @@ async def has_left(a: Vm) -> bool:
     """
     if await migration_status(a) != "completed":
         return False
-    return (await a.execute("query-status"))["status"] in ("postmigrate", "finish-migrate")
+    return (await a.execute("query-status"))["status"] in _AFTER
 
 
 async def migration_status(a: Vm) -> str:

@@ -6,7 +6,9 @@ Every command here is one that a shell takes as it stands (recipes/hosts/quoting
 from __future__ import annotations
 
 from recipes.hosts.quoting import pasted
+from recipes.migrate.decide import Wish, decide, told
 from recipes.migrate.runtime import Migration
+from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.steps.export import server_command
 
 
@@ -63,20 +65,6 @@ async def qemu_silent(m: Migration) -> str:
 
 
 def after_cut_over(m: Migration) -> str:
-    """Where the guest and its disk are behind the cut-over."""
-    image, overlay = m.plan.source.image, m.plan.destination.image
-    if m.complete:
-        where = "the guest is on B and stays there" if m.has_guest else "the guest has stopped"
-        clear = f"to clear away what is left: {m.finish}"
-        boot = "" if m.has_guest else f"; to start it again: {m.finish} --boot"
-        return f"{where}; its disk, {overlay} on B, is complete and needs nothing on A; {clear}{boot}"
-    if m.has_guest:
-        return (
-            f"the guest is on B and stays there; until {overlay} is complete, keep {image} and A's server; "
-            f"to complete it: {m.finish}"
-        )
-    return (
-        f"the guest has stopped; its disk is {overlay} on B together with {image} on A, which is still "
-        f"served: keep both; to start the guest again and complete its disk: {m.finish} --boot; to complete "
-        f"the disk without it: {m.finish}"
-    )
+    """Where the guest and its disk are behind the cut-over, as the table of decisions says it."""
+    facts = Facts(OnA.LEFT, OnB.HAS_GUEST if m.has_guest else OnB.NONE)
+    return told(decide(m.state.phase, Wish.GO_BACK, facts).words, m.state)

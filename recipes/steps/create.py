@@ -8,19 +8,21 @@ from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import completed
 from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Phase, Role
 
 
 async def create_overlay(m: Migration) -> str:
     """Step 2: create the image on B whose backing is the export."""
+    m.enter(Phase.OVERLAY)
     image, uri, limit = m.plan.destination.image, str(m.plan.export.address), m.plan.limits.start
     tool = m.host_b.tool("nbd-overlay")
-    argv = [tool, "create", "--backing", uri, "--size", str(m.size), "--layout", engine_for(m).layout]
+    argv = [tool, "create", "--backing", uri, "--size", str(m.disk.size), "--layout", engine_for(m).layout]
     argv += [*m.plan.destination.ownership("--"), image]
 
     async def create() -> None:
         # Until it is known whether the image is ours, only one is removed in which nothing is.
         m.remove_later(tool, "discard", image)
-        maker = await m.start("nbd-overlay create", m.host_b, image, "overlay", argv)
+        maker = await m.run("nbd-overlay create", Role.OVERLAY, "overlay", argv)
         try:
             async with asyncio.timeout(limit):
                 end = await maker.wait()

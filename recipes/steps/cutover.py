@@ -9,7 +9,8 @@ from contextlib import suppress
 from nbdserve.qmp.client import EventListener
 from recipes.errors import MigrationError
 from recipes.migrate.report import Moment
-from recipes.migrate.runtime import READY, Arrival, Migration
+from recipes.migrate.runtime import READY, Migration
+from recipes.migrate.state import Arrival, Phase, Role
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.source import LOOK, WANTED, set_capabilities
 from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError
@@ -22,13 +23,12 @@ async def cut_over(m: Migration) -> str:
     await set_capabilities(b, ("events", "return-path"))
     await set_capabilities(a, WANTED)
     with a.events("MIGRATION") as news:
-        m.guard.migrating()
         # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
-        m.migrating = True
+        m.enter(Phase.MIGRATE)
         try:
             await a.execute("migrate", uri=m.plan.destination.migration)
         except CommandError:
-            m.migrating = False
+            m.enter(Phase.LAUNCH)
             raise
         await m.during(reaching("pre-switchover", a, news), m.plan.limits.migrate, "sending the RAM")
         m.report.moment(Moment.SWITCHOVER)
@@ -38,16 +38,17 @@ async def cut_over(m: Migration) -> str:
             m.no_longer_need(name)
         # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
         await m.release_for_sure()
-        m.continued = True
+        m.enter(Phase.SWITCH_OVER)
         await a.execute("migrate-continue", state="pre-switchover")
-        await switch_over(m, news)
-    await arrive(m)
+        arrived = await switch_over(m, news)
+    await arrive(m, arrived)
     await fence_source(m)
     m.guard.dismiss()
-    if m.arrival is None:
+    arrival = m.state.arrival
+    if arrival is None:
         return "the guest runs on B"
-    sent = f"{m.arrival.ram_bytes} bytes of RAM in {m.arrival.total_ms} ms"
-    return f"{sent}; the guest stood still for {m.arrival.downtime_ms} ms"
+    sent = f"{arrival.ram_bytes} bytes of RAM in {arrival.total_ms} ms"
+    return f"{sent}; the guest stood still for {arrival.downtime_ms} ms"
 
 
 async def reaching(state: str, a: Vm, news: EventListener) -> None:
@@ -62,24 +63,25 @@ async def reaching(state: str, a: Vm, news: EventListener) -> None:
             raise RefusedGuestError(f"A's QEMU says that the migration is {event['status']}: {reason}")
 
 
-async def switch_over(m: Migration, news: EventListener) -> None:
-    """Wait for the source's ``completed``: from then on the guest is B's."""
+async def switch_over(m: Migration, news: EventListener) -> Arrival | None:
+    """Wait for the source's ``completed``: from then on the guest is B's. Return what A's QEMU says of it."""
     try:
         await m.during(reaching("completed", m.a, news), m.plan.limits.switch_over, "the switch-over")
         facts = await m.a.execute("query-migrate")
-        m.arrival = Arrival(facts["downtime"], facts["total-time"], facts["ram"]["transferred"])
+        return Arrival(facts["downtime"], facts["total-time"], facts["ram"]["transferred"])
     except MigrationError:
         # A source that died after everything had been sent did not live to say so, and cannot go on either.
         if m.a.connected or not await is_there(m.monitor_b):
             raise
         m.report.note("A's QEMU ended during the switch-over, but the guest had arrived on B")
+    return None
 
 
-async def arrive(m: Migration) -> None:
+async def arrive(m: Migration, arrival: Arrival | None) -> None:
     """Note that the guest is B's, and let what carries it live on without us."""
-    m.arrived = time.monotonic()
+    m.enter(Phase.ARRIVED, arrived=time.time(), arrival=arrival)
     m.no_longer_need("A's QEMU")
-    await m.during(arrival(m.monitor_b), ARRIVE, "the guest's start on B")
+    await m.during(arriving(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)
 
 
@@ -87,13 +89,13 @@ async def is_there(b: Vm) -> bool:
     """Whether the guest is on B, or will be within ARRIVE seconds."""
     try:
         async with asyncio.timeout(ARRIVE):
-            await arrival(b)
+            await arriving(b)
     except (MigrationError, TimeoutError):
         return False
     return True
 
 
-async def arrival(b: Vm) -> None:
+async def arriving(b: Vm) -> None:
     """Wait until the guest is there; it may not run, when its first request has failed already."""
     while (await b.execute("query-status"))["status"] == "inmigrate":
         await asyncio.sleep(LOOK)
@@ -108,8 +110,10 @@ async def fence_source(m: Migration) -> None:
     try:
         if m.fence is None or not m.fence.running:
             command = m.host_a.own("fence", READY, image)
-            m.fence = await m.start("the fence on A", m.host_a, image, "fence", command, ready=True)
-        await m.fence.ready(limits.start)
+            fence = await m.start(Role.FENCE, command, ready=True)
+            await fence.ready(limits.start)
+        else:
+            await m.fence.ready(limits.start)
     except MigrationError as error:
         m.report.note(f"no fence: {error}; do not let anyone open {image} on A")
     try:

@@ -7,6 +7,7 @@ import json
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Phase, Role
 from recipes.processes.children import Child
 
 SECTOR = 512
@@ -15,23 +16,17 @@ SECTOR = 512
 
 async def export(m: Migration) -> str:
     """Step 1: serve the source's disk, and see from B that it is the right one."""
-    m.server = await start_server(m)
-    m.need("the server on A", m.server.wait())
+    m.enter(Phase.EXPORT)
+    server = await start_server(m)
+    m.need("the server on A", server.wait())
     await m.during(check_export(m), m.plan.limits.connect, "reaching the export from B")
-    return f"{m.plan.source.image} ({m.size} bytes) is {m.plan.export.address}, process {m.server.pid}"
+    return f"{m.plan.source.image} ({m.disk.size} bytes) is {m.plan.export.address}, process {server.pid}"
 
 
 async def start_server(m: Migration) -> Child:
     """Start nbdserve on A and wait until it is ready."""
     limit = m.plan.limits.start
-    server = await m.start(
-        "the server on A",
-        m.host_a,
-        m.plan.source.image,
-        "nbdserve",
-        await server_command(m),
-        ready=True,
-    )
+    server = await m.start(Role.SERVER, await server_command(m), ready=True)
     await m.during(server.ready(limit), limit, "starting the server on A")
     return server
 
@@ -55,14 +50,15 @@ async def check_export(m: Migration) -> None:
     uri = str(m.plan.export.address)
     answer = await m.host_b.run(*m.host_b.own("probe", uri), limit=m.plan.limits.connect)
     facts = json.loads(answer)
-    if facts["size"] != m.size and -(-facts["size"] // SECTOR) * SECTOR == m.size:
+    size = m.disk.size
+    if facts["size"] != size and -(-facts["size"] // SECTOR) * SECTOR == size:
         raise MigrationError(
             f"source.image: {m.plan.source.image} has {facts['size']} bytes, no multiple of {SECTOR}; "
-            f"lengthen it on A, the guest will not notice: truncate --size {m.size} {m.plan.source.image}"
+            f"lengthen it on A, the guest will not notice: truncate --size {size} {m.plan.source.image}"
         )
-    if facts["size"] != m.size:
+    if facts["size"] != size:
         raise MigrationError(
-            f"{uri} has {facts['size']} bytes, the disk of the guest {m.size}; is it another disk?"
+            f"{uri} has {facts['size']} bytes, the disk of the guest {size}; is it another disk?"
         )
     if facts["structured-replies"] and not engine_for(m).structured_replies:
         raise MigrationError(

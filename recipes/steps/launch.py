@@ -6,6 +6,7 @@ from recipes.engines.choice import engine_for
 from recipes.engines.interface import blockdev_options, reached
 from recipes.errors import MigrationError
 from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Phase, Role
 from recipes.plans.plan import Plan
 from recipes.qemu.machine import check_machine
 from recipes.qemu.vm import CommandError, Vm
@@ -15,11 +16,12 @@ from recipes.steps.rights import check_rights, explain_start
 async def launch(m: Migration) -> str:
     """Step 3: start the QEMU on B that waits for the guest."""
     destination, limits = m.plan.destination, m.plan.limits
+    m.enter(Phase.LAUNCH)
     await engine_for(m).prepare(m)
     disk = blockdev_options(engine_for(m).nodes(m.plan))
     argv = [*destination.qemu, *disk, "-incoming", "defer", "-qmp", monitor_option(destination.qmp)]
-    m.qemu = await m.start("B's QEMU", m.host_b, destination.image, "qemu", argv)
-    m.need("B's QEMU", m.qemu.wait())
+    qemu = await m.start(Role.QEMU, argv)
+    m.need("B's QEMU", qemu.wait())
     try:
         m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
     except MigrationError as error:
@@ -29,7 +31,7 @@ async def launch(m: Migration) -> str:
     await m.during(check_rights(m), limits.command, "looking at what B's QEMU may do")
     listen = m.b.execute("migrate-incoming", uri=destination.migration)
     await m.during(listen, limits.command, "listening for the RAM")
-    return f"process {m.qemu.pid} waits at {destination.migration}"
+    return f"process {qemu.pid} waits at {destination.migration}"
 
 
 def monitor_option(address: str) -> str:

@@ -52,7 +52,7 @@ class Recovery:
 
         ``old`` is trouble of an earlier run, whose cause may have gone since.
         """
-        self._m.recoveries += 1
+        self._m.record(recoveries=self._m.state.recoveries + 1)
         if not old and await self._is_full():
             await self._refuse_full()
         self._m.report.note(f"{trouble}; the guest waits")
@@ -102,7 +102,7 @@ class Recovery:
             assert self._m.server
             raise MigrationError(f"the server on A {await self._m.server.wait()}")
         self._restarts += 1
-        self._m.server = await start_server(self._m)
+        await start_server(self._m)
 
     @property
     def server_has_ended(self) -> bool:
@@ -186,7 +186,7 @@ class Recovery:
 
     async def _refuse_full(self) -> None:
         job = await self.job()
-        missing = job["len"] - job["offset"] if job else self._m.size
+        missing = job["len"] - job["offset"] if job else self._m.disk.size
         why = f"there is no space left for {self._m.plan.destination.image} on B; make room"
         raise await self.advised(why, await advice.no_space(self._m, missing))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Phase
 from recipes.steps.causes import WANTED
 from recipes.steps.unattended import go_without_guest, told
 
 
 async def shut_down(m: Migration) -> str:
     """Step 6: close the export, end the server, put the old disk out of reach, take the fence down."""
+    m.enter(Phase.SHUT_DOWN)
     await detach(m)
     return await clear_source(m)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nbdserve.common.clock import now
@@ -13,6 +14,7 @@ from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.migrate.report import Progress
 from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Phase
 from recipes.qemu.vm import Vm, VmGoneError, VmSilentError
 from recipes.steps import advice
 from recipes.steps.recovery import JOB, LOOK, Recovery
@@ -24,6 +26,7 @@ RATE_WINDOW = 5.0
 
 async def stream(m: Migration) -> str:
     """Step 5: until every block is in the overlay, and on stable storage there."""
+    m.enter(Phase.STREAM)
     try:
         await Stream(m, await engine_for(m).monitor(m)).run()
     except MigrationError:
@@ -39,11 +42,10 @@ async def stream(m: Migration) -> str:
     await m.during(
         m.host_b.run("sync", "--", image, limit=limit), limit, f"writing {image} to stable storage"
     )
-    m.complete = True
-    if m.arrived:
-        m.window = time.monotonic() - m.arrived
-    again = f", interrupted {m.recoveries} times" if m.recoveries else ""
-    return f"every block of {m.size} bytes is in {image}{again}"
+    whole = tuple(replace(disk, complete=True) for disk in m.state.disks)
+    m.enter(Phase.COMPLETE, disks=whole, window=m.since_arrival)
+    again = f", interrupted {m.state.recoveries} times" if m.state.recoveries else ""
+    return f"every block of {m.disk.size} bytes is in {image}{again}"
 
 
 class Meter:
@@ -111,7 +113,7 @@ class Stream:
         why: MigrationError = error
         if self._restarts < self._limits.restarts:
             self._restarts += 1
-            self._m.recoveries += 1
+            self._m.record(recoveries=self._m.state.recoveries + 1)
             self._m.report.note(f"{error}; it is started again, and the guest waits")
             try:
                 self._recovery.jobs = await engine_for(self._m).monitor(self._m)
@@ -186,9 +188,10 @@ class Stream:
         if job is None:
             return
         self._meter.note(job["offset"])
-        assert self._m.arrived is not None
-        window = time.monotonic() - self._m.arrived
-        self._m.report.progress(Progress(job["offset"], job["len"], self._meter.rate, window))
+        window = self._m.since_arrival
+        progress = Progress(job["offset"], job["len"], self._meter.rate, window)
+        self._m.report.progress(progress)
+        self._m.journal.note_progress(progress)
         if self._meter.still > self._limits.stall:
             why = f"the stream has not moved for {self._limits.stall:g} s"
             raise await self._recovery.advised(why, await advice.server_hangs(self._m))

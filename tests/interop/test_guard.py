@@ -14,6 +14,8 @@ import pytest
 from recipes.migrate import guard as module
 from recipes.migrate.guard import Guard, start_guard
 from recipes.migrate.watch import Orders
+from recipes.processes.child import Lifeline
+from tests.support.journals import begun
 from tests.support.vms import lives
 
 SECONDS = 30.0
@@ -21,9 +23,8 @@ SECONDS = 30.0
 
 def guarded(directory: Path, body: Callable[[Guard, list[int]], Awaitable[None]]) -> list[int]:
     """Run the body with a guard, and the process ids of it and its deputy; these are returned."""
-    orders = Orders(
-        source=str(directory / "a"), destination=str(directory / "b"), capabilities=[], owned=False, limit=1.0
-    )
+    journal = begun(directory, str(directory / "a"))
+    orders = Orders(str(journal.directory), journal.lock.fd, owned=False)
     pids: list[int] = []
 
     async def main() -> None:
@@ -75,8 +76,9 @@ def test_one_that_takes_no_messages_does_not_keep_the_migration_waiting(
 
     async def body(guard: Guard, pids: list[int]) -> None:
         os.kill(pids[0], signal.SIGSTOP)
+        ends = os.pipe()
         for _ in range(1000):
-            guard.remove_later(["x" * 1000])
+            guard.share(Lifeline("x" * 1000, *ends))
         assert await guard.wait() == "ended with status -9"
 
     guarded(tmp_path, body)

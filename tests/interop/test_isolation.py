@@ -13,6 +13,7 @@ import pytest
 
 from recipes.hosts.host import Host, module
 from recipes.migrate.watch import Orders
+from tests.support.journals import begun
 from tests.support.processes import run
 from tests.support.servers import NBDSERVE
 from tests.support.traps import lay, sprung
@@ -59,13 +60,20 @@ def test_the_small_programs_run_their_own_modules(tmp_path: Path, name: str) -> 
 
 def test_the_guard_runs_its_own_modules(tmp_path: Path) -> None:
     traps = lay(tmp_path / "traps")
-    orders = Orders(source="/no", destination="/no", capabilities=[], owned=False, limit=1.0)
+    journal = begun(tmp_path, "/no")
+    orders = Orders(str(journal.directory), journal.lock.fd, owned=False)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         ours.close()
         words = module("guard", json.dumps(asdict(orders)))
         done = subprocess.run(
-            words, cwd=traps, stdin=theirs.fileno(), capture_output=True, text=True, timeout=240
+            words,
+            cwd=traps,
+            stdin=theirs.fileno(),
+            pass_fds=[journal.lock.fd],
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
     assert "the orchestrator was killed: what was started has been ended" in done.stderr
     assert sprung(traps) == ""

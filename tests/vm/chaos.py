@@ -9,7 +9,9 @@ migrate finish`` does what is left, and must come to its end.
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,9 +35,15 @@ VICTIMS = [role for role in Role if role not in (Role.FENCE, Role.B_AGAIN)]
 @contextmanager
 def quick_scene(directory: Path, engine: str) -> Iterator[Scene]:
     """A guest whose disk is copied in a second or so, and that is not long without its server."""
-    with scene(directory, engine) as stage:
-        stage.change("limits", speed=64 << 20, reconnect_delay=2)
-        yield stage
+    # By this name its guards are found.
+    home = f"{directory}.state"
+    os.environ["XDG_STATE_HOME"] = home
+    try:
+        with scene(directory, engine) as stage:
+            stage.change("limits", speed=64 << 20, reconnect_delay=2)
+            yield stage
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def play(directory: Path, engine: str, victim: Role, delay: float) -> str:

@@ -17,8 +17,13 @@ import pytest
 
 from recipes.errors import MigrationError
 from recipes.hosts.host import module
-from recipes.qemu.source import Side, give_back, resume
-from recipes.qemu.vm import connect
+from recipes.migrate.decide import Action, Wish
+from recipes.migrate.state import Phase
+from recipes.migrate.way_back import Hands, WayBack
+from recipes.qemu.destination import look
+from recipes.qemu.facts import OnB
+from recipes.qemu.source import resume
+from recipes.qemu.vm import Vm, connect
 from tests.support.disks import MIB, random_disk
 from tests.support.pasting import after, pasted_well
 from tests.support.processes import Process, check, listens, wait_until
@@ -269,14 +274,14 @@ def test_a_switch_over_that_ends_while_a_failure_is_looked_at_leaves_the_guest_s
 ) -> None:
     """Between any two questions to A about its migration."""
     with migrated_by_hand(stage, to_the_end=False) as qemu:
-        side = asyncio.run(give_back_late(stage, qemu, question))
-        assert qemu.running is (side is Side.DESTINATION)
-        address = stage.monitor_a if side is Side.SOURCE else stage.directory / "b.qmp"
+        action = asyncio.run(give_back_late(stage, qemu, question))
+        assert qemu.running is (action is Action.KEEP_B)
+        address = stage.directory / "b.qmp" if qemu.running else stage.monitor_a
         with monitor(address) as vm:
             assert vm.state == "running"
 
 
-async def give_back_late(stage: Scene, qemu: Process, question: int) -> Side:
+async def give_back_late(stage: Scene, qemu: Process, question: int) -> Action:
     """Give the guest back, while the switch-over comes to its end just before a question to A is answered."""
     a = await connect("A's QEMU", str(stage.monitor_a), limit=60.0, command_limit=60.0)
     asked, execute = 0, a.execute
@@ -291,12 +296,26 @@ async def give_back_late(stage: Scene, qemu: Process, question: int) -> Side:
             asked += 1
         return await execute(command, **arguments)
 
-    async def end_destination() -> None:
-        qemu.kill()
+    class Killing(Hands):
+        async def source(self) -> Vm | None:
+            return a
+
+        async def destination(self, limit: float | None) -> OnB:
+            return await look(str(stage.directory / "b.qmp"), 60.0)
+
+        async def end_destination(self) -> None:
+            qemu.kill()
+
+        async def clear(self) -> list[str]:
+            return []
+
+        def enter(self, phase: Phase) -> None:
+            pass
 
     try:
         with mock.patch.object(a, "execute", late):
-            return await give_back(a, end_destination, ())
+            way = WayBack(Killing(), Phase.SWITCH_OVER, (), wish=Wish.GO_BACK, grace=0.0)
+            return (await way.go()).action
     finally:
         await a.disconnect()
 

@@ -1,0 +1,118 @@
+"""What is done when a step has failed, or was interrupted: the guest goes back to A, or stays on B."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+from recipes.errors import MigrationError
+from recipes.migrate.decide import UNKNOWN, Action, Wish
+from recipes.migrate.leftovers import remove
+from recipes.migrate.runtime import Migration
+from recipes.migrate.state import OVER, Phase
+from recipes.migrate.way_back import Hands, WayBack
+from recipes.processes.children import Child
+from recipes.qemu.destination import answer_of
+from recipes.qemu.facts import OnB
+from recipes.qemu.vm import Vm, VmGoneError, connect_again
+from recipes.steps import advice
+from recipes.steps.causes import described
+from recipes.steps.cutover import fence_source
+
+
+async def retreat(m: Migration) -> str:
+    """After a failure: give the guest back to A, or leave it on B; return one phrase that says which."""
+    if not m.arrived:
+        way = WayBack(OwnHands(m), m.state.phase, m.state.capabilities, wish=Wish.GO_BACK, grace=0.0)
+        try:
+            verdict = await way.go()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing that may carry the guest ends
+            return unknown(m, str(error))
+        if verdict.action is Action.KEEP:
+            return unknown(m, verdict.where)
+        if verdict.action is not Action.KEEP_B:
+            return verdict.where
+        m.enter(Phase.ARRIVED, arrived=time.time())
+        with suppress(MigrationError):
+            m.release()
+    return await after_cut_over(m)
+
+
+def unknown(m: Migration, why: str) -> str:
+    """Let everything live on; the phrase that says so."""
+    with suppress(MigrationError):
+        m.release()
+    told = why if why.startswith(UNKNOWN) else f"{UNKNOWN}: {why}"
+    if m.qemu and m.qemu.running:
+        told += f"; if B's QEMU (process {m.qemu.pid}) hangs too, kill it: A's goes on with the guest"
+    return f"{told}; look at query-migrate on A before anything else"
+
+
+class OwnHands(Hands):
+    """What the command itself can do: it knows the processes."""
+
+    def __init__(self, m: Migration) -> None:
+        super().__init__()
+        self._m = m
+
+    async def source(self) -> Vm | None:
+        """Return A's QEMU; connected to again where only the connection was lost."""
+        m = self._m
+        if m.a.connected:
+            return m.a
+        address, limits = m.plan.source.qmp, m.plan.limits
+        again = await connect_again("A's QEMU", address, limit=limits.connect, command_limit=limits.command)
+        if again is not None:
+            m.a = again
+            self.said.append("its QEMU's monitor had hung up, and was connected to again")
+        return again
+
+    async def destination(self, limit: float | None) -> OnB:
+        """Ask B's QEMU. It may not run there: what ends A's QEMU may end the export, too."""
+        m = self._m
+        if m.b is None:
+            return OnB.NONE
+        try:
+            return await answer_of(m.b, limit)
+        except VmGoneError:
+            await m.guest_has_ended()
+            return OnB.NONE if m.guest_end or not m.has_guest else OnB.SILENT
+
+    def lost(self, words: str) -> str:
+        """Say why A's guest has ended, where QEMU has said so."""
+        ended = self._m.a.shut_down
+        return f"{described(ended, 'A')}; its disk is untouched" if ended else words
+
+    async def end_destination(self) -> None:
+        """End B's QEMU."""
+        await stop(self._m, self._m.qemu)
+
+    async def clear(self) -> list[str]:
+        """End what was started and remove what was made; return a phrase for each that is left."""
+        m, left = self._m, []
+        for child in (m.qemu, m.overlay, m.server):
+            try:
+                await stop(m, child)
+            except MigrationError as error:
+                left.append(str(error))
+        if m.state.removal:
+            left += await remove(m.host_b, m.state.removal, m.plan.limits.command)
+        return left
+
+    def enter(self, phase: Phase) -> None:
+        """Write it down."""
+        self._m.enter(phase, removal=() if phase in OVER else self._m.state.removal)
+
+
+async def stop(m: Migration, child: Child | None) -> None:
+    """End a child, if it was started; MigrationError when it does not end."""
+    if child and child.running:
+        await child.stop(m.plan.limits.stop)
+
+
+async def after_cut_over(m: Migration) -> str:
+    """What is so after a failure behind the cut-over. A must not go on in any case."""
+    if m.a.connected:
+        await fence_source(m)
+    await m.guest_has_ended()
+    return advice.after_cut_over(m)

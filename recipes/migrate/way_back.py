@@ -1,0 +1,195 @@
+"""What follows from a decision to go back: the guest runs on A again, or everything is left as it is.
+
+Three have to act so, each with its own hands: the command whose step has failed, the guard of one that was
+killed, and ``abort``. What they do, and in which order, is here and in decide.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nbdserve.common.clock import now
+from nbdserve.common.errors import ConnectError
+from recipes.errors import MigrationError
+from recipes.migrate.decide import AS_BEFORE, Action, Decision, Wish, asks_b, decide
+from recipes.migrate.leftovers import but
+from recipes.migrate.state import Phase
+from recipes.qemu.destination import ARRIVE
+from recipes.qemu.facts import Facts, OnA, OnB
+from recipes.qemu.source import UNDER_WAY_ON_A, guest_on_a, restore_capabilities, resume
+from recipes.qemu.vm import Vm, VmGoneError
+
+ATTEMPTS = 3
+"""How often A's QEMU is asked anew when its monitor hangs up in the middle."""
+
+BRIEF = 2.0
+"""Seconds in which B's QEMU is asked while the guest stands still."""
+
+LOOK = 0.05
+"""Seconds between two looks."""
+
+
+class Hands(ABC):
+    """What the three can do; ``said`` is what the operator has to know of it."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    @abstractmethod
+    async def source(self) -> Vm | None:
+        """Return A's QEMU, None when it has ended; ConnectError when nobody knows."""
+
+    @abstractmethod
+    async def destination(self, limit: float | None) -> OnB:
+        """Ask whether B's QEMU has the guest, ``limit`` are seconds, or None for as long as it takes."""
+
+    @abstractmethod
+    async def end_destination(self) -> None:
+        """End B's QEMU; MigrationError when it does not end."""
+
+    @abstractmethod
+    async def clear(self) -> list[str]:
+        """End the rest and remove what was made; return a phrase for each thing that is left."""
+
+    def lost(self, words: str) -> str:
+        """Return what is known of the end of A's QEMU, or else these words."""
+        return words
+
+    @abstractmethod
+    def enter(self, phase: Phase) -> None:
+        """Write down what is done next; never fails."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found, what was done, and ``where`` the guest is: one phrase, and what else is to be known."""
+
+    facts: Facts
+    decision: Decision
+    where: str
+
+    @property
+    def action(self) -> Action:
+        """What was done."""
+        return self.decision.action
+
+
+class WayBack:
+    """One attempt to give the guest back to A."""
+
+    def __init__(
+        self, hands: Hands, phase: Phase, capabilities: Sequence[str], *, wish: Wish, grace: float
+    ) -> None:
+        """``capabilities`` were on at A before; a switch-over under way has ``grace`` seconds to end."""
+        self._hands = hands
+        self._phase = phase
+        self._capabilities = capabilities
+        self._wish = wish
+        self._grace = grace
+        self._switched = self._arrived = 0.0
+        self._why = ""
+
+    async def go(self) -> Verdict:
+        """Look, decide and act; look again where A's QEMU hangs up meanwhile."""
+        hung_up = 0
+        self._switched, self._arrived = now() + self._grace, now() + ARRIVE
+        while True:
+            try:
+                a = await self._hands.source() if hung_up < ATTEMPTS else None
+                facts = await self._look(a, lost=hung_up >= ATTEMPTS)
+                decision = decide(self._phase, self._wish, facts)
+                if decision.action is not Action.WAIT:
+                    return Verdict(facts, decision, await self._act(a, facts, decision))
+            except ConnectError as error:
+                self._why = str(error)
+                facts = await self._with_b(OnA.SILENT)
+                decision = decide(self._phase, self._wish, facts)
+                return Verdict(facts, decision, await self._act(None, facts, decision))
+            except VmGoneError:
+                hung_up += 1
+            await asyncio.sleep(LOOK)
+
+    async def _look(self, a: Vm | None, *, lost: bool) -> Facts:
+        """Find out where the guest is. Raises VmGoneError when A's QEMU hangs up."""
+        if lost:
+            self._why = "A's QEMU hangs up again and again"
+            return await self._with_b(OnA.SILENT)
+        if a is None:
+            return await self._with_b(OnA.GONE)
+        try:
+            found = await guest_on_a(a)
+        except VmGoneError:
+            raise
+        except MigrationError as error:
+            self._why = str(error)
+            found = OnA.SILENT
+        if found is OnA.SWITCHES and now() > self._switched:
+            found = OnA.STUCK
+        return await self._with_b(found)
+
+    async def _with_b(self, found: OnA) -> Facts:
+        if not asks_b(self._phase, self._wish, found):
+            return Facts(found, OnB.SILENT)
+        on_b = await self._hands.destination(BRIEF if found is OnA.STUCK else None)
+        if on_b is OnB.WAITS and now() > self._arrived:
+            on_b = OnB.LATE
+        if on_b is OnB.SILENT and not self._why:
+            self._why = "A's QEMU has ended, and B's does not answer" if found is OnA.GONE else ""
+        return Facts(found, on_b)
+
+    async def _act(self, a: Vm | None, facts: Facts, decision: Decision) -> str:
+        """Do what was decided; return where the guest is."""
+        match decision.action:
+            case Action.CLEAN_UP:
+                return await self._clean_up(a, facts, decision)
+            case Action.TAKE_BACK | Action.END_B_FIRST | Action.START_OVER:
+                return await self._take_back(a, facts, decision)
+            case _:
+                return f"{decision.words}: {self._why}" if self._why else decision.words
+
+    async def _clean_up(self, a: Vm | None, facts: Facts, decision: Decision) -> str:
+        words = self._hands.lost(decision.words) if facts.a is OnA.GONE else decision.words
+        if facts.a is OnA.SILENT:
+            words = f"{words}: {self._why}"
+        if a is not None and words == AS_BEFORE:
+            await self._restore(a)
+        left = await self._hands.clear()
+        self._hands.enter(Phase.LOST if facts.a is OnA.GONE else Phase.TAKEN_BACK)
+        return but(words, *self._hands.said, *left)
+
+    async def _take_back(self, a: Vm | None, facts: Facts, decision: Decision) -> str:
+        """Bring the guest back to A, in the order that keeps it from running twice."""
+        if a is not None and facts.a is not OnA.SILENT:
+            first = decision.action is Action.TAKE_BACK
+            if not first:
+                self._hands.enter(Phase.TAKING_BACK)
+                self._phase = Phase.TAKING_BACK
+                await self._end_destination(facts)
+            # What is complete after B's end was the migration to B; before, it is one to who lives.
+            await resume(a, ours=not first and (facts.a in UNDER_WAY_ON_A or facts.a is OnA.LEFT))
+            await self._restore(a)
+            if first:
+                await self._end_destination(facts)
+        left = await self._hands.clear()
+        self._hands.enter(Phase.TAKEN_BACK)
+        return but(AS_BEFORE, *self._hands.said, *left)
+
+    async def _end_destination(self, facts: Facts) -> None:
+        """End B's QEMU; where it could have the guest, one that does not end is reason enough to stop."""
+        try:
+            await self._hands.end_destination()
+        except MigrationError as error:
+            if self._phase is Phase.TAKING_BACK and facts.a in (OnA.HOLDS, OnA.SWITCHES, OnA.STUCK):
+                raise
+            self._hands.said.append(str(error))
+
+    async def _restore(self, a: Vm) -> None:
+        try:
+            await restore_capabilities(a, self._capabilities)
+        except VmGoneError:
+            raise
+        except MigrationError as error:
+            self._hands.said.append(f"the migration capabilities of A's QEMU are not as they were: {error}")
