@@ -97,6 +97,7 @@ chaos: setup
 
 docs: setup
 	$(BIN)/python -m tests.support.manual docs/commands.md
+	$(BIN)/python -m tests.support.decisions docs/decisions.md
 
 clean:
 	rm -rf build $(VENV)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import shutil
 import sys
@@ -12,16 +11,15 @@ from pathlib import Path
 
 from nbdserve.common import clock, program, sizes
 from nbdserve.common.uri import is_ipv6
-from recipes.cli import pivot_command, probe, qmp_command
+from recipes.cli import journal_commands, pivot_command, probe, qmp_command
+from recipes.cli.journal_commands import until_signal
 from recipes.commands.finish import finish
 from recipes.commands.run import migrate
 from recipes.demo import run as demo
-from recipes.hosts.interruption import interruptible
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import choose_report
-from recipes.migrate.report import Report
-from recipes.migrate.runtime import FINISH
-from recipes.plans.plan import Plan, is_host_and_port
+from recipes.migrate.journal import check_name
+from recipes.plans.plan import is_host_and_port
 from recipes.plans.planfile import load
 from recipes.processes import supervisor
 from recipes.qemu import fence
@@ -72,6 +70,7 @@ def make_parser() -> program.Parser:
     end = subcommands.add_parser("finish", help="do what a run that was interrupted has left to do")
     configure_finish(end)
     end.set_defaults(body=finish_plan)
+    journal_commands.configure(subcommands)
     show = subcommands.add_parser("demo", help="the whole sequence on this machine, with a real guest")
     demo.configure(show)
     show.set_defaults(body=demo.main)
@@ -102,6 +101,7 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--channel", choices=["tcp"], default="tcp", help="disk and RAM on a connection each (the default)"
     )
+    parser.add_argument("--name", type=check_name, help="the migration's name; else the guest's")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
     parser.add_argument("--check", action="store_true", help="only check the plan's file; touch no host")
 
@@ -141,32 +141,17 @@ def run_plan(given: argparse.Namespace) -> int:
         return program.EXIT_DONE
     report = choose_report(as_json=given.json)
     with contextlib.closing(report):
-        return clock.run(until_signal(plan, report, finish_command(given)))
-
-
-async def until_signal(plan: Plan, report: Report, finish: str = FINISH) -> int:
-    """Migrate, unless a signal interrupts it; then in good order."""
-    try:
-        await interruptible(migrate(plan, report, finish=finish))
-    except asyncio.CancelledError:
-        return program.EXIT_INTERRUPTED
-    return program.EXIT_DONE
+        work = migrate(plan, report, name=given.name or "", finish=finish_command(given))
+        return clock.run(until_signal(work))
 
 
 def finish_plan(given: argparse.Namespace) -> int:
     """``nbd-migrate finish``."""
     plan = load(given.plan, overrides(given))
     report = choose_report()
-
-    async def until_signal() -> int:
-        try:
-            await interruptible(finish(plan, report, boot=given.boot, again=finish_command(given)))
-        except asyncio.CancelledError:
-            return program.EXIT_INTERRUPTED
-        return program.EXIT_DONE
-
+    work = finish(plan, report, boot=given.boot, again=finish_command(given))
     with contextlib.closing(report):
-        return clock.run(until_signal())
+        return clock.run(until_signal(work))
 
 
 def finish_command(given: argparse.Namespace) -> str:

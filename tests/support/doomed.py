@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from nbdserve.common import clock, program
-from recipes.cli.main import until_signal
+from recipes.cli.journal_commands import until_signal
+from recipes.commands.run import migrate
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import PlainReport
 from recipes.migrate.report import Moment, Progress, Step
@@ -70,7 +71,11 @@ def main(plan: str, moment: str, roles: str, number: str) -> int:
     victims = [Role[name] for name in roles.split("+")]
     finish = pasted([str(Path(sys.executable).with_name("nbd-migrate")), "finish", plan])
     doom = Doom(moment, victims, signal.Signals[number], Path(plan).parent)
-    return program.run("nbd-migrate", lambda: clock.run(until_signal(load(Path(plan)), doom, finish)))
+
+    def body() -> int:
+        return clock.run(until_signal(migrate(load(Path(plan)), doom, finish=finish)))
+
+    return program.run("nbd-migrate", body)
 
 
 if __name__ == "__main__":

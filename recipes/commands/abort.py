@@ -1,0 +1,27 @@
+"""``nbd-migrate abort``: the guest stays on A as if nothing had happened, or it is said why not."""
+
+from __future__ import annotations
+
+from recipes.commands.taking_up import taken_up
+from recipes.errors import MigrationError
+from recipes.migrate.decide import Action, Wish
+from recipes.migrate.report import Report
+from recipes.qemu.facts import OnA
+
+
+async def abort(name: str, report: Report) -> None:
+    """Take a migration back that nobody acts on any more.
+
+    Raises MigrationError, whose line says where the guest is and what is safe: nothing was touched when it is
+    on B, or when it is not known where it is.
+    """
+    async with taken_up(name, report) as migration:
+        verdict = await migration.decide(Wish.GO_BACK)
+        said = migration.told(verdict)
+        if verdict.action is Action.KEEP_B:
+            raise MigrationError(f"it is too late, and nothing was touched: {said}")
+        if verdict.action is Action.KEEP:
+            raise MigrationError(f"{said}; nothing was touched")
+        if verdict.action is not Action.NOTHING and verdict.facts.a in (OnA.GONE, OnA.SILENT):
+            raise MigrationError(said)
+        report.note(said)

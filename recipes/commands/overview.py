@@ -1,0 +1,140 @@
+"""``nbd-migrate list``, ``status`` and ``cleanup``: what the journals tell. They touch no host."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nbdserve.common.sizes import format_size
+from recipes.errors import MigrationError
+from recipes.migrate import journal
+from recipes.migrate.console import describe
+from recipes.migrate.report import Progress
+from recipes.migrate.state import Phase, State
+
+LOOK = 1.0
+"""Seconds between two looks of ``status --watch``."""
+
+PHASES = {
+    Phase.PREPARED: "the checks have passed; nothing has been started",
+    Phase.EXPORT: "step 1, the export of A's disk",
+    Phase.OVERLAY: "step 2, the image on B",
+    Phase.LAUNCH: "step 3, B's QEMU",
+    Phase.MIGRATE: "step 4, the RAM moves; the guest runs on A",
+    Phase.SWITCH_OVER: "step 4, the guest changes sides",
+    Phase.ARRIVED: "step 4, the guest is on B; A's disk is fenced and A's QEMU ended",
+    Phase.STREAM: "step 5, the disk follows the guest to B",
+    Phase.COMPLETE: "every block is on B",
+    Phase.SHUT_DOWN: "step 6, what is left on A is ended",
+    Phase.DONE: "done: the guest and its disk are on B",
+    Phase.TAKING_BACK: "the guest is being given back to A",
+    Phase.TAKEN_BACK: "taken back: the guest is on A, and nothing is left",
+    Phase.LOST: "A's QEMU ended while it had the guest; nothing is left",
+}
+
+
+def rows() -> Iterator[str]:
+    """Yield a line for each migration that is known."""
+    names = journal.names()
+    width = max((len(name) for name in names), default=0)
+    for name in names:
+        try:
+            state = journal.last(name)
+        except journal.EmptyJournalError:
+            pid = journal.actor(name)
+            yield f"{name:<{width}}  {f'process {pid} looks at it' if pid else 'nothing was begun'}"
+            continue
+        except MigrationError as error:
+            yield f"{name:<{width}}  {error}"
+            continue
+        yield f"{name:<{width}}  {state.phase.value:<11}  {_stamp(state.time)}  {_who(name, state)}"
+
+
+def _who(name: str, state: State) -> str:
+    if pid := journal.actor(name):
+        return f"process {pid} is at work"
+    return "" if state.over else "nobody is at work: resume it, or abort it"
+
+
+def _stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def lines(name: str) -> list[str]:
+    """What is known of one migration, for the operator. Raises MigrationError where there is none."""
+    state, pid = journal.last(name), journal.actor(name)
+    told = [f"{name}: {PHASES[state.phase]} (since {_stamp(state.time)})"]
+    for disk in state.disks:
+        whole = "complete" if disk.complete else "not complete"
+        told.append(f"disk: {disk.source} on A, {disk.target} on B, {format_size(disk.size)}, {whole} on B")
+    if (moving := progress(name, state)) is not None:
+        told.append(f"stream: {describe(moving)}")
+    if state.recoveries:
+        told.append(f"interrupted and taken up again {state.recoveries} times")
+    if state.over:
+        told.append(f"over; to forget it: nbd-migrate cleanup {name}")
+    elif pid:
+        told.append(f"process {pid} is at work")
+    else:
+        told.append(f"nobody is at work; to go on: nbd-migrate resume {name}")
+        told.append(f"to give up: nbd-migrate abort {name}")
+    return told
+
+
+def progress(name: str, state: State) -> Progress | None:
+    """How far the stream is, as was told last; None where it does not move."""
+    found = journal.progress(name)
+    if state.phase is not Phase.STREAM or found is None or found.get("time", 0.0) < state.arrived:
+        return None
+    return Progress(int(found["done"]), int(found["total"]), found["rate"], found["window"])
+
+
+def as_json(name: str) -> str:
+    """Everything that is known of one migration, as one JSON object on one line."""
+    states = journal.history(name)
+    state = states[-1]
+    moving = progress(name, state)
+    values: dict[str, Any] = json.loads(state.to_json())
+    values |= {
+        "over": state.over,
+        "actor": journal.actor(name) or None,
+        "progress": None if moving is None else dataclasses.asdict(moving),
+        "history": [{"phase": each.phase.value, "time": each.time} for each in states],
+    }
+    return json.dumps(values)
+
+
+def watch(name: str, tell: Callable[[str], None], *, as_object: bool) -> None:
+    """Tell of a migration whenever something has changed, until it is over or nobody is at work on it."""
+    before = ""
+    while True:
+        at_work = journal.actor(name) != 0
+        now = as_json(name) if as_object else "\n".join(lines(name))
+        if now != before:
+            tell(now)
+            before = now
+        if not at_work:
+            return
+        time.sleep(LOOK)
+
+
+def clean_up(name: str) -> None:
+    """Forget a migration. Raises MigrationError when it is not over, or somebody is at work on it."""
+    try:
+        state = journal.last(name)
+    except journal.EmptyJournalError:
+        state = None
+    if state is not None and not state.over:
+        raise MigrationError(
+            f"{name} is not over ({state.phase.value}): nbd-migrate resume {name} goes on, "
+            f"nbd-migrate abort {name} gives up"
+        )
+    journal.remove(name)
+
+
+def over() -> list[str]:
+    """The names of all migrations that are over."""
+    return [state.name for state in journal.known() if state.over]

@@ -1,0 +1,45 @@
+"""``nbd-migrate resume``: what a command that has died has left to do, wherever it had come to."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, closing
+
+from recipes.commands.finish import finish_with
+from recipes.commands.run import migrate_from
+from recipes.commands.taking_up import taken_up
+from recipes.errors import MigrationError
+from recipes.migrate.decide import Action, Wish
+from recipes.migrate.journal import Journal
+from recipes.migrate.report import Report
+from recipes.migrate.state import State
+from recipes.qemu.vm import connect
+
+
+async def resume(name: str, report: Report, *, boot: bool = False) -> None:
+    """Go on with a migration that nobody acts on any more: begin anew on A, or do what is left on B.
+
+    ``boot`` starts the guest again where it has ended on B. Raises MigrationError, whose line says where the
+    guest is and what to do.
+    """
+    async with taken_up(name, report) as migration:
+        verdict = await migration.decide(Wish.GO_ON)
+        state, said = migration.state, migration.told(verdict)
+    if verdict.action is Action.KEEP:
+        raise MigrationError(said)
+    if verdict.action is Action.NOTHING:
+        report.note(said)
+    elif verdict.action is Action.FINISH:
+        await finish_with(Journal.take_over(name), state.plan, report, boot=boot, again=state.finish)
+    else:
+        report.note(f"{said}; the migration begins anew")
+        await start_over(name, state, report)
+
+
+async def start_over(name: str, state: State, report: Report) -> None:
+    """Run the six steps once more, under the same name."""
+    plan, limits = state.plan, state.plan.limits
+    async with AsyncExitStack() as stack:
+        journal = stack.enter_context(closing(Journal.begin(name)))
+        a = await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
+        stack.push_async_callback(a.disconnect)
+        await migrate_from(plan, report, journal, a, stack, None, state.finish)

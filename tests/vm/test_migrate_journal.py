@@ -1,0 +1,200 @@
+"""A migration is taken up, or taken back, wherever its command was killed: at every entry of its journal.
+
+The kernel kills the command in the very call that makes an entry durable: what the entry announces has not
+been done. In every second test its guard and that guard's deputy die with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from recipes.errors import MigrationError
+from recipes.migrate import journal
+from recipes.migrate.decide import MOVING, PREPARING, SENDING
+from recipes.migrate.state import Phase
+from tests.support.processes import Process, run, wait_until
+from tests.support.vms import NBD_MIGRATE, Role, Scene, lives, monitor, running
+
+SECONDS = 60.0
+NAME = "vm"
+ENTRIES = 18
+"""How often an undisturbed run makes something durable: an entry each, and the journal's directory once."""
+
+KILLED_AT = list(enumerate(range(1, ENTRIES + 1)))
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Scene]:
+    """A guest that runs on A."""
+    made = Scene(tmp_path, disk_size=8 << 20)
+    with running(made):
+        yield made
+
+
+def command(*words: str) -> tuple[int, str]:
+    """Run a subcommand of nbd-migrate; its exit code, and what it said."""
+    done = run(NBD_MIGRATE, *words, seconds=SECONDS)
+    return done.returncode, done.stdout + done.stderr
+
+
+def traced(stage: Scene, *options: str) -> Process:
+    """A run whose calls of fsync are traced."""
+    strace = ["strace", "-qq", "-e", "trace=fsync", *options]
+    argv = [*strace, str(NBD_MIGRATE), "run", str(stage.plan_file()), "--name", NAME]
+    return Process(argv, stage.directory / "run.log")
+
+
+def kill_at(stage: Scene, entry: int, *, guards: bool) -> Phase:
+    """Kill the command of a run at this entry, with its guards or not; return the last phase written."""
+    with traced(stage, "-o", "/dev/null", "-e", f"inject=fsync:signal=KILL:when={entry}") as tracer:
+        stopped: set[int] = set()
+
+        def has_ended() -> bool:
+            """Guards that are stopped do not act before they are dead."""
+            if guards:
+                for process in _guards(tracer.pid):
+                    if process.pid not in stopped:
+                        process.suspend()
+                        stopped.add(process.pid)
+            return not tracer.running
+
+        wait_until(has_ended, "the command is killed", SECONDS)
+        phase = journal.last(NAME).phase
+        for pid in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).kill()
+    wait_until(lambda: journal.actor(NAME) == 0, "nobody is at work", SECONDS)
+    return phase
+
+
+def _guards(tracer: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = [each for child in psutil.Process(tracer).children() for each in child.children()]
+        return [each for each in found if "recipes.migrate.guard" in " ".join(each.cmdline())]
+    return []
+
+
+def is_on_a_as_before(stage: Scene) -> None:
+    """Nothing shows that there was a migration."""
+    stage.wait_until_guest_works("a")
+    wait_until(lambda: not stage.started(), f"nothing is left: {stage.started()}", SECONDS)
+    assert stage.capabilities_of_a() == []
+    left = {path.name for path in stage.directory.iterdir() if path.name.startswith("b.")}
+    assert left <= {"b.serial", "b.raw.qemu.log", "b.raw.overlay.log"}, left
+
+
+def is_on_b(stage: Scene) -> None:
+    """The guest runs on B, on the whole of its disk, and nothing on A is left."""
+    stage.wait_until_guest_works("b")
+    wait_until(lambda: stage.started() == {Role.B}, f"B's QEMU alone is left: {stage.started()}", SECONDS)
+    assert not Role.A.find(stage.directory)
+    stage.quit_b()
+    assert stage.wrong_sectors(interrupted=True) == []
+
+
+def test_a_run_makes_as_many_entries_as_are_tried(stage: Scene, tmp_path: Path) -> None:
+    trace = tmp_path / "fsync"
+    with traced(stage, "-o", str(trace)) as made:
+        assert made.wait(SECONDS) == 0
+    assert trace.read_text().count("fsync(") == ENTRIES
+    history = [state.phase for state in journal.history(NAME)]
+    assert [phase for phase, _ in itertools.groupby(history)] == [
+        *(Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH, Phase.MIGRATE, Phase.SWITCH_OVER),
+        *(Phase.ARRIVED, Phase.STREAM, Phase.COMPLETE, Phase.SHUT_DOWN, Phase.DONE),
+    ]
+    is_on_b(stage)
+
+
+@pytest.mark.parametrize(("number", "entry"), KILLED_AT)
+def test_a_migration_that_was_killed_is_taken_up_again(stage: Scene, number: int, entry: int) -> None:
+    kill_at(stage, entry, guards=number % 2 == 0)
+    code, said = command("resume", NAME)
+    assert code == 0, said
+    assert journal.last(NAME).phase is Phase.DONE
+    is_on_b(stage)
+
+
+@pytest.mark.parametrize(("number", "entry"), KILLED_AT)
+def test_a_migration_that_was_killed_is_taken_back_until_the_guest_has_left(
+    stage: Scene, number: int, entry: int
+) -> None:
+    phase = kill_at(stage, entry, guards=number % 2 == 1)
+    code, said = command("abort", NAME)
+    if phase in PREPARING | SENDING | MOVING:
+        assert code == 0, said
+        is_on_a_as_before(stage)
+        assert journal.last(NAME).phase is Phase.TAKEN_BACK
+        return
+    if phase is not Phase.DONE:
+        assert code == 1
+        assert said.startswith("nbd-migrate: it is too late, and nothing was touched: the guest is on B"), (
+            said
+        )
+        code, said = command("resume", NAME)
+    assert code == 0, said
+    is_on_b(stage)
+
+
+def phase_of(name: str) -> Phase | None:
+    """What a migration has come to; None where nothing is written yet."""
+    with contextlib.suppress(MigrationError):
+        return journal.last(name).phase
+    return None
+
+
+def test_what_is_known_of_a_migration_is_told(stage: Scene) -> None:
+    assert command("list") == (0, "")
+    stage.change("limits", speed=1 << 20)
+    with Process(
+        [NBD_MIGRATE, "run", stage.plan_file(), "--name", NAME], stage.directory / "run.log"
+    ) as made:
+        wait_until(lambda: phase_of(NAME) is Phase.STREAM, "it streams", SECONDS)
+        wait_until(lambda: "stream: " in command("status", NAME)[1], "it moves", SECONDS)
+        code, told = command("status", NAME, "--json")
+        values = json.loads(told)
+        assert (values["phase"], values["actor"], values["over"]) == ("stream", made.pid, False)
+        assert values["progress"]["total"] == 8 << 20
+        assert values["history"][0]["phase"] == "prepared"
+        assert f"process {made.pid} is at work" in command("list")[1]
+        for busy in ("resume", "abort", "cleanup"):
+            code, said = command(busy, NAME)
+            assert code == 1
+            assert f"process {made.pid} is at work" in said or "is not over" in said
+        code, said = command("finish", str(stage.directory / "plan.toml"))
+        assert (code, f"process {made.pid} is at work on this migration already" in said) == (1, True), said
+        made.kill()
+    wait_until(lambda: not lives(made.pid), "it is dead")
+    code, told = command("status", NAME)
+    assert f"nobody is at work; to go on: nbd-migrate resume {NAME}" in told
+    assert command("status", NAME, "--watch")[1] == told
+    with monitor(stage.monitor_b) as b:
+        assert b.state == "running"
+    code, said = command("cleanup", NAME)
+    assert (code, "is not over (stream)" in said) == (1, True)
+    assert command("resume", NAME)[0] == 0
+    assert command("cleanup") == (0, "")
+    assert command("list") == (0, "")
+    is_on_b(stage)
+
+
+def test_a_migration_that_was_interrupted_is_not_begun_again_unawares(stage: Scene) -> None:
+    kill_at(stage, 5, guards=True)
+    code, said = command("run", str(stage.plan_file()), "--name", NAME)
+    assert code == 1
+    assert f"nbd-migrate resume {NAME} takes it up, nbd-migrate abort {NAME} takes it back" in said
+    assert command("abort", NAME)[0] == 0
+    is_on_a_as_before(stage)
+
+
+def test_the_guests_name_is_the_migrations_unless_one_is_given(stage: Scene) -> None:
+    """One whose QEMU was given none is called as its disk."""
+    with Process([NBD_MIGRATE, "run", stage.plan_file()], stage.directory / "run.log") as made:
+        assert made.wait(SECONDS) == 0
+    assert journal.names() == ["a"]
