@@ -1,4 +1,4 @@
-"""``nbd-migrate``: run a migration, show one, and the small programs that recipes and keepers call."""
+"""``nbd-migrate``: run a migration, show one, and the small programs that recipes and supervisors call."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ For recipes and for the other host of a migration:
   nbd-migrate qmp MONITOR COMMAND [JSON]     execute one QMP command
   nbd-migrate fence READY IMAGE              keep every QEMU from writing to the image
   nbd-migrate probe URI                      what this host sees of an export
-  nbd-migrate keeper LOG READY COMMAND...    run a process that ends with our standard input
+  nbd-migrate supervisor LOG READY COMMAND   run a process that ends with our standard input
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 """
@@ -43,7 +43,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["keeper"] and len(words) > 3:
+    if words[:1] == ["supervisor"] and len(words) > 3:
         # Its arguments are another command's, which argparse must not look at.
         return supervisor.main(words[1:])
     return program.run(PROGRAM, lambda: dispatch(words))

@@ -81,7 +81,7 @@ class OverlayEngine(Engine):
         if m.overlay_monitor and not m.overlay_monitor.connected:
             await m.overlay_monitor.disconnect()
             m.overlay_monitor = None
-            # Who has hung up has ended, or is about to; its keeper tells a moment later.
+            # Who has hung up has ended, or is about to; its supervisor tells a moment later.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_END):
                     if m.overlay:

@@ -14,7 +14,7 @@ from recipes.hosts.calls import Call, HostError
 from recipes.hosts.way import Way
 
 PROGRAMS = {
-    "keeper": "recipes.processes.supervisor",
+    "supervisor": "recipes.processes.supervisor",
     "fence": "recipes.qemu.fence",
     "guard": "recipes.migrate.guard",
     "probe": "recipes.cli.probe",
@@ -40,7 +40,7 @@ class Host(Way):
         return str(beside) if beside.exists() and not self.remote else name
 
     def own(self, name: str, *arguments: str) -> list[str]:
-        """One of the small programs of this package (keeper, fence, probe) as a command of this host."""
+        """One of the small programs of this package (supervisor, fence, probe) as a command of this host."""
         if self.remote:
             return [self.tool("nbd-migrate"), name, *arguments]
         return module(name, *arguments)

@@ -1,4 +1,4 @@
-"""What a keeper says on its standard output, told apart from what is said on the way to it."""
+"""What a supervisor says on its standard output, told apart from what is said on the way to it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from recipes.hosts.ssh import explain
 from recipes.hosts.way import Way
 
 END = 1.0
-"""Seconds in which a keeper that says nothing more has ended."""
+"""Seconds in which a supervisor that says nothing more has ended."""
 
 _FRAME = 'echo; echo "$0"; exec "$@"'
 """Becomes the command "$@" behind a line with the mark "$0"."""
 
 
 class Beginning:
-    """The beginning of a keeper behind a prefix: a login may greet first, and a mark is where that ends."""
+    """The beginning of a supervisor behind a prefix: a login may greet first, up to a mark."""
 
-    def __init__(self, way: Way, keeper: Sequence[str]) -> None:
+    def __init__(self, way: Way, supervisor: Sequence[str]) -> None:
         self._way = way
-        self._keeper = keeper
+        self._supervisor = supervisor
         self._mark = secrets.token_hex(8)
         self._greeted = not way.shell
         self._greeting = ""
 
     def argv(self) -> list[str]:
-        """The keeper's command line, with the prefix."""
-        framed = ["sh", "-c", _FRAME, self._mark, *self._keeper] if self._way.shell else self._keeper
+        """The supervisor's command line, with the prefix."""
+        framed = ["sh", "-c", _FRAME, self._mark, *self._supervisor] if self._way.shell else self._supervisor
         return self._way.argv(framed)
 
     async def first(self, messages: asyncio.StreamReader) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Beginning:
         return {}
 
     async def failure(self, process: asyncio.subprocess.Process, said: str) -> str:
-        """Why there was no message; ``said`` is what the keeper, or its prefix, wrote as errors."""
+        """Why there was no message; ``said`` is what the supervisor, or its prefix, wrote as errors."""
         try:
             async with asyncio.timeout(END):
                 code = await process.wait()
@@ -55,9 +55,9 @@ class Beginning:
             otherwise = f"{self._way.shell[0]} ended with code {code}" if code else "no answer in time"
             return explain(said if said.strip() else self._greeting, self._way.shell) or otherwise
         if code in MISSING:
-            return f"there is no {self._keeper[0]} on {self._way.name}; install it there"
+            return f"there is no {self._supervisor[0]} on {self._way.name}; install it there"
         lines = said.strip().splitlines()
-        return lines[-1].strip() if lines else "its keeper ended without a word"
+        return lines[-1].strip() if lines else "its supervisor ended without a word"
 
 
 def message_in(line: bytes) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The guard: a second process that acts when the orchestrator is killed in the middle of a migration.
 
-Keepers alone cannot do that: an orchestrator that dies while the guest stands still before the switch-over
-would leave it standing, and one that dies during the switch-over leaves it open which QEMU may live. The
-guard holds every child's lifeline too, so nothing ends before it has asked the source who has the guest. Then
-it either gives the guest back to the source and ends the children, or releases them (watch.py).
+Supervisors alone cannot do that: an orchestrator that dies while the guest stands still before the switch-
+over would leave it standing, and one that dies during the switch-over leaves it open which QEMU may live.
+The guard holds every child's lifeline too, so nothing ends before it has asked the source who has the guest.
+Then it either gives the guest back to the source and ends the children, or releases them (watch.py).
 
 It has a deputy, which is told the same and acts when the guard is dead as well, or hangs: a source that
 stands still before the switch-over stands there for ever, and no two deaths may leave it there.
@@ -80,7 +80,7 @@ class Guard:
         self._send("share", lifeline.name, (lifeline.words, lifeline.messages))
 
     def know(self, child: Child) -> None:
-        """How to kill a child whose keeper is dead."""
+        """How to kill a child whose supervisor is dead."""
         self._send("kill", [child.name, child.kill_command()])
 
     async def wait(self) -> str:

@@ -318,21 +318,21 @@ class Migration:
     def release(self) -> None:
         """The children carry the guest, or may in a moment: from now on they live on when we end.
 
-        Raises MigrationError for one whose keeper is dead, when the others are released.
+        Raises MigrationError for one whose supervisor is dead, when the others are released.
         """
         if self.owned:
             return
         bound = [each.name for each in self._living() if not each.release()]
         if bound:
-            raise MigrationError(f"{' and '.join(bound)} ended, as its keeper was killed")
+            raise MigrationError(f"{' and '.join(bound)} ended, as its supervisor was killed")
 
     async def release_for_sure(self) -> None:
-        """The same, and wait until each keeper has said so; MigrationError when one does not, or is alone."""
+        """The same, and wait until each supervisor has said so; MigrationError when one does not."""
         if self.owned:
             return
         children = self._living()
         for each in children:
-            # Where that fails, the reason is about to be known: the process has ended, or its keeper alone.
+            # Where that fails, the reason is about to be known: the process has ended, or its supervisor.
             each.release()
         for each in children:
             await each.released_for_sure()

@@ -60,7 +60,7 @@ class Orders:
 
 @dataclass
 class Watched:
-    """A child: the ends of its keeper's pipes, and how to kill it when its keeper is dead."""
+    """A child: the ends of its supervisor's pipes, and how to kill it when its supervisor is dead."""
 
     name: str
     words: int
@@ -212,7 +212,7 @@ class Watch(Hands):
 
 
 def tell(child: Watched, word: str) -> None:
-    """Give the child's keeper, which may be dead, a word."""
+    """Give the child's supervisor, which may be dead, a word."""
     with suppress(BrokenPipeError):
         os.write(child.words, f"{word}\n".encode())
 
@@ -220,7 +220,7 @@ def tell(child: Watched, word: str) -> None:
 async def ended(child: Watched) -> bool:
     """Wait for a child's end; False when it does not end in time.
 
-    Where its keeper is dead, or was stopped (SIGSTOP) and ends nothing, the child is killed.
+    Where its supervisor is dead, or was stopped (SIGSTOP) and ends nothing, the child is killed.
     """
     said = b""
     reader = await stream(child.messages)

@@ -1,6 +1,6 @@
-"""One process under a keeper (recipes/processes/supervisor.py), or one that was under one in an earlier run.
+"""One process under a supervisor (supervisor.py), or one that was under one in an earlier run.
 
-The keeper ends it when its holder ends, even by SIGKILL, until it is released: then it lives on by itself.
+The supervisor ends it when its holder ends, even by SIGKILL, until it is released: then it lives on.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from recipes.processes.lastwords import last_words
 COMMAND = 60.0
 """Seconds that a short command about a process may take."""
 
-KEEPER_END = 10.0
-"""Seconds until a keeper that has been let go of has ended, with what it kept."""
+SUPERVISOR_END = 10.0
+"""Seconds until a supervisor that has been let go of has ended, with what it kept."""
 
-KEEPER_ANSWER = 10.0
-"""Seconds in which a keeper must obey, and tell of an end; one that was stopped (SIGSTOP) does neither."""
+SUPERVISOR_ANSWER = 10.0
+"""Seconds in which a supervisor must obey, and tell of an end; one that is stopped (SIGSTOP) does neither."""
 
 REMOTE_LOOK = 1.0
-"""Seconds between two looks for a process on another host whose keeper is of no use."""
+"""Seconds between two looks for a process on another host whose supervisor is of no use."""
 
 _IS_OURS = 'grep -qs "^State:.[^XZ]" "/proc/$1/status" && grep -qszF -- "$2" "/proc/$1/cmdline"'
 """Whether process $1 is there, is no zombie, and has $2 in its command line: ids are used again."""
@@ -43,11 +43,11 @@ KILL = 15.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
 RELEASE = b"release\n"
-"""What a keeper is told; see recipes/processes/supervisor.py."""
+"""What a supervisor is told; see recipes/processes/supervisor.py."""
 
 
 def pidfd_of(pid: int) -> int:
-    """A file descriptor for the process, readable when that has ended; -1 when its keeper has seen it end."""
+    """A file descriptor for the process, readable at its end; -1 when its supervisor has seen it end."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:
@@ -59,8 +59,8 @@ class Lifeline:
     """What holds a process: who has both of these file descriptors shares in its life.
 
     name      what messages call the process
-    words     our end of its keeper's standard input
-    messages  its keeper's standard output
+    words     our end of its supervisor's standard input
+    messages  its supervisor's standard output
     """
 
     name: str
@@ -69,7 +69,7 @@ class Lifeline:
 
 
 class Child:
-    """A process that was started through a keeper.
+    """A process that was started through a supervisor.
 
     name  what messages call it
     host  where it runs
@@ -77,7 +77,7 @@ class Child:
     mark  what its command line has and no other process's
 
     One that was started in an earlier run has
-    neither ``lifeline`` nor ``keeper``, and is released.
+    neither ``lifeline`` nor ``supervisor``, and is released.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Child:
         host: Host,
         pid: int,
         lifeline: Lifeline | None = None,
-        keeper: asyncio.subprocess.Process | None = None,
+        supervisor: asyncio.subprocess.Process | None = None,
         *,
         mark: str = "",
         ready: Path | None = None,
@@ -96,7 +96,7 @@ class Child:
         self.host = host
         self.pid = pid
         self._lifeline = lifeline
-        self._keeper = keeper
+        self._supervisor = supervisor
         self.mark = mark
         self._ready_file = ready
         self.released = released
@@ -133,13 +133,13 @@ class Child:
     async def wait(self) -> str:
         """Wait until the process has ended; return how, in words, with the last line that it wrote."""
         await self._gone.wait()
-        if self.status is None and self._keeper is None:
+        if self.status is None and self._supervisor is None:
             return "has ended"
         if self.status is None:
             return (
-                "ended, as its keeper was killed"
+                "ended, as its supervisor was killed"
                 if self._orphan
-                else "ended, and its keeper does not say how"
+                else "ended, and its supervisor does not say how"
             )
         if self.status < 0:
             return f"was ended by signal {-self.status}"
@@ -147,33 +147,33 @@ class Child:
         return f"ended with code {self.status}" + (f": {why}" if why else "")
 
     def release(self) -> bool:
-        """Let the process live on by itself when we end; False when its keeper is dead: then it ends too."""
+        """Let the process live on by itself when we end; False when its supervisor is dead: it ends too."""
         if not self.released:
             self.released = self._say(RELEASE)
         return self.released
 
     async def released_for_sure(self) -> None:
-        """Wait until the keeper has said that the process is released.
+        """Wait until the supervisor has said that the process is released.
 
         Raises MigrationError when it does not, as the word may be lost on its way to another host, and when
         the process has ended.
         """
-        if self._keeper is None:
+        if self._supervisor is None:
             return
-        await first_of(KEEPER_ANSWER, self._is_released, self._gone)
+        await first_of(SUPERVISOR_ANSWER, self._is_released, self._gone)
         if not self.running:
             raise MigrationError(f"{self.name} {await self.wait()}")
         if not self._is_released.is_set():
-            raise MigrationError(f"{self.name} would not outlive us: its keeper does not answer")
+            raise MigrationError(f"{self.name} would not outlive us: its supervisor does not answer")
 
     async def stop(self, seconds: float) -> None:
         """End the process: SIGTERM, and SIGKILL when ``seconds`` have passed. Returns when it has ended.
 
         Raises MigrationError when it is there even then.
         """
-        # A keeper may be dead, or have been stopped (SIGSTOP).
+        # A supervisor may be dead, or have been stopped (SIGSTOP).
         told = self._say(f"stop {seconds:g}\n".encode())
-        self._mute = not (told and await first_of(KEEPER_ANSWER, self._stopping, self._gone))
+        self._mute = not (told and await first_of(SUPERVISOR_ANSWER, self._stopping, self._gone))
         if self._mute:
             await self._signal(signal.SIGTERM)
         await self._ended(seconds)
@@ -184,7 +184,7 @@ class Child:
             raise MigrationError(f"{self.name} (process {self.pid}) cannot be ended, not even killed")
 
     async def follow(self, messages: asyncio.StreamReader | None = None) -> None:
-        """Learn of the end of the process: from its keeper, or from the kernel when that says nothing."""
+        """Learn of the end of the process: from its supervisor, or from the kernel when that says nothing."""
         watching = asyncio.create_task(self._watch())
         try:
             if messages:
@@ -197,11 +197,11 @@ class Child:
 
     async def _watch(self) -> None:
         await self._exited.wait()
-        await first_of(KEEPER_ANSWER, self._gone)
+        await first_of(SUPERVISOR_ANSWER, self._gone)
         self._gone.set()
 
     async def _listen(self, messages: asyncio.StreamReader) -> None:
-        """Read what the keeper says until the process has ended; its own death must leave no orphan."""
+        """Read what the supervisor says until the process has ended; its own death must leave no orphan."""
         while line := await messages.readline():
             message = message_in(line)
             if "ready" in message:
@@ -221,7 +221,7 @@ class Child:
             self._gone.set()
 
     def kill_command(self) -> list[str]:
-        """What kills the process when its keeper is of no use, unless its id is another process's by now.
+        """What kills the process when its supervisor is of no use, unless its id is another process's by now.
 
         It ends when the process has ended.
         """
@@ -229,16 +229,16 @@ class Child:
         return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self.mark])
 
     async def close(self) -> None:
-        """Let go of the lifeline: the keeper ends what was not released, and itself."""
+        """Let go of the lifeline: the supervisor ends what was not released, and itself."""
         if self._lifeline:
             os.close(self._lifeline.words)
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
-        if self._keeper and self._mute:
-            await end_group(self._keeper)
-        if self._keeper:
-            await give_up(self._keeper)
+        if self._supervisor and self._mute:
+            await end_group(self._supervisor)
+        if self._supervisor:
+            await give_up(self._supervisor)
 
     async def _ended(self, seconds: float) -> None:
         """Wait for so many seconds until the process has ended, whoever tells."""
@@ -247,15 +247,15 @@ class Child:
         try:
             await asyncio.wait({looking, telling}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if looking.done():
-                # Its keeper knows how it has ended.
-                await asyncio.wait({telling}, timeout=0 if self._mute else KEEPER_ANSWER)
+                # Its supervisor knows how it has ended.
+                await asyncio.wait({telling}, timeout=0 if self._mute else SUPERVISOR_ANSWER)
                 self._gone.set()
         finally:
             looking.cancel()
             telling.cancel()
 
     async def _end(self) -> None:
-        """Wait until the process has ended, without its keeper."""
+        """Wait until the process has ended, without its supervisor."""
         if not self.host.remote:
             await self._exited.wait()
             return
@@ -269,7 +269,7 @@ class Child:
                     return
 
     async def tidy(self) -> None:
-        """Remove the pid file of a process that has ended, where its keeper, who is dead, cannot any more."""
+        """Remove the pid file of a process that has ended, where its supervisor is dead and cannot."""
         script = 'if [ "$(cat "$1" 2>/dev/null)" = "$2" ]; then rm -f -- "$1"; fi'
         if self._ready_file and not self.running and self.status is None:
             with suppress(MigrationError):
@@ -277,7 +277,7 @@ class Child:
                 await self.host.run(*words, limit=COMMAND)
 
     async def _signal(self, number: signal.Signals) -> None:
-        """Signal the process directly, when its keeper is not there to do it."""
+        """Signal the process directly, when its supervisor is not there to do it."""
         try:
             if self._pidfd >= 0:
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -291,7 +291,7 @@ class Child:
             await self.host.run(*words, limit=COMMAND)
 
     def _say(self, word: bytes) -> bool:
-        """Give the keeper a word; False when there is no keeper any more."""
+        """Give the supervisor a word; False when there is no supervisor any more."""
         if self._lifeline is None:
             return False
         try:
@@ -312,9 +312,9 @@ async def first_of(seconds: float, *events: asyncio.Event) -> bool:
     return any(event.is_set() for event in events)
 
 
-async def give_up(keeper: asyncio.subprocess.Process) -> None:
-    """Wait until a keeper that has been let go of has ended; what leads to it may have to be killed."""
+async def give_up(supervisor: asyncio.subprocess.Process) -> None:
+    """Wait until a supervisor that has been let go of has ended; what leads to it may have to be killed."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(KEEPER_END):
-            await keeper.wait()
-    await end_group(keeper)
+        async with asyncio.timeout(SUPERVISOR_END):
+            await supervisor.wait()
+    await end_group(supervisor)

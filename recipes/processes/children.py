@@ -21,11 +21,11 @@ from recipes.processes.child import COMMAND, KILL, LOOK, RELEASE, Child, Lifelin
 
 __all__ = ["Child", "Children"]
 
-KEEPER_START = 60.0
-"""Seconds until a keeper must have said that its process runs, or why it does not."""
+SUPERVISOR_START = 60.0
+"""Seconds until a supervisor must have said that its process runs, or why it does not."""
 
 STOP = f"stop {KILL:g}\n".encode()
-"""What a keeper is told that is given up."""
+"""What a supervisor is told that is given up."""
 
 _FIND = (
     'pid=$(cat "$1" 2>/dev/null); case "$pid" in ""|*[!0-9]*) exit 0;; esac; '
@@ -85,7 +85,7 @@ class Children:
         when we end, from its beginning. ``share`` is given the lifeline before there is a process. Raises
         MigrationError when it cannot be started.
         """
-        beginning = Beginning(host, host.own("keeper", str(log), str(ready or ""), *argv))
+        beginning = Beginning(host, host.own("supervisor", str(log), str(ready or ""), *argv))
         words_out, words_in = os.pipe()
         messages_out, messages_in = os.pipe()
         lifeline = Lifeline(name, words_in, messages_out)
@@ -93,14 +93,14 @@ class Children:
         if released:
             os.write(words_in, RELEASE)
 
-        async def abandon(keeper: asyncio.subprocess.Process) -> None:
+        async def abandon(supervisor: asyncio.subprocess.Process) -> None:
             os.write(words_in, STOP)
-            await give_up(keeper)
+            await give_up(supervisor)
 
         where = name if name.endswith(f" on {host.name}") else f"{name} on {host.name}"
         with tempfile.TemporaryFile() as errors:
             try:
-                keeper = await spawn(
+                supervisor = await spawn(
                     beginning.argv(),
                     abandon=abandon,
                     stdin=words_out,
@@ -121,20 +121,20 @@ class Children:
             try:
                 said: dict[str, Any] = {}
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(KEEPER_START):
+                    async with asyncio.timeout(SUPERVISOR_START):
                         said = await beginning.first(messages)
                 if "started" not in said:
-                    why = said.get("failed") or await beginning.failure(keeper, content(errors.fileno()))
+                    why = said.get("failed") or await beginning.failure(supervisor, content(errors.fileno()))
                     raise MigrationError(f"{where} cannot be started: {why}")
             except BaseException:
                 # Others may share its life.
                 with suppress(BrokenPipeError):
                     os.write(words_in, STOP)
                 os.close(words_in)
-                await completed(give_up(keeper))
+                await completed(give_up(supervisor))
                 raise
         child = Child(
-            *(name, host, said["started"], lifeline, keeper),
+            *(name, host, said["started"], lifeline, supervisor),
             # Of what has no such file the last word is an image, or a monitor's address.
             mark=str(ready or argv[-1]),
             ready=ready,

@@ -1,9 +1,9 @@
-"""A keeper: the parent of one process, which ends with whoever holds the keeper's standard input.
+"""A supervisor: the parent of one process, which ends with whoever holds the supervisor's standard input.
 
-    nbd-migrate keeper LOG READY COMMAND...
+    nbd-migrate supervisor LOG READY COMMAND...
 
 The process writes to the file LOG, and makes the file READY when it is ready (READY may be empty). The
-keeper reads words from its standard input, one a line:
+supervisor reads words from its standard input, one a line:
 
     stop SECONDS    end the process: SIGTERM, and SIGKILL when it is still there after SECONDS
     release         from now on, end of file on standard input leaves the process alone
@@ -14,9 +14,10 @@ and writes JSON objects to its standard output, one a line: ``{"started": PID}``
 that was killed has left of its file READY is removed before.
 
 End of file without ``release`` ends the process, so a holder that is killed leaves no orphan; over ssh too,
-as a lost connection is an end of file. The kernel's parent-death signal would do the same for the keeper's
-own death, but it cannot be taken back, and a released process carries a guest. So it is the holder's duty to
-end the process when its keeper dies before the release (recipes/processes/child.py does).
+as a lost connection is an end of file. The kernel's parent-death signal would do the same for the
+supervisor's own death, but it cannot be taken back, and a released process carries a guest. So it is the
+holder's duty to end the process when its supervisor dies before the release (recipes/processes/child.py
+does).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ LOOK = 0.02
 """Seconds between two looks whether the process is ready."""
 
 
-class Keeper:
+class Supervisor:
     """One process and the standard input that keeps it alive."""
 
     def __init__(self, log: Path, ready: Path | None, command: list[str]) -> None:
@@ -161,19 +162,19 @@ def tell(message: dict[str, object]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the keeper; return 0, or 1 when the command could not be started."""
+    """Run the supervisor; return 0, or 1 when the command could not be started."""
     standard_streams.prepare()
     log, ready, *command = arguments
-    # Only standard input ends a keeper, not the terminal or the end of an ssh session. These are handlers, as
-    # a process would inherit SIG_IGN.
+    # Only standard input ends a supervisor, not the terminal or the end of an ssh session. These are
+    # handlers, as a process would inherit SIG_IGN.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     try:
-        keeper = Keeper(Path(log), Path(ready) if ready else None, command)
+        supervisor = Supervisor(Path(log), Path(ready) if ready else None, command)
     except OSError as error:
         tell({"failed": f"{error.filename or command[0]}: {error.strerror}"})
         return 1
-    keeper.run()
+    supervisor.run()
     return 0
 
 

@@ -91,7 +91,7 @@ async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
         (host_a, [host_a.tool("nbdserve")]),
         (host_b, [host_b.tool("nbd-overlay"), plan.destination.qemu[0]]),
     ):
-        for program in (*programs, host.own("keeper")[0]):
+        for program in (*programs, host.own("supervisor")[0]):
             if not await host.has(program, limit):
                 raise MigrationError(f"there is no {program} on {host.name}; install it there")
 

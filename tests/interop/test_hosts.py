@@ -215,7 +215,7 @@ def test_a_child_behind_a_greeting_is_followed_to_its_end(server: Sshd) -> None:
     assert answer(follow()) == "ended with code 7: the reason"
 
 
-def test_a_keeper_that_is_not_installed_is_named(server: Sshd) -> None:
+def test_a_supervisor_that_is_not_installed_is_named(server: Sshd) -> None:
     async def start() -> None:
         async with Children() as children:
             await children.start(

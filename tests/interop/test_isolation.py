@@ -21,7 +21,7 @@ from tests.support.traps import lay, sprung
 HERE = Host("this host")
 ROOT = Path(__file__).resolve().parents[2]
 OWN = {
-    "keeper": (["/dev/null", "", "true"], '{"started": '),
+    "supervisor": (["/dev/null", "", "true"], '{"started": '),
     "fence": (["ready", "no.raw"], "no.raw: No such file or directory"),
     "probe": (["nbd+unix:///?socket=no"], "socket=no: No such file or directory"),
 }

@@ -67,7 +67,10 @@ CASES = [
 ]
 
 
-KEEPERS = [("nbd-migrate keeper keeper.log '' true", 0), ("nbd-migrate keeper keeper.log '' ./no", 1)]
+SUPERVISORS = [
+    ("nbd-migrate supervisor supervisor.log '' true", 0),
+    ("nbd-migrate supervisor supervisor.log '' ./no", 1),
+]
 """These say nothing on standard error, and go on without whoever should hear them."""
 
 
@@ -100,8 +103,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.mark.parametrize("redirected", [*CLOSED, ">/dev/full", "| true", "2>/dev/full"])
-def test_a_keeper_needs_nobody_to_hear_it(place: Place, redirected: str) -> None:
-    for words, code in KEEPERS:
+def test_a_supervisor_needs_nobody_to_hear_it(place: Place, redirected: str) -> None:
+    for words, code in SUPERVISORS:
         done = place.run(f"set -o pipefail; {words}", redirected)
         assert (done.returncode, done.stderr) == (code, ""), f"{words} {redirected}: {done}"
 

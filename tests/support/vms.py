@@ -100,22 +100,29 @@ def original_disk(disk_size: int) -> bytes:
     return boot_sector(disk_size) + random_bytes(disk_size - SECTOR)
 
 
+SUPERVISOR = "recipes.processes.supervisor"
+"""In the command line of each."""
+
+
 class Role(Enum):
     """A process of a migration, by what stands and what does not stand in its command line."""
 
-    A = ("a.qmp,server", ("recipes.processes.supervisor", "-incoming"))
-    B = ("-incoming", ("recipes.processes.supervisor",))
-    B_AGAIN = ("b.qmp,server", ("recipes.processes.supervisor", "-incoming"))
+    A = ("a.qmp,server", (SUPERVISOR, "-incoming"))
+    B = ("-incoming", (SUPERVISOR,))
+    B_AGAIN = ("b.qmp,server", (SUPERVISOR, "-incoming"))
     """Started without a migration."""
-    SERVER = ("nbdserve", ("recipes.processes.supervisor",))
-    FENCE = ("recipes.qemu.fence", ("recipes.processes.supervisor",))
+    SERVER = ("nbdserve", (SUPERVISOR,))
+    FENCE = ("recipes.qemu.fence", (SUPERVISOR,))
     GUARD = ("recipes.migrate.guard", ())
     CHIEF = ('"tell"', ())
     DEPUTY = ('"chief"', ())
-    OVERLAY = ("nbd-overlay serve", ("recipes.processes.supervisor",))
-    KEEPER_OF_B = ("recipes.processes.supervisor", ("nbdserve", "recipes.qemu.fence", "nbd-overlay"))
-    KEEPER_OF_OVERLAY = ("recipes.processes.supervisor", ("nbdserve", "recipes.qemu.fence", "-incoming"))
-    KEEPER_OF_SERVER = ("recipes.processes.supervisor", ("-incoming", "recipes.qemu.fence", "nbd-overlay"))
+    OVERLAY = ("nbd-overlay serve", (SUPERVISOR,))
+    SUPERVISOR_OF_B = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "nbd-overlay"))
+    SUPERVISOR_OF_OVERLAY = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "-incoming"))
+    SUPERVISOR_OF_SERVER = (
+        SUPERVISOR,
+        ("-incoming", "recipes.qemu.fence", "nbd-overlay"),
+    )
     ORCHESTRATOR = ("plan.toml", ())
 
     def find(self, directory: Path) -> list[psutil.Process]:
@@ -251,7 +258,7 @@ class Scene:
     def wait_until_only(self, roles: set[Role]) -> None:
         """Wait until these alone are there of what a migration has started.
 
-        An orchestrator that was killed is gone before its guard, and a process before its keeper.
+        An orchestrator that was killed is gone before its guard, and a process before its supervisor.
         """
         wait_until(lambda: self.started() == roles, f"{roles} alone are left", 30.0)
 

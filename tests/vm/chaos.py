@@ -71,7 +71,7 @@ def judge(stage: Scene, victim: Role | None, status: int, said: str) -> str:
     if on_b:
         return judge_destination(stage, status, said)
     # What holds the disk of a guest that has arrived stays.
-    kept = {Role.FENCE, Role.SERVER, Role.OVERLAY, Role.KEEPER_OF_OVERLAY}
+    kept = {Role.FENCE, Role.SERVER, Role.OVERLAY, Role.SUPERVISOR_OF_OVERLAY}
     wait_until(lambda: not stage.started() - kept, "what was started has ended", 15.0)
     if on_a:
         assert status != 0, said
@@ -80,7 +80,7 @@ def judge(stage: Scene, victim: Role | None, status: int, said: str) -> str:
         with stage.run() as again:
             assert again.wait(LIMIT) == 0, again.output()
         return f"the guest stays on A; again: {judge_destination(stage, 0, again.output())}"
-    assert victim in (Role.A, Role.B, Role.KEEPER_OF_B), said
+    assert victim in (Role.A, Role.B, Role.SUPERVISOR_OF_B), said
     assert status == 1, said
     if victim is Role.A:
         assert "the guest runs on B" not in said, said

@@ -73,7 +73,7 @@ def test_a_demo_that_is_ended_takes_everything_with_it(
         process.wait_for_line(" left  window", seconds=60)
         process.signal(number)
         assert process.wait(20) == (-number if number == signal.SIGKILL else 130)
-    # A QEMU whose overlay ends first hangs, and is killed when its keeper's patience is over.
+    # A QEMU whose overlay ends first hangs, and is killed when its supervisor's patience is over.
     wait_until(lambda: not users(temporary), "all processes have ended", GRACE + 5)
     wait_until(lambda: not list(temporary.iterdir()), "the directory is removed")
 

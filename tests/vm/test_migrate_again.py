@@ -20,11 +20,11 @@ KILLS: dict[Role, tuple[str, ...]] = {
     Role.CHIEF: ("MIGRATE", "LAUNCH", "OVERLAY", "EXPORT"),
     Role.DEPUTY: ("MIGRATE", "LAUNCH", "OVERLAY", "EXPORT"),
     Role.SERVER: ("MIGRATE", "LAUNCH", "OVERLAY"),
-    Role.KEEPER_OF_SERVER: ("MIGRATE", "LAUNCH", "OVERLAY"),
+    Role.SUPERVISOR_OF_SERVER: ("MIGRATE", "LAUNCH", "OVERLAY"),
     Role.OVERLAY: ("MIGRATE",),
-    Role.KEEPER_OF_OVERLAY: ("MIGRATE",),
+    Role.SUPERVISOR_OF_OVERLAY: ("MIGRATE",),
     Role.B: ("SWITCHOVER", "MIGRATE"),
-    Role.KEEPER_OF_B: ("SWITCHOVER", "MIGRATE"),
+    Role.SUPERVISOR_OF_B: ("SWITCHOVER", "MIGRATE"),
 }
 """Who is killed, and when; the latest first, so that the next run proves that nothing is in the way of it."""
 
@@ -32,7 +32,7 @@ TABLE = [
     (engine, victim)
     for engine in ENGINES
     for victim in KILLS
-    if engine == "overlay" or victim not in (Role.OVERLAY, Role.KEEPER_OF_OVERLAY)
+    if engine == "overlay" or victim not in (Role.OVERLAY, Role.SUPERVISOR_OF_OVERLAY)
 ]
 
 

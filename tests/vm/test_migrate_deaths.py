@@ -90,9 +90,9 @@ def test_two_interruptions_while_the_overlay_is_created_leave_none(stage: Scene,
         ("EXPORT", Role.GUARD, "the guard ended"),
         ("MIGRATE", Role.GUARD, "the guard ended"),
         *((moment, Role.SERVER, "the server on A was ended by signal 9") for moment in BEFORE[1:4]),
-        ("MIGRATE", Role.KEEPER_OF_SERVER, "the server on A ended, as its keeper was killed"),
+        ("MIGRATE", Role.SUPERVISOR_OF_SERVER, "the server on A ended, as its supervisor was killed"),
         *((moment, Role.B, "B's QEMU was ended by signal 9") for moment in BEFORE[3:]),
-        ("SWITCHOVER", Role.KEEPER_OF_B, "B's QEMU ended, as its keeper was killed"),
+        ("SWITCHOVER", Role.SUPERVISOR_OF_B, "B's QEMU ended, as its supervisor was killed"),
     ],
 )
 def test_the_guest_stays_on_a_when_something_dies_before_the_cut_over(
@@ -107,7 +107,7 @@ def test_the_guest_stays_on_a_when_something_dies_before_the_cut_over(
     assert_as_before(stage)
 
 
-@pytest.mark.parametrize("victim", [Role.SERVER, Role.KEEPER_OF_SERVER, Role.GUARD])
+@pytest.mark.parametrize("victim", [Role.SERVER, Role.SUPERVISOR_OF_SERVER, Role.GUARD])
 def test_a_helper_that_dies_while_the_guest_stands_still_costs_nothing(stage: Scene, victim: Role) -> None:
     with stage.run_doomed("SWITCHOVER", victim) as run:
         status = run.wait(SECONDS * 2)
@@ -141,8 +141,8 @@ def test_the_source_may_die_as_soon_as_the_guest_has_left(stage: Scene) -> None:
     assert stage.wrong_sectors() == []
 
 
-@pytest.mark.parametrize("victim", [Role.SERVER, Role.KEEPER_OF_SERVER, Role.KEEPER_OF_B])
-def test_the_stream_goes_on_when_the_server_or_a_keeper_dies(stage: Scene, victim: Role) -> None:
+@pytest.mark.parametrize("victim", [Role.SERVER, Role.SUPERVISOR_OF_SERVER, Role.SUPERVISOR_OF_B])
+def test_the_stream_goes_on_when_the_server_or_a_supervisor_dies(stage: Scene, victim: Role) -> None:
     stage.change("limits", speed=32 << 20)
     with stage.run_doomed("PROGRESS", victim) as run:
         assert run.wait(SECONDS * 2) == 0, run.output()

@@ -85,7 +85,7 @@ def test_what_an_interrupted_run_says_finishes_it(tmp_path: Path, engine: str, m
     [
         ("overlay", (Role.SERVER,)),
         ("overlay", (Role.OVERLAY,)),
-        ("overlay", (Role.FENCE, Role.KEEPER_OF_B)),
+        ("overlay", (Role.FENCE, Role.SUPERVISOR_OF_B)),
         ("overlay", (Role.SERVER, Role.OVERLAY, Role.FENCE)),
         ("qemu", (Role.SERVER,)),
         ("qemu", (Role.SERVER, Role.FENCE)),

@@ -115,7 +115,7 @@ def test_commands_reach_their_hosts_through_ssh_word_by_word(over_ssh: Scene) ->
     with over_ssh.run() as run:
         assert run.wait(60.0) == 0, run.output()
     over_ssh.wait_until_guest_works("b")
-    wait_until(lambda: not keepers(over_ssh), "the keepers end", 10.0)
+    wait_until(lambda: not supervisors(over_ssh), "the supervisors end", 10.0)
     over_ssh.quit_b()
     assert over_ssh.wrong_sectors() == []
 
@@ -138,7 +138,7 @@ def test_nothing_is_left_behind_ssh_when_the_orchestrator_is_killed(over_ssh: Sc
         assert run.wait(30.0) == -signal.SIGKILL
         run_ended = "the guest runs on A as before"
         wait_until(lambda: run_ended in run.output(), run_ended, 10.0)
-    wait_until(lambda: not over_ssh.started() and not keepers(over_ssh), "everything has ended", 10.0)
+    wait_until(lambda: not over_ssh.started() and not supervisors(over_ssh), "everything has ended", 10.0)
     assert not over_ssh.overlay.exists()
     over_ssh.wait_until_guest_works("a")
 
@@ -166,16 +166,16 @@ def test_hosts_that_greet_whoever_logs_in_are_like_others(over_sshd: Scene) -> N
     assert over_sshd.wrong_sectors() == []
 
 
-def keepers(stage: Scene) -> list[psutil.Process]:
-    """Keepers on the other side of an ssh."""
-    return [process for process in of_scene(stage) if "keeper" in process.info["cmdline"]]
+def supervisors(stage: Scene) -> list[psutil.Process]:
+    """Supervisors on the other side of an ssh."""
+    return [process for process in of_scene(stage) if "supervisor" in process.info["cmdline"]]
 
 
 def sessions(stage: Scene) -> list[psutil.Process]:
-    """Sessions of ssh in which a keeper runs."""
+    """Sessions of ssh in which a supervisor runs."""
     ssh = stage.plan.source.shell[0]
     found = [process for process in of_scene(stage) if process.info["cmdline"][1] == ssh]
-    return [process for process in found if " keeper " in process.info["cmdline"][-1]]
+    return [process for process in found if " supervisor " in process.info["cmdline"][-1]]
 
 
 def of_scene(stage: Scene) -> list[psutil.Process]:

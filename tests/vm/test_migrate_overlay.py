@@ -14,8 +14,8 @@ from tests.support.processes import wait_until
 from tests.support.vms import Role, Scene, monitor, scene
 
 SECONDS = 40.0
-OVERLAY_ENDED = r"nbd-overlay on B (was ended by signal 9|ended, as its keeper was killed)"
-"""A keeper on a busy host may be taken for a dead one."""
+OVERLAY_ENDED = r"nbd-overlay on B (was ended by signal 9|ended, as its supervisor was killed)"
+"""A supervisor on a busy host may be taken for a dead one."""
 """More than any of these migrations takes, with its failure, even on a busy machine."""
 
 
@@ -86,7 +86,7 @@ def test_nbd_overlay_that_dies_when_the_guest_arrives_is_started_again(stage: Sc
     assert_complete(stage)
 
 
-@pytest.mark.parametrize("victim", [Role.SERVER, Role.OVERLAY, Role.KEEPER_OF_OVERLAY])
+@pytest.mark.parametrize("victim", [Role.SERVER, Role.OVERLAY, Role.SUPERVISOR_OF_OVERLAY])
 def test_the_stream_goes_on_when_what_feeds_it_dies(stage: Scene, victim: Role) -> None:
     with stage.run_doomed("PROGRESS", victim) as run:
         assert run.wait(SECONDS) == 0, run.output()

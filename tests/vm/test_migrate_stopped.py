@@ -20,7 +20,7 @@ STOP = LIMIT + 1.0
 """Seconds for which the orchestrator is stopped."""
 
 
-KEEPERS = (Role.KEEPER_OF_B, Role.KEEPER_OF_OVERLAY, Role.KEEPER_OF_SERVER)
+SUPERVISORS = (Role.SUPERVISOR_OF_B, Role.SUPERVISOR_OF_OVERLAY, Role.SUPERVISOR_OF_SERVER)
 
 
 def stop_for_long(run: Process) -> None:
@@ -51,27 +51,27 @@ def test_the_time_in_which_the_orchestrator_was_stopped_does_not_count(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_keeper_that_was_stopped_is_in_nobodys_way_back(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_supervisor_that_was_stopped_is_in_nobodys_way_back(tmp_path: Path, number: signal.Signals) -> None:
     with scene(tmp_path) as stage:
         with monitor(stage.monitor_a) as a:
             # So that the RAM is on its way for long enough.
             a.execute("migrate-set-parameters", max_bandwidth=1 << 16)
         with stage.run() as run:
             run.wait_for_line("step 4", 30.0)
-            keepers = [keeper for role in KEEPERS for keeper in role.find(stage.directory)]
-            assert len(keepers) == len(KEEPERS)
-            for keeper in keepers:
-                keeper.suspend()
+            supervisors = [supervisor for role in SUPERVISORS for supervisor in role.find(stage.directory)]
+            assert len(supervisors) == len(SUPERVISORS)
+            for supervisor in supervisors:
+                supervisor.suspend()
             run.signal(number)
             back = "the guest runs on A as before"
             wait_until(lambda: back in run.output(), back, 90.0)
             assert run.wait(90.0) == (-number if number == signal.SIGKILL else 130)
-        wait_until(lambda: stage.started() <= set(KEEPERS), "all but the keepers have ended")
+        wait_until(lambda: stage.started() <= set(SUPERVISORS), "all but the supervisors have ended")
         assert not stage.overlay.exists()
         stage.wait_until_guest_works("a")
-        for keeper in keepers:
+        for supervisor in supervisors:
             with suppress(psutil.NoSuchProcess):
-                keeper.kill()
+                supervisor.kill()
 
 
 def test_a_guest_does_not_go_to_a_qemu_that_might_end_with_the_orchestrator(tmp_path: Path) -> None:
@@ -81,17 +81,17 @@ def test_a_guest_does_not_go_to_a_qemu_that_might_end_with_the_orchestrator(tmp_
             a.execute("migrate-set-parameters", max_bandwidth=1 << 19)
         with stage.run() as run:
             run.wait_for_line("step 4", 30.0)
-            keepers = Role.KEEPER_OF_B.find(stage.directory)
-            assert keepers
-            for keeper in keepers:
-                keeper.suspend()
+            supervisors = Role.SUPERVISOR_OF_B.find(stage.directory)
+            assert supervisors
+            for supervisor in supervisors:
+                supervisor.suspend()
             assert run.wait(90.0) == 1, run.output()
-            assert "would not outlive us: its keeper does not answer" in run.output()
+            assert "would not outlive us: its supervisor does not answer" in run.output()
             assert "the guest runs on A as before" in run.output()
         stage.wait_until_guest_works("a")
-        for keeper in keepers:
+        for supervisor in supervisors:
             with suppress(psutil.NoSuchProcess):
-                keeper.kill()
+                supervisor.kill()
 
 
 def forgive_little(stage: Scene) -> None:

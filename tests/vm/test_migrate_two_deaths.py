@@ -24,9 +24,9 @@ OTHERS = (
     Role.DEPUTY,
     Role.SERVER,
     Role.OVERLAY,
-    Role.KEEPER_OF_SERVER,
-    Role.KEEPER_OF_OVERLAY,
-    Role.KEEPER_OF_B,
+    Role.SUPERVISOR_OF_SERVER,
+    Role.SUPERVISOR_OF_OVERLAY,
+    Role.SUPERVISOR_OF_B,
 )
 """Who may die together with the orchestrator."""
 

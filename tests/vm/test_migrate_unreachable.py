@@ -62,7 +62,7 @@ def give_up(stage: TwoMonitors, *, by: signal.Signals) -> Process:
     away(stage)
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if stage.plan.destination.shell[0] in words and " keeper " in words[-1]:
+        if stage.plan.destination.shell[0] in words and " supervisor " in words[-1]:
             os.killpg(process.pid, signal.SIGKILL)
     migration.signal(by)
     return migration

@@ -1,4 +1,4 @@
-"""Keepers and children: who ends with whom, and what is said about it. The kept processes are shells."""
+"""Supervisors and children: who ends with whom, and what is said about it. The kept processes are shells."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_child_can_be_stopped_after_it_was_released(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_a_keeper_that_is_killed_takes_its_child_along_unless_it_was_released(
+def test_a_supervisor_that_is_killed_takes_its_child_along_unless_it_was_released(
     tmp_path: Path, released: bool
 ) -> None:
     async def body(children: Children) -> None:
@@ -106,24 +106,24 @@ def test_a_keeper_that_is_killed_takes_its_child_along_unless_it_was_released(
             await asyncio.sleep(0.3)
             assert child.running
             await child.stop(60.0)
-        assert await asyncio.wait_for(child.wait(), 60.0) == "ended, as its keeper was killed"
+        assert await asyncio.wait_for(child.wait(), 60.0) == "ended, as its supervisor was killed"
         assert not lives(child.pid)
 
     run(body)
 
 
-def test_a_release_counts_when_the_keeper_has_said_so(tmp_path: Path, impatient: None) -> None:
+def test_a_release_counts_when_the_supervisor_has_said_so(tmp_path: Path, impatient: None) -> None:
     """The word may be lost on its way to another host, and the process would end with us after all."""
 
     async def body(children: Children) -> None:
         child = await children.start("a sleeper", HERE, tmp_path / "log", SLEEP)
-        keeper = stop_keeper(child)
+        supervisor = stop_supervisor(child)
         assert child.release()
         with pytest.raises(
-            MigrationError, match="a sleeper would not outlive us: its keeper does not answer"
+            MigrationError, match="a sleeper would not outlive us: its supervisor does not answer"
         ):
             await child.released_for_sure()
-        keeper.resume()
+        supervisor.resume()
         await child.released_for_sure()
         await child.stop(60.0)
 
@@ -132,30 +132,30 @@ def test_a_release_counts_when_the_keeper_has_said_so(tmp_path: Path, impatient:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keepers are not waited for for long."""
-    monkeypatch.setattr("recipes.processes.child.KEEPER_ANSWER", 1.0)
-    monkeypatch.setattr("recipes.processes.child.KEEPER_END", 1.0)
+    """Supervisors are not waited for for long."""
+    monkeypatch.setattr("recipes.processes.child.SUPERVISOR_ANSWER", 1.0)
+    monkeypatch.setattr("recipes.processes.child.SUPERVISOR_END", 1.0)
 
 
-def stop_keeper(child: Child) -> psutil.Process:
+def stop_supervisor(child: Child) -> psutil.Process:
     """Stop the parent of a local child, as somebody with a wrong number may."""
-    keeper = psutil.Process(child.pid).parent()
-    assert keeper
-    keeper.suspend()
-    wait_until(lambda: keeper.status() == psutil.STATUS_STOPPED, "it is stopped")
-    return keeper
+    supervisor = psutil.Process(child.pid).parent()
+    assert supervisor
+    supervisor.suspend()
+    wait_until(lambda: supervisor.status() == psutil.STATUS_STOPPED, "it is stopped")
+    return supervisor
 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("words", [SLEEP, STUBBORN])
-def test_a_child_whose_keeper_was_stopped_is_ended_without_it(tmp_path: Path, words: list[str]) -> None:
+def test_a_child_whose_supervisor_was_stopped_is_ended_without_it(tmp_path: Path, words: list[str]) -> None:
     kept: list[psutil.Process] = []
 
     async def body(children: Children) -> None:
         child = await children.start("a server", HERE, tmp_path / "log", words)
-        kept.append(stop_keeper(child))
+        kept.append(stop_supervisor(child))
         await child.stop(1.0)
-        assert await child.wait() == "ended, and its keeper does not say how"
+        assert await child.wait() == "ended, and its supervisor does not say how"
         assert not lives(child.pid)
 
     run(body)
@@ -163,28 +163,28 @@ def test_a_child_whose_keeper_was_stopped_is_ended_without_it(tmp_path: Path, wo
 
 
 @pytest.mark.usefixtures("impatient")
-def test_the_end_of_a_child_is_seen_although_its_keeper_was_stopped(tmp_path: Path) -> None:
+def test_the_end_of_a_child_is_seen_although_its_supervisor_was_stopped(tmp_path: Path) -> None:
     async def body(children: Children) -> None:
         child = await children.start("a server", HERE, tmp_path / "log", SLEEP)
-        keeper = stop_keeper(child)
+        supervisor = stop_supervisor(child)
         os.kill(child.pid, signal.SIGKILL)
-        assert await child.wait() == "ended, and its keeper does not say how"
-        keeper.resume()
+        assert await child.wait() == "ended, and its supervisor does not say how"
+        supervisor.resume()
 
     run(body)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_child_on_another_host_whose_keeper_was_stopped_is_ended_without_it(tmp_path: Path) -> None:
+def test_a_child_on_another_host_whose_supervisor_was_stopped_is_ended_without_it(tmp_path: Path) -> None:
     with sshd(tmp_path) as server:
         host = Host("A", server.prefix, str(Path(sys.executable).parent))
 
         async def body(children: Children) -> None:
             child = await children.start("a server", host, tmp_path / "log", SLEEP)
-            keeper = stop_keeper(child)
+            supervisor = stop_supervisor(child)
             await child.stop(1.0)
             assert not lives(child.pid)
-            keeper.kill()
+            supervisor.kill()
 
         run(body)
 
@@ -280,25 +280,25 @@ def test_a_child_that_cannot_be_started_says_why(tmp_path: Path, host: Host, com
 
 
 @contextmanager
-def keeper(tmp_path: Path, command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A keeper of this command, without Children, and the process id of what it keeps."""
-    argv = module("keeper", str(tmp_path / "log"), "", *command)
+def supervisor(tmp_path: Path, command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A supervisor of this command, without Children, and the process id of what it keeps."""
+    argv = module("supervisor", str(tmp_path / "log"), "", *command)
     words = [*dying_with_parent(signal.SIGKILL), *argv]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
         yield process, json.loads(process.stdout.readline())["started"]
 
 
-def test_the_end_of_its_input_ends_a_keeper_and_what_it_keeps(tmp_path: Path) -> None:
-    with keeper(tmp_path, SLEEP) as (process, pid):
+def test_the_end_of_its_input_ends_a_supervisor_and_what_it_keeps(tmp_path: Path) -> None:
+    with supervisor(tmp_path, SLEEP) as (process, pid):
         output, _ = process.communicate(timeout=60.0)
         assert json.loads(output) == {"exited": -signal.SIGTERM, "tail": ""}
         assert not lives(pid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_terminal_cannot_end_a_keeper(tmp_path: Path, number: signal.Signals) -> None:
-    with keeper(tmp_path, SLEEP) as (process, pid):
+def test_a_terminal_cannot_end_a_supervisor(tmp_path: Path, number: signal.Signals) -> None:
+    with supervisor(tmp_path, SLEEP) as (process, pid):
         process.send_signal(number)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
@@ -308,7 +308,7 @@ def test_a_terminal_cannot_end_a_keeper(tmp_path: Path, number: signal.Signals) 
 
 def test_a_whole_session_ends_with_its_first_process(tmp_path: Path) -> None:
     grandchild = tmp_path / "grandchild"
-    with keeper(tmp_path, ["sh", "-c", f"sleep 1000 & echo $! >{grandchild}; wait"]) as (process, _):
+    with supervisor(tmp_path, ["sh", "-c", f"sleep 1000 & echo $! >{grandchild}; wait"]) as (process, _):
         wait_until(lambda: grandchild.exists() and grandchild.read_text(), "the grandchild")
         process.communicate(timeout=60.0)
     pid = int(grandchild.read_text())
@@ -318,4 +318,4 @@ def test_a_whole_session_ends_with_its_first_process(tmp_path: Path) -> None:
 def test_the_end_of_a_log_without_an_end_is_not_looked_for() -> None:
     """A log may be a link to a device; this one is read like /dev/zero."""
     limit = ["prlimit", f"--as={1 << 30}"]
-    assert '"exited": ' in check(*limit, *module("keeper", "/dev/full", "", "true"))
+    assert '"exited": ' in check(*limit, *module("supervisor", "/dev/full", "", "true"))
