@@ -5,6 +5,7 @@ from __future__ import annotations
 from recipes.commands.taking_up import taken_up
 from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
+from recipes.migrate.leftovers import but
 from recipes.migrate.report import Report
 from recipes.qemu.facts import OnA
 
@@ -17,11 +18,13 @@ async def abort(name: str, report: Report) -> None:
     """
     async with taken_up(name, report) as migration:
         verdict = await migration.decide(Wish.GO_BACK)
-        said = migration.told(verdict)
+        said = verdict.where
         if verdict.action is Action.KEEP_B:
             raise MigrationError(f"it is too late, and nothing was touched: {said}")
         if verdict.action is Action.KEEP:
             raise MigrationError(f"{said}; nothing was touched")
         if verdict.action is not Action.NOTHING and verdict.facts.a in (OnA.GONE, OnA.SILENT):
             raise MigrationError(said)
+        if verdict.action is Action.NOTHING and (left := await migration.clear()):
+            raise MigrationError(but(said, *left))
         report.note(said)

@@ -14,13 +14,14 @@ from itertools import chain, count
 from pathlib import Path
 
 from nbdserve.common.errors import ConnectError, UsageError
-from recipes.commands.run import go_through, write
+from recipes.commands.retreat import where_on_b
+from recipes.commands.run import go_through
 from recipes.engines.choice import engine_for
 from recipes.engines.interface import blockdev_options, image_facts, reached
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
-from recipes.migrate.journal import Journal, known, names, usable_name
+from recipes.migrate.journal import Journal, actor, names, of_destination, usable_name
 from recipes.migrate.report import Report, Step
 from recipes.migrate.runtime import READY, Migration, gone
 from recipes.migrate.state import Disk, Phase, Role, State
@@ -29,7 +30,6 @@ from recipes.plans.reaching import hosts
 from recipes.processes.children import Children
 from recipes.qemu.source import HOLDS, cancelling, has_left, migration_status
 from recipes.qemu.vm import CommandError, EndedVm, Vm, connect, nobody_listens
-from recipes.steps import advice
 from recipes.steps.cutover import fence_source
 from recipes.steps.export import check_export, start_server
 from recipes.steps.launch import check_device, monitor_option
@@ -60,24 +60,34 @@ async def finish(plan: Plan, report: Report, *, boot: bool = False, again: str) 
     await finish_with(journal_of(plan), plan, report, boot=boot, again=again)
 
 
-async def finish_with(journal: Journal, plan: Plan, report: Report, *, boot: bool, again: str) -> None:
-    """Do the same with a journal that was taken over already, and close it."""
+async def finish_with(
+    journal: Journal, plan: Plan, report: Report, *, boot: bool, again: str, sure: bool = False
+) -> None:
+    """Do the same with a journal that was taken over already, and close it.
+
+    ``sure`` says that the guest is, or was, on B, whatever A's QEMU says of its migration.
+    """
     async with AsyncExitStack() as stack:
         stack.enter_context(closing(journal))
-        a = await source(plan)
+        a = await source(plan, sure=sure)
         stack.push_async_callback(a.disconnect)
         b = await destination(plan)
         if b:
             stack.push_async_callback(b.disconnect)
         places = await hosts(plan)
         disk = await look_at(plan, places[1])
-        write(journal, taken_up(journal, plan, disk, again))
+        found = taken_up(journal, plan, disk, again)
+        # Until nothing speaks against it any more.
+        journal.held = True
+        journal.append(found)
         children = await stack.enter_async_context(Children())
         m = Migration(journal, places, report, children, None, a, owned=False)
         stack.push_async_callback(m.close)
         m.b = b
         m.no_longer_need("A's QEMU")
         await take_over(m)
+        journal.held = False
+        m.enter(found.phase)
         if b:
             m.need("B's QEMU", gone(b))
             if boot:
@@ -95,10 +105,10 @@ async def finish_with(journal: Journal, plan: Plan, report: Report, *, boot: boo
 
 async def where(m: Migration) -> str:
     """Where the guest is when something fails here: on B, as it was before."""
-    return advice.after_cut_over(m)
+    return where_on_b(m)
 
 
-async def source(plan: Plan) -> Vm:
+async def source(plan: Plan, *, sure: bool) -> Vm:
     """A's QEMU, whose guest has left, or has ended; MigrationError when the guest is there."""
     limits, address = plan.limits, plan.source.qmp
     try:
@@ -109,7 +119,7 @@ async def source(plan: Plan) -> Vm:
             raise
         return EndedVm("A's QEMU")
     try:
-        if await has_left(a):
+        if sure or await has_left(a):
             return a
         state, migration = (await a.execute("query-status"))["status"], await migration_status(a)
     except BaseException:
@@ -153,11 +163,13 @@ def journal_of(plan: Plan) -> Journal:
 
     Raises JournalBusyError when another process is at work.
     """
-    there = plan.destination
-    for state in known():
-        other = state.plan.destination
-        if (other.image, other.qmp, other.shell) == (there.image, there.qmp, there.shell):
+    found = sorted(of_destination(plan), key=lambda state: (not state.over, state.time))
+    for state in found:
+        if actor(state.name):
+            # Raises, as somebody is at work.
             return Journal.take_over(state.name)
+    if found:
+        return Journal.take_over(found[-1].name)
     stem = usable_name(Path(plan.source.image).stem)
     taken = names()
     free = (each for each in chain([stem], (f"{stem[:30]}-{n}" for n in count(2))) if each not in taken)

@@ -12,11 +12,15 @@ from nbdserve.common.sizes import format_size
 from recipes.errors import MigrationError
 from recipes.migrate import journal
 from recipes.migrate.console import describe
+from recipes.migrate.decide import BACK, MOVING, PREPARING, SENDING
 from recipes.migrate.report import Progress
 from recipes.migrate.state import Phase, State
 
 LOOK = 1.0
 """Seconds between two looks of ``status --watch``."""
+
+NOTHING_ON_B = PREPARING | SENDING | MOVING | BACK
+"""Where nothing is left of what was started, there is nothing to be done."""
 
 PHASES = {
     Phase.PREPARED: "the checks have passed; nothing has been started",
@@ -50,13 +54,21 @@ def rows() -> Iterator[str]:
         except MigrationError as error:
             yield f"{name:<{width}}  {error}"
             continue
-        yield f"{name:<{width}}  {state.phase.value:<11}  {_stamp(state.time)}  {_who(name, state)}"
+        try:
+            who = _who(name, state)
+        except MigrationError as error:
+            who = str(error)
+        yield f"{name:<{width}}  {state.phase.value:<11}  {_stamp(state.time)}  {who}"
 
 
 def _who(name: str, state: State) -> str:
     if pid := journal.actor(name):
-        return f"process {pid} is at work"
+        return f"{_process(pid)} is at work"
     return "" if state.over else "nobody is at work: resume it, or abort it"
+
+
+def _process(pid: int) -> str:
+    return f"process {pid}" if pid > 0 else "another process"
 
 
 def _stamp(seconds: float) -> str:
@@ -77,7 +89,7 @@ def lines(name: str) -> list[str]:
     if state.over:
         told.append(f"over; to forget it: nbd-migrate cleanup {name}")
     elif pid:
-        told.append(f"process {pid} is at work")
+        told.append(f"{_process(pid)} is at work")
     else:
         told.append(f"nobody is at work; to go on: nbd-migrate resume {name}")
         told.append(f"to give up: nbd-migrate abort {name}")
@@ -127,7 +139,7 @@ def clean_up(name: str) -> None:
         state = journal.last(name)
     except journal.EmptyJournalError:
         state = None
-    if state is not None and not state.over:
+    if state is not None and not state.over and not (state.phase in NOTHING_ON_B and state.is_clear):
         raise MigrationError(
             f"{name} is not over ({state.phase.value}): nbd-migrate resume {name} goes on, "
             f"nbd-migrate abort {name} gives up"

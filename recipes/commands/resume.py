@@ -23,13 +23,15 @@ async def resume(name: str, report: Report, *, boot: bool = False) -> None:
     """
     async with taken_up(name, report) as migration:
         verdict = await migration.decide(Wish.GO_ON)
-        state, said = migration.state, migration.told(verdict)
+        state, said = migration.state, verdict.where
     if verdict.action is Action.KEEP:
         raise MigrationError(said)
     if verdict.action is Action.NOTHING:
         report.note(said)
     elif verdict.action is Action.FINISH:
-        await finish_with(Journal.take_over(name), state.plan, report, boot=boot, again=state.finish)
+        await finish_with(
+            Journal.take_over(name), state.plan, report, boot=boot, again=state.finish, sure=True
+        )
     else:
         report.note(f"{said}; the migration begins anew")
         await start_over(name, state, report)

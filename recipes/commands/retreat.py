@@ -9,7 +9,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.decide import UNKNOWN, Action, Wish
 from recipes.migrate.leftovers import remove
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import OVER, Phase
+from recipes.migrate.state import Phase, entered
 from recipes.migrate.way_back import Hands, WayBack
 from recipes.processes.children import Child
 from recipes.qemu.destination import answer_of
@@ -23,7 +23,7 @@ from recipes.steps.cutover import fence_source
 async def retreat(m: Migration) -> str:
     """After a failure: give the guest back to A, or leave it on B; return one phrase that says which."""
     if not m.arrived:
-        way = WayBack(OwnHands(m), m.state.phase, m.state.capabilities, wish=Wish.GO_BACK, grace=0.0)
+        way = WayBack(OwnHands(m), m.state, wish=Wish.GO_BACK, grace=0.0)
         try:
             verdict = await way.go()
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing that may carry the guest ends
@@ -78,6 +78,8 @@ class OwnHands(Hands):
             await m.guest_has_ended()
             return OnB.NONE if m.guest_end or not m.has_guest else OnB.SILENT
 
+    saw_the_end = True
+
     def lost(self, words: str) -> str:
         """Say why A's guest has ended, where QEMU has said so."""
         ended = self._m.a.shut_down
@@ -99,9 +101,11 @@ class OwnHands(Hands):
             left += await remove(m.host_b, m.state.removal, m.plan.limits.command)
         return left
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, *, cleared: bool = False) -> None:
         """Write it down."""
-        self._m.enter(phase, removal=() if phase in OVER else self._m.state.removal)
+        state = entered(self._m.state, phase, cleared=cleared)
+        with suppress(MigrationError):
+            self._m.enter(phase, removal=state.removal, processes=state.processes)
 
 
 async def stop(m: Migration, child: Child | None) -> None:
@@ -115,4 +119,12 @@ async def after_cut_over(m: Migration) -> str:
     if m.a.connected:
         await fence_source(m)
     await m.guest_has_ended()
-    return advice.after_cut_over(m)
+    return where_on_b(m)
+
+
+def where_on_b(m: Migration) -> str:
+    """Where the guest and its disk are behind the cut-over; where all is done, the migration is over."""
+    where = advice.after_cut_over(m)
+    if m.cleared:
+        m.enter(Phase.DONE)
+    return where

@@ -15,7 +15,7 @@ from recipes.commands.retreat import retreat
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
 from recipes.migrate.guard import start_guard
-from recipes.migrate.journal import Journal, check_name, usable_name
+from recipes.migrate.journal import Journal, check_name, of_destination, usable_name
 from recipes.migrate.report import Outcome, Report, Step, StepResult
 from recipes.migrate.runtime import FINISH, AdvisedError, Migration
 from recipes.migrate.state import Disk, Phase, State
@@ -71,6 +71,8 @@ async def migrate(
         a = await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
         stack.push_async_callback(a.disconnect)
         name = check_name(name) if name else await name_of(a, plan)
+        if base is None:
+            refuse_another(name, plan)
         journal = stack.enter_context(closing(Journal.begin(name, base)))
         return await migrate_from(plan, report, journal, a, stack, children, finish)
 
@@ -98,7 +100,7 @@ async def migrate_from(
     ours = await stack.enter_async_context(Children()) if children is None else children
     owned = children is not None
     try:
-        guard = await start_guard(Orders(str(journal.directory), journal.lock.fd, owned))
+        guard = await start_guard(Orders(str(journal.directory), journal.fd, journal.lock.fd, owned))
     except BaseException:
         # Nothing was started.
         with suppress(OSError):
@@ -113,6 +115,16 @@ async def migrate_from(
 async def name_of(a: Vm, plan: Plan) -> str:
     """The name of a migration that was given none: the guest's, or else that of its disk."""
     return usable_name((await a.execute("query-name")).get("name") or Path(plan.source.image).stem)
+
+
+def refuse_another(name: str, plan: Plan) -> None:
+    """Raise MigrationError when a migration of another name makes the same image, and is not over."""
+    for state in of_destination(plan):
+        if state.name != name and not state.over:
+            raise MigrationError(
+                f"destination.image: {plan.destination.image} is that of migration {state.name} "
+                f"({state.phase.value}): nbd-migrate resume {state.name}, or nbd-migrate abort {state.name}"
+            )
 
 
 def write(journal: Journal, state: State) -> None:

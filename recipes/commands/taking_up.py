@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 
 from nbdserve.common.errors import ConnectError
 from recipes.commands.retreat import OwnHands, stop
 from recipes.errors import MigrationError
-from recipes.hosts.interruption import undisturbed
-from recipes.migrate.decide import Wish, told
+from recipes.hosts.interruption import completed
+from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.leftovers import remove
 from recipes.migrate.report import Report
@@ -22,57 +22,76 @@ from recipes.plans.reaching import hosts
 from recipes.processes.children import Children
 from recipes.qemu.destination import look
 from recipes.qemu.facts import OnB
-from recipes.qemu.vm import EndedVm, VmGoneError, connect
+from recipes.qemu.vm import EndedVm, connect
 
 GRACE = 10.0
 """Seconds that a switch-over which is under way is given to come to its end."""
 
 
-BEFORE_LAUNCH = frozenset({Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY})
-"""Whatever listens at the address of B's monitor is not ours."""
-
-
 class TakenUpHands(OwnHands):
-    """What can be done by who was not there: processes are found again when they are to be ended.
+    """What can be done by who was not there.
 
-    So a host that is away keeps nobody from what is to be done on the other.
+    Only processes that this migration has written down are ended, when it is their turn, so that a host that
+    is away keeps nobody from what is to be done on the other. An image is removed only if it holds nothing.
     """
 
+    saw_the_end = False
+
     async def destination(self, limit: float | None) -> OnB:
-        """Ask B's QEMU, connected to anew."""
-        plan = self._m.plan
-        return await look(plan.destination.qmp, limit or plan.limits.connect)
+        """Ask B's QEMU, connected to anew; where there is none, whether a guest has run there."""
+        m = self._m
+        found = await look(m.plan.destination.qmp, limit or m.plan.limits.connect)
+        if found is not OnB.NONE:
+            return found
+        try:
+            # Nobody listens at its address: the way to it may be lost, and not the process.
+            if await m.adopt_known(Role.QEMU):
+                return OnB.SILENT
+            return OnB.STOPPED if await self._holds_something() else OnB.NONE
+        except MigrationError:
+            return OnB.SILENT
+
+    async def _holds_something(self) -> bool:
+        m = self._m
+        image, limit = m.plan.destination.image, m.plan.limits.command
+        if m.state.phase in BEFORE_IMAGE or not await m.host_b.test("-e", image, limit):
+            return False
+        answer = await m.host_b.run(m.host_b.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
+        facts = json.loads(answer)
+        return "backing-filename" not in facts or bool(facts["local-size"])
+
+    def lost(self, words: str) -> str:
+        """Say what is not known, too."""
+        address, name = self._m.plan.source.qmp, self._m.state.name
+        return (
+            f"no QEMU is at A's monitor ({address}): if it has ended, its guest is gone with it, and its "
+            f"disk is untouched; then: nbd-migrate cleanup {name}; if only the way there is lost, see to "
+            f"that, and then: nbd-migrate abort {name}"
+        )
 
     async def end_destination(self) -> None:
-        """End B's QEMU, by its monitor where nobody knows its process id."""
-        m = self._m
-        await stop(m, m.qemu or await m.adopt(Role.QEMU))
-        if m.qemu or m.state.phase in BEFORE_LAUNCH or await self.destination(None) is not OnB.WAITS:
-            return
-        limit = m.plan.limits.connect
-        b = await connect("B's QEMU", m.plan.destination.qmp, limit=limit, command_limit=limit)
-        try:
-            with suppress(VmGoneError):
-                await b.execute("quit")
-        finally:
-            await b.disconnect()
+        """End B's QEMU, if it is the one that was started."""
+        await stop(self._m, self._m.qemu or await self._m.adopt_known(Role.QEMU))
 
     async def clear(self) -> list[str]:
         """End what still lives and remove what was made; return a phrase for each thing that is left."""
         m, left = self._m, []
-        roles = (Role.OVERLAY, Role.SERVER, Role.FENCE)
-        ends: list[Callable[[], Awaitable[None]]] = [partial(self._end, role) for role in roles]
-        for end in (self.end_destination, *ends):
+        for role in (Role.QEMU, Role.OVERLAY, Role.SERVER, Role.FENCE):
             try:
-                await end()
-            except (MigrationError, ConnectError) as error:
+                await stop(m, await m.adopt_known(role))
+            except MigrationError as error:
                 left.append(str(error))
         if m.state.removal:
-            left += await remove(m.host_b, m.state.removal, m.plan.limits.command)
+            image, limit = m.plan.destination.image, m.plan.limits.command
+            left += await remove(m.host_b, (m.host_b.tool("nbd-overlay"), "discard", image), limit)
+            rest = tuple(word for word in m.state.removal if word not in (image, f"{image}.map"))
+            if not left and rest[0] == "rm":
+                left += await remove(m.host_b, rest, limit)
         return left
 
-    async def _end(self, role: Role) -> None:
-        await stop(self._m, await self._m.adopt(role))
+
+BEFORE_IMAGE = frozenset({Phase.PREPARED, Phase.EXPORT})
+"""There is no image of this migration on B yet."""
 
 
 @dataclass
@@ -88,12 +107,15 @@ class TakenUp:
 
     async def decide(self, wish: Wish) -> Verdict:
         """Look, decide, and do what leads back to A if that was decided."""
-        way = WayBack(TakenUpHands(self.m), self.state.phase, self.state.capabilities, wish=wish, grace=GRACE)
-        return await undisturbed(way.go())
+        way = WayBack(TakenUpHands(self.m), self.state, wish=wish, grace=GRACE)
+        return await completed(way.go())
 
-    def told(self, verdict: Verdict) -> str:
-        """What the operator reads of it."""
-        return told(verdict.where, self.state) if "{" in verdict.decision.words else verdict.where
+    async def clear(self) -> list[str]:
+        """Try once more to clear away what was left of a migration that is over."""
+        left = [] if self.state.is_clear else await TakenUpHands(self.m).clear()
+        if not left:
+            self.m.record(removal=(), processes=())
+        return left
 
 
 @asynccontextmanager
@@ -102,7 +124,7 @@ async def taken_up(name: str, report: Report) -> AsyncIterator[TakenUp]:
     journal = Journal.take_over(name)
     try:
         if journal.state is None:
-            raise MigrationError(f"nothing was begun: nbd-migrate cleanup {name} removes what is known of it")
+            raise MigrationError(f"{name}: nothing was begun")
         plan = journal.state.plan
         places = await hosts(plan)
         limits = plan.limits

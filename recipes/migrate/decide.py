@@ -80,10 +80,11 @@ class Rule:
 _BACK, _ON = frozenset({Wish.GO_BACK}), frozenset({Wish.GO_ON})
 _BOTH = _BACK | _ON
 _A, _B = frozenset(OnA), frozenset(OnB)
-_RUNS = frozenset({OnA.RUNS, OnA.RUNS_TOO})
-_NOT_YET_SENT = frozenset({OnA.RUNS, OnA.RUNS_TOO, OnA.STANDS, OnA.SENDS, OnA.HOLDS})
+_RUNS = frozenset({OnA.RUNS, OnA.RUNS_TOO, OnA.ANOTHER})
+_NOT_YET_SENT = frozenset({OnA.RUNS, OnA.RUNS_TOO, OnA.ANOTHER, OnA.STANDS, OnA.SENDS, OnA.HOLDS})
 _B_MAY_HAVE_IT = frozenset({OnA.STANDS, OnA.STUCK, OnA.LEFT, OnA.GONE, OnA.SILENT})
-
+_DOUBTFUL = frozenset({OnA.RUNS_TOO, OnA.ANOTHER, OnA.STANDS})
+_STOPPED_ON_B = frozenset({OnB.NONE, OnB.STOPPED})
 _AGAIN = frozenset({Phase.TAKEN_BACK, Phase.LOST})
 _NOT_ON_B = PREPARING | SENDING | MOVING | BACK | _AGAIN
 
@@ -120,7 +121,7 @@ RULES: tuple[Rule, ...] = (
          "the guest is still on A, where somebody else's migration may be under way: look at query-migrate"),
     Rule("begin anew", _ON, PREPARING, _RUNS, _B, Action.START_OVER, "the migration begins anew"),
     # A's QEMU was told to migrate, and not yet to switch over.
-    Rule("sent by hand", _BACK, SENDING, {OnA.LEFT}, {OnB.NONE}, Action.KEEP_B, _STOPPED),
+    Rule("sent by hand", _BACK, SENDING, {OnA.LEFT}, _STOPPED_ON_B, Action.KEEP_B, _STOPPED),
     Rule("sent by hand, B has it", _BACK, SENDING, {OnA.LEFT}, _B, Action.KEEP_B, _STAYS),
     Rule("sending", _BACK, SENDING, _NOT_YET_SENT, _B, Action.TAKE_BACK, AS_BEFORE),
     Rule("sending, begin anew", _ON, SENDING, _NOT_YET_SENT, _B,
@@ -128,28 +129,35 @@ RULES: tuple[Rule, ...] = (
     # The switch-over may be under way, or is being taken back.
     Rule("switching", _BOTH, SENDING | MOVING | BACK, {OnA.SWITCHES}, _B, Action.WAIT,
          "the switch-over is under way"),
-    Rule("both have the guest", _BOTH, MOVING | BACK, {OnA.RUNS_TOO}, {OnB.HAS_GUEST}, Action.KEEP,
-         "the guest runs on A, where it was told to go on, and B's QEMU has it too: stop one of them at once "
-         "(command stop of its monitor) and keep the one that the network sees"),
+    Rule("both have the guest", _BOTH, MOVING | BACK, {OnA.RUNS_TOO, OnA.ANOTHER}, {OnB.HAS_GUEST},
+         Action.KEEP,
+         "a guest runs on A, where it was told to go on or was started, and B's QEMU has it too: stop one of "
+         "them at once (command stop of its monitor) and keep the one that the network sees"),
     Rule("B has the guest", _BACK, SENDING | MOVING | BACK, _B_MAY_HAVE_IT, {OnB.HAS_GUEST},
          Action.KEEP_B, _STAYS),
+    Rule("B had the guest", _BACK, SENDING | MOVING | BACK, _B_MAY_HAVE_IT, {OnB.STOPPED},
+         Action.KEEP_B, _STOPPED),
     Rule("sending, A silent", _BACK, SENDING, {OnA.SILENT}, _B, Action.CLEAN_UP, _LEFT),
     Rule("sending, A gone", _BACK, SENDING, {OnA.GONE}, _B, Action.CLEAN_UP, _LOST),
     Rule("sent, B is dead", _BACK, MOVING, {OnA.LEFT}, {OnB.NONE}, Action.KEEP_B, _STOPPED),
     Rule("sent", _BACK, MOVING, {OnA.LEFT}, _B, Action.KEEP_B, _STAYS),
     Rule("sent while it was taken back", _BOTH, BACK, {OnA.LEFT}, {OnB.WAITS}, Action.WAIT,
          "B's QEMU is about to have the guest"),
-    Rule("sent while it was taken back, unknown", _BOTH, BACK, {OnA.LEFT}, {OnB.LATE, OnB.SILENT},
+    Rule("sent while it was taken back, unknown", _BOTH, BACK, {OnA.LEFT}, {OnB.NONE, OnB.LATE, OnB.SILENT},
          Action.KEEP, UNKNOWN),
     Rule("A died, B may have all", _BOTH, MOVING | BACK, {OnA.GONE}, {OnB.WAITS}, Action.WAIT,
          "B's QEMU may have all of the guest"),
     Rule("A died", _BACK, MOVING | BACK, {OnA.GONE}, {OnB.NONE, OnB.LATE}, Action.CLEAN_UP, _LOST),
     Rule("B is silent", _BACK, MOVING | BACK, {OnA.GONE}, _B, Action.KEEP, UNKNOWN),
     Rule("A is silent", _BACK, MOVING | BACK, {OnA.SILENT}, _B, Action.KEEP, UNKNOWN),
+    Rule("doubtful", _BOTH, MOVING | BACK, _DOUBTFUL, {OnB.SILENT, OnB.STOPPED}, Action.KEEP, UNKNOWN),
+    Rule("not ours any more", _BOTH, MOVING | BACK, {OnA.ANOTHER}, _B, Action.KEEP,
+         "another QEMU than the one that migrated answers at A's monitor, and B's does not have the guest"),
     Rule("take back", _BACK, SENDING | MOVING | BACK, _A, _B, Action.END_B_FIRST, AS_BEFORE),
     Rule("arrived", _ON, SENDING | MOVING, {OnA.LEFT}, _B, Action.FINISH, "the guest is on B"),
-    Rule("arrived, A does not say so", _ON, MOVING | BACK, _B_MAY_HAVE_IT,
-         {OnB.HAS_GUEST}, Action.FINISH, "the guest is on B"),
+    Rule("arrived, A does not say so", _ON, SENDING | MOVING | BACK,
+         {OnA.STANDS, OnA.STUCK, OnA.LEFT, OnA.GONE}, {OnB.HAS_GUEST, OnB.STOPPED}, Action.FINISH,
+         "the guest is on B"),
     # Whoever resumes finds a guest on A, or nobody who says where it is.
     Rule("resume, A gone", _ON, _NOT_ON_B, {OnA.GONE}, {OnB.NONE, OnB.LATE, OnB.WAITS}, Action.KEEP,
          "A's QEMU is gone and with it the guest; its disk is untouched: abort clears away what is left"),
@@ -160,9 +168,9 @@ RULES: tuple[Rule, ...] = (
     Rule("start over", _ON, SENDING | MOVING | BACK, _A, _B, Action.START_OVER, "the migration begins anew"),
     # The guest is B's.
     Rule("finish", _ON, ON_B | WHOLE, _A, _B, Action.FINISH, "the migration goes on"),
-    Rule("stopped, incomplete", _BACK, ON_B, _A, {OnB.NONE}, Action.KEEP_B, _STOPPED),
+    Rule("stopped, incomplete", _BACK, ON_B, _A, _STOPPED_ON_B, Action.KEEP_B, _STOPPED),
     Rule("on B", _BACK, ON_B, _A, _B, Action.KEEP_B, _STAYS),
-    Rule("stopped, complete", _BACK, WHOLE, _A, {OnB.NONE}, Action.KEEP_B,
+    Rule("stopped, complete", _BACK, WHOLE, _A, _STOPPED_ON_B, Action.KEEP_B,
          f"the guest has stopped; {_WHOLE}; to start it again: {{finish}} --boot"),
     Rule("on B, complete", _BACK, WHOLE, _A, _B, Action.KEEP_B,
          f"the guest is on B and stays there; {_WHOLE}"),

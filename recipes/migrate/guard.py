@@ -144,7 +144,7 @@ async def _start(orders: Orders, fds: dict[str, int]) -> Watcher:
             process = await spawn(
                 module("guard", json.dumps(asdict(orders)), json.dumps(fds)),
                 stdin=theirs.fileno(),
-                pass_fds=(orders.lock, *fds.values()),
+                pass_fds=(orders.file, orders.lock, *fds.values()),
                 start_new_session=True,
             )
     except BaseException:

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -25,9 +25,13 @@ from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
 from recipes.migrate.report import Progress
 from recipes.migrate.state import State
+from recipes.plans.plan import Plan
 
 LONGEST_NAME = 40
 """Bytes; with it the names of supervisors' sockets stay within what a socket's path may have."""
+
+MOMENT = 0.2
+"""Seconds for which a lock that somebody else has is asked for again."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _JOURNAL, _LOCK, _PROGRESS = "journal", "lock", "progress"
@@ -87,6 +91,16 @@ def known() -> Iterator[State]:
             yield last(name)
 
 
+def of_destination(plan: Plan) -> list[State]:
+    """The migrations that make the same image on the same host as this plan."""
+    there = plan.destination
+    return [
+        state
+        for state in known()
+        if (state.plan.destination.image, state.plan.destination.shell) == (there.image, there.shell)
+    ]
+
+
 def history(name: str) -> list[State]:
     """All states of a migration, the last one last; locks nothing.
 
@@ -119,15 +133,30 @@ def progress(name: str) -> dict[str, float] | None:
 
 
 def actor(name: str) -> int:
-    """The process that acts on a migration: its id, or 0 if nobody does."""
-    directory = base_directory() / check_name(name)
-    if not directory.is_dir():
-        return 0
+    """The process that acts on a migration: its id, or 0 if nobody does. Needs no right to write there."""
+    path = base_directory() / check_name(name) / _LOCK
     try:
-        with Lock.taken(directory):
-            return 0
-    except JournalBusyError as error:
-        return error.pid
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise MigrationError(f"{path}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _signed(fd) or UNKNOWN_PROCESS
+    finally:
+        os.close(fd)
+    return 0
+
+
+UNKNOWN_PROCESS = -1
+"""The id of a process that has not signed."""
+
+
+def _signed(fd: int) -> int:
+    said = os.pread(fd, 32, 0).split()
+    return int(said[0]) if said and said[0].isdigit() else 0
 
 
 @dataclass
@@ -143,15 +172,21 @@ class Lock:
             fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise MigrationError(f"{directory / _LOCK}: {error.strerror}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            said = os.pread(fd, 32, 0).split()
-            os.close(fd)
-            pid = int(said[0]) if said and said[0].isdigit() else 0
-            raise JournalBusyError(
-                f"{directory.name}: process {pid or 'unknown'} is at work on this migration already", pid
-            ) from error
+        deadline = time.monotonic() + MOMENT
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                # Who only looks holds it for an instant.
+                if time.monotonic() < deadline:
+                    time.sleep(MOMENT / 20)
+                    continue
+                pid = _signed(fd)
+                os.close(fd)
+                raise JournalBusyError(
+                    f"{directory.name}: process {pid or 'unknown'} is at work on this migration already", pid
+                ) from error
         if not os.fstat(fd).st_nlink:
             # Whoever had it has removed it meanwhile, with all that it was for.
             os.close(fd)
@@ -159,9 +194,10 @@ class Lock:
         return cls(fd)
 
     def sign(self) -> None:
-        """Write down which process acts."""
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
+        """Write down which process acts, where that can be written."""
+        with suppress(OSError):
+            os.ftruncate(self.fd, 0)
+            os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Let go; the lock is free when everybody has."""
@@ -182,18 +218,16 @@ class Journal:
     Made by ``begin``, ``take_over`` or ``inherit``.
     """
 
-    def __init__(self, directory: Path, lock: Lock) -> None:
+    def __init__(self, directory: Path, fd: int, lock: Lock) -> None:
+        """``fd`` is that of the file. Raises MigrationError when that does not hold what we have written."""
         self.directory = directory
+        self.fd = fd
         self.lock = lock
-        self._path = directory / _JOURNAL
-        try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise MigrationError(f"{self._path}: {error.strerror}") from error
-        content = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        self.held = False
+        content = os.pread(fd, os.fstat(fd).st_size, 0)
         self._end = content.rfind(b"\n") + 1
         lines = list(_whole_lines(content))
-        self.state = _parsed(self._path, lines[-1]) if lines else None
+        self.state = _parsed(directory / _JOURNAL, lines[-1]) if lines else None
 
     @classmethod
     def begin(cls, name: str, base: Path | None = None) -> Self:
@@ -229,29 +263,39 @@ class Journal:
 
     @classmethod
     def _opened(cls, directory: Path) -> Self:
-        lock = Lock.taken(directory)
-        try:
+        with ExitStack() as stack:
+            lock = Lock.taken(directory)
+            stack.callback(lock.release)
             lock.sign()
-            return cls(directory, lock)
-        except BaseException:
-            lock.release()
-            raise
+            path = directory / _JOURNAL
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise MigrationError(f"{path}: {error.strerror}") from error
+            stack.callback(os.close, fd)
+            journal = cls(directory, fd, lock)
+            stack.pop_all()
+            return journal
 
     @classmethod
-    def inherit(cls, directory: Path, lock_fd: int) -> Self:
-        """Open the journal of which the caller has been given the lock."""
-        return cls(directory, Lock(lock_fd))
+    def inherit(cls, directory: Path, fd: int, lock_fd: int) -> Self:
+        """Go on with a journal of which the caller has been given the file and the lock, both open."""
+        return cls(directory, fd, Lock(lock_fd))
 
-    def append(self, state: State) -> State:
-        """Make a state durable; return it with the time. Raises OSError when that fails."""
+    def append(self, state: State, *, sync: bool = True) -> State:
+        """Write a state down, and with ``sync`` make it durable; return it with the time. Raises OSError."""
         state = replace(state, time=time.time())
+        if self.held:
+            self.state = state
+            return state
         line = state.to_json().encode() + b"\n"
         # What stands behind the last whole line is none: it is written over.
-        os.ftruncate(self._fd, self._end)
+        os.ftruncate(self.fd, self._end)
         written = 0
         while written < len(line):
-            written += os.pwrite(self._fd, line[written:], self._end + written)
-        os.fsync(self._fd)
+            written += os.pwrite(self.fd, line[written:], self._end + written)
+        if sync:
+            os.fsync(self.fd)
         if not self._end:
             _sync_directory(self.directory)
         self._end += len(line)
@@ -277,12 +321,12 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the migration; where nothing was ever written, nothing is left of it."""
-        if not os.fstat(self._fd).st_size:
+        if not os.fstat(self.fd).st_size:
             for name in (_JOURNAL, _LOCK):
                 (self.directory / name).unlink(missing_ok=True)
             with suppress(OSError):
                 self.directory.rmdir()
-        os.close(self._fd)
+        os.close(self.fd)
         self.lock.release()
 
 

@@ -71,6 +71,7 @@ class Migration:
     overlay_monitor  nbd-overlay's, where that is the engine
     unattended the disk is completed without its guest
     guest_end  how B's QEMU has ended after the cut-over, when it was noticed
+    cleared    everything is done that there is to do, whatever has become of the guest
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Migration:
         self.owned = owned
         self.host_a, self.host_b = hosts
         self.overlay_monitor: Vm | None = None
-        self.unattended = False
+        self.unattended = self.cleared = False
         self._started: dict[Role, Child] = {}
         self._places: dict[tuple[Host, str], Path] = {}
         self._needed: dict[str, asyncio.Task[str]] = {}
@@ -139,21 +140,23 @@ class Migration:
         """Seconds since the guest became B's."""
         return max(0.0, time.time() - self.state.arrived)
 
-    def enter(self, phase: Phase, **changes: Any) -> None:
+    def enter(self, phase: Phase, *, sync: bool = True, **changes: Any) -> None:
         """Write down what is done next, and what has changed, before it is done.
+
+        Without ``sync`` nobody waits for the disk: a power failure may take it, but no death of ours.
 
         Raises MigrationError where that fails while the guest can still go back to A; later it is only told,
         as the disk has to follow the guest in any case.
         """
-        self._write(replace(self.state, phase=phase, **changes))
+        self._write(replace(self.state, phase=phase, **changes), sync=sync)
 
     def record(self, **changes: Any) -> None:
         """Write down what has changed; raises as ``enter`` does."""
         self._write(replace(self.state, **changes))
 
-    def _write(self, state: State) -> None:
+    def _write(self, state: State, *, sync: bool = True) -> None:
         try:
-            self.journal.append(state)
+            self.journal.append(state, sync=sync)
         except OSError as error:
             told = f"{self.journal.directory}: {error.strerror}"
             self.journal.remember(state)
@@ -287,9 +290,16 @@ class Migration:
         """Take over a process that an earlier command has started; None if it lives no more."""
         host, base = self._host_of(role), await self._base(role, role.value)
         child = await self.children.adopt(NAMES[role], host, base.with_name(f"{base.name}.pid"))
+        if child is not None:
+            self._started[role] = child
+        return child
+
+    async def adopt_known(self, role: Role) -> Child | None:
+        """Take over the process that is written down, and no other; None if it lives no more."""
         known = self.state.process(role)
-        if child is None and known is not None:
-            child = await self.children.adopt_process(NAMES[role], host, known.pid, known.mark)
+        if known is None:
+            return None
+        child = await self.children.adopt_process(NAMES[role], self._host_of(role), known.pid, known.mark)
         if child is not None:
             self._started[role] = child
         return child

@@ -131,6 +131,11 @@ class State:
         """Whether nothing is left to be done."""
         return self.phase in OVER
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether nothing that was started or made is left, as far as is known."""
+        return not self.processes and not self.removal
+
     def process(self, role: Role) -> Process | None:
         """The process in a role, if one was started."""
         return next((each for each in self.processes if each.role is role), None)
@@ -170,6 +175,13 @@ class State:
             "arrival": None if arrival is None else Arrival(**arrival),
         }
         return cls(**values)
+
+
+def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
+    """The state at the beginning of a phase; ``cleared``: nothing is left of what was made."""
+    if cleared:
+        return replace(state, phase=phase, removal=(), processes=())
+    return replace(state, phase=phase)
 
 
 _SECTIONS = {

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.migrate.decide import UNKNOWN, Action, Wish, told
+from recipes.migrate.decide import UNKNOWN, Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.leftovers import remove
-from recipes.migrate.state import OVER, Phase, State
+from recipes.migrate.state import Phase, State, entered
 from recipes.migrate.way_back import Hands, Verdict, WayBack
 from recipes.plans.reaching import hosts
 from recipes.processes.children import stream
@@ -48,12 +48,13 @@ HERE = Host("this host")
 class Orders:
     """What the guard must know of a migration besides its journal.
 
-    journal  the directory of the journal
+    journal  the directory of the journal, and ``file`` its file descriptor
     lock     file descriptor of its lock, which the guard shares
     owned    the children end with the orchestrator in any case
     """
 
     journal: str
+    file: int
     lock: int
     owned: bool
 
@@ -100,12 +101,12 @@ class Watch(Hands):
         Raises MigrationError, whose line says what is left for the operator.
         """
         try:
-            self._journal = Journal.inherit(Path(self.orders.journal), self.orders.lock)
+            self._journal = Journal.inherit(Path(self.orders.journal), self.orders.file, self.orders.lock)
             state = self.state
         except MigrationError as error:
             raise self._nobody_knows(str(error)) from error
         self._journal.lock.sign()
-        way = WayBack(self, state.phase, state.capabilities, wish=Wish.GO_BACK, grace=SWITCH_OVER)
+        way = WayBack(self, state, wish=Wish.GO_BACK, grace=SWITCH_OVER)
         try:
             verdict = await way.go()
             if verdict.action is Action.KEEP_B:
@@ -159,12 +160,11 @@ class Watch(Hands):
             left += await remove(host_b, self.state.removal, self.state.plan.limits.connect)
         return left
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, *, cleared: bool = False) -> None:
         """Write it down; the way back does not depend on it."""
         assert self._journal is not None
-        removal = () if phase in OVER else self.state.removal
         with suppress(OSError):
-            self._journal.append(replace(self.state, phase=phase, removal=removal))
+            self._journal.append(entered(self.state, phase, cleared=cleared))
 
     async def _keep_b(self, verdict: Verdict) -> str:
         """The guest is B's: what carries it lives on, and A's QEMU must not go on."""
@@ -173,23 +173,23 @@ class Watch(Hands):
             assert self._journal is not None
             with suppress(OSError):
                 self._journal.append(replace(self.state, phase=Phase.ARRIVED, arrived=time.time()))
-        ended = "A's QEMU is gone; "
+        before, after = "A's QEMU is gone; ", ""
         if self._a and self._a.connected:
-            ended = ""
+            before, after = "", "A's QEMU was ended; "
             with suppress(MigrationError):
                 await self._a.execute("quit")
-        return f"{ended}{told(verdict.decision.words, self.state)}"
+        if verdict.facts.b in (OnB.NONE, OnB.STOPPED):
+            return f"{before}{verdict.where}"
+        unfinished = f"its disk is not complete yet; to complete it: {self.state.finish}"
+        return f"{before}the guest runs on B; {after}{unfinished}"
 
     def _nobody_knows(self, why: str) -> MigrationError:
         """Let everything live on; the line that says so, to be raised."""
-        if not self.children:
-            # The guest is A's, as what was started has been ended, and it cannot go on.
-            return MigrationError(why)
-        self.release_children()
         unknown = why if why.startswith(UNKNOWN) else f"{UNKNOWN}: {why}"
+        ended = "nothing was ended" if self.children else "what was started was told to end"
+        self.release_children()
         return MigrationError(
-            f"{unknown}; nothing was ended; look at query-migrate on A, then at query-status on B, before "
-            "anything else"
+            f"{unknown}; {ended}; look at query-migrate on A, then at query-status on B, before anything else"
         )
 
     def release_children(self) -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nbdserve.common.clock import now
 from nbdserve.common.errors import ConnectError
 from recipes.errors import MigrationError
-from recipes.migrate.decide import AS_BEFORE, Action, Decision, Wish, asks_b, decide
+from recipes.migrate.decide import AS_BEFORE, BACK, MOVING, Action, Decision, Wish, asks_b, decide, told
 from recipes.migrate.leftovers import but
-from recipes.migrate.state import Phase
+from recipes.migrate.state import Phase, State
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.qemu.source import UNDER_WAY_ON_A, guest_on_a, restore_capabilities, resume
@@ -54,13 +53,16 @@ class Hands(ABC):
     async def clear(self) -> list[str]:
         """End the rest and remove what was made; return a phrase for each thing that is left."""
 
+    saw_the_end = False
+    """Whether A's QEMU was seen to end; otherwise nobody listens at its address, and the way may be lost."""
+
     def lost(self, words: str) -> str:
         """Return what is known of the end of A's QEMU, or else these words."""
         return words
 
     @abstractmethod
-    def enter(self, phase: Phase) -> None:
-        """Write down what is done next; never fails."""
+    def enter(self, phase: Phase, *, cleared: bool = False) -> None:
+        """Write down what is done next, and whether nothing is left of what was made; never fails."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,11 @@ class Verdict:
 class WayBack:
     """One attempt to give the guest back to A."""
 
-    def __init__(
-        self, hands: Hands, phase: Phase, capabilities: Sequence[str], *, wish: Wish, grace: float
-    ) -> None:
-        """``capabilities`` were on at A before; a switch-over under way has ``grace`` seconds to end."""
+    def __init__(self, hands: Hands, state: State, *, wish: Wish, grace: float) -> None:
+        """A switch-over that is under way has ``grace`` seconds to come to its end."""
         self._hands = hands
-        self._phase = phase
-        self._capabilities = capabilities
+        self._state = state
+        self._phase = state.phase
         self._wish = wish
         self._grace = grace
         self._switched = self._arrived = 0.0
@@ -148,7 +148,8 @@ class WayBack:
             case Action.TAKE_BACK | Action.END_B_FIRST | Action.START_OVER:
                 return await self._take_back(a, facts, decision)
             case _:
-                return f"{decision.words}: {self._why}" if self._why else decision.words
+                words = told(decision.words, self._state)
+                return f"{words}: {self._why}" if self._why else words
 
     async def _clean_up(self, a: Vm | None, facts: Facts, decision: Decision) -> str:
         words = self._hands.lost(decision.words) if facts.a is OnA.GONE else decision.words
@@ -157,24 +158,32 @@ class WayBack:
         if a is not None and words == AS_BEFORE:
             await self._restore(a)
         left = await self._hands.clear()
-        self._hands.enter(Phase.LOST if facts.a is OnA.GONE else Phase.TAKEN_BACK)
+        if facts.a is OnA.SILENT or (facts.a is OnA.GONE and not self._hands.saw_the_end):
+            # It may be there, and stand still: then there is more to do, once it can be reached.
+            self._hands.enter(self._phase, cleared=not left)
+        else:
+            over = Phase.LOST if facts.a is OnA.GONE else Phase.TAKEN_BACK
+            self._hands.enter(over, cleared=not left)
         return but(words, *self._hands.said, *left)
 
     async def _take_back(self, a: Vm | None, facts: Facts, decision: Decision) -> str:
         """Bring the guest back to A, in the order that keeps it from running twice."""
-        if a is not None and facts.a is not OnA.SILENT:
-            first = decision.action is Action.TAKE_BACK
-            if not first:
+        if a is not None:
+            b_first = decision.action is Action.END_B_FIRST or (
+                decision.action is Action.START_OVER
+                and (self._phase in MOVING | BACK or facts.a is OnA.STUCK)
+            )
+            if b_first:
                 self._hands.enter(Phase.TAKING_BACK)
                 self._phase = Phase.TAKING_BACK
                 await self._end_destination(facts)
             # What is complete after B's end was the migration to B; before, it is one to who lives.
-            await resume(a, ours=not first and (facts.a in UNDER_WAY_ON_A or facts.a is OnA.LEFT))
+            await resume(a, ours=b_first and facts.a in UNDER_WAY_ON_A)
             await self._restore(a)
-            if first:
+            if not b_first:
                 await self._end_destination(facts)
         left = await self._hands.clear()
-        self._hands.enter(Phase.TAKEN_BACK)
+        self._hands.enter(Phase.TAKEN_BACK, cleared=not left)
         return but(AS_BEFORE, *self._hands.said, *left)
 
     async def _end_destination(self, facts: Facts) -> None:
@@ -182,13 +191,13 @@ class WayBack:
         try:
             await self._hands.end_destination()
         except MigrationError as error:
-            if self._phase is Phase.TAKING_BACK and facts.a in (OnA.HOLDS, OnA.SWITCHES, OnA.STUCK):
+            if self._phase is Phase.TAKING_BACK and facts.a is not OnA.RUNS:
                 raise
             self._hands.said.append(str(error))
 
     async def _restore(self, a: Vm) -> None:
         try:
-            await restore_capabilities(a, self._capabilities)
+            await restore_capabilities(a, self._state.capabilities)
         except VmGoneError:
             raise
         except MigrationError as error:

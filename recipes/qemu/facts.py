@@ -13,6 +13,8 @@ class OnA(Enum):
     """The guest runs, and nothing is under way."""
     RUNS_TOO = "runs although it has left"
     """The guest runs although the migration is ``completed``: somebody has told it to go on."""
+    ANOTHER = "another QEMU"
+    """A guest runs, in a QEMU that has never migrated: once ours was told to, this is not ours."""
     STANDS = "stands"
     """The guest is paused, and nothing is under way."""
     SENDS = "sends"
@@ -36,6 +38,8 @@ class OnB(Enum):
 
     NONE = "none"
     """There is none, any more or yet."""
+    STOPPED = "stopped"
+    """There is none, and its image holds something: a guest has run here."""
     WAITS = "waits"
     """It does not have the guest, or not all of it (``inmigrate``)."""
     LATE = "late"

@@ -67,7 +67,7 @@ async def guest_on_a(a: Vm) -> OnA:
     if status == "completed" and found["status"] in _AFTER:
         return OnA.LEFT
     if found["running"]:
-        return OnA.RUNS_TOO if status == "completed" else OnA.RUNS
+        return {"completed": OnA.RUNS_TOO, "": OnA.ANOTHER}.get(status, OnA.RUNS)
     return OnA.STANDS
 
 

@@ -37,6 +37,7 @@ async def clear_source(m: Migration) -> str:
     await m.guest_has_ended()
     if m.guest_end and not known:
         m.report.note(f"{told(m.guest_end)}; its disk is complete")
+    m.cleared = True
     if m.guest_end and not (m.guest_end.good and m.guest_end.reason in ("", *WANTED)):
         raise MigrationError(told(m.guest_end))
     end = f"{image} was moved to {target}" if target else f"{image} is out of date: never start a guest on it"

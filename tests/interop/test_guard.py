@@ -24,7 +24,7 @@ SECONDS = 30.0
 def guarded(directory: Path, body: Callable[[Guard, list[int]], Awaitable[None]]) -> list[int]:
     """Run the body with a guard, and the process ids of it and its deputy; these are returned."""
     journal = begun(directory, str(directory / "a"))
-    orders = Orders(str(journal.directory), journal.lock.fd, owned=False)
+    orders = Orders(str(journal.directory), journal.fd, journal.lock.fd, owned=False)
     pids: list[int] = []
 
     async def main() -> None:

@@ -61,7 +61,7 @@ def test_the_small_programs_run_their_own_modules(tmp_path: Path, name: str) -> 
 def test_the_guard_runs_its_own_modules(tmp_path: Path) -> None:
     traps = lay(tmp_path / "traps")
     journal = begun(tmp_path, "/no")
-    orders = Orders(str(journal.directory), journal.lock.fd, owned=False)
+    orders = Orders(str(journal.directory), journal.fd, journal.lock.fd, owned=False)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         ours.close()
@@ -70,7 +70,7 @@ def test_the_guard_runs_its_own_modules(tmp_path: Path) -> None:
             words,
             cwd=traps,
             stdin=theirs.fileno(),
-            pass_fds=[journal.lock.fd],
+            pass_fds=[journal.fd, journal.lock.fd],
             capture_output=True,
             text=True,
             timeout=240,

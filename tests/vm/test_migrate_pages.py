@@ -123,7 +123,7 @@ def test_a_guest_that_stands_still_before_the_switch_over_is_let_run(tmp_path: P
             assert after("and goes on with", done.stderr) == typed(stage, [cancel])[0]
         with stage.run() as run:
             assert run.wait(SECONDS) == 1
-        assert after("it goes on with", run.output()) == typed(stage, [cancel])[0]
+        assert "nbd-migrate resume a takes it up, nbd-migrate abort a takes it back" in run.output()
         pasted_well(*typed(stage, [cancel]))
         stage.wait_until_guest_works("a")
         done = paste(typed(stage, FINISH)[0])

@@ -18,7 +18,7 @@ import pytest
 from recipes.errors import MigrationError
 from recipes.hosts.host import module
 from recipes.migrate.decide import Action, Wish
-from recipes.migrate.state import Phase
+from recipes.migrate.state import Disk, Phase, State
 from recipes.migrate.way_back import Hands, WayBack
 from recipes.qemu.destination import look
 from recipes.qemu.facts import OnB
@@ -309,12 +309,13 @@ async def give_back_late(stage: Scene, qemu: Process, question: int) -> Action:
         async def clear(self) -> list[str]:
             return []
 
-        def enter(self, phase: Phase) -> None:
+        def enter(self, phase: Phase, *, cleared: bool = False) -> None:
             pass
 
     try:
         with mock.patch.object(a, "execute", late):
-            way = WayBack(Killing(), Phase.SWITCH_OVER, (), wish=Wish.GO_BACK, grace=0.0)
+            state = State("vm", stage.plan, Phase.SWITCH_OVER, disks=(Disk("a", "b", 1),))
+            way = WayBack(Killing(), state, wish=Wish.GO_BACK, grace=0.0)
             return (await way.go()).action
     finally:
         await a.disconnect()

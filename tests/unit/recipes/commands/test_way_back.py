@@ -62,7 +62,7 @@ def without_source(directory: Path, *states: str) -> Migration:
 
 
 def verdict_of(m: Migration) -> Verdict:
-    way = WayBack(OwnHands(m), m.state.phase, (), wish=Wish.GO_BACK, grace=0.0)
+    way = WayBack(OwnHands(m), m.state, wish=Wish.GO_BACK, grace=0.0)
     return asyncio.run(way.go())
 
 
@@ -126,7 +126,7 @@ def test_hosts_that_are_away_may_have_the_guest(tmp_path: Path, monkeypatch: pyt
     found = asyncio.run(destination.look("192.0.2.1:4000", 0.1))
     assert found is OnB.SILENT
     journal = begun(tmp_path, "192.0.2.1:4000", Phase.SWITCH_OVER, "192.0.2.2:4000")
-    there = Watch(Orders(str(journal.directory), journal.lock.fd, owned=False))
+    there = Watch(Orders(str(journal.directory), journal.fd, journal.lock.fd, owned=False))
     there.children.append(watch.Watched("B's QEMU", 1 << 20, 1 << 20))
     monkeypatch.setattr(there, "release_children", lambda: None)
     with pytest.raises(MigrationError, match=r"it is not known where the guest is: .*; nothing was ended"):
@@ -152,7 +152,7 @@ def test_a_source_that_falls_silent_leaves_it_open(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(watch, "connect_again", silent)
     monkeypatch.setattr(watch, "look", silent_too)
     journal = begun(tmp_path, "/a", Phase.SWITCH_OVER)
-    there = Watch(Orders(str(journal.directory), journal.lock.fd, owned=False))
+    there = Watch(Orders(str(journal.directory), journal.fd, journal.lock.fd, owned=False))
     there.children.append(watch.Watched("B's QEMU", 1 << 20, 1 << 20))
     released: list[bool] = []
     monkeypatch.setattr(there, "release_children", lambda: released.append(True))
