@@ -230,10 +230,14 @@ def _info(arguments: argparse.Namespace) -> int:
     storage = open_file(path, force_share=arguments.force_share)
     try:
         header, backing = read_header(storage, str(arguments.image))
-        show = info_json if arguments.json else info_text
-        print(show(str(arguments.image), header, backing, storage.allocated()))
+        allocated = storage.allocated()
     finally:
         storage.close()
+    local = None
+    with contextlib.suppress(ImageError), open_image(path, force_share=True, layout="qed") as image:
+        local = image.local_bytes
+    show = info_json if arguments.json else info_text
+    print(show(str(arguments.image), header, backing, allocated, local))
     return EXIT_DONE
 
 

@@ -11,8 +11,11 @@ from overlay.formats.qed.check import Report
 from overlay.formats.qed.header import Feature, Header
 
 
-def info_json(path: str, header: Header, backing: Backing | None, actual_size: int) -> str:
-    """Return what ``qemu-img info --output=json`` says of the image, and its tables' size (clusters)."""
+def info_json(path: str, header: Header, backing: Backing | None, actual_size: int, local: int | None) -> str:
+    """Return what ``qemu-img info --output=json`` says of the image, and its tables' size (clusters).
+
+    ``local``: bytes of the disk that are here; None where the tables do not say so.
+    """
     answer: dict[str, object] = {
         "filename": path,
         "format": "qed",
@@ -22,6 +25,8 @@ def info_json(path: str, header: Header, backing: Backing | None, actual_size: i
         "table-size": header.table_size,
         "dirty-flag": bool(header.features & Feature.NEED_CHECK),
     }
+    if local is not None:
+        answer["local-size"] = local
     if backing:
         answer["backing-filename"] = backing.name
         if backing.raw:
@@ -29,7 +34,7 @@ def info_json(path: str, header: Header, backing: Backing | None, actual_size: i
     return json.dumps(answer, indent=4)
 
 
-def info_text(path: str, header: Header, backing: Backing | None, actual_size: int) -> str:
+def info_text(path: str, header: Header, backing: Backing | None, actual_size: int, local: int | None) -> str:
     """Return the same for people."""
     lines = [
         f"image: {path}",
@@ -38,6 +43,8 @@ def info_text(path: str, header: Header, backing: Backing | None, actual_size: i
         f"occupied: {format_size(actual_size)}",
         f"clusters: {format_size(header.cluster_size)}; tables of {header.table_size} clusters",
     ]
+    if local is not None:
+        lines.append(f"local: {format_size(local)} ({100 * local // max(1, header.image_size)}%)")
     if backing:
         kind = "raw" if backing.raw else "its format is probed"
         lines.append(f"backing: {printable(backing.name)} ({kind})")

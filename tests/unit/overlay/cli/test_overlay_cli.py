@@ -278,6 +278,15 @@ def test_info_shows_what_the_header_says(run: Run, tmp_path: Path) -> None:
     assert f"not closed cleanly: run nbd-overlay check --repair {tmp_path}/x" in out
 
 
+def test_info_tells_how_much_of_a_qed_image_is_here(run: Run, tmp_path: Path) -> None:
+    make_image(tmp_path / "x", MIB, backing="nbd://h/a")
+    assert json.loads(run("info", "--json", tmp_path / "x")[1])["local-size"] == 0
+    with QedImage.open(tmp_path / "x", writable=True) as image:
+        image.write(0, b"x" * 131072)
+    assert json.loads(run("info", "--json", tmp_path / "x")[1])["local-size"] == 131072
+    assert "local: 128 KiB (12%)" in run("info", tmp_path / "x")[1]
+
+
 def test_a_name_that_is_not_utf8_does_no_harm(run: Run, tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"))
     assert run("create", *BACKING, "--size", "1M", path)[0] == 0
