@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Coroutine
 
 from nbdserve.common import clock, program
+from nbdserve.common.errors import UsageError
 from recipes.commands import overview
 from recipes.commands.abort import abort
 from recipes.commands.resume import resume
@@ -48,6 +49,11 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
     each = subcommands.add_parser("cleanup", help="forget migrations that are over")
     each.description = "Forget migrations that are over: these, or all of them. What they have made stays."
     each.add_argument("names", metavar="NAME", nargs="*", type=check_name)
+    each.add_argument(
+        "--force",
+        action="store_true",
+        help="forget also these that are not over, and say what is left of them; no host is asked",
+    )
     each.set_defaults(body=run_cleanup)
 
 
@@ -97,6 +103,9 @@ async def until_signal(work: Coroutine[object, object, object]) -> int:
 
 def run_cleanup(given: argparse.Namespace) -> int:
     """``nbd-migrate cleanup``."""
+    if given.force and not given.names:
+        raise UsageError("--force: name the migrations")
     for name in given.names or overview.over():
-        overview.clean_up(name)
+        for left in overview.clean_up(name, force=given.force):
+            print(f"{name}: {left}")
     return program.EXIT_DONE

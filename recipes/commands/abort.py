@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.commands.taking_up import taken_up
+from recipes.commands.taking_up import by_hand, taken_up
 from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.leftovers import but
@@ -22,9 +22,11 @@ async def abort(name: str, report: Report) -> None:
         if verdict.action is Action.KEEP_B:
             raise MigrationError(f"it is too late, and nothing was touched: {said}")
         if verdict.action is Action.KEEP:
-            raise MigrationError(f"{said}; nothing was touched")
+            raise MigrationError(f"{said}; nothing was touched; {by_hand(migration.state)}")
         if verdict.action is not Action.NOTHING and verdict.facts.a in (OnA.GONE, OnA.SILENT):
             raise MigrationError(said)
         if verdict.action is Action.NOTHING and (left := await migration.clear()):
             raise MigrationError(but(said, *left))
+        if not migration.state.is_clear:
+            raise MigrationError(f"{said}; when that is mended: nbd-migrate abort {name}")
         report.note(said)

@@ -77,7 +77,7 @@ async def finish_with(
         places = await hosts(plan)
         disk = await look_at(plan, places[1])
         found = taken_up(journal, plan, disk, again)
-        # Until nothing speaks against it any more.
+        # Until everything that is needed has been found, and before anything is done.
         journal.held = True
         journal.append(found)
         children = await stack.enter_async_context(Children())
@@ -88,6 +88,7 @@ async def finish_with(
         await take_over(m)
         journal.held = False
         m.enter(found.phase)
+        await secure(m)
         if b:
             m.need("B's QEMU", gone(b))
             if boot:
@@ -99,7 +100,7 @@ async def finish_with(
             await go_without_guest(m)
         await set_speed(m)
         await go_through(m, STEPS[m.complete :], where)
-        m.enter(Phase.DONE)
+        m.enter(Phase.DONE, removal=(), processes=())
         report.note(f"done: the guest's disk is {plan.destination.image} on B, and needs nothing on A")
 
 
@@ -207,7 +208,7 @@ async def look_at(plan: Plan, host: Host) -> Disk:
 
 
 async def take_over(m: Migration) -> None:
-    """Find what the run has left, and see that A is fenced and, as long as it is needed, serves its disk."""
+    """Find what the run has left."""
     try:
         await m.adopt(Role.SERVER)
         await m.adopt(Role.FENCE)
@@ -225,6 +226,10 @@ async def take_over(m: Migration) -> None:
     except ConnectError:
         if m.overlay:
             raise
+
+
+async def secure(m: Migration) -> None:
+    """See that A is fenced and, as long as it is needed, serves its disk."""
     if m.a.connected:
         await fence_source(m)
     elif not m.complete and m.fence is None:

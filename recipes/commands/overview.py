@@ -10,11 +10,13 @@ from typing import Any
 
 from nbdserve.common.sizes import format_size
 from recipes.errors import MigrationError
+from recipes.hosts.quoting import pasted
 from recipes.migrate import journal
 from recipes.migrate.console import describe
 from recipes.migrate.decide import BACK, MOVING, PREPARING, SENDING
 from recipes.migrate.report import Progress
-from recipes.migrate.state import Phase, State
+from recipes.migrate.runtime import NAMES
+from recipes.migrate.state import OVER, Phase, State
 
 LOOK = 1.0
 """Seconds between two looks of ``status --watch``."""
@@ -35,8 +37,8 @@ PHASES = {
     Phase.SHUT_DOWN: "step 6, what is left on A is ended",
     Phase.DONE: "done: the guest and its disk are on B",
     Phase.TAKING_BACK: "the guest is being given back to A",
-    Phase.TAKEN_BACK: "taken back: the guest is on A, and nothing is left",
-    Phase.LOST: "A's QEMU ended while it had the guest; nothing is left",
+    Phase.TAKEN_BACK: "taken back: the guest is on A",
+    Phase.LOST: "A's QEMU ended while it had the guest",
 }
 
 
@@ -48,8 +50,7 @@ def rows() -> Iterator[str]:
         try:
             state = journal.last(name)
         except journal.EmptyJournalError:
-            pid = journal.actor(name)
-            yield f"{name:<{width}}  {f'process {pid} looks at it' if pid else 'nothing was begun'}"
+            yield f"{name:<{width}}  nothing was begun"
             continue
         except MigrationError as error:
             yield f"{name:<{width}}  {error}"
@@ -64,7 +65,11 @@ def rows() -> Iterator[str]:
 def _who(name: str, state: State) -> str:
     if pid := journal.actor(name):
         return f"{_process(pid)} is at work"
-    return "" if state.over else "nobody is at work: resume it, or abort it"
+    if state.over:
+        return ""
+    if state.phase in OVER:
+        return "it has left something behind: abort it"
+    return "nobody is at work: resume it, or abort it"
 
 
 def _process(pid: int) -> str:
@@ -90,10 +95,21 @@ def lines(name: str) -> list[str]:
         told.append(f"over; to forget it: nbd-migrate cleanup {name}")
     elif pid:
         told.append(f"{_process(pid)} is at work")
+    elif state.phase in OVER:
+        told += left_behind(state)
+        told.append(f"to clear that away: nbd-migrate abort {name}")
     else:
         told.append(f"nobody is at work; to go on: nbd-migrate resume {name}")
         told.append(f"to give up: nbd-migrate abort {name}")
     return told
+
+
+def left_behind(state: State) -> list[str]:
+    """A phrase for each thing that a migration has started or made, and that may still be there."""
+    told = [f"{NAMES[each.role]}: process {each.pid}" for each in state.processes]
+    if state.removal:
+        told.append(f"on B; what removes it there: {pasted(state.removal)}")
+    return [f"left: {each}" for each in told]
 
 
 def progress(name: str, state: State) -> Progress | None:
@@ -107,12 +123,13 @@ def progress(name: str, state: State) -> Progress | None:
 def as_json(name: str) -> str:
     """Everything that is known of one migration, as one JSON object on one line."""
     states = journal.history(name)
-    state = states[-1]
+    state, pid = states[-1], journal.actor(name)
     moving = progress(name, state)
     values: dict[str, Any] = json.loads(state.to_json())
     values |= {
         "over": state.over,
-        "actor": journal.actor(name) or None,
+        "at-work": pid != 0,
+        "actor": pid if pid > 0 else None,
         "progress": None if moving is None else dataclasses.asdict(moving),
         "history": [{"phase": each.phase.value, "time": each.time} for each in states],
     }
@@ -133,18 +150,33 @@ def watch(name: str, tell: Callable[[str], None], *, as_object: bool) -> None:
         time.sleep(LOOK)
 
 
-def clean_up(name: str) -> None:
-    """Forget a migration. Raises MigrationError when it is not over, or somebody is at work on it."""
+def clean_up(name: str, *, force: bool = False) -> list[str]:
+    """Forget a migration; return a phrase for each thing of it that may still be there.
+
+    Raises MigrationError when it is not over, unless with ``force``, and when somebody is at work on it.
+    """
     try:
         state = journal.last(name)
     except journal.EmptyJournalError:
         state = None
-    if state is not None and not state.over and not (state.phase in NOTHING_ON_B and state.is_clear):
+    except MigrationError:
+        # Its journal cannot be read: nothing else can be done about it.
+        if not force:
+            raise
+        state = None
+    over = state is None or state.over or (state.phase in NOTHING_ON_B and state.is_clear)
+    if state is not None and not over and not force:
+        if state.phase in OVER:
+            raise MigrationError(
+                f"{name} has left something behind ({state.phase.value}): nbd-migrate abort {name} clears "
+                "it away"
+            )
         raise MigrationError(
             f"{name} is not over ({state.phase.value}): nbd-migrate resume {name} goes on, "
             f"nbd-migrate abort {name} gives up"
         )
     journal.remove(name)
+    return [] if state is None else left_behind(state)
 
 
 def over() -> list[str]:

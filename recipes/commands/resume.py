@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, closing
 
 from recipes.commands.finish import finish_with
 from recipes.commands.run import migrate_from
-from recipes.commands.taking_up import taken_up
+from recipes.commands.taking_up import by_hand, taken_up
 from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
@@ -25,7 +25,9 @@ async def resume(name: str, report: Report, *, boot: bool = False) -> None:
         verdict = await migration.decide(Wish.GO_ON)
         state, said = migration.state, verdict.where
     if verdict.action is Action.KEEP:
-        raise MigrationError(said)
+        raise MigrationError(f"{said}; {by_hand(state)}")
+    if verdict.action is Action.START_OVER and not state.is_clear:
+        raise MigrationError(f"{said}; when that is mended: nbd-migrate resume {name}")
     if verdict.action is Action.NOTHING:
         report.note(said)
     elif verdict.action is Action.FINISH:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from nbdserve.common.errors import ConnectError
 from recipes.commands.retreat import OwnHands, stop
+from recipes.engines.interface import image_facts
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import completed
+from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.leftovers import remove
@@ -56,8 +58,9 @@ class TakenUpHands(OwnHands):
         image, limit = m.plan.destination.image, m.plan.limits.command
         if m.state.phase in BEFORE_IMAGE or not await m.host_b.test("-e", image, limit):
             return False
-        answer = await m.host_b.run(m.host_b.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
-        facts = json.loads(answer)
+        facts = await image_facts(m.host_b, image, limit)
+        if "backing-filename" in facts and "local-size" not in facts:
+            raise MigrationError(f"{image} on B does not tell how much of the disk it holds")
         return "backing-filename" not in facts or bool(facts["local-size"])
 
     def lost(self, words: str) -> str:
@@ -108,14 +111,38 @@ class TakenUp:
     async def decide(self, wish: Wish) -> Verdict:
         """Look, decide, and do what leads back to A if that was decided."""
         way = WayBack(TakenUpHands(self.m), self.state, wish=wish, grace=GRACE)
-        return await completed(way.go())
+        going = asyncio.ensure_future(way.go())
+        try:
+            return await completed(going)
+        except asyncio.CancelledError:
+            if not going.cancelled():
+                self.m.report.note(f"interrupted; {going.result().where}")
+            raise
 
     async def clear(self) -> list[str]:
         """Try once more to clear away what was left of a migration that is over."""
-        left = [] if self.state.is_clear else await TakenUpHands(self.m).clear()
+        if self.state.phase not in (Phase.TAKEN_BACK, Phase.LOST) or self.state.is_clear:
+            return []
+        left = await TakenUpHands(self.m).clear()
         if not left:
             self.m.record(removal=(), processes=())
         return left
+
+
+def by_hand(state: State) -> str:
+    """What the operator does where nobody but him can know what is right."""
+    look = [
+        pasted(["nbd-migrate", "qmp", address, query])
+        for address, query in (
+            (state.plan.source.qmp, "query-migrate"),
+            (state.plan.source.qmp, "query-status"),
+            (state.plan.destination.qmp, "query-status"),
+        )
+    ]
+    return (
+        f"look who has the guest: {'; '.join(look)}; then resume or abort again, or see to it by hand and "
+        f"forget the migration: nbd-migrate cleanup --force {state.name}"
+    )
 
 
 @asynccontextmanager

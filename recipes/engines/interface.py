@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 from nbdserve.common.errors import ConnectError
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.migrate.runtime import Migration
 from recipes.plans.plan import Plan
@@ -81,10 +82,15 @@ async def reached(name: str, address: str, plan: Plan) -> Vm:
 
 
 async def image_facts(host: Host, image: str, limit: float) -> dict[str, Any]:
-    """Return what nbd-overlay says of an image on a host, also of one in use; raises as ``Host.run``."""
-    return dict(
-        json.loads(await host.run(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit))
-    )
+    """Return what nbd-overlay says of an image on a host, also of one in use.
+
+    Raises MigrationError as ``Host.run``, and for an answer that is none.
+    """
+    answer = await host.run(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
+    try:
+        return dict(json.loads(answer))
+    except (ValueError, TypeError) as error:
+        raise MigrationError(f"nbd-overlay on {host.name} gives no answer about {image}: {error}") from error
 
 
 def blockdev_options(nodes: Sequence[Mapping[str, object]]) -> list[str]:

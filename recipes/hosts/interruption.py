@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -40,11 +40,15 @@ async def undisturbed(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def completed(work: Coroutine[Any, Any, T]) -> T:
-    """Finish the work even if we are cancelled in the middle of it; then raise that CancelledError."""
-    task = asyncio.create_task(work)
+async def completed(work: Awaitable[T]) -> T:
+    """Finish the work even if we are cancelled in the middle of it.
+
+    Then raises what the work has raised, so that no error is lost, or else that CancelledError.
+    """
+    task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await undisturbed(asyncio.wait({task}))
+        task.result()
         raise

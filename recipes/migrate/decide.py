@@ -19,6 +19,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
+from recipes.hosts.quoting import pasted
 from recipes.migrate.state import Phase, State
 from recipes.qemu.facts import Facts, OnA, OnB
 
@@ -61,7 +62,8 @@ class Action(Enum):
 class Rule:
     """One line of the table.
 
-    ``words`` may name {image}, the guest's disk on A, {overlay}, that on B, and {finish}, a command.
+    ``words`` may name {image}, the guest's disk on A, {overlay}, that on B, and the commands {finish} and
+    {go_on}, which lets A's guest go on.
     """
 
     name: str
@@ -91,6 +93,7 @@ _NOT_ON_B = PREPARING | SENDING | MOVING | BACK | _AGAIN
 AS_BEFORE = "the guest runs on A as before"
 _LOST = "A's QEMU is gone and with it the guest; its disk is untouched"
 _LEFT = "the guest was left on A, but look at it"
+_DONE = "the guest and its disk are on B; nothing is left to do"
 UNKNOWN = "it is not known where the guest is"
 _STAYS = (
     "the guest is on B and stays there; until {overlay} is complete, keep {image} and A's server; to "
@@ -105,11 +108,11 @@ _WHOLE = "its disk, {overlay} on B, is complete and needs nothing on A; to clear
 
 RULES: tuple[Rule, ...] = (
     # Over.
-    Rule("done", _BOTH, {Phase.DONE}, _A, _B, Action.NOTHING,
-         "the guest and its disk are on B; nothing is left to do"),
+    Rule("done", _ON, {Phase.DONE}, _A, _B, Action.NOTHING, _DONE),
+    Rule("done, too late", _BACK, {Phase.DONE}, _A, _B, Action.KEEP_B, _DONE),
     Rule("lost", _BACK, {Phase.LOST}, _A, _B, Action.NOTHING, _LOST),
     Rule("was taken back", _BACK, {Phase.TAKEN_BACK}, _A, _B, Action.NOTHING,
-         "the guest was left on A, and nothing is left of the migration"),
+         "the migration was given up before, and the guest was left on A"),
     Rule("again", _ON, _AGAIN, _RUNS, _B, Action.START_OVER,
          "the migration begins anew"),
     # Before A's QEMU has been told anything.
@@ -123,6 +126,8 @@ RULES: tuple[Rule, ...] = (
     # A's QEMU was told to migrate, and not yet to switch over.
     Rule("sent by hand", _BACK, SENDING, {OnA.LEFT}, _STOPPED_ON_B, Action.KEEP_B, _STOPPED),
     Rule("sent by hand, B has it", _BACK, SENDING, {OnA.LEFT}, _B, Action.KEEP_B, _STAYS),
+    Rule("sending, doubtful", _BOTH, SENDING, _DOUBTFUL, {OnB.HAS_GUEST, OnB.STOPPED}, Action.KEEP, UNKNOWN),
+    Rule("sending, B is silent", _BACK, SENDING, {OnA.GONE, OnA.SILENT}, {OnB.SILENT}, Action.KEEP, UNKNOWN),
     Rule("sending", _BACK, SENDING, _NOT_YET_SENT, _B, Action.TAKE_BACK, AS_BEFORE),
     Rule("sending, begin anew", _ON, SENDING, _NOT_YET_SENT, _B,
          Action.START_OVER, "the migration begins anew"),
@@ -143,16 +148,27 @@ RULES: tuple[Rule, ...] = (
     Rule("sent", _BACK, MOVING, {OnA.LEFT}, _B, Action.KEEP_B, _STAYS),
     Rule("sent while it was taken back", _BOTH, BACK, {OnA.LEFT}, {OnB.WAITS}, Action.WAIT,
          "B's QEMU is about to have the guest"),
-    Rule("sent while it was taken back, unknown", _BOTH, BACK, {OnA.LEFT}, {OnB.NONE, OnB.LATE, OnB.SILENT},
+    Rule("sent while it was taken back, B is dead", _BOTH, BACK, {OnA.LEFT}, {OnB.NONE}, Action.KEEP,
+         "A's QEMU has sent all of the guest, and B's has ended without having written to its disk: if "
+         "nobody else has migrated it, the guest goes on on A with: {go_on}"),
+    Rule("sent while it was taken back, unknown", _BOTH, BACK, {OnA.LEFT}, {OnB.LATE, OnB.SILENT},
          Action.KEEP, UNKNOWN),
     Rule("A died, B may have all", _BOTH, MOVING | BACK, {OnA.GONE}, {OnB.WAITS}, Action.WAIT,
          "B's QEMU may have all of the guest"),
     Rule("A died", _BACK, MOVING | BACK, {OnA.GONE}, {OnB.NONE, OnB.LATE}, Action.CLEAN_UP, _LOST),
     Rule("B is silent", _BACK, MOVING | BACK, {OnA.GONE}, _B, Action.KEEP, UNKNOWN),
     Rule("A is silent", _BACK, MOVING | BACK, {OnA.SILENT}, _B, Action.KEEP, UNKNOWN),
-    Rule("doubtful", _BOTH, MOVING | BACK, _DOUBTFUL, {OnB.SILENT, OnB.STOPPED}, Action.KEEP, UNKNOWN),
-    Rule("not ours any more", _BOTH, MOVING | BACK, {OnA.ANOTHER}, _B, Action.KEEP,
-         "another QEMU than the one that migrated answers at A's monitor, and B's does not have the guest"),
+    Rule("doubtful, B is silent", _BOTH, MOVING | BACK, _DOUBTFUL, {OnB.SILENT}, Action.KEEP, UNKNOWN),
+    Rule("both have had the guest", _BOTH, MOVING | BACK, {OnA.RUNS_TOO, OnA.ANOTHER}, {OnB.STOPPED},
+         Action.KEEP,
+         "a guest runs on A, where it was told to go on or was started, and one has run on B, whose writes "
+         "are in {overlay}: keep that until it is known which of the two disks is right"),
+    Rule("A was started anew", _BACK, MOVING | BACK, {OnA.ANOTHER}, {OnB.NONE, OnB.LATE}, Action.CLEAN_UP,
+         "another QEMU than the one that migrated runs at A's monitor, and was left alone"),
+    Rule("A was started anew, resume", _ON, MOVING | BACK, {OnA.ANOTHER}, {OnB.NONE, OnB.LATE}, Action.KEEP,
+         "another QEMU than the one that migrated runs at A's monitor: abort clears away what is left"),
+    Rule("A was started anew, B waits", _BOTH, MOVING | BACK, {OnA.ANOTHER}, {OnB.WAITS}, Action.WAIT,
+         "B's QEMU may have all of the guest"),
     Rule("take back", _BACK, SENDING | MOVING | BACK, _A, _B, Action.END_B_FIRST, AS_BEFORE),
     Rule("arrived", _ON, SENDING | MOVING, {OnA.LEFT}, _B, Action.FINISH, "the guest is on B"),
     Rule("arrived, A does not say so", _ON, SENDING | MOVING | BACK,
@@ -202,4 +218,5 @@ def asks_b(phase: Phase, wish: Wish, a: OnA) -> bool:
 def told(words: str, state: State) -> str:
     """Put the names of a migration into a rule's words."""
     disk = state.disks[0]
-    return words.format(image=disk.source, overlay=disk.target, finish=state.finish)
+    go_on = pasted(["nbd-migrate", "qmp", state.plan.source.qmp, "cont"])
+    return words.format(image=disk.source, overlay=disk.target, finish=state.finish, go_on=go_on)

@@ -24,7 +24,7 @@ from typing import Self
 from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
 from recipes.migrate.report import Progress
-from recipes.migrate.state import State
+from recipes.migrate.state import OVER, State
 from recipes.plans.plan import Plan
 
 LONGEST_NAME = 40
@@ -143,8 +143,10 @@ def actor(name: str) -> int:
         raise MigrationError(f"{path}: {error.strerror}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return _signed(fd) or UNKNOWN_PROCESS
+    except OSError as error:
+        raise MigrationError(f"{path}: it cannot be locked: {error.strerror}") from error
     finally:
         os.close(fd)
     return 0
@@ -177,7 +179,7 @@ class Lock:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
+            except BlockingIOError as error:
                 # Who only looks holds it for an instant.
                 if time.monotonic() < deadline:
                     time.sleep(MOMENT / 20)
@@ -187,6 +189,9 @@ class Lock:
                 raise JournalBusyError(
                     f"{directory.name}: process {pid or 'unknown'} is at work on this migration already", pid
                 ) from error
+            except OSError as error:
+                os.close(fd)
+                raise MigrationError(f"{directory / _LOCK}: it cannot be locked: {error.strerror}") from error
         if not os.fstat(fd).st_nlink:
             # Whoever had it has removed it meanwhile, with all that it was for.
             os.close(fd)
@@ -244,10 +249,15 @@ class Journal:
             ) from error
         journal = cls._opened(directory)
         if journal.state is not None and not journal.state.over:
-            phase = journal.state.phase.value
+            phase = journal.state.phase
             journal.close()
+            if phase in OVER:
+                raise MigrationError(
+                    f"migration {name} ({phase.value}) has left something behind: nbd-migrate abort {name} "
+                    "clears it away; or give this one another --name"
+                )
             raise MigrationError(
-                f"migration {name} was interrupted ({phase}): nbd-migrate resume {name} takes it up, "
+                f"migration {name} was interrupted ({phase.value}): nbd-migrate resume {name} takes it up, "
                 f"nbd-migrate abort {name} takes it back; or give this one another --name"
             )
         journal.begin_anew()

@@ -42,13 +42,13 @@ class Phase(Enum):
     TAKING_BACK = "taking-back"
     """B's QEMU is ended; then the guest goes on on A."""
     TAKEN_BACK = "taken-back"
-    """The guest is A's, and nothing is left of the migration."""
+    """The guest is A's."""
     LOST = "lost"
-    """A's QEMU ended while it had the guest; nothing is left of the migration."""
+    """A's QEMU ended while it had the guest."""
 
 
 OVER = frozenset({Phase.DONE, Phase.TAKEN_BACK, Phase.LOST})
-"""A migration of the same name may begin."""
+"""It is known where the guest is, and stays."""
 
 
 class Role(Enum):
@@ -128,8 +128,8 @@ class State:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to be done."""
-        return self.phase in OVER
+        """Whether nothing is left to be done, nor of what was made."""
+        return self.phase in OVER and self.is_clear
 
     @property
     def is_clear(self) -> bool:

@@ -81,7 +81,7 @@ async def switch_over(m: Migration, news: EventListener) -> Arrival | None:
 
 async def arrive(m: Migration, arrival: Arrival | None) -> None:
     """Note that the guest is B's, and let what carries it live on without us."""
-    m.enter(Phase.ARRIVED, arrived=time.time(), arrival=arrival)
+    m.enter(Phase.ARRIVED, arrived=time.time(), arrival=arrival, removal=())
     m.no_longer_need("A's QEMU")
     await m.during(arriving(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)

@@ -13,6 +13,22 @@ from recipes.qemu.facts import Facts, OnA, OnB
 
 TESTS = {
     "done": ("journal", "test_a_migration_that_was_killed_is_taken_up_again"),
+    "done, too late": ("journal", "test_a_guest_that_has_changed_sides_unseen_is_found_on_b"),
+    "was taken back": ("journal", "test_what_cannot_be_removed_is_told_until_it_is_gone"),
+    "both have the guest": (
+        "journal",
+        "test_a_guest_that_was_let_run_on_both_sides_is_the_operators_to_judge",
+    ),
+    "B had the guest": (
+        "journal",
+        "test_what_a_guest_has_written_on_b_is_not_removed_when_both_qemus_have_ended",
+    ),
+    "B is silent": ("journal", "test_a_guest_whose_monitors_cannot_be_found_is_left_alone"),
+    "resume, A silent": ("journal", "test_a_guest_whose_monitors_cannot_be_found_is_left_alone"),
+    "arrived, A does not say so": (
+        "journal",
+        "test_what_a_guest_has_written_on_b_is_not_removed_when_both_qemus_have_ended",
+    ),
     "again": ("journal", "test_a_migration_that_was_killed_is_taken_up_again"),
     "prepared, A runs": ("again", "test_a_plan_runs_again_after_any_death"),
     "prepared, A gone": ("deaths", "test_nothing_is_left_when_the_source_itself_dies"),

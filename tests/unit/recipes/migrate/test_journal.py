@@ -90,9 +90,17 @@ def test_a_migration_that_is_not_over_is_not_begun_anew() -> None:
     with pytest.raises(MigrationError, match="nbd-migrate resume vm takes it up, nbd-migrate abort vm"):
         Journal.begin("vm")
     kept = Journal.take_over("vm")
-    kept.append(replace(FULL, phase=Phase.DONE))
+    kept.append(replace(FULL, phase=Phase.DONE, processes=()))
     kept.close()
     Journal.begin("vm").close()
+
+
+def test_a_migration_that_has_left_something_behind_is_not_begun_anew() -> None:
+    kept = Journal.begin("vm")
+    kept.append(replace(FULL, phase=Phase.TAKEN_BACK))
+    kept.close()
+    with pytest.raises(MigrationError, match="nbd-migrate abort vm clears it away"):
+        Journal.begin("vm")
 
 
 def test_one_process_acts_at_a_time_and_is_named() -> None:
