@@ -21,7 +21,7 @@ from recipes.migrate.console import choose_report
 from recipes.migrate.journal import check_name
 from recipes.plans.plan import is_host_and_port
 from recipes.plans.planfile import load
-from recipes.processes import supervisor
+from recipes.processes import attach, supervisor
 from recipes.qemu import fence
 
 PROGRAM = "nbd-migrate"
@@ -35,6 +35,7 @@ For recipes and for the other host of a migration:
   nbd-migrate fence READY IMAGE              keep every QEMU from writing to the image
   nbd-migrate probe URI                      what this host sees of an export
   nbd-migrate supervisor LOG READY COMMAND   run a process that ends with our standard input
+  nbd-migrate attach LOG                     speak with the supervisor of a process that was released
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 """
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["supervisor"] and len(words) > 3:
         # Its arguments are another command's, which argparse must not look at.
         return supervisor.main(words[1:])
+    if words[:1] == ["attach"] and len(words) == 2:
+        return attach.main(words[1:])
     return program.run(PROGRAM, lambda: dispatch(words))
 
 

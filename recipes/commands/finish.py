@@ -100,7 +100,7 @@ async def finish_with(
             await go_without_guest(m)
         await set_speed(m)
         await go_through(m, STEPS[m.complete :], where)
-        m.enter(Phase.DONE, removal=(), processes=())
+        m.done()
         report.note(f"done: the guest's disk is {plan.destination.image} on B, and needs nothing on A")
 
 

@@ -126,5 +126,5 @@ def where_on_b(m: Migration) -> str:
     """Where the guest and its disk are behind the cut-over; where all is done, the migration is over."""
     where = advice.after_cut_over(m)
     if m.cleared:
-        m.enter(Phase.DONE, removal=(), processes=())
+        m.done()
     return where

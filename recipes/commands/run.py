@@ -138,7 +138,7 @@ def write(journal: Journal, state: State) -> None:
 async def run(m: Migration) -> Outcome:
     """Run the steps of a migration that has been prepared."""
     results = await go_through(m, STEPS, retreat)
-    m.enter(Phase.DONE, removal=(), processes=())
+    m.done()
     arrival = m.state.arrival
     outcome = Outcome(
         steps=tuple(results),

@@ -15,6 +15,7 @@ from recipes.hosts.way import Way
 
 PROGRAMS = {
     "supervisor": "recipes.processes.supervisor",
+    "attach": "recipes.processes.attach",
     "fence": "recipes.qemu.fence",
     "guard": "recipes.migrate.guard",
     "probe": "recipes.cli.probe",
@@ -40,7 +41,7 @@ class Host(Way):
         return str(beside) if beside.exists() and not self.remote else name
 
     def own(self, name: str, *arguments: str) -> list[str]:
-        """One of the small programs of this package (supervisor, fence, probe) as a command of this host."""
+        """One of the small programs of this package, as the supervisor, as a command of this host."""
         if self.remote:
             return [self.tool("nbd-migrate"), name, *arguments]
         return module(name, *arguments)

@@ -28,7 +28,7 @@ from recipes.migrate.state import OVER, State
 from recipes.plans.plan import Plan
 
 LONGEST_NAME = 40
-"""Bytes; with it the names of supervisors' sockets stay within what a socket's path may have."""
+"""Characters: it stands in a line of ``list``, and in file names."""
 
 MOMENT = 0.2
 """Seconds for which a lock that somebody else has is asked for again."""

@@ -299,7 +299,9 @@ class Migration:
         known = self.state.process(role)
         if known is None:
             return None
-        child = await self.children.adopt_process(NAMES[role], self._host_of(role), known.pid, known.mark)
+        host, base = self._host_of(role), await self._base(role, role.value)
+        log = base.with_name(f"{base.name}.log")
+        child = await self.children.adopt_process(NAMES[role], host, known.pid, known.mark, log)
         if child is not None:
             self._started[role] = child
         return child
@@ -346,6 +348,13 @@ class Migration:
             each.release()
         for each in children:
             await each.released_for_sure()
+
+    def done(self) -> None:
+        """Write down that nothing is left to be done; what lives on does so without a supervisor."""
+        if not self.owned:
+            for each in self._living():
+                each.leave()
+        self.enter(Phase.DONE, removal=(), processes=())
 
     def _living(self) -> list[Child]:
         """The children that are there."""

@@ -24,7 +24,7 @@ from recipes.migrate.leftovers import remove
 from recipes.migrate.state import Phase, State, entered
 from recipes.migrate.way_back import Hands, Verdict, WayBack
 from recipes.plans.reaching import hosts
-from recipes.processes.children import stream
+from recipes.processes.speaking import stream
 from recipes.qemu.destination import look
 from recipes.qemu.facts import OnA, OnB
 from recipes.qemu.vm import Vm, connect_again

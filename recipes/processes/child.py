@@ -42,7 +42,7 @@ _KILL = f'if {_IS_OURS}; then kill "-$3" "$1"; fi'
 KILL = 15.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
-RELEASE = b"release\n"
+RELEASE, LEAVE = b"release\n", b"leave\n"
 """What a supervisor is told; see recipes/processes/supervisor.py."""
 
 
@@ -76,8 +76,8 @@ class Child:
     pid   its process id there
     mark  what its command line has and no other process's
 
-    One that was started in an earlier run has
-    neither ``lifeline`` nor ``supervisor``, and is released.
+    One that was started in an earlier run is released. Its ``supervisor`` is what leads to the one that it
+    was started by (attach.py); where that is dead, or has left, it has neither this nor a ``lifeline``.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class Child:
         mark: str = "",
         ready: Path | None = None,
         released: bool = False,
+        adopted: bool = False,
     ) -> None:
         self.name = name
         self.host = host
@@ -100,6 +101,7 @@ class Child:
         self.mark = mark
         self._ready_file = ready
         self.released = released
+        self._adopted = adopted
         self.status: int | None = None
         self._tail = ""
         self._orphan = self._mute = False
@@ -133,7 +135,7 @@ class Child:
     async def wait(self) -> str:
         """Wait until the process has ended; return how, in words, with the last line that it wrote."""
         await self._gone.wait()
-        if self.status is None and self._supervisor is None:
+        if self.status is None and self._adopted:
             return "has ended"
         if self.status is None:
             return (
@@ -151,6 +153,10 @@ class Child:
         if not self.released:
             self.released = self._say(RELEASE)
         return self.released
+
+    def leave(self) -> None:
+        """Nobody takes the process over after us: its supervisor ends with us, too, if it is released."""
+        self._say(LEAVE)
 
     async def released_for_sure(self) -> None:
         """Wait until the supervisor has said that the process is released.

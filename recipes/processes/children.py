@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from recipes.errors import MigrationError
-from recipes.hosts.calls import cannot_start
 from recipes.hosts.host import Host
 from recipes.hosts.interruption import completed
-from recipes.hosts.messages import Beginning
-from recipes.hosts.spawn import spawn
-from recipes.processes.child import COMMAND, KILL, LOOK, RELEASE, Child, Lifeline, give_up
+from recipes.processes.child import COMMAND, KILL, LOOK, RELEASE, SUPERVISOR_ANSWER, Child, Lifeline
+from recipes.processes.speaking import SilentError, speak
 
 __all__ = ["Child", "Children"]
-
-SUPERVISOR_START = 60.0
-"""Seconds until a supervisor must have said that its process runs, or why it does not."""
 
 STOP = f"stop {KILL:g}\n".encode()
 """What a supervisor is told that is given up."""
@@ -85,62 +78,25 @@ class Children:
         when we end, from its beginning. ``share`` is given the lifeline before there is a process. Raises
         MigrationError when it cannot be started.
         """
-        beginning = Beginning(host, host.own("supervisor", str(log), str(ready or ""), *argv))
-        words_out, words_in = os.pipe()
-        messages_out, messages_in = os.pipe()
-        lifeline = Lifeline(name, words_in, messages_out)
-        share(lifeline)
-        if released:
-            os.write(words_in, RELEASE)
-
-        async def abandon(supervisor: asyncio.subprocess.Process) -> None:
-            os.write(words_in, STOP)
-            await give_up(supervisor)
-
         where = name if name.endswith(f" on {host.name}") else f"{name} on {host.name}"
-        with tempfile.TemporaryFile() as errors:
-            try:
-                supervisor = await spawn(
-                    beginning.argv(),
-                    abandon=abandon,
-                    stdin=words_out,
-                    stdout=messages_in,
-                    stderr=errors,
-                    start_new_session=True,
-                )
-            except BaseException as error:
-                os.close(words_in)
-                os.close(messages_out)
-                if isinstance(error, OSError):
-                    raise cannot_start(host, where, error) from error
-                raise
-            finally:
-                os.close(words_out)
-                os.close(messages_in)
-            messages = await stream(messages_out)
-            try:
-                said: dict[str, Any] = {}
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(SUPERVISOR_START):
-                        said = await beginning.first(messages)
-                if "started" not in said:
-                    why = said.get("failed") or await beginning.failure(supervisor, content(errors.fileno()))
-                    raise MigrationError(f"{where} cannot be started: {why}")
-            except BaseException:
-                # Others may share its life.
-                with suppress(BrokenPipeError):
-                    os.write(words_in, STOP)
-                os.close(words_in)
-                await completed(give_up(supervisor))
-                raise
+        try:
+            speaking = await speak(
+                *(where, host, host.own("supervisor", str(log), str(ready or ""), *argv)),
+                name=name,
+                first=RELEASE if released else b"",
+                last=STOP,
+                share=share,
+            )
+        except SilentError as error:
+            raise MigrationError(f"{where} cannot be started: {error}") from error
         child = Child(
-            *(name, host, said["started"], lifeline, supervisor),
+            *(name, host, speaking.pid, speaking.lifeline, speaking.process),
             # Of what has no such file the last word is an image, or a monitor's address.
             mark=str(ready or argv[-1]),
             ready=ready,
             released=released,
         )
-        return self._follow(child, messages)
+        return self._follow(child, speaking.messages)
 
     async def adopt(self, name: str, host: Host, pid_file: Path) -> Child | None:
         """The process of this name that an earlier run has started and released; None if it lives no more.
@@ -151,29 +107,31 @@ class Children:
         found = await host.run("sh", "-c", _FIND, "sh", str(pid_file), limit=COMMAND)
         if not found.strip():
             return None
-        return self._follow(Child(name, host, int(found), mark=str(pid_file), released=True))
+        return await self._adopted(name, host, int(found), str(pid_file), pid_file.with_suffix(".log"))
 
-    async def adopt_process(self, name: str, host: Host, pid: int, mark: str) -> Child | None:
+    async def adopt_process(self, name: str, host: Host, pid: int, mark: str, log: Path) -> Child | None:
         """The same, of a process whose id and mark were written down."""
         found = await host.run("sh", "-c", LOOK, "sh", str(pid), mark, limit=COMMAND)
         if found.strip() != "lives":
             return None
-        return self._follow(Child(name, host, pid, mark=mark, released=True))
+        return await self._adopted(name, host, pid, mark, log)
+
+    async def _adopted(self, name: str, host: Host, pid: int, mark: str, log: Path) -> Child:
+        """Become the holder of a process; where its supervisor is there no more, it is watched without."""
+        try:
+            speaking = await speak(
+                name, host, host.own("attach", str(log)), name=name, limit=SUPERVISOR_ANSWER
+            )
+        except MigrationError:
+            speaking = None
+        if speaking and speaking.pid != pid:
+            await speaking.end()
+            speaking = None
+        held = (speaking.lifeline, speaking.process) if speaking else ()
+        child = Child(name, host, pid, *held, mark=mark, released=True, adopted=True)
+        return self._follow(child, speaking.messages if speaking else None)
 
     def _follow(self, child: Child, messages: asyncio.StreamReader | None = None) -> Child:
         self._children.append(child)
         self._followers.append(asyncio.create_task(child.follow(messages)))
         return child
-
-
-async def stream(fd: int) -> asyncio.StreamReader:
-    """A reader for the end of a pipe, which it owns."""
-    reader = asyncio.StreamReader()
-    protocol = asyncio.StreamReaderProtocol(reader)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(fd, "rb", 0))
-    return reader
-
-
-def content(fd: int) -> str:
-    """What is in an open file, up to 64 KiB."""
-    return os.pread(fd, 1 << 16, 0).decode(errors="replace")

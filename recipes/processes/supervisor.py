@@ -6,7 +6,8 @@ The process writes to the file LOG, and makes the file READY when it is ready (R
 supervisor reads words from its standard input, one a line:
 
     stop SECONDS    end the process: SIGTERM, and SIGKILL when it is still there after SECONDS
-    release         from now on, end of file on standard input leaves the process alone
+    release         from now on, end of file leaves the process alone
+    leave           and then the supervisor ends, too; otherwise it stays with its process
 
 and writes JSON objects to its standard output, one a line: ``{"started": PID}`` or ``{"failed": MESSAGE}``,
 ``{"ready": true}``, ``{"stopping": true}`` and ``{"released": true}`` when it has obeyed, and at the end
@@ -14,10 +15,12 @@ and writes JSON objects to its standard output, one a line: ``{"started": PID}``
 that was killed has left of its file READY is removed before.
 
 End of file without ``release`` ends the process, so a holder that is killed leaves no orphan; over ssh too,
-as a lost connection is an end of file. The kernel's parent-death signal would do the same for the
-supervisor's own death, but it cannot be taken back, and a released process carries a guest. So it is the
-holder's duty to end the process when its supervisor dies before the release (recipes/processes/child.py
-does).
+as a lost connection is an end of file. Once it is released, whoever comes later may become its holder by the
+supervisor's socket (named_socket.py, attach.py), with the same words and messages; the newest one counts.
+
+The kernel's parent-death signal would do the same for the supervisor's own death, but it cannot be taken
+back, and a released process carries a guest. So it is the holder's duty to end the process when its
+supervisor dies before the release (recipes/processes/child.py does).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +39,7 @@ from pathlib import Path
 from nbdserve.common import standard_streams
 from nbdserve.common.errors import OperatorError
 from nbdserve.service.pid_file import remove_abandoned
+from recipes.processes.named_socket import listen, socket_beside
 
 GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL when the holder is gone."""
@@ -46,14 +51,60 @@ LOOK = 0.02
 """Seconds between two looks whether the process is ready."""
 
 
-class Supervisor:
-    """One process and the standard input that keeps it alive."""
+class Holder:
+    """Who is listened to: the ends of a connection, or of standard input and output."""
 
-    def __init__(self, log: Path, ready: Path | None, command: list[str]) -> None:
+    def __init__(self, connection: socket.socket | None = None) -> None:
+        self._connection = connection
+        self.words, self._messages = (connection.fileno(),) * 2 if connection else (0, 1)
+        self._pending = b""
+        self.listening = True
+
+    def hear(self) -> list[str]:
+        """What the holder says, words of one line each; nobody is heard any more when he has gone."""
+        try:
+            data = os.read(self.words, 4096)
+        except BlockingIOError:
+            return []
+        except OSError:
+            # There was none from the beginning, or he has gone with words that we said unread.
+            data = b""
+        self.listening = bool(data)
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
+
+    def tell(self, message: dict[str, object]) -> None:
+        """Write one message for the holder, who may be gone."""
+        with suppress(OSError):
+            os.write(self._messages, json.dumps(message).encode() + b"\n")
+
+    def close(self) -> None:
+        """Let go of him, so that he, or what leads to him, sees the end."""
+        self.listening = False
+        if self._connection:
+            self._connection.close()
+            self.words = self._messages = -1
+            return
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        os.close(null)
+
+
+class Supervisor:
+    """One process and the holder that keeps it alive.
+
+    ``held`` is closed when the first holder is let go of.
+    """
+
+    def __init__(self, log: Path, ready: Path | None, command: list[str], held: int) -> None:
         self._log = log
         self._ready = self._pid_file = ready
-        self._released = False
-        self._stopping = False
+        self._held = held
+        self._holder = Holder()
+        self._listener: socket.socket | None = None
+        self._name: tuple[int, ...] | None = None
+        self._released = self._leaving = self._stopping = False
         self._deadline: float | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         self._before = identity(ready)
@@ -65,44 +116,89 @@ class Supervisor:
             )
 
     def run(self) -> None:
-        """Serve until the process has ended, or until it is released and the holder has gone."""
-        tell({"started": self._process.pid})
+        """Serve until the process has ended, or until it is released and nobody needs us any more."""
+        self._tell({"started": self._process.pid})
         pidfd = os.pidfd_open(self._process.pid)
+        try:
+            while not self._is_over(pidfd):
+                pass
+        finally:
+            os.close(pidfd)
+            self._unlisten()
+
+    def _is_over(self, pidfd: int) -> bool:
+        """Wait until something happens, and see to it; whether that was the last thing to do."""
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        poll.register(0, select.POLLIN)
-        pending = b""
-        while True:
-            ready = [fd for fd, _ in poll.poll(self._milliseconds_left())]
-            self._look()
-            if pidfd in ready:
-                status = self._process.wait()
-                self._remove_pid_file()
-                tell({"exited": status, "tail": self._tail()})
-                return
-            if self._deadline is not None and time.monotonic() >= self._deadline:
-                self._signal(signal.SIGKILL)
-                self._deadline = None
-            if 0 in ready:
-                data = heard()
-                *words, pending = (pending + data).split(b"\n")
-                for word in words:
-                    self._obey(word.decode(errors="replace"))
-                if not data:
-                    poll.unregister(0)
-                    if not self._stopping:
-                        if self._released:
-                            return
-                        self._stop(GRACE)
+        if self._holder.listening:
+            poll.register(self._holder.words, select.POLLIN)
+        if self._listener:
+            poll.register(self._listener, select.POLLIN)
+        happened = {fd for fd, _ in poll.poll(self._milliseconds_left())}
+        self._look()
+        if pidfd in happened:
+            status = self._process.wait()
+            self._remove_pid_file()
+            # Who is told of the end finds nothing of us.
+            self._unlisten()
+            self._tell({"exited": status, "tail": self._tail()})
+            return True
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._signal(signal.SIGKILL)
+            self._deadline = None
+        if self._holder.listening and self._holder.words in happened:
+            for word in self._holder.hear():
+                self._obey(word)
+            if not self._holder.listening:
+                return self._is_left()
+        if self._listener and self._listener.fileno() in happened:
+            self._welcome(self._listener)
+        return False
+
+    def _is_left(self) -> bool:
+        """Whether nobody needs us any more, now that the holder has gone."""
+        if self._stopping:
+            return False
+        if not self._released:
+            self._stop(GRACE)
+            return False
+        if self._leaving or self._listener is None:
+            return True
+        self._let_go()
+        return False
+
+    def _let_go(self) -> None:
+        """Close what leads to the holder, which may be a connection of ssh that waits for that."""
+        self._holder.close()
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+    def _welcome(self, listener: socket.socket) -> None:
+        """Somebody wants to be the holder. The one before may be behind a line that is dead."""
+        connection, _ = listener.accept()
+        # A holder that takes no messages, as one that is stopped, is not waited for.
+        connection.setblocking(False)
+        self._let_go()
+        self._holder, self._leaving = Holder(connection), False
+        self._tell({"started": self._process.pid})
+        self._tell({"released": True})
 
     def _obey(self, word: str) -> None:
         verb, _, argument = word.partition(" ")
         if verb == "release":
             self._released = True
-            tell({"released": True})
+            if self._listener is None:
+                # Without it the process is found by its id.
+                with suppress(OSError):
+                    self._listener = listen(socket_beside(self._log))
+                    self._name = identity(socket_beside(self._log))
+            self._tell({"released": True})
+        elif verb == "leave":
+            self._leaving = True
         elif verb == "stop":
             self._stop(float(argument))
-            tell({"stopping": True})
+            self._tell({"stopping": True})
 
     def _stop(self, seconds: float) -> None:
         self._stopping = True
@@ -115,15 +211,28 @@ class Supervisor:
         with suppress(PermissionError):
             os.killpg(self._process.pid, number)
 
+    def _tell(self, message: dict[str, object]) -> None:
+        self._holder.tell(message)
+
     def _look(self) -> None:
         if self._ready and identity(self._ready) not in (None, self._before):
             self._ready = None
-            tell({"ready": True})
+            self._tell({"ready": True})
 
     def _remove_pid_file(self) -> None:
         if self._pid_file and identity(self._pid_file) not in (None, self._before):
             with suppress(OSError, OperatorError):
                 remove_abandoned(self._pid_file)
+
+    def _unlisten(self) -> None:
+        """Remove our socket, unless the name is another's by now."""
+        if self._listener is None:
+            return
+        self._listener.close()
+        self._listener = None
+        path = socket_beside(self._log)
+        if identity(path) == self._name:
+            path.unlink(missing_ok=True)
 
     def _milliseconds_left(self) -> float | None:
         waits = [LOOK] if self._ready else []
@@ -147,18 +256,21 @@ def identity(path: Path | None) -> tuple[int, ...] | None:
     return None if status is None else (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
-def heard() -> bytes:
-    """What the holder says; nothing when it has gone, or when there was none from the beginning."""
-    try:
-        return os.read(0, 4096)
-    except OSError:
-        return b""
+def in_the_background() -> int:  # noqa: RET503 - execvp does not return
+    """Go on in a child process, which whoever started us need not wait for once it has let go of him.
 
-
-def tell(message: dict[str, object]) -> None:
-    """Write one message for the holder, who may be gone."""
-    with suppress(OSError):
-        os.write(1, json.dumps(message).encode() + b"\n")
+    Return what it has to close for that, or writes an exit code to before. The parent becomes a shell, which
+    waits for nothing else.
+    """
+    watched, held = os.pipe()
+    if os.fork() == 0:
+        os.close(watched)
+        return held
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(watched, 0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.execvp("sh", ["sh", "-c", "read -r code; exit ${code:-0}"])
 
 
 def main(arguments: list[str]) -> int:
@@ -169,10 +281,12 @@ def main(arguments: list[str]) -> int:
     # handlers, as a process would inherit SIG_IGN.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
+    held = in_the_background()
     try:
-        supervisor = Supervisor(Path(log), Path(ready) if ready else None, command)
+        supervisor = Supervisor(Path(log), Path(ready) if ready else None, command, held)
     except OSError as error:
-        tell({"failed": f"{error.filename or command[0]}: {error.strerror}"})
+        Holder().tell({"failed": f"{error.filename or command[0]}: {error.strerror}"})
+        os.write(held, b"1\n")
         return 1
     supervisor.run()
     return 0

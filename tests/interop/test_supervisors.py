@@ -159,7 +159,7 @@ def test_a_child_whose_supervisor_was_stopped_is_ended_without_it(tmp_path: Path
         assert not lives(child.pid)
 
     run(body)
-    assert not lives(kept[0].pid)
+    wait_until(lambda: not lives(kept[0].pid), "it was killed")
 
 
 @pytest.mark.usefixtures("impatient")
@@ -277,6 +277,151 @@ def test_a_child_that_cannot_be_started_says_why(tmp_path: Path, host: Host, com
             await children.start("a thing", host, tmp_path / "log", ["/no/such"])
 
     run(body)
+
+
+@pytest.fixture(params=["here", "by ssh"])
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
+    """This host, and one that is reached by ssh."""
+    if request.param == "here":
+        yield HERE
+        return
+    with sshd(tmp_path) as server:
+        yield Host("A", server.prefix, str(Path(sys.executable).parent))
+
+
+def supervisor_of(pid: int) -> psutil.Process:
+    """The parent of a process."""
+    found = psutil.Process(pid).parent()
+    assert found
+    return found
+
+
+TALKER = ["sh", "-c", "read -r code <its.fifo; echo the reason >&2; exit $code", "its.mark"]
+"""Ends when it is told a code by a FIFO."""
+
+
+def talker(tmp_path: Path, host: Host) -> int:
+    """A process that was released, and whose holder has gone."""
+    fifo = tmp_path / "its.fifo"
+    os.mkfifo(fifo)
+    started: list[int] = []
+
+    async def body(children: Children) -> None:
+        words = [word.replace("its.fifo", str(fifo)) for word in TALKER]
+        child = await children.start("a talker", host, tmp_path / "its.log", words)
+        child.release()
+        await child.released_for_sure()
+        started.append(child.pid)
+
+    run(body)
+    return started[0]
+
+
+def test_a_process_that_was_released_is_taken_over_with_its_supervisor(tmp_path: Path, host: Host) -> None:
+    """As if its first holder had never gone: its end is told as it was."""
+    pid = talker(tmp_path, host)
+    kept = supervisor_of(pid)
+    assert any("supervisor" in word for word in kept.cmdline())
+
+    async def body(children: Children) -> None:
+        log = tmp_path / "its.log"
+        assert await children.adopt_process("a talker", host, pid, "another mark", log) is None
+        child = await children.adopt_process("a talker", host, pid, "its.mark", log)
+        assert child
+        assert child.running
+        (tmp_path / "its.fifo").write_text("7\n")
+        assert await child.wait() == "ended with code 7: the reason"
+
+    run(body)
+    wait_until(lambda: not lives(kept.pid), "its supervisor ends")
+    assert not (tmp_path / "its.supervisor").exists()
+
+
+def test_who_is_there_when_a_process_ends_does_not_matter_to_it(tmp_path: Path, host: Host) -> None:
+    """One holder after the other comes and goes; the last one ends it."""
+    pid = talker(tmp_path, host)
+    log = tmp_path / "its.log"
+
+    async def look(children: Children) -> None:
+        assert await children.adopt_process("a talker", host, pid, "its.mark", log)
+
+    for _ in range(3):
+        run(look)
+        assert lives(pid)
+
+    async def end(children: Children) -> None:
+        child = await children.adopt_process("a talker", host, pid, "its.mark", log)
+        assert child
+        await child.stop(60.0)
+        assert await child.wait() == "was ended by signal 15"
+
+    run(end)
+    assert not lives(pid)
+
+
+def test_the_newest_holder_is_listened_to(tmp_path: Path) -> None:
+    """The one before may be behind a line that is dead, and never say that it has gone."""
+    pid = talker(tmp_path, HERE)
+    argv = module("attach", str(tmp_path / "its.log"))
+    words = [*dying_with_parent(signal.SIGKILL), *argv]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout
+        assert json.loads(first.stdout.readline()) == {"started": pid}
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as second:
+            output, _ = second.communicate(b"stop 60\n" + b"x" * 100, timeout=60.0)
+            # Whoever closes his input has gone, and may not hear of the end.
+            assert output.startswith(b'{"started"')
+        assert json.loads(first.stdout.readline()) == {"released": True}
+        assert first.wait(60.0) == 0
+    wait_until(lambda: not lives(pid), "it is ended")
+
+
+def test_a_supervisor_that_is_left_for_good_ends_and_its_process_does_not(tmp_path: Path, host: Host) -> None:
+    started: list[psutil.Process] = []
+
+    async def body(children: Children) -> None:
+        child = await children.start("a sleeper", host, tmp_path / "log", SLEEP)
+        child.release()
+        child.leave()
+        started.extend([psutil.Process(child.pid), supervisor_of(child.pid)])
+
+    run(body)
+    process, kept = started
+    wait_until(lambda: not lives(kept.pid), "its supervisor ends")
+    assert lives(process.pid)
+    assert not (tmp_path / "log.supervisor").exists()
+    process.kill()
+
+
+def test_a_process_whose_supervisor_is_dead_is_taken_over_without(tmp_path: Path, host: Host) -> None:
+    pid = talker(tmp_path, host)
+    supervisor_of(pid).kill()
+    log = tmp_path / "its.log"
+
+    async def body(children: Children) -> None:
+        child = await children.adopt_process("a talker", host, pid, "its.mark", log)
+        assert child
+        await child.stop(60.0)
+        assert await child.wait() == "has ended"
+
+    run(body)
+    assert not lives(pid)
+    # What the dead one has left is in nobody's way.
+    (tmp_path / "its.fifo").unlink()
+    again = talker(tmp_path, host)
+    supervisor_of(again)
+    os.kill(again, signal.SIGKILL)
+    wait_until(lambda: not (tmp_path / "its.supervisor").exists(), "nothing is left")
+
+
+def test_only_its_owner_may_speak_with_a_supervisor(tmp_path: Path) -> None:
+    """However deep its process's log lies: a socket's path has 107 bytes."""
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    pid = talker(deep, HERE)
+    assert (deep / "its.supervisor").stat().st_mode & 0o777 == 0o600
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not (deep / "its.supervisor").exists(), "nothing is left")
 
 
 @contextmanager

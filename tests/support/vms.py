@@ -103,20 +103,23 @@ def original_disk(disk_size: int) -> bytes:
 SUPERVISOR = "recipes.processes.supervisor"
 """In the command line of each."""
 
+KEPT = "recipes.processes."
+"""In that of a supervisor, and of what leads to one."""
+
 
 class Role(Enum):
     """A process of a migration, by what stands and what does not stand in its command line."""
 
-    A = ("a.qmp,server", (SUPERVISOR, "-incoming"))
-    B = ("-incoming", (SUPERVISOR,))
-    B_AGAIN = ("b.qmp,server", (SUPERVISOR, "-incoming"))
+    A = ("a.qmp,server", (KEPT, "-incoming"))
+    B = ("-incoming", (KEPT,))
+    B_AGAIN = ("b.qmp,server", (KEPT, "-incoming"))
     """Started without a migration."""
-    SERVER = ("nbdserve", (SUPERVISOR,))
-    FENCE = ("recipes.qemu.fence", (SUPERVISOR,))
+    SERVER = ("nbdserve", (KEPT,))
+    FENCE = ("recipes.qemu.fence", (KEPT,))
     GUARD = ("recipes.migrate.guard", ())
     CHIEF = ('"tell"', ())
     DEPUTY = ('"chief"', ())
-    OVERLAY = ("nbd-overlay serve", (SUPERVISOR,))
+    OVERLAY = ("nbd-overlay serve", (KEPT,))
     SUPERVISOR_OF_B = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "nbd-overlay"))
     SUPERVISOR_OF_OVERLAY = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "-incoming"))
     SUPERVISOR_OF_SERVER = (
@@ -135,6 +138,14 @@ class Role(Enum):
                 if str(directory) in line and word in line and not any(other in line for other in others):
                     found.append(process)
         return found
+
+
+KEEPS = {
+    Role.SUPERVISOR_OF_B: {Role.B, Role.B_AGAIN},
+    Role.SUPERVISOR_OF_OVERLAY: {Role.OVERLAY},
+    Role.SUPERVISOR_OF_SERVER: {Role.SERVER},
+}
+"""What supervisors are there for."""
 
 
 def lives(pid: int) -> bool:
@@ -252,8 +263,12 @@ class Scene:
         return Process(argv, self.directory / "run.log", cwd=cwd)
 
     def started(self) -> set[Role]:
-        """What a migration has started and is still there."""
-        return {role for role in Role if role is not Role.A and role.find(self.directory)}
+        """What a migration has started and is still there.
+
+        A supervisor stays with its process until the migration is over: that alone is none too many.
+        """
+        found = {role for role in Role if role is not Role.A and role.find(self.directory)}
+        return {role for role in found if role not in KEEPS or not found & KEEPS[role]}
 
     def wait_until_only(self, roles: set[Role]) -> None:
         """Wait until these alone are there of what a migration has started.

@@ -1,0 +1,57 @@
+"""Become the holder of a process whose supervisor has been left: its words are ours, its messages come here.
+
+    nbd-migrate attach LOG
+
+LOG is that of the process. Between standard input and output and the supervisor's socket everything is
+passed on, until either ends. The first message is what a supervisor says at its beginning (supervisor.py);
+where none listens, it is ``{"failed": MESSAGE}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from nbdserve.common import standard_streams
+from recipes.processes.named_socket import connect, socket_beside
+
+PIECE = 1 << 16
+"""Bytes that are passed on at once."""
+
+
+def main(arguments: list[str]) -> int:
+    """Pass words and messages on; return 0, or 1 when there is no supervisor."""
+    standard_streams.prepare()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    [log] = arguments
+    path = socket_beside(Path(log))
+    try:
+        supervisor = connect(path)
+    except OSError as error:
+        os.write(1, json.dumps({"failed": f"{path}: {error.strerror}"}).encode() + b"\n")
+        return 1
+    # Who has gone is noticed by the end of what he says.
+    with supervisor, suppress(BrokenPipeError, ConnectionResetError):
+        poll = select.poll()
+        poll.register(0, select.POLLIN)
+        poll.register(supervisor, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                data = os.read(fd, PIECE)
+                if not data:
+                    return 0
+                if fd:
+                    os.write(1, data)
+                else:
+                    supervisor.sendall(data)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
