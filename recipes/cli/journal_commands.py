@@ -12,6 +12,7 @@ from nbdserve.common.errors import UsageError
 from recipes.commands import overview
 from recipes.commands.abort import abort
 from recipes.commands.resume import resume
+from recipes.errors import MigrationError
 from recipes.hosts.interruption import interruptible
 from recipes.migrate.console import choose_report
 from recipes.migrate.journal import check_name
@@ -105,7 +106,11 @@ def run_cleanup(given: argparse.Namespace) -> int:
     """``nbd-migrate cleanup``."""
     if given.force and not given.names:
         raise UsageError("--force: name the migrations")
-    for name in given.names or overview.over():
+    for name in given.names:
         for left in overview.clean_up(name, force=given.force):
             print(f"{name}: {left}")
+    for name in () if given.names else overview.over():
+        # Somebody may have begun one of the same name.
+        with contextlib.suppress(MigrationError):
+            overview.clean_up(name)
     return program.EXIT_DONE

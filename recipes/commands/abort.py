@@ -17,12 +17,14 @@ async def abort(name: str, report: Report) -> None:
     on B, or when it is not known where it is.
     """
     async with taken_up(name, report) as migration:
+        before = migration.state.phase
         verdict = await migration.decide(Wish.GO_BACK)
         said = verdict.where
+        touched = "nothing was touched" if migration.state.phase is before else "B's QEMU was ended"
         if verdict.action is Action.KEEP_B:
-            raise MigrationError(f"it is too late, and nothing was touched: {said}")
+            raise MigrationError(f"it is too late, and {touched}: {said}")
         if verdict.action is Action.KEEP:
-            raise MigrationError(f"{said}; nothing was touched; {by_hand(migration.state)}")
+            raise MigrationError(f"{said}; {touched}; {by_hand(migration.state)}")
         if verdict.action is not Action.NOTHING and verdict.facts.a in (OnA.GONE, OnA.SILENT):
             raise MigrationError(said)
         if verdict.action is Action.NOTHING and (left := await migration.clear()):

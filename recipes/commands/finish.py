@@ -17,10 +17,12 @@ from nbdserve.common.errors import ConnectError, UsageError
 from recipes.commands.retreat import where_on_b
 from recipes.commands.run import go_through
 from recipes.engines.choice import engine_for
-from recipes.engines.interface import blockdev_options, image_facts, reached
+from recipes.engines.interface import blockdev_options, reached
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.hosts.images import holds_something, image_facts
 from recipes.hosts.quoting import pasted
+from recipes.migrate.decide import Action, Wish, decide
 from recipes.migrate.journal import Journal, actor, names, of_destination, usable_name
 from recipes.migrate.report import Report, Step
 from recipes.migrate.runtime import READY, Migration, gone
@@ -28,7 +30,8 @@ from recipes.migrate.state import Disk, Phase, Role, State
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import hosts
 from recipes.processes.children import Children
-from recipes.qemu.source import HOLDS, cancelling, has_left, migration_status
+from recipes.qemu.facts import Facts, OnA, OnB
+from recipes.qemu.source import HOLDS, cancelling, guest_on_a, has_left, migration_status
 from recipes.qemu.vm import CommandError, EndedVm, Vm, connect, nobody_listens
 from recipes.steps.cutover import fence_source
 from recipes.steps.export import check_export, start_server
@@ -69,28 +72,10 @@ async def finish_with(
     """
     async with AsyncExitStack() as stack:
         stack.enter_context(closing(journal))
-        a = await source(plan, sure=sure)
-        stack.push_async_callback(a.disconnect)
-        b = await destination(plan)
-        if b:
-            stack.push_async_callback(b.disconnect)
-        places = await hosts(plan)
-        disk = await look_at(plan, places[1])
-        found = taken_up(journal, plan, disk, again)
-        # Until everything that is needed has been found, and before anything is done.
-        journal.held = True
-        journal.append(found)
-        children = await stack.enter_async_context(Children())
-        m = Migration(journal, places, report, children, None, a, owned=False)
-        stack.push_async_callback(m.close)
-        m.b = b
-        m.no_longer_need("A's QEMU")
-        await take_over(m)
-        journal.held = False
-        m.enter(found.phase)
+        m = await found(journal, plan, report, stack, again=again, sure=sure)
         await secure(m)
-        if b:
-            m.need("B's QEMU", gone(b))
+        if m.b:
+            m.need("B's QEMU", gone(m.b))
             if boot:
                 report.note("B's QEMU is there: it is not started")
         elif boot:
@@ -104,18 +89,68 @@ async def finish_with(
         report.note(f"done: the guest's disk is {plan.destination.image} on B, and needs nothing on A")
 
 
+async def found(
+    journal: Journal, plan: Plan, report: Report, stack: AsyncExitStack, *, again: str, sure: bool
+) -> Migration:
+    """Find everything that there is of the migration, before anything is done, and write down what it is."""
+    complete = journal.state is not None and journal.state.complete
+    a = await source(plan, report, sure=sure, complete=complete)
+    stack.push_async_callback(a.disconnect)
+    b = await destination(plan, a)
+    if b:
+        stack.push_async_callback(b.disconnect)
+    places = await hosts(plan)
+    disk = await look_at(plan, places[1])
+    if not sure and journal.state is not None:
+        await refuse_unless_on_b(journal.state, a, b, places[1])
+    state = found_on_b(journal, plan, disk, again)
+    journal.held = True
+    journal.append(state)
+    children = await stack.enter_async_context(Children())
+    m = Migration(journal, places, report, children, None, a, owned=False)
+    stack.push_async_callback(m.close)
+    m.b = b
+    m.no_longer_need("A's QEMU")
+    await take_over(m)
+    journal.held = False
+    m.enter(state.phase)
+    return m
+
+
+async def refuse_unless_on_b(state: State, a: Vm, b: Vm | None, host_b: Host) -> None:
+    """Raise MigrationError unless what is known of the migration, and what is found, say that it is to be
+    finished: one that was taken back is not, whatever its image on B still holds."""
+    on_a = await guest_on_a(a) if a.connected else OnA.GONE
+    on_b = OnB.HAS_GUEST
+    if b is None:
+        holds = await holds_something(host_b, state.plan.destination.image, state.plan.limits.command)
+        on_b = OnB.STOPPED if holds else OnB.NONE
+    decision = decide(state.phase, Wish.GO_ON, Facts(on_a, on_b))
+    if state.phase is not Phase.DONE and decision.action is not Action.FINISH:
+        raise MigrationError(
+            f"migration {state.name} ({state.phase.value}) is not to be finished: see nbd-migrate status "
+            f"{state.name}; if its guest has been migrated to B since, by hand: nbd-migrate cleanup --force "
+            f"{state.name}, and then this again"
+        )
+
+
 async def where(m: Migration) -> str:
     """Where the guest is when something fails here: on B, as it was before."""
     return where_on_b(m)
 
 
-async def source(plan: Plan, *, sure: bool) -> Vm:
-    """A's QEMU, whose guest has left, or has ended; MigrationError when the guest is there."""
+async def source(plan: Plan, report: Report, *, sure: bool, complete: bool) -> Vm:
+    """A's QEMU, whose guest has left, or has ended; MigrationError when the guest is there.
+
+    Where the disk is complete nothing is needed of A, which may be away for good.
+    """
     limits, address = plan.limits, plan.source.qmp
     try:
         a = await connect("A's QEMU", address, limit=limits.connect, command_limit=limits.command)
     except ConnectError as error:
-        if not nobody_listens(error):
+        if complete:
+            report.note(f"A's QEMU was not ended, if it is still there: {error}")
+        elif not nobody_listens(error):
             # Who is connected may be a run that still goes on; a host that is away may have the guest.
             raise
         return EndedVm("A's QEMU")
@@ -133,7 +168,7 @@ async def source(plan: Plan, *, sure: bool) -> Vm:
     raise MigrationError(f"the guest is on A, in state {state}, and there is nothing to finish: {remedy}")
 
 
-async def destination(plan: Plan) -> Vm | None:
+async def destination(plan: Plan, a: Vm) -> Vm | None:
     """B's QEMU, which has the guest; None when it has ended. MigrationError when it waits for the guest."""
     limits = plan.limits
     try:
@@ -151,6 +186,10 @@ async def destination(plan: Plan) -> Vm | None:
         raise
     if waits:
         await b.disconnect()
+        if a.connected:
+            raise MigrationError(
+                "A's QEMU has sent its guest, and B's still waits for one: there is nothing to finish yet"
+            )
         quit_b = pasted(["nbd-migrate", "qmp", plan.destination.qmp, "quit"])
         raise MigrationError(
             "the guest never came to B, and A's QEMU has ended: there is nothing to finish; end B's QEMU "
@@ -177,7 +216,7 @@ def journal_of(plan: Plan) -> Journal:
     return Journal.begin(next(free))
 
 
-def taken_up(journal: Journal, plan: Plan, disk: Disk, again: str) -> State:
+def found_on_b(journal: Journal, plan: Plan, disk: Disk, again: str) -> State:
     """The state of a migration whose guest is found on B."""
     known = journal.state or State(journal.directory.name, plan)
     return replace(
@@ -186,6 +225,7 @@ def taken_up(journal: Journal, plan: Plan, disk: Disk, again: str) -> State:
         phase=Phase.COMPLETE if disk.complete else Phase.ARRIVED,
         disks=(disk,),
         arrived=known.arrived or time.time(),
+        made=(),
         finish=again,
     )
 

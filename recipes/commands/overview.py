@@ -10,19 +10,16 @@ from typing import Any
 
 from nbdserve.common.sizes import format_size
 from recipes.errors import MigrationError
+from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 from recipes.migrate import journal
 from recipes.migrate.console import describe
-from recipes.migrate.decide import BACK, MOVING, PREPARING, SENDING
+from recipes.migrate.leftovers import discarding
 from recipes.migrate.report import Progress
-from recipes.migrate.runtime import NAMES
-from recipes.migrate.state import OVER, Phase, State
+from recipes.migrate.state import BEFORE, NAMES, OVER, Phase, State
 
 LOOK = 1.0
 """Seconds between two looks of ``status --watch``."""
-
-NOTHING_ON_B = PREPARING | SENDING | MOVING | BACK
-"""Where nothing is left of what was started, there is nothing to be done."""
 
 PHASES = {
     Phase.PREPARED: "the checks have passed; nothing has been started",
@@ -101,14 +98,22 @@ def lines(name: str) -> list[str]:
     else:
         told.append(f"nobody is at work; to go on: nbd-migrate resume {name}")
         told.append(f"to give up: nbd-migrate abort {name}")
+        if state.complete:
+            told.append(f"if A's host is gone for good: nbd-migrate cleanup --force {name}")
     return told
 
 
 def left_behind(state: State) -> list[str]:
     """A phrase for each thing that a migration has started or made, and that may still be there."""
     told = [f"{NAMES[each.role]}: process {each.pid}" for each in state.processes]
-    if state.removal:
-        told.append(f"on B; what removes it there: {pasted(state.removal)}")
+    there = state.plan.destination
+    if state.made:
+        host = Host("B", there.shell, there.bin)
+        discard = pasted(host.argv(discarding(host, state)))
+        told.append(f"{there.image} on B; this removes it, if it holds nothing: {discard}")
+    elif state.phase not in BEFORE | OVER:
+        until = "" if state.complete else f", and {state.plan.source.image} on A until that is complete"
+        told.append(f"the guest's disk, which is to be kept: {there.image} on B{until}")
     return [f"left: {each}" for each in told]
 
 
@@ -164,8 +169,7 @@ def clean_up(name: str, *, force: bool = False) -> list[str]:
         if not force:
             raise
         state = None
-    over = state is None or state.over or (state.phase in NOTHING_ON_B and state.is_clear)
-    if state is not None and not over and not force:
+    if state is not None and not state.gives_way and not force:
         if state.phase in OVER:
             raise MigrationError(
                 f"{name} has left something behind ({state.phase.value}): nbd-migrate abort {name} clears "

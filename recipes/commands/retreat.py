@@ -7,9 +7,9 @@ from contextlib import suppress
 
 from recipes.errors import MigrationError
 from recipes.migrate.decide import UNKNOWN, Action, Wish
-from recipes.migrate.leftovers import remove
+from recipes.migrate.leftovers import remove_made
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import Phase, entered
+from recipes.migrate.state import Phase, State, entered
 from recipes.migrate.way_back import Hands, WayBack
 from recipes.processes.children import Child
 from recipes.qemu.destination import answer_of
@@ -29,23 +29,26 @@ async def retreat(m: Migration) -> str:
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing that may carry the guest ends
             return unknown(m, str(error))
         if verdict.action is Action.KEEP:
-            return unknown(m, verdict.where)
+            return unknown(m, verdict.where, hangs=verdict.decision.words == UNKNOWN)
         if verdict.action is not Action.KEEP_B:
             return verdict.where
-        m.enter(Phase.ARRIVED, arrived=time.time())
+        m.enter(Phase.ARRIVED, arrived=time.time(), made=())
         with suppress(MigrationError):
             m.release()
     return await after_cut_over(m)
 
 
-def unknown(m: Migration, why: str) -> str:
-    """Let everything live on; the phrase that says so."""
+def unknown(m: Migration, why: str, *, hangs: bool = True) -> str:
+    """Let everything live on; the phrase that says so. ``hangs``: a QEMU may, and not say what it has."""
     with suppress(MigrationError):
         m.release()
-    told = why if why.startswith(UNKNOWN) else f"{UNKNOWN}: {why}"
-    if m.qemu and m.qemu.running:
+    told, name = why if why.startswith(UNKNOWN) or not hangs else f"{UNKNOWN}: {why}", m.state.name
+    if hangs and m.qemu and m.qemu.running:
         told += f"; if B's QEMU (process {m.qemu.pid}) hangs too, kill it: A's goes on with the guest"
-    return f"{told}; look at query-migrate on A before anything else"
+    return (
+        f"{told}; look at query-migrate on A before anything else; then: nbd-migrate resume {name}, or: "
+        f"nbd-migrate abort {name}"
+    )
 
 
 class OwnHands(Hands):
@@ -76,14 +79,19 @@ class OwnHands(Hands):
             return await answer_of(m.b, limit)
         except VmGoneError:
             await m.guest_has_ended()
-            return OnB.NONE if m.guest_end or not m.has_guest else OnB.SILENT
+            if not m.guest_end and m.has_guest:
+                return OnB.SILENT
+            return await self.without_b(m.host_b, m.state)
 
-    saw_the_end = True
+    @property
+    def saw_the_end(self) -> bool:
+        """Whether A's QEMU has said that it ends."""
+        return self._m.a.shut_down is not None
 
-    def lost(self, words: str) -> str:
+    def lost(self, words: str, state: State) -> str:
         """Say why A's guest has ended, where QEMU has said so."""
         ended = self._m.a.shut_down
-        return f"{described(ended, 'A')}; its disk is untouched" if ended else words
+        return f"{described(ended, 'A')}; its disk is untouched" if ended else super().lost(words, state)
 
     async def end_destination(self) -> None:
         """End B's QEMU."""
@@ -97,15 +105,13 @@ class OwnHands(Hands):
                 await stop(m, child)
             except MigrationError as error:
                 left.append(str(error))
-        if m.state.removal:
-            left += await remove(m.host_b, m.state.removal, m.plan.limits.command)
-        return left
+        return left + await remove_made(m.host_b, m.state, m.plan.limits.command)
 
     def enter(self, phase: Phase, *, cleared: bool = False) -> None:
         """Write it down."""
         state = entered(self._m.state, phase, cleared=cleared)
         with suppress(MigrationError):
-            self._m.enter(phase, removal=state.removal, processes=state.processes)
+            self._m.enter(phase, made=state.made, processes=state.processes)
 
 
 async def stop(m: Migration, child: Child | None) -> None:

@@ -9,63 +9,44 @@ from dataclasses import dataclass
 
 from nbdserve.common.errors import ConnectError
 from recipes.commands.retreat import OwnHands, stop
-from recipes.engines.interface import image_facts
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import completed
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
-from recipes.migrate.leftovers import remove
+from recipes.migrate.leftovers import remove_made
 from recipes.migrate.report import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role, State
-from recipes.migrate.way_back import Verdict, WayBack
+from recipes.migrate.way_back import GRACE, Verdict, WayBack
 from recipes.plans.reaching import hosts
 from recipes.processes.children import Children
 from recipes.qemu.destination import look
 from recipes.qemu.facts import OnB
 from recipes.qemu.vm import EndedVm, connect
 
-GRACE = 10.0
-"""Seconds that a switch-over which is under way is given to come to its end."""
-
 
 class TakenUpHands(OwnHands):
     """What can be done by who was not there.
 
     Only processes that this migration has written down are ended, when it is their turn, so that a host that
-    is away keeps nobody from what is to be done on the other. An image is removed only if it holds nothing.
+    is away keeps nobody from what is to be done on the other.
     """
 
-    saw_the_end = False
+    @property
+    def saw_the_end(self) -> bool:
+        """Nobody was there."""
+        return False
 
     async def destination(self, limit: float | None) -> OnB:
         """Ask B's QEMU, connected to anew; where there is none, whether a guest has run there."""
         m = self._m
         found = await look(m.plan.destination.qmp, limit or m.plan.limits.connect)
-        if found is not OnB.NONE:
-            return found
-        try:
-            # Nobody listens at its address: the way to it may be lost, and not the process.
-            if await m.adopt_known(Role.QEMU):
-                return OnB.SILENT
-            return OnB.STOPPED if await self._holds_something() else OnB.NONE
-        except MigrationError:
-            return OnB.SILENT
+        return found if found is not OnB.NONE else await self.without_b(m.host_b, m.state)
 
-    async def _holds_something(self) -> bool:
-        m = self._m
-        image, limit = m.plan.destination.image, m.plan.limits.command
-        if m.state.phase in BEFORE_IMAGE or not await m.host_b.test("-e", image, limit):
-            return False
-        facts = await image_facts(m.host_b, image, limit)
-        if "backing-filename" in facts and "local-size" not in facts:
-            raise MigrationError(f"{image} on B does not tell how much of the disk it holds")
-        return "backing-filename" not in facts or bool(facts["local-size"])
-
-    def lost(self, words: str) -> str:
+    def lost(self, words: str, state: State) -> str:
         """Say what is not known, too."""
-        address, name = self._m.plan.source.qmp, self._m.state.name
+        address, name = state.plan.source.qmp, state.name
         return (
             f"no QEMU is at A's monitor ({address}): if it has ended, its guest is gone with it, and its "
             f"disk is untouched; then: nbd-migrate cleanup {name}; if only the way there is lost, see to "
@@ -73,8 +54,14 @@ class TakenUpHands(OwnHands):
         )
 
     async def end_destination(self) -> None:
-        """End B's QEMU, if it is the one that was started."""
-        await stop(self._m, self._m.qemu or await self._m.adopt_known(Role.QEMU))
+        """End B's QEMU, if it is the one that was started, and see that nobody is there any more."""
+        m = self._m
+        await stop(m, m.qemu or await m.adopt_known(Role.QEMU))
+        # Its process may have been a prefix, as sudo, that ends alone.
+        if await look(m.plan.destination.qmp, m.plan.limits.connect) is not OnB.NONE:
+            raise MigrationError(
+                f"B's QEMU may still be there: its monitor at {m.plan.destination.qmp} does not refuse"
+            )
 
     async def clear(self) -> list[str]:
         """End what still lives and remove what was made; return a phrase for each thing that is left."""
@@ -84,17 +71,7 @@ class TakenUpHands(OwnHands):
                 await stop(m, await m.adopt_known(role))
             except MigrationError as error:
                 left.append(str(error))
-        if m.state.removal:
-            image, limit = m.plan.destination.image, m.plan.limits.command
-            left += await remove(m.host_b, (m.host_b.tool("nbd-overlay"), "discard", image), limit)
-            rest = tuple(word for word in m.state.removal if word not in (image, f"{image}.map"))
-            if not left and rest[0] == "rm":
-                left += await remove(m.host_b, rest, limit)
-        return left
-
-
-BEFORE_IMAGE = frozenset({Phase.PREPARED, Phase.EXPORT})
-"""There is no image of this migration on B yet."""
+        return left + await remove_made(m.host_b, m.state, m.plan.limits.command)
 
 
 @dataclass
@@ -118,6 +95,8 @@ class TakenUp:
             if not going.cancelled():
                 self.m.report.note(f"interrupted; {going.result().where}")
             raise
+        except MigrationError as error:
+            raise MigrationError(f"{error}; {by_hand(self.state)}") from error
 
     async def clear(self) -> list[str]:
         """Try once more to clear away what was left of a migration that is over."""
@@ -125,13 +104,13 @@ class TakenUp:
             return []
         left = await TakenUpHands(self.m).clear()
         if not left:
-            self.m.record(removal=(), processes=())
+            self.m.record(made=(), processes=())
         return left
 
 
 def by_hand(state: State) -> str:
     """What the operator does where nobody but him can know what is right."""
-    look = [
+    queries = [
         pasted(["nbd-migrate", "qmp", address, query])
         for address, query in (
             (state.plan.source.qmp, "query-migrate"),
@@ -140,7 +119,7 @@ def by_hand(state: State) -> str:
         )
     ]
     return (
-        f"look who has the guest: {'; '.join(look)}; then resume or abort again, or see to it by hand and "
+        f"look who has the guest: {'; '.join(queries)}; then resume or abort again, or see to it by hand and "
         f"forget the migration: nbd-migrate cleanup --force {state.name}"
     )
 

@@ -7,11 +7,9 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from nbdserve.common.errors import ConnectError
-from recipes.errors import MigrationError
-from recipes.hosts.host import Host
 from recipes.migrate.runtime import Migration
 from recipes.plans.plan import Plan
 from recipes.qemu.vm import Vm, connect
@@ -79,18 +77,6 @@ async def reached(name: str, address: str, plan: Plan) -> Vm:
         with suppress(ConnectError):
             return await connect(name, address, limit=limits.connect, command_limit=limits.command)
         await asyncio.sleep(LOOK)
-
-
-async def image_facts(host: Host, image: str, limit: float) -> dict[str, Any]:
-    """Return what nbd-overlay says of an image on a host, also of one in use.
-
-    Raises MigrationError as ``Host.run``, and for an answer that is none.
-    """
-    answer = await host.run(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
-    try:
-        return dict(json.loads(answer))
-    except (ValueError, TypeError) as error:
-        raise MigrationError(f"nbd-overlay on {host.name} gives no answer about {image}: {error}") from error
 
 
 def blockdev_options(nodes: Sequence[Mapping[str, object]]) -> list[str]:

@@ -6,9 +6,9 @@ into images of either layout, whoever did so before.
 
 from __future__ import annotations
 
-from recipes.engines.interface import image_facts
 from recipes.engines.overlay_engine import OverlayEngine
 from recipes.errors import MigrationError
+from recipes.hosts.images import image_facts
 from recipes.migrate.runtime import Migration
 
 

@@ -6,9 +6,11 @@ first that fits holds. Three things are true of every rule, and tested for every
 
 - A is told to go on only where the guest has never run on B, or where B's end came before A's ``completed``
   was seen;
-- nothing that carries the guest on B is ended, unless A's QEMU says that the migration has failed and runs
-  the guest itself, for then it is A's;
+- nothing that carries a guest on B is ended, unless A's QEMU has the guest itself: it runs it, or has not
+  sent all of it;
 - where it is not known who has the guest, nothing is ended and nothing is told to go on.
+
+Nobody is ended on A whom this migration has not seen send its guest (steps/cutover.py).
 
 docs/decisions.md is made from this table.
 """
@@ -53,7 +55,7 @@ class Action(Enum):
     END_B_FIRST = "end B's QEMU; then let the guest go on on A, end the rest and remove what was made"
     WAIT = "look again, as long as there is time"
     KEEP = "touch nothing"
-    KEEP_B = "let what carries the guest on B live on; fence A's disk and end A's QEMU"
+    KEEP_B = "let what carries the guest on B live on, and see that A's QEMU does not go on with it"
     START_OVER = "as when going back; then begin anew"
     FINISH = "do what is left of steps 5 and 6"
 
@@ -63,7 +65,7 @@ class Rule:
     """One line of the table.
 
     ``words`` may name {image}, the guest's disk on A, {overlay}, that on B, and the commands {finish} and
-    {go_on}, which lets A's guest go on.
+    {go_on} and {end_a}, which let A's guest go on and end its QEMU.
     """
 
     name: str
@@ -86,6 +88,7 @@ _RUNS = frozenset({OnA.RUNS, OnA.RUNS_TOO, OnA.ANOTHER})
 _NOT_YET_SENT = frozenset({OnA.RUNS, OnA.RUNS_TOO, OnA.ANOTHER, OnA.STANDS, OnA.SENDS, OnA.HOLDS})
 _B_MAY_HAVE_IT = frozenset({OnA.STANDS, OnA.STUCK, OnA.LEFT, OnA.GONE, OnA.SILENT})
 _DOUBTFUL = frozenset({OnA.RUNS_TOO, OnA.ANOTHER, OnA.STANDS})
+_HAS_ONE = frozenset(OnA) - {OnA.LEFT, OnA.GONE, OnA.SILENT}
 _STOPPED_ON_B = frozenset({OnB.NONE, OnB.STOPPED})
 _AGAIN = frozenset({Phase.TAKEN_BACK, Phase.LOST})
 _NOT_ON_B = PREPARING | SENDING | MOVING | BACK | _AGAIN
@@ -116,6 +119,8 @@ RULES: tuple[Rule, ...] = (
     Rule("again", _ON, _AGAIN, _RUNS, _B, Action.START_OVER,
          "the migration begins anew"),
     # Before A's QEMU has been told anything.
+    Rule("sent by somebody else", _BOTH, {Phase.LAUNCH}, {OnA.LEFT, OnA.GONE, OnA.STANDS, OnA.SILENT},
+         {OnB.HAS_GUEST}, Action.KEEP, "B's QEMU has a guest that this migration has not sent"),
     Rule("prepared, A runs", _BACK, PREPARING, _RUNS, _B, Action.CLEAN_UP, AS_BEFORE),
     Rule("prepared, A gone", _BACK, PREPARING, {OnA.GONE}, _B, Action.CLEAN_UP,
          f"what was started has been ended; {_LOST}"),
@@ -124,9 +129,14 @@ RULES: tuple[Rule, ...] = (
          "the guest is still on A, where somebody else's migration may be under way: look at query-migrate"),
     Rule("begin anew", _ON, PREPARING, _RUNS, _B, Action.START_OVER, "the migration begins anew"),
     # A's QEMU was told to migrate, and not yet to switch over.
+    Rule("sent, B waits", _BOTH, SENDING | MOVING, {OnA.LEFT}, {OnB.WAITS}, Action.WAIT,
+         "B's QEMU is about to have the guest"),
+    Rule("sent elsewhere", _BOTH, SENDING | MOVING, {OnA.LEFT}, {OnB.LATE}, Action.KEEP,
+         "A's QEMU has sent its guest, and B's, which still waits for one, does not have it"),
     Rule("sent by hand", _BACK, SENDING, {OnA.LEFT}, _STOPPED_ON_B, Action.KEEP_B, _STOPPED),
     Rule("sent by hand, B has it", _BACK, SENDING, {OnA.LEFT}, _B, Action.KEEP_B, _STAYS),
-    Rule("sending, doubtful", _BOTH, SENDING, _DOUBTFUL, {OnB.HAS_GUEST, OnB.STOPPED}, Action.KEEP, UNKNOWN),
+    Rule("sending, doubtful", _BOTH, SENDING, _DOUBTFUL, {OnB.HAS_GUEST, OnB.STOPPED, OnB.SILENT},
+         Action.KEEP, UNKNOWN),
     Rule("sending, B is silent", _BACK, SENDING, {OnA.GONE, OnA.SILENT}, {OnB.SILENT}, Action.KEEP, UNKNOWN),
     Rule("sending", _BACK, SENDING, _NOT_YET_SENT, _B, Action.TAKE_BACK, AS_BEFORE),
     Rule("sending, begin anew", _ON, SENDING, _NOT_YET_SENT, _B,
@@ -176,13 +186,17 @@ RULES: tuple[Rule, ...] = (
          "the guest is on B"),
     # Whoever resumes finds a guest on A, or nobody who says where it is.
     Rule("resume, A gone", _ON, _NOT_ON_B, {OnA.GONE}, {OnB.NONE, OnB.LATE, OnB.WAITS}, Action.KEEP,
-         "A's QEMU is gone and with it the guest; its disk is untouched: abort clears away what is left"),
+         "no QEMU is at A's monitor: if it has ended, its guest is gone with it, its disk is untouched, and "
+         "abort clears away what is left"),
     Rule("resume, A silent", _ON, _NOT_ON_B, {OnA.SILENT, OnA.GONE}, _B, Action.KEEP,
          "it cannot be seen where the guest is; see to the monitors, then resume again"),
     Rule("resume, not ours", _ON, PREPARING | _AGAIN, _A, _B, Action.KEEP,
          "the guest on A does not run, or somebody else migrates it: look at query-status and query-migrate"),
     Rule("start over", _ON, SENDING | MOVING | BACK, _A, _B, Action.START_OVER, "the migration begins anew"),
     # The guest is B's.
+    Rule("A has a guest, too", _ON, ON_B | WHOLE, _HAS_ONE, _B, Action.KEEP,
+         "the guest has come to B, and the QEMU at A's monitor has one, too: if that is the old one, end it, "
+         "and then resume: {end_a}"),
     Rule("finish", _ON, ON_B | WHOLE, _A, _B, Action.FINISH, "the migration goes on"),
     Rule("stopped, incomplete", _BACK, ON_B, _A, _STOPPED_ON_B, Action.KEEP_B, _STOPPED),
     Rule("on B", _BACK, ON_B, _A, _B, Action.KEEP_B, _STAYS),
@@ -210,6 +224,11 @@ def decide(phase: Phase, wish: Wish, facts: Facts) -> Decision:
     raise AssertionError(f"no rule for {phase}, {wish}, {facts}")
 
 
+def asks_anybody(phase: Phase, wish: Wish) -> bool:
+    """Whether what anybody says makes a difference."""
+    return len({decide(phase, wish, Facts(a, b)).rule for a in OnA for b in OnB}) > 1
+
+
 def asks_b(phase: Phase, wish: Wish, a: OnA) -> bool:
     """Whether what B's QEMU says makes a difference, so that it has to be asked."""
     return len({decide(phase, wish, Facts(a, b)).rule for b in OnB}) > 1
@@ -218,5 +237,5 @@ def asks_b(phase: Phase, wish: Wish, a: OnA) -> bool:
 def told(words: str, state: State) -> str:
     """Put the names of a migration into a rule's words."""
     disk = state.disks[0]
-    go_on = pasted(["nbd-migrate", "qmp", state.plan.source.qmp, "cont"])
-    return words.format(image=disk.source, overlay=disk.target, finish=state.finish, go_on=go_on)
+    go_on, end_a = (pasted(["nbd-migrate", "qmp", state.plan.source.qmp, each]) for each in ("cont", "quit"))
+    return words.format(image=disk.source, overlay=disk.target, finish=state.finish, go_on=go_on, end_a=end_a)

@@ -34,7 +34,7 @@ MOMENT = 0.2
 """Seconds for which a lock that somebody else has is asked for again."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_JOURNAL, _LOCK, _PROGRESS = "journal", "lock", "progress"
+_JOURNAL, _LOCK, _PROGRESS, _FRESH = "journal", "lock", "progress", "progress.new"
 
 
 class JournalBusyError(MigrationError):
@@ -64,12 +64,16 @@ def base_directory() -> Path:
 
 def check_name(name: str) -> str:
     """Return the name; UsageError where it cannot be a migration's."""
-    if not _NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+    if not _is_name(name):
         raise UsageError(
             f"{name!r} cannot be a migration's name: use up to {LONGEST_NAME} letters, digits and ._- "
             "that begin with a letter or digit"
         )
     return name
+
+
+def _is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None and len(text) <= LONGEST_NAME
 
 
 def usable_name(text: str) -> str:
@@ -80,8 +84,9 @@ def usable_name(text: str) -> str:
 
 def names() -> list[str]:
     """The migrations that are known, sorted."""
-    base = base_directory()
-    return sorted(path.parent.name for path in base.glob(f"*/{_JOURNAL}"))
+    found = (path.parent.name for path in base_directory().glob(f"*/{_JOURNAL}"))
+    # Others are no migrations', as a copy that somebody has made by hand.
+    return sorted(name for name in found if _is_name(name))
 
 
 def known() -> Iterator[State]:
@@ -248,7 +253,7 @@ class Journal:
                 f"{directory}: {error.strerror}; set XDG_STATE_HOME to a directory for the journals"
             ) from error
         journal = cls._opened(directory)
-        if journal.state is not None and not journal.state.over:
+        if journal.state is not None and not journal.state.gives_way:
             phase = journal.state.phase
             journal.close()
             if phase in OVER:
@@ -308,6 +313,7 @@ class Journal:
             os.fsync(self.fd)
         if not self._end:
             _sync_directory(self.directory)
+            _sync_directory(self.directory.parent)
         self._end += len(line)
         self.state = state
         return state
@@ -324,7 +330,7 @@ class Journal:
     def note_progress(self, progress: Progress) -> None:
         """Leave word of how far the stream is; unlike a state it may be lost."""
         path = self.directory / _PROGRESS
-        fresh = path.with_suffix(".new")
+        fresh = self.directory / _FRESH
         with suppress(OSError):
             fresh.write_text(json.dumps({"time": time.time(), **asdict(progress)}))
             fresh.replace(path)
@@ -346,7 +352,7 @@ def remove(name: str) -> None:
     if not directory.is_dir():
         raise MigrationError(f"there is no migration {name}: see nbd-migrate list")
     with Lock.taken(directory):
-        for known in (_JOURNAL, _PROGRESS, _LOCK):
+        for known in (_JOURNAL, _PROGRESS, _FRESH, _LOCK):
             (directory / known).unlink(missing_ok=True)
         try:
             directory.rmdir()
@@ -362,7 +368,8 @@ def _parsed(path: Path, line: bytes) -> State:
     try:
         return State.from_json(line.decode())
     except (MigrationError, UnicodeDecodeError) as error:
-        raise MigrationError(f"{path}: {error}") from error
+        name = path.parent.name
+        raise MigrationError(f"{path}: {error}; to forget it: nbd-migrate cleanup --force {name}") from error
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
+from recipes.migrate.state import State
 
 
 def but(where: str, *left: str) -> str:
@@ -14,11 +15,27 @@ def but(where: str, *left: str) -> str:
     return "; but ".join(dict.fromkeys([where, *left]))
 
 
-async def remove(host: Host, argv: Sequence[str], limit: float) -> list[str]:
-    """Run the command that removes it; return a phrase for the operator when that failed.
+def discarding(host: Host, state: State) -> list[str]:
+    """The command for B that removes the image if it holds nothing: it may be the guest's."""
+    return [host.tool("nbd-overlay"), "discard", state.plan.destination.image]
+
+
+async def remove_made(host: Host, state: State, limit: float) -> list[str]:
+    """Remove what was made on B; return a phrase for the operator when that failed.
 
     It does not raise: where the guest is does not depend on it.
     """
+    if not state.made:
+        return []
+    image = state.plan.destination.image
+    left = await _remove(host, discarding(host, state), limit)
+    others = [path for path in state.made if path not in (image, f"{image}.map")]
+    if others and not left:
+        left += await _remove(host, ["rm", "-f", "--", *others], limit)
+    return left
+
+
+async def _remove(host: Host, argv: Sequence[str], limit: float) -> list[str]:
     try:
         await host.run(*argv, limit=limit)
     except MigrationError as error:

@@ -16,7 +16,7 @@ from recipes.hosts.places import place_of
 from recipes.migrate.guard import Guard
 from recipes.migrate.journal import Journal
 from recipes.migrate.report import Report
-from recipes.migrate.state import OVER, Disk, Phase, Process, Role, State
+from recipes.migrate.state import NAMES, OVER, Disk, Phase, Process, Role, State
 from recipes.plans.plan import Plan
 from recipes.processes.children import Child, Children
 from recipes.qemu.vm import RefusedGuestError, Vm, VmGoneError
@@ -30,14 +30,6 @@ LAST_WORD_OF_LOAD = 1.0
 """Seconds in which B's QEMU, which could not load the guest, says why; the guest may wait meanwhile."""
 
 READY = "READY"
-
-NAMES = {
-    Role.SERVER: "the server on A",
-    Role.FENCE: "the fence on A",
-    Role.OVERLAY: "nbd-overlay on B",
-    Role.QEMU: "B's QEMU",
-}
-"""What messages call the processes."""
 
 FINISH = "nbd-migrate finish PLAN.toml"
 """What the operator is told to type where the plan's file is not known."""
@@ -313,9 +305,9 @@ class Migration:
         there = self.plan.source if role in (Role.SERVER, Role.FENCE) else self.plan.destination
         return await self.place(self._host_of(role), there.image, suffix)
 
-    def remove_later(self, *argv: str) -> None:
-        """From now on this command for B removes what was made there, when the guest is given back to A."""
-        self.record(removal=argv)
+    def remove_later(self, *paths: str) -> None:
+        """From now on this was made on B, or may have been, and is removed when the guest stays on A."""
+        self.record(made=paths)
 
     async def place(self, host: Host, image: str, suffix: str) -> Path:
         """Where the log of what belongs to an image is, and its pid file, without ``.log`` and ``.pid``.
@@ -354,7 +346,7 @@ class Migration:
         if not self.owned:
             for each in self._living():
                 each.leave()
-        self.enter(Phase.DONE, removal=(), processes=())
+        self.enter(Phase.DONE, made=(), processes=())
 
     def _living(self) -> list[Child]:
         """The children that are there."""

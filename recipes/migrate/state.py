@@ -51,6 +51,15 @@ OVER = frozenset({Phase.DONE, Phase.TAKEN_BACK, Phase.LOST})
 """It is known where the guest is, and stays."""
 
 
+BEFORE = frozenset(
+    {
+        *(Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH),
+        *(Phase.MIGRATE, Phase.SWITCH_OVER, Phase.TAKING_BACK),
+    }
+)
+"""The guest is not known to be B's."""
+
+
 class Role(Enum):
     """What a process does for a migration; the value is what its log and its pid file are called."""
 
@@ -62,6 +71,15 @@ class Role(Enum):
     """nbd-overlay on B."""
     QEMU = "qemu"
     """On B."""
+
+
+NAMES = {
+    Role.SERVER: "the server on A",
+    Role.FENCE: "the fence on A",
+    Role.OVERLAY: "nbd-overlay on B",
+    Role.QEMU: "B's QEMU",
+}
+"""What messages call the processes."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +123,8 @@ class State:
     processes: tuple[Process, ...] = ()
     capabilities: tuple[str, ...] = ()
     """Migration capabilities that were on at A before."""
-    removal: tuple[str, ...] = ()
-    """The command for B that removes what was made there, or may have been; none where it is nothing."""
+    made: tuple[str, ...] = ()
+    """Paths on B of what was made there, or may have been; none once the guest is B's."""
     finish: str = ""
     """What the operator types to do what is left when the guest is on B."""
     arrival: Arrival | None = None
@@ -116,8 +134,6 @@ class State:
     """Seconds from then until nothing on A was needed any more; 0 before."""
     recoveries: int = 0
     """How often the stream was interrupted and taken up again."""
-    reason: str = ""
-    """Why it was taken back, if it was."""
     time: float = 0.0
     """When the journal was told."""
 
@@ -134,7 +150,13 @@ class State:
     @property
     def is_clear(self) -> bool:
         """Whether nothing that was started or made is left, as far as is known."""
-        return not self.processes and not self.removal
+        return not self.processes and not self.made
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether another migration of this name may begin: B has nothing of this one, and the guest is known
+        to be elsewhere, or its QEMU on A says where it is."""
+        return self.is_clear and self.phase in OVER | BEFORE
 
     def process(self, role: Role) -> Process | None:
         """The process in a role, if one was started."""
@@ -171,7 +193,7 @@ class State:
                 Process(**{**each, "role": Role(each["role"])}) for each in values["processes"]
             ),
             "capabilities": tuple(values["capabilities"]),
-            "removal": tuple(values["removal"]),
+            "made": tuple(values["made"]),
             "arrival": None if arrival is None else Arrival(**arrival),
         }
         return cls(**values)
@@ -180,7 +202,7 @@ class State:
 def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
     """The state at the beginning of a phase; ``cleared``: nothing is left of what was made."""
     if cleared:
-        return replace(state, phase=phase, removal=(), processes=())
+        return replace(state, phase=phase, made=(), processes=())
     return replace(state, phase=phase)
 
 

@@ -1,6 +1,6 @@
 """What the guard does when the orchestrator is dead: the guest goes on where it is, the rest is cleared.
 
-It decides as the orchestrator would have (recipes/qemu/source.py). Where it is not known who has the guest,
+It decides as the orchestrator would have (decide.py). Where it is not known who has the guest,
 nothing is ended and nothing is told to go on.
 """
 
@@ -20,8 +20,9 @@ from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.migrate.decide import UNKNOWN, Action, Wish
 from recipes.migrate.journal import Journal
-from recipes.migrate.leftovers import remove
-from recipes.migrate.state import Phase, State, entered
+from recipes.migrate.leftovers import remove_made
+from recipes.migrate.state import NAMES, Phase, Role, State, entered
+from recipes.migrate.way_back import GRACE as SWITCH_OVER
 from recipes.migrate.way_back import Hands, Verdict, WayBack
 from recipes.plans.reaching import hosts
 from recipes.processes.speaking import stream
@@ -31,9 +32,6 @@ from recipes.qemu.vm import Vm, connect_again
 
 MESSAGE = 1 << 16
 """Longest message in bytes."""
-
-SWITCH_OVER = 10.0
-"""Seconds that a switch-over which is under way is given to come to its end."""
 
 GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL for a child."""
@@ -142,23 +140,26 @@ class Watch(Hands):
 
     async def destination(self, limit: float | None) -> OnB:
         """Ask B's QEMU."""
-        return await look(self.state.plan.destination.qmp, limit or self.state.plan.limits.connect)
+        plan = self.state.plan
+        found = await look(plan.destination.qmp, limit or plan.limits.connect)
+        if found is not OnB.NONE:
+            return found
+        _, host_b = await hosts(plan)
+        return await self.without_b(host_b, self.state)
 
     async def end_destination(self) -> None:
-        """End every child: B's QEMU, and what it has been started with."""
-        await self._end_children()
+        """End B's QEMU."""
+        await self._end(NAMES[Role.QEMU])
 
     async def clear(self) -> list[str]:
         """End what was started and remove what was made; return a phrase for each that is left."""
         left = []
         try:
-            await self._end_children()
+            await self._end()
         except MigrationError as error:
             left.append(str(error))
-        if self.state.removal:
-            _, host_b = await hosts(self.state.plan)
-            left += await remove(host_b, self.state.removal, self.state.plan.limits.connect)
-        return left
+        _, host_b = await hosts(self.state.plan)
+        return left + await remove_made(host_b, self.state, self.state.plan.limits.command)
 
     def enter(self, phase: Phase, *, cleared: bool = False) -> None:
         """Write it down; the way back does not depend on it."""
@@ -172,7 +173,8 @@ class Watch(Hands):
         if not self.state.arrived:
             assert self._journal is not None
             with suppress(OSError):
-                self._journal.append(replace(self.state, phase=Phase.ARRIVED, arrived=time.time()))
+                arrived = replace(self.state, phase=Phase.ARRIVED, arrived=time.time(), made=())
+                self._journal.append(arrived)
         before, after = "A's QEMU is gone; ", ""
         if self._a and self._a.connected:
             before, after = "", "A's QEMU was ended; "
@@ -188,9 +190,15 @@ class Watch(Hands):
         unknown = why if why.startswith(UNKNOWN) else f"{UNKNOWN}: {why}"
         ended = "nothing was ended" if self.children else "what was started was told to end"
         self.release_children()
-        return MigrationError(
-            f"{unknown}; {ended}; look at query-migrate on A, then at query-status on B, before anything else"
-        )
+        look = "look at query-migrate on A, then at query-status on B, before anything else"
+        return MigrationError(f"{unknown}; {ended}; {look}{self._later()}")
+
+    def _later(self) -> str:
+        """What to type then, where the migration has a name that is known."""
+        if self._journal is None or self._journal.state is None:
+            return ""
+        name = self._journal.state.name
+        return f"; then: nbd-migrate resume {name}, or: nbd-migrate abort {name}"
 
     def release_children(self) -> None:
         """Let the children live on by themselves, unless they are owned."""
@@ -198,15 +206,15 @@ class Watch(Hands):
             for child in self.children:
                 tell(child, "release")
 
-    async def _end_children(self) -> None:
-        """Stop every child, the youngest first; MigrationError when one does not end."""
-        for child in reversed(self.children):
+    async def _end(self, name: str = "") -> None:
+        """Stop those of this name, or all, the youngest first; MigrationError when one does not end."""
+        children = [child for child in reversed(self.children) if name in ("", child.name)]
+        for child in children:
+            self.children.remove(child)
             tell(child, f"stop {GRACE:g}")
             os.close(child.words)
-        children = self.children[::-1]
         ends = await asyncio.gather(*(ended(child) for child in children))
         stubborn = [child.name for child, end in zip(children, ends, strict=True) if not end]
-        self.children.clear()
         if stubborn:
             raise MigrationError(f"{' and '.join(stubborn)} did not end within {END:g} s")
 

@@ -13,9 +13,24 @@ from dataclasses import dataclass
 from nbdserve.common.clock import now
 from nbdserve.common.errors import ConnectError
 from recipes.errors import MigrationError
-from recipes.migrate.decide import AS_BEFORE, BACK, MOVING, Action, Decision, Wish, asks_b, decide, told
+from recipes.hosts.host import Host
+from recipes.hosts.images import holds_something
+from recipes.migrate.decide import (
+    AS_BEFORE,
+    BACK,
+    MOVING,
+    UNKNOWN,
+    Action,
+    Decision,
+    Wish,
+    asks_anybody,
+    asks_b,
+    decide,
+    told,
+)
 from recipes.migrate.leftovers import but
-from recipes.migrate.state import Phase, State
+from recipes.migrate.state import Phase, Role, State
+from recipes.processes.child import lives
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.qemu.source import UNDER_WAY_ON_A, guest_on_a, restore_capabilities, resume
@@ -24,11 +39,20 @@ from recipes.qemu.vm import Vm, VmGoneError
 ATTEMPTS = 3
 """How often A's QEMU is asked anew when its monitor hangs up in the middle."""
 
+GRACE = 10.0
+"""Seconds that a switch-over which is under way is given to come to its end, by who was not there."""
+
+BEFORE_IMAGE = frozenset({Phase.PREPARED, Phase.EXPORT})
+"""There is no image of this migration on B yet."""
+
 BRIEF = 2.0
 """Seconds in which B's QEMU is asked while the guest stands still."""
 
 LOOK = 0.05
 """Seconds between two looks."""
+
+NOBODY_ASKED = Facts(OnA.SILENT, OnB.SILENT)
+"""What is found where it makes no difference what is found."""
 
 
 class Hands(ABC):
@@ -36,6 +60,8 @@ class Hands(ABC):
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.why = ""
+        """Why B's QEMU does not say where the guest is."""
 
     @abstractmethod
     async def source(self) -> Vm | None:
@@ -53,12 +79,30 @@ class Hands(ABC):
     async def clear(self) -> list[str]:
         """End the rest and remove what was made; return a phrase for each thing that is left."""
 
-    saw_the_end = False
-    """Whether A's QEMU was seen to end; otherwise nobody listens at its address, and the way may be lost."""
+    async def without_b(self, host: Host, state: State) -> OnB:
+        """What it means that nobody listens at B's monitor: the way there may be lost, and not the QEMU."""
+        known, plan = state.process(Role.QEMU), state.plan
+        try:
+            if known and await lives(host, known.pid, known.mark):
+                self.why = "B's QEMU is there, but nobody listens at its monitor"
+                return OnB.SILENT
+            if state.phase in BEFORE_IMAGE:
+                return OnB.NONE
+            holds = await holds_something(host, plan.destination.image, plan.limits.command)
+        except MigrationError as error:
+            self.why = str(error)
+            return OnB.SILENT
+        return OnB.STOPPED if holds else OnB.NONE
 
-    def lost(self, words: str) -> str:
-        """Return what is known of the end of A's QEMU, or else these words."""
-        return words
+    @property
+    def saw_the_end(self) -> bool:
+        """Whether A's QEMU was seen to end; otherwise nobody listens at its address: the way may be lost."""
+        return False
+
+    def lost(self, words: str, state: State) -> str:
+        """Return what is known of the end of A's QEMU; these words, if it has ended."""
+        way = "if only the way to its monitor is lost, see to that, and then"
+        return f"{words} ({way}: nbd-migrate abort {state.name})"
 
     @abstractmethod
     def enter(self, phase: Phase, *, cleared: bool = False) -> None:
@@ -96,6 +140,9 @@ class WayBack:
         """Look, decide and act; look again where A's QEMU hangs up meanwhile."""
         hung_up = 0
         self._switched, self._arrived = now() + self._grace, now() + ARRIVE
+        if not asks_anybody(self._phase, self._wish):
+            decision = decide(self._phase, self._wish, NOBODY_ASKED)
+            return Verdict(NOBODY_ASKED, decision, told(decision.words, self._state))
         while True:
             try:
                 a = await self._hands.source() if hung_up < ATTEMPTS else None
@@ -137,7 +184,8 @@ class WayBack:
         if on_b is OnB.WAITS and now() > self._arrived:
             on_b = OnB.LATE
         if on_b is OnB.SILENT and not self._why:
-            self._why = "A's QEMU has ended, and B's does not answer" if found is OnA.GONE else ""
+            silent = "A's QEMU has ended, and B's does not answer" if found is OnA.GONE else ""
+            self._why = self._hands.why or silent
         return Facts(found, on_b)
 
     async def _act(self, a: Vm | None, facts: Facts, decision: Decision) -> str:
@@ -149,10 +197,13 @@ class WayBack:
                 return await self._take_back(a, facts, decision)
             case _:
                 words = told(decision.words, self._state)
-                return f"{words}: {self._why}" if self._why else words
+                if words == UNKNOWN:
+                    return f"{words}: {self._why}" if self._why else words
+                # Other words may end in a command.
+                return f"{self._why}; {words}" if self._why else words
 
     async def _clean_up(self, a: Vm | None, facts: Facts, decision: Decision) -> str:
-        words = self._hands.lost(decision.words) if facts.a is OnA.GONE else decision.words
+        words = self._hands.lost(decision.words, self._state) if facts.a is OnA.GONE else decision.words
         if facts.a is OnA.SILENT:
             words = f"{words}: {self._why}"
         if a is not None and words == AS_BEFORE:
@@ -178,7 +229,9 @@ class WayBack:
                 self._phase = Phase.TAKING_BACK
                 await self._end_destination(facts)
             # What is complete after B's end was the migration to B; before, it is one to who lives.
-            await resume(a, ours=b_first and facts.a in UNDER_WAY_ON_A)
+            stands = await resume(a, ours=b_first and facts.a in UNDER_WAY_ON_A)
+            if stands:
+                self._hands.said.append(stands)
             await self._restore(a)
             if not b_first:
                 await self._end_destination(facts)

@@ -36,14 +36,20 @@ _IS_OURS = 'grep -qs "^State:.[^XZ]" "/proc/$1/status" && grep -qszF -- "$2" "/p
 LOOK = f"if {_IS_OURS}; then echo lives; else echo ended; fi"
 """Says whether process $1, which $2 tells, is there."""
 
-_KILL = f'if {_IS_OURS}; then kill "-$3" "$1"; fi'
-"""Sends signal $3 to process $1, which $2 tells."""
+_KILL = f'if {_IS_OURS}; then kill "-$3" -- "-$1" || kill "-$3" "$1"; fi 2>/dev/null'
+"""Sends signal $3 to process $1, which $2 tells, and to all that it has started in its session."""
 
 KILL = 15.0
 """Seconds beyond its grace until a process is given up that not even SIGKILL ends."""
 
 RELEASE, LEAVE = b"release\n", b"leave\n"
 """What a supervisor is told; see recipes/processes/supervisor.py."""
+
+
+async def lives(host: Host, pid: int, mark: str) -> bool:
+    """Tell whether a process with this mark is there on a host. Raises MigrationError if that is not said."""
+    said = await host.run("sh", "-c", LOOK, "sh", str(pid), mark, limit=COMMAND)
+    return said.strip() == "lives"
 
 
 def pidfd_of(pid: int) -> int:

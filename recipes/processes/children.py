@@ -12,7 +12,7 @@ from typing import Self
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.interruption import completed
-from recipes.processes.child import COMMAND, KILL, LOOK, RELEASE, SUPERVISOR_ANSWER, Child, Lifeline
+from recipes.processes.child import COMMAND, KILL, RELEASE, SUPERVISOR_ANSWER, Child, Lifeline, lives
 from recipes.processes.speaking import SilentError, speak
 
 __all__ = ["Child", "Children"]
@@ -111,8 +111,7 @@ class Children:
 
     async def adopt_process(self, name: str, host: Host, pid: int, mark: str, log: Path) -> Child | None:
         """The same, of a process whose id and mark were written down."""
-        found = await host.run("sh", "-c", LOOK, "sh", str(pid), mark, limit=COMMAND)
-        if found.strip() != "lives":
+        if not await lives(host, pid, mark):
             return None
         return await self._adopted(name, host, pid, mark, log)
 

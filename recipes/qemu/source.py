@@ -51,6 +51,9 @@ _AFTER = ("postmigrate", "finish-migrate")
 UNDER_WAY_ON_A = frozenset({OnA.SENDS, OnA.HOLDS, OnA.SWITCHES, OnA.STUCK})
 """Our migration has not come to an end."""
 
+CANNOT_RUN = ("shutdown", "guest-panicked", "internal-error", "inmigrate", "suspended")
+"""States of query-status to which no migration brings a guest, and out of which ``cont`` brings none."""
+
 WANTED = ("events", "return-path", "pause-before-switchover")
 """Capabilities that the source needs."""
 
@@ -76,10 +79,11 @@ def cancelling(address: str) -> str:
     return pasted(["nbd-migrate", "qmp", address, "migrate_cancel"])
 
 
-async def resume(a: Vm, *, ours: bool = False) -> None:
+async def resume(a: Vm, *, ours: bool = False) -> str:
     """Bring the source from any state of a migration back to a running guest. The destination must be dead.
 
-    ``ours`` says that a migration which is complete now was one to that destination, and no other.
+    ``ours`` says that a migration which is complete now was one to that destination, and no other. Returns a
+    phrase where the guest is there, and cannot run: as one that has shut down.
 
     Raises MigrationError when the guest does not run again within RESUME seconds.
     """
@@ -87,9 +91,11 @@ async def resume(a: Vm, *, ours: bool = False) -> None:
     refusal = ""
     while now() < deadline:
         under_way = await migration_status(a) in UNDER_WAY
-        running = (await a.execute("query-status"))["running"]
-        if running and not under_way:
-            return
+        found = await a.execute("query-status")
+        if found["running"] and not under_way:
+            return ""
+        if not under_way and found["status"] in CANNOT_RUN:
+            return f"the guest does not run there: it is in state {found['status']}"
         if not ours and await has_left(a):
             # Not to our destination, which is dead: to somebody else's, where it runs.
             raise MigrationError("the guest has left A by another migration, so it was not told to go on")

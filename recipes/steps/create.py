@@ -20,8 +20,7 @@ async def create_overlay(m: Migration) -> str:
     argv += [*m.plan.destination.ownership("--"), image]
 
     async def create() -> None:
-        # Until it is known whether the image is ours, only one is removed in which nothing is.
-        m.remove_later(tool, "discard", image)
+        m.remove_later(image)
         maker = await m.run("nbd-overlay create", Role.OVERLAY, "overlay", argv)
         try:
             async with asyncio.timeout(limit):
@@ -30,7 +29,7 @@ async def create_overlay(m: Migration) -> str:
             await maker.stop(m.plan.limits.stop)
             raise MigrationError(f"nbd-overlay create on B took longer than {limit:g} s") from error
         if maker.status == 0:
-            m.remove_later("rm", "-f", "--", *engine_for(m).files(m.plan))
+            m.remove_later(*engine_for(m).files(m.plan))
         elif maker.status is not None and maker.status > 0:
             # It has refused, or failed and undone what it had done.
             m.remove_later()

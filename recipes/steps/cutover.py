@@ -15,6 +15,9 @@ from recipes.qemu.destination import ARRIVE
 from recipes.qemu.source import LOOK, WANTED, set_capabilities
 from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError
 
+NOT_OURS = ("inmigrate", "prelaunch")
+"""States of query-status of a QEMU in which nothing has run yet."""
+
 
 async def cut_over(m: Migration) -> str:
     """Step 4: migrate; when this returns, the guest runs on B and the children live on without us."""
@@ -81,7 +84,7 @@ async def switch_over(m: Migration, news: EventListener) -> Arrival | None:
 
 async def arrive(m: Migration, arrival: Arrival | None) -> None:
     """Note that the guest is B's, and let what carries it live on without us."""
-    m.enter(Phase.ARRIVED, arrived=time.time(), arrival=arrival, removal=())
+    m.enter(Phase.ARRIVED, arrived=time.time(), arrival=arrival, made=())
     m.no_longer_need("A's QEMU")
     await m.during(arriving(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)
@@ -120,6 +123,13 @@ async def fence_source(m: Migration) -> None:
         m.report.note(f"no fence: {error}; do not let anyone open {image} on A")
     try:
         with suppress(VmGoneError):
+            status = await m.a.execute("query-status")
+            if status["running"] or status["status"] in NOT_OURS:
+                m.report.note(
+                    f"A's QEMU was not ended, as it has a guest ({status['status']}) that this migration has "
+                    f"not sent; never let one run on {image}"
+                )
+                return
             await m.a.execute("quit")
         async with asyncio.timeout(limits.stop):
             await m.a.gone()

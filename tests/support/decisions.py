@@ -29,6 +29,7 @@ TESTS = {
         "journal",
         "test_what_a_guest_has_written_on_b_is_not_removed_when_both_qemus_have_ended",
     ),
+    "A has a guest, too": ("journal", "test_a_guest_that_runs_at_a_s_monitor_later_is_not_ended"),
     "again": ("journal", "test_a_migration_that_was_killed_is_taken_up_again"),
     "prepared, A runs": ("again", "test_a_plan_runs_again_after_any_death"),
     "prepared, A gone": ("deaths", "test_nothing_is_left_when_the_source_itself_dies"),

@@ -19,15 +19,15 @@ import pytest
 
 from recipes.errors import MigrationError
 from recipes.migrate import journal
-from recipes.migrate.decide import MOVING, PREPARING, SENDING
+from recipes.migrate.decide import MOVING, ON_B, PREPARING, SENDING
 from recipes.migrate.state import Phase
 from tests.support.processes import Process, run, wait_until
-from tests.support.vms import NBD_MIGRATE, Role, Scene, lives, monitor, running
+from tests.support.vms import NBD_MIGRATE, QEMU, Role, Scene, lives, monitor, running
 
 SECONDS = 60.0
 NAME = "vm"
-ENTRIES = 17
-"""How often an undisturbed run makes something durable: an entry each, and the journal's directory once."""
+ENTRIES = 18
+"""How often an undisturbed run makes something durable: an entry each, and once each of two directories."""
 
 ARRIVAL = 13
 """Which of its calls of pwrite writes that the guest has arrived."""
@@ -193,6 +193,29 @@ def test_a_guest_that_was_let_run_on_both_sides_is_the_operators_to_judge(stage:
             assert run(str(NBD_MIGRATE), *words[1:], seconds=SECONDS).returncode == 0, query
     with monitor(stage.monitor_a) as a:
         a.execute("quit")
+    code, said = command("resume", NAME)
+    assert code == 0, said
+    is_on_b(stage)
+
+
+def test_a_guest_that_runs_at_a_s_monitor_later_is_not_ended(stage: Scene) -> None:
+    """The old one has left long ago, and been ended: this is another, or was started by mistake."""
+    kill_at(stage, ENTRIES - 3, guards=True)
+    assert journal.last(NAME).phase in ON_B
+    wait_until(lambda: not Role.A.find(stage.directory), "A's QEMU has ended", SECONDS)
+    stage.monitor_a.unlink(missing_ok=True)
+    argv = [*QEMU, "-qmp", f"unix:{stage.monitor_a},server=on,wait=off"]
+    with Process(argv, stage.directory / "another.log") as another:
+        wait_until(stage.monitor_a.exists, "it is there", SECONDS)
+        code, said = command("resume", NAME)
+        assert (code, "the QEMU at A's monitor has one, too" in said) == (1, True), said
+        code, told = command("finish", str(stage.plan_file()))
+        assert (code, "there is nothing to finish" in told) == (1, True), told
+        assert another.running
+        end = re.search(r"end it, and then resume: (nbd-migrate .*? quit)", said)
+        assert end, said
+        assert run(NBD_MIGRATE, *shlex.split(end[1])[1:], seconds=SECONDS).returncode == 0
+        another.wait(SECONDS)
     code, said = command("resume", NAME)
     assert code == 0, said
     is_on_b(stage)

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
+import dataclasses
+import signal
 import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from nbdserve.common.errors import ConnectError
+from nbdserve.qmp.client import UnreachableError
 from recipes.commands import retreat
 from recipes.commands.retreat import OwnHands
 from recipes.errors import MigrationError
+from recipes.hosts.host import Host
 from recipes.migrate import watch, way_back
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.leftovers import but
 from recipes.migrate.report import Report
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import Phase
+from recipes.migrate.state import Phase, Process, Role
 from recipes.migrate.watch import Orders, Watch
 from recipes.migrate.way_back import Verdict, WayBack
 from recipes.qemu import destination
 from recipes.qemu.facts import OnB
 from recipes.qemu.vm import EndedVm, Vm, VmGoneError, VmSilentError, connect, nobody_listens
 from tests.support.journals import begun
+from tests.support.processes import dying_with_parent
 
 
 class Answering:
@@ -52,6 +59,7 @@ class Alone(Migration):
         self.journal, self.a, self.b = journal, a, b
         self.owned, self.guest_end, self.unattended = True, None, False
         self.report = Report()
+        self.host_a, self.host_b = Host("A"), Host("B")
         self._started = {}
 
 
@@ -116,8 +124,7 @@ def test_only_a_refusal_says_that_there_is_no_qemu(tmp_path: Path) -> None:
 
 def unreachable(*given: object, **others: object) -> Any:
     """What connecting to a host says that is away."""
-    lost = RuntimeError()
-    lost.exc = OSError(errno.EHOSTUNREACH, "No route to host")  # type: ignore[attr-defined]
+    lost = UnreachableError("no monitor", "No route to host", nobody_listens=False)
     raise ConnectError("no monitor at 192.0.2.1:4000: No route to host") from lost
 
 
@@ -218,3 +225,64 @@ def test_what_is_left_is_told_once() -> None:
     assert but("the guest runs on A as before", "B is away", "B is away") == (
         "the guest runs on A as before; but B is away"
     )
+
+
+class Off(Living):
+    """A's QEMU, whose guest has shut down, and which stays (``-no-shutdown``)."""
+
+    async def execute(self, command: str, **arguments: object) -> object:
+        assert command != "cont", "it would be refused, for as long as that is tried"
+        return {"query-migrate": {}, "query-status": {"status": "shutdown", "running": False}}.get(command)
+
+
+def test_a_guest_that_has_shut_down_on_a_is_there_as_it_is(tmp_path: Path) -> None:
+    m = without_source(tmp_path, "inmigrate")
+    m.a = cast(Vm, Off())
+    m.enter(Phase.MIGRATE)
+    assert back(m) == (
+        "the guest runs on A as before; but the guest does not run there: it is in state shutdown"
+    )
+    assert m.state.over
+
+
+def test_a_source_that_was_not_seen_to_end_is_not_written_off(tmp_path: Path) -> None:
+    """Nobody listens at its address; the way there may be lost, and the guest stand still behind it."""
+    m = without_source(tmp_path, "inmigrate")
+    assert f"and then: nbd-migrate abort {m.state.name}" in back(m)
+    assert m.state.phase is Phase.SWITCH_OVER
+    assert m.state.gives_way
+
+
+@contextlib.contextmanager
+def watching(directory: Path, *processes: Process) -> Iterator[Watch]:
+    """A guard whose command was killed in the switch-over; nobody listens at either monitor."""
+    journal = begun(directory, str(directory / "a.qmp"), Phase.SWITCH_OVER, str(directory / "b.qmp"))
+    assert journal.state
+    there = dataclasses.replace(journal.state.plan.destination, image=str(directory / "b.raw"))
+    limits = dataclasses.replace(journal.state.plan.limits, command=60.0)
+    plan = dataclasses.replace(journal.state.plan, destination=there, limits=limits)
+    made = (there.image, f"{there.image}.map")
+    journal.append(dataclasses.replace(journal.state, plan=plan, processes=processes, made=made))
+    found = Watch(Orders(str(journal.directory), journal.fd, journal.lock.fd, owned=False))
+    (directory / "b.raw").write_bytes(b"guest" * 1024)
+    yield found
+    assert (directory / "b.raw").exists()
+
+
+def test_a_guard_does_not_take_an_address_for_a_qemus_death(tmp_path: Path) -> None:
+    argv = [*dying_with_parent(signal.SIGKILL), "sh", "-c", "read -r end", "its.mark"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE) as b:
+        with (
+            watching(tmp_path, Process(Role.QEMU, b.pid, "its.mark")) as there,
+            pytest.raises(MigrationError, match="B's QEMU is there, but nobody listens at its monitor"),
+        ):
+            asyncio.run(there.act())
+        assert b.poll() is None
+        b.communicate(b"\n", timeout=60.0)
+
+
+def test_a_guard_does_not_remove_what_a_guest_has_written_on_b(tmp_path: Path) -> None:
+    with watching(tmp_path) as there:
+        assert "the guest has stopped; its disk is" in asyncio.run(there.act())
+    assert there.state.phase is Phase.ARRIVED
+    assert there.state.made == ()

@@ -120,8 +120,18 @@ def test_somebody_elses_migration_is_not_touched() -> None:
     for phase in PREPARING:
         for a in (OnA.SENDS, OnA.HOLDS, OnA.SWITCHES, OnA.STUCK, OnA.LEFT):
             for b in OnB:
-                assert decide(phase, Wish.GO_BACK, Facts(a, b)).action is Action.CLEAN_UP
+                # Sent to our B, by hand, it is not ours either.
+                sent = phase is Phase.LAUNCH and a is OnA.LEFT and b is OnB.HAS_GUEST
+                expected = Action.KEEP if sent else Action.CLEAN_UP
+                assert decide(phase, Wish.GO_BACK, Facts(a, b)).action is expected
                 assert decide(phase, Wish.GO_ON, Facts(a, b)).action is Action.KEEP
+
+
+def test_nothing_on_a_is_ended_that_may_have_a_guest_of_its_own() -> None:
+    """As one that was started there long after the guest had left."""
+    for phase, wish, facts in EVERYTHING:
+        if phase in ON_B | WHOLE and facts.a not in (OnA.LEFT, OnA.GONE, OnA.SILENT):
+            assert decide(phase, wish, facts).action in {Action.KEEP, Action.KEEP_B}, (phase, wish, facts)
 
 
 def test_the_words_of_every_rule_can_be_told(tmp_path: object) -> None:

@@ -33,7 +33,6 @@ FULL = State(
     arrival=Arrival(12, 3456, 1 << 20),
     arrived=1000.5,
     recoveries=2,
-    reason="",
 )
 
 
@@ -101,6 +100,27 @@ def test_a_migration_that_has_left_something_behind_is_not_begun_anew() -> None:
     kept.close()
     with pytest.raises(MigrationError, match="nbd-migrate abort vm clears it away"):
         Journal.begin("vm")
+
+
+def test_what_is_no_migrations_directory_is_not_taken_for_one(tmp_path: Path) -> None:
+    kept = Journal.begin("vm")
+    kept.append(FULL)
+    kept.close()
+    for name in ("vm2~", "a copy of vm", "v" * 41):
+        (journal.base_directory() / name).mkdir()
+        (journal.base_directory() / name / "journal").write_text(FULL.to_json() + "\n")
+    assert journal.names() == ["vm"]
+    assert [state.name for state in journal.of_destination(PLAN)] == ["vm"]
+
+
+def test_a_migration_is_forgotten_with_all_that_a_killed_writer_has_left() -> None:
+    kept = Journal.begin("vm")
+    kept.append(FULL)
+    kept.close()
+    for name in ("progress", "progress.new"):
+        (kept.directory / name).write_text("{")
+    journal.remove("vm")
+    assert not kept.directory.exists()
 
 
 def test_one_process_acts_at_a_time_and_is_named() -> None:

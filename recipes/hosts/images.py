@@ -1,0 +1,33 @@
+"""What nbd-overlay says of an image on a host."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from recipes.errors import MigrationError
+from recipes.hosts.host import Host
+
+
+async def image_facts(host: Host, image: str, limit: float) -> dict[str, Any]:
+    """Return what nbd-overlay says of an image on a host, also of one in use.
+
+    Raises MigrationError as ``Host.run``, and for an answer that is none.
+    """
+    answer = await host.run(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
+    try:
+        return dict(json.loads(answer))
+    except (ValueError, TypeError) as error:
+        raise MigrationError(f"nbd-overlay on {host.name} gives no answer about {image}: {error}") from error
+
+
+async def holds_something(host: Host, image: str, limit: float) -> bool:
+    """Tell whether anything of a disk is in an image; raises as ``image_facts``, also if that is not told."""
+    if not await host.test("-e", image, limit):
+        return False
+    facts = await image_facts(host, image, limit)
+    if "backing-filename" not in facts:
+        return True
+    if "local-size" not in facts:
+        raise MigrationError(f"{image} on {host.name} does not tell how much of the disk it holds")
+    return bool(facts["local-size"])
