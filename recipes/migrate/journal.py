@@ -1,5 +1,7 @@
 """The journal: each state of a migration on a line, appended and synced before the action that it announces.
 
+One is not waited for: that the switch-over begins, as the guest stands still then (steps/cutover.py).
+
     /var/lib/nbd-migrate/NAME/journal        or $XDG_STATE_HOME/nbd-migrate/NAME/journal
     /var/lib/nbd-migrate/NAME/lock           held by whoever acts, with its process id
 

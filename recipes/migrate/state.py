@@ -1,6 +1,6 @@
 """The state of a migration: one immutable value, which is what the journal keeps.
 
-Whoever takes a migration over reads this, and asks the hosts for the rest (facts.py).
+Whoever takes a migration over reads this, and asks the hosts for the rest (recipes/qemu/facts.py).
 """
 
 from __future__ import annotations
