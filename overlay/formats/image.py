@@ -52,8 +52,8 @@ class Backing:
 class Image(ABC):
     """One open image. Offsets and lengths are in bytes of the guest's disk.
 
-    Every method may be called from any thread. No lock that these wait for is held while data is made durable: others read and
-    write meanwhile. Failures are OSError with an errno: EINVAL for a range outside the disk, EROFS for a
+    Every method may be called from any thread. No lock that reads and writes take is held while data is made
+    durable. Failures are OSError with an errno: EINVAL for a range outside the disk, EROFS for a
     change to an image open for reading, ENOSPC and the like from the file; ImageError for a damaged part of
     the image's tables. After a failed sync of the data every later change and sync is EIO; reads go on.
 

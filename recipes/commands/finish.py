@@ -39,7 +39,7 @@ from recipes.steps.launch import check_device, monitor_option
 from recipes.steps.recovery import JOB
 from recipes.steps.shut_down import clear_source, detach
 from recipes.steps.stream import stream
-from recipes.steps.unattended import go_without_guest
+from recipes.steps.without_guest import go_without_guest
 
 
 async def shut_down(m: Migration) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from recipes.errors import MigrationError
-from recipes.hosts.ending import KILL, end_group
+from recipes.hosts.process_group import KILL, end_group
 from recipes.hosts.spawn import spawn
 from recipes.hosts.ssh import explain
 from recipes.hosts.way import Way

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from recipes.hosts.ending import end_group
 from recipes.hosts.interruption import undisturbed
+from recipes.hosts.process_group import end_group
 
 Process = asyncio.subprocess.Process
 

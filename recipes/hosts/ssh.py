@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-from recipes.hosts.ending import end_group
+from recipes.hosts.process_group import end_group
 from recipes.hosts.spawn import spawn
 
 _WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")

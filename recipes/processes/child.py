@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.errors import MigrationError
-from recipes.hosts.ending import end_group
 from recipes.hosts.host import Host
 from recipes.hosts.messages import message_in
+from recipes.hosts.process_group import end_group
 from recipes.processes.lastwords import last_words
 
 COMMAND = 60.0

@@ -7,7 +7,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase
 from recipes.steps.causes import WANTED
-from recipes.steps.unattended import go_without_guest, told
+from recipes.steps.without_guest import end_told, go_without_guest
 
 
 async def shut_down(m: Migration) -> str:
@@ -36,10 +36,10 @@ async def clear_source(m: Migration) -> str:
     known = m.guest_end
     await m.guest_has_ended()
     if m.guest_end and not known:
-        m.report.note(f"{told(m.guest_end)}; its disk is complete")
+        m.report.note(f"{end_told(m.guest_end)}; its disk is complete")
     m.cleared = True
     if m.guest_end and not (m.guest_end.good and m.guest_end.reason in ("", *WANTED)):
-        raise MigrationError(told(m.guest_end))
+        raise MigrationError(end_told(m.guest_end))
     end = f"{image} was moved to {target}" if target else f"{image} is out of date: never start a guest on it"
     return f"the server and A's QEMU have ended; {end}"
 

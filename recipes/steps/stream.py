@@ -18,7 +18,7 @@ from recipes.migrate.state import Phase
 from recipes.qemu.vm import Vm, VmGoneError, VmSilentError
 from recipes.steps import advice
 from recipes.steps.recovery import JOB, LOOK, Recovery
-from recipes.steps.unattended import go_without_guest
+from recipes.steps.without_guest import go_without_guest
 
 RATE_WINDOW = 5.0
 """Seconds over which the rate is averaged."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.hosts.ending import end_group
+from recipes.hosts.process_group import end_group
 from recipes.hosts.spawn import spawn
 from tests.support.processes import wait_until
 from tests.support.vms import lives

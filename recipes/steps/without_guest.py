@@ -9,7 +9,7 @@ from recipes.steps.causes import described
 async def go_without_guest(m: Migration) -> None:
     """From now on the disk is all that is left to do: B's QEMU has ended."""
     if m.guest_end:
-        m.report.note(f"{told(m.guest_end)}; its disk is completed without it")
+        m.report.note(f"{end_told(m.guest_end)}; its disk is completed without it")
     m.no_longer_need("B's QEMU")
     if m.b:
         await m.b.disconnect()
@@ -17,6 +17,6 @@ async def go_without_guest(m: Migration) -> None:
     m.unattended = True
 
 
-def told(end: GuestEnd) -> str:
+def end_told(end: GuestEnd) -> str:
     """What has become of the guest, for the operator."""
     return described(end.reason, "B") if end.reason else end.how
