@@ -179,8 +179,9 @@ fill() {
             fi
         fi
         if has_ended; then
-            revive || return 0
-            continue
+            revive && continue
+            [ -z "$nurse" ] || end_child "$nurse"
+            return 0
         fi
         # A QEMU that has not come up yet, or is about to end, is no trouble.
         ! qmp query-status >/dev/null || echo "$me: $(why); trying again" >&2

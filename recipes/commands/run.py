@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from nbdserve.common.errors import OperatorError
+from recipes.commands.abort import abort
 from recipes.commands.retreat import retreat
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
 from recipes.migrate.guard import start_guard
-from recipes.migrate.journal import Journal, check_name, of_destination, usable_name
+from recipes.migrate.journal import Journal, check_name, last, of_destination, usable_name
 from recipes.migrate.report import Outcome, Report, Step, StepResult
 from recipes.migrate.runtime import FINISH, AdvisedError, Migration
-from recipes.migrate.state import Disk, Phase, State
+from recipes.migrate.state import OVER, Disk, Phase, State
 from recipes.migrate.watch import Orders
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import hosts
@@ -66,15 +67,26 @@ async def migrate(
     one line says where the guest is and what to do, when a step fails. When the task is cancelled, that line
     goes to ``report.note`` instead.
     """
-    limits = plan.limits
     async with AsyncExitStack() as stack:
-        a = await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
+        a = await source(plan)
         stack.push_async_callback(a.disconnect)
         name = check_name(name) if name else await name_of(a, plan)
         if base is None:
             refuse_another(name, plan)
+            if has_left_something(name):
+                # A monitor has one client.
+                await a.disconnect()
+                await abort(name, report)
+                a = await source(plan)
+                stack.push_async_callback(a.disconnect)
         journal = stack.enter_context(closing(Journal.begin(name, base)))
         return await migrate_from(plan, report, journal, a, stack, children, finish)
+
+
+async def source(plan: Plan) -> Vm:
+    """Connect to A's QEMU; ConnectError where that fails."""
+    limits = plan.limits
+    return await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
 
 
 async def migrate_from(
@@ -125,6 +137,15 @@ def refuse_another(name: str, plan: Plan) -> None:
                 f"destination.image: {plan.destination.image} is that of migration {state.name} "
                 f"({state.phase.value}): nbd-migrate resume {state.name}, or nbd-migrate abort {state.name}"
             )
+
+
+def has_left_something(name: str) -> bool:
+    """Whether a migration of this name was given up, and could not be cleared away."""
+    try:
+        state = last(name)
+    except MigrationError:
+        return False
+    return state.phase in OVER and not state.over
 
 
 def write(journal: Journal, state: State) -> None:

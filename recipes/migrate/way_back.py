@@ -33,7 +33,7 @@ from recipes.migrate.state import Phase, Role, State
 from recipes.processes.child import lives
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.facts import Facts, OnA, OnB
-from recipes.qemu.source import UNDER_WAY_ON_A, guest_on_a, restore_capabilities, resume
+from recipes.qemu.source import UNDER_WAY_ON_A, HasLeftError, guest_on_a, restore_capabilities, resume
 from recipes.qemu.vm import Vm, VmGoneError
 
 ATTEMPTS = 3
@@ -46,7 +46,7 @@ BEFORE_IMAGE = frozenset({Phase.PREPARED, Phase.EXPORT})
 """There is no image of this migration on B yet."""
 
 BRIEF = 2.0
-"""Seconds in which B's QEMU is asked while the guest stands still."""
+"""Seconds for what is tried first, while the guest may stand still."""
 
 LOOK = 0.05
 """Seconds between two looks."""
@@ -228,16 +228,27 @@ class WayBack:
                 self._hands.enter(Phase.TAKING_BACK)
                 self._phase = Phase.TAKING_BACK
                 await self._end_destination(facts)
+            if not b_first:
+                await self._let_go_on(a)
+                await self._end_destination(facts)
             # What is complete after B's end was the migration to B; before, it is one to who lives.
             stands = await resume(a, ours=b_first and facts.a in UNDER_WAY_ON_A)
             if stands:
                 self._hands.said.append(stands)
             await self._restore(a)
-            if not b_first:
-                await self._end_destination(facts)
         left = await self._hands.clear()
         self._hands.enter(Phase.TAKEN_BACK, cleared=not left)
         return but(AS_BEFORE, *self._hands.said, *left)
+
+    async def _let_go_on(self, a: Vm) -> None:
+        """Let the guest run at once, whatever has become of B's host. A QEMU there that hangs, and reads
+        nothing, may keep A's from coming to an end: then that goes on when B's has ended."""
+        try:
+            await resume(a, limit=BRIEF)
+        except (VmGoneError, HasLeftError):
+            raise
+        except MigrationError:
+            return
 
     async def _end_destination(self, facts: Facts) -> None:
         """End B's QEMU; where it could have the guest, one that does not end is reason enough to stop."""

@@ -58,6 +58,10 @@ WANTED = ("events", "return-path", "pause-before-switchover")
 """Capabilities that the source needs."""
 
 
+class HasLeftError(MigrationError):
+    """The guest was sent away while it was to go on on A."""
+
+
 async def guest_on_a(a: Vm) -> OnA:
     """Ask A's QEMU where the guest is. Raises MigrationError when it does not answer."""
     status = await migration_status(a)
@@ -79,15 +83,15 @@ def cancelling(address: str) -> str:
     return pasted(["nbd-migrate", "qmp", address, "migrate_cancel"])
 
 
-async def resume(a: Vm, *, ours: bool = False) -> str:
+async def resume(a: Vm, *, ours: bool = False, limit: float = RESUME) -> str:
     """Bring the source from any state of a migration back to a running guest. The destination must be dead.
 
     ``ours`` says that a migration which is complete now was one to that destination, and no other. Returns a
     phrase where the guest is there, and cannot run: as one that has shut down.
 
-    Raises MigrationError when the guest does not run again within RESUME seconds.
+    Raises MigrationError when the guest does not run again within ``limit`` seconds, HasLeftError.
     """
-    deadline = now() + RESUME
+    deadline = now() + limit
     refusal = ""
     while now() < deadline:
         under_way = await migration_status(a) in UNDER_WAY
@@ -98,7 +102,7 @@ async def resume(a: Vm, *, ours: bool = False) -> str:
             return f"the guest does not run there: it is in state {found['status']}"
         if not ours and await has_left(a):
             # Not to our destination, which is dead: to somebody else's, where it runs.
-            raise MigrationError("the guest has left A by another migration, so it was not told to go on")
+            raise HasLeftError("the guest has left A by another migration, so it was not told to go on")
         try:
             await a.execute("migrate_cancel" if under_way else "cont")
         except CommandError as error:

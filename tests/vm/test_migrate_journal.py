@@ -230,7 +230,11 @@ def test_what_cannot_be_removed_is_told_until_it_is_gone(stage: Scene) -> None:
         code, said = command(name, NAME)
         assert (code, "the guest runs on A as before; but what was made on" in said) == (1, True), said
         assert f"nbd-migrate abort {NAME} clears it away" in command("cleanup", NAME)[1]
-    assert command("run", str(stage.plan_file()), "--name", NAME)[0] != 0
+    code, said = command("run", str(stage.plan_file()), "--name", NAME)
+    assert (code, f"when that is mended: nbd-migrate abort {NAME}" in said or "remove it" in said) == (
+        1,
+        True,
+    ), said
     assert f"to clear that away: nbd-migrate abort {NAME}" in command("status", NAME)[1]
     for path in (stage.overlay, stage.overlay.with_name(f"{stage.overlay.name}.map")):
         path.unlink()
