@@ -7,32 +7,20 @@ has ended on B is no obstacle: its disk is completed without it, or, with ``boot
 
 from __future__ import annotations
 
-import time
 from contextlib import AsyncExitStack, closing, suppress
-from dataclasses import replace
-from itertools import chain, count
-from pathlib import Path
 
-from nbdserve.common.errors import ConnectError, UsageError
+from recipes.commands.finding import found, journal_of
 from recipes.commands.retreat import where_on_b
 from recipes.commands.run import go_through
 from recipes.engines.choice import engine_for
 from recipes.engines.interface import blockdev_options, reached
 from recipes.errors import MigrationError
-from recipes.hosts.host import Host
-from recipes.hosts.images import holds_something, image_facts
-from recipes.hosts.quoting import pasted
-from recipes.migrate.decide import Action, Wish, decide
-from recipes.migrate.journal import Journal, actor, names, of_destination, usable_name
+from recipes.migrate.journal import Journal
 from recipes.migrate.report import Report, Step
 from recipes.migrate.runtime import READY, Migration, gone
-from recipes.migrate.state import Disk, Phase, Role, State
+from recipes.migrate.state import Phase, Role
 from recipes.plans.plan import Plan
-from recipes.plans.reaching import hosts
-from recipes.processes.children import Children
-from recipes.qemu.facts import Facts, OnA, OnB
-from recipes.qemu.source import HOLDS, cancelling, guest_on_a, has_left, migration_status
-from recipes.qemu.vm import CommandError, EndedVm, Vm, connect, nobody_listens
+from recipes.qemu.vm import CommandError
 from recipes.steps.cutover import fence_source
 from recipes.steps.export import check_export, start_server
 from recipes.steps.launch import check_device, monitor_option
@@ -89,183 +77,9 @@ async def finish_with(
         report.note(f"done: the guest's disk is {plan.destination.image} on B, and needs nothing on A")
 
 
-async def found(
-    journal: Journal, plan: Plan, report: Report, stack: AsyncExitStack, *, again: str, sure: bool
-) -> Migration:
-    """Find everything that there is of the migration, before anything is done, and write down what it is."""
-    complete = journal.state is not None and journal.state.complete
-    a = await source(plan, report, sure=sure, complete=complete)
-    stack.push_async_callback(a.disconnect)
-    b = await destination(plan, a)
-    if b:
-        stack.push_async_callback(b.disconnect)
-    places = await hosts(plan)
-    disk = await look_at(plan, places[1])
-    if not sure and journal.state is not None:
-        await refuse_unless_on_b(journal.state, a, b, places[1])
-    state = found_on_b(journal, plan, disk, again)
-    journal.held = True
-    journal.append(state)
-    children = await stack.enter_async_context(Children())
-    m = Migration(journal, places, report, children, None, a, owned=False)
-    stack.push_async_callback(m.close)
-    m.b = b
-    m.no_longer_need("A's QEMU")
-    await take_over(m)
-    journal.held = False
-    m.enter(state.phase)
-    return m
-
-
-async def refuse_unless_on_b(state: State, a: Vm, b: Vm | None, host_b: Host) -> None:
-    """Raise MigrationError unless what is known of the migration, and what is found, say that it is to be
-    finished: one that was taken back is not, whatever its image on B still holds."""
-    on_a = await guest_on_a(a) if a.connected else OnA.GONE
-    on_b = OnB.HAS_GUEST
-    if b is None:
-        holds = await holds_something(host_b, state.plan.destination.image, state.plan.limits.command)
-        on_b = OnB.STOPPED if holds else OnB.NONE
-    decision = decide(state.phase, Wish.GO_ON, Facts(on_a, on_b))
-    if state.phase is not Phase.DONE and decision.action is not Action.FINISH:
-        raise MigrationError(
-            f"migration {state.name} ({state.phase.value}) is not to be finished: see nbd-migrate status "
-            f"{state.name}; if its guest has been migrated to B since, by hand: nbd-migrate cleanup --force "
-            f"{state.name}, and then this again"
-        )
-
-
 async def where(m: Migration) -> str:
     """Where the guest is when something fails here: on B, as it was before."""
     return where_on_b(m)
-
-
-async def source(plan: Plan, report: Report, *, sure: bool, complete: bool) -> Vm:
-    """A's QEMU, whose guest has left, or has ended; MigrationError when the guest is there.
-
-    Where the disk is complete nothing is needed of A, which may be away for good.
-    """
-    limits, address = plan.limits, plan.source.qmp
-    try:
-        a = await connect("A's QEMU", address, limit=limits.connect, command_limit=limits.command)
-    except ConnectError as error:
-        if complete:
-            report.note(f"A's QEMU was not ended, if it is still there: {error}")
-        elif not nobody_listens(error):
-            # Who is connected may be a run that still goes on; a host that is away may have the guest.
-            raise
-        return EndedVm("A's QEMU")
-    try:
-        if sure or await has_left(a):
-            return a
-        state, migration = (await a.execute("query-status"))["status"], await migration_status(a)
-    except BaseException:
-        await a.disconnect()
-        raise
-    await a.disconnect()
-    remedy = "run the plan again"
-    if migration == HOLDS:
-        remedy = f"it stands still before the switch-over, and goes on with: {cancelling(address)}"
-    raise MigrationError(f"the guest is on A, in state {state}, and there is nothing to finish: {remedy}")
-
-
-async def destination(plan: Plan, a: Vm) -> Vm | None:
-    """B's QEMU, which has the guest; None when it has ended. MigrationError when it waits for the guest."""
-    limits = plan.limits
-    try:
-        b = await connect(
-            "B's QEMU", plan.destination.qmp, limit=limits.connect, command_limit=limits.command
-        )
-    except ConnectError as error:
-        if not nobody_listens(error):
-            raise
-        return None
-    try:
-        waits = (await b.execute("query-status"))["status"] == "inmigrate"
-    except BaseException:
-        await b.disconnect()
-        raise
-    if waits:
-        await b.disconnect()
-        if a.connected:
-            raise MigrationError(
-                "A's QEMU has sent its guest, and B's still waits for one: there is nothing to finish yet"
-            )
-        quit_b = pasted(["nbd-migrate", "qmp", plan.destination.qmp, "quit"])
-        raise MigrationError(
-            "the guest never came to B, and A's QEMU has ended: there is nothing to finish; end B's QEMU "
-            f"with {quit_b}, and start the guest on A"
-        )
-    return b
-
-
-def journal_of(plan: Plan) -> Journal:
-    """Take over the journal of the run of a plan; where there is none, as another version ran it, begin one.
-
-    Raises JournalBusyError when another process is at work.
-    """
-    found = sorted(of_destination(plan), key=lambda state: (not state.over, state.time))
-    for state in found:
-        if actor(state.name):
-            # Raises, as somebody is at work.
-            return Journal.take_over(state.name)
-    if found:
-        return Journal.take_over(found[-1].name)
-    stem = usable_name(Path(plan.source.image).stem)
-    taken = names()
-    free = (each for each in chain([stem], (f"{stem[:30]}-{n}" for n in count(2))) if each not in taken)
-    return Journal.begin(next(free))
-
-
-def found_on_b(journal: Journal, plan: Plan, disk: Disk, again: str) -> State:
-    """The state of a migration whose guest is found on B."""
-    known = journal.state or State(journal.directory.name, plan)
-    return replace(
-        known,
-        plan=plan,
-        phase=Phase.COMPLETE if disk.complete else Phase.ARRIVED,
-        disks=(disk,),
-        arrived=known.arrived or time.time(),
-        made=(),
-        finish=again,
-    )
-
-
-async def look_at(plan: Plan, host: Host) -> Disk:
-    """See how complete B's image is."""
-    image, limit = plan.destination.image, plan.limits.command
-    if not await host.test("-e", image, limit):
-        raise MigrationError(
-            f"there is no {image} on B, so there is nothing to finish; is it the right plan?"
-        )
-    facts = await image_facts(host, image, limit)
-    made_by = "qemu" if facts["format"] == "qed" else "overlay"
-    if made_by != plan.destination.engine:
-        raise UsageError(
-            f"{image} on B is of engine {made_by}: give --engine {made_by}, as the run was given"
-        )
-    size, complete = int(facts["virtual-size"]), "backing-filename" not in facts
-    return Disk(plan.source.image, image, size, complete=complete)
-
-
-async def take_over(m: Migration) -> None:
-    """Find what the run has left."""
-    try:
-        await m.adopt(Role.SERVER)
-        await m.adopt(Role.FENCE)
-    except MigrationError:
-        # A complete disk needs nothing of A, which may be away for good: the last step says so.
-        if not m.complete:
-            raise
-    await m.adopt(Role.OVERLAY)
-    limits, address = m.plan.limits, m.plan.destination.overlay_monitor
-    try:
-        # Also without a pid file.
-        m.overlay_monitor = await connect(
-            "nbd-overlay", address, limit=limits.connect, command_limit=limits.command
-        )
-    except ConnectError:
-        if m.overlay:
-            raise
 
 
 async def secure(m: Migration) -> None:

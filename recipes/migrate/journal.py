@@ -12,19 +12,20 @@ file, so it is free only when both have ended.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
 
 from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
+from recipes.migrate.lock import NAME as LOCK
+from recipes.migrate.lock import Lock, holder
 from recipes.migrate.report import Progress
 from recipes.migrate.state import OVER, State
 from recipes.plans.plan import Plan
@@ -32,19 +33,8 @@ from recipes.plans.plan import Plan
 LONGEST_NAME = 40
 """Characters: it stands in a line of ``list``, and in file names."""
 
-MOMENT = 0.2
-"""Seconds for which a lock that somebody else has is asked for again."""
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_JOURNAL, _LOCK, _PROGRESS, _FRESH = "journal", "lock", "progress", "progress.new"
-
-
-class JournalBusyError(MigrationError):
-    """Another process acts on this migration; ``pid`` is its id, 0 if it has not said so yet."""
-
-    def __init__(self, message: str, pid: int) -> None:
-        super().__init__(message)
-        self.pid = pid
+_JOURNAL, _PROGRESS, _FRESH = "journal", "progress", "progress.new"
 
 
 class EmptyJournalError(MigrationError):
@@ -140,88 +130,8 @@ def progress(name: str) -> dict[str, float] | None:
 
 
 def actor(name: str) -> int:
-    """The process that acts on a migration: its id, or 0 if nobody does. Needs no right to write there."""
-    path = base_directory() / check_name(name) / _LOCK
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise MigrationError(f"{path}: {error.strerror}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _signed(fd) or UNKNOWN_PROCESS
-    except OSError as error:
-        raise MigrationError(f"{path}: it cannot be locked: {error.strerror}") from error
-    finally:
-        os.close(fd)
-    return 0
-
-
-UNKNOWN_PROCESS = -1
-"""The id of a process that has not signed."""
-
-
-def _signed(fd: int) -> int:
-    said = os.pread(fd, 32, 0).split()
-    return int(said[0]) if said and said[0].isdigit() else 0
-
-
-@dataclass
-class Lock:
-    """The right to act on a migration, for as long as any process has the file open."""
-
-    fd: int
-
-    @classmethod
-    def taken(cls, directory: Path) -> Self:
-        """Take it. Raises JournalBusyError when another process has it, MigrationError when that fails."""
-        try:
-            fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise MigrationError(f"{directory / _LOCK}: {error.strerror}") from error
-        deadline = time.monotonic() + MOMENT
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                # Who only looks holds it for an instant.
-                if time.monotonic() < deadline:
-                    time.sleep(MOMENT / 20)
-                    continue
-                pid = _signed(fd)
-                os.close(fd)
-                raise JournalBusyError(
-                    f"{directory.name}: process {pid or 'unknown'} is at work on this migration already", pid
-                ) from error
-            except OSError as error:
-                os.close(fd)
-                raise MigrationError(f"{directory / _LOCK}: it cannot be locked: {error.strerror}") from error
-        if not os.fstat(fd).st_nlink:
-            # Whoever had it has removed it meanwhile, with all that it was for.
-            os.close(fd)
-            raise JournalBusyError(f"{directory.name}: another process has just removed this migration", 0)
-        return cls(fd)
-
-    def sign(self) -> None:
-        """Write down which process acts, where that can be written."""
-        with suppress(OSError):
-            os.ftruncate(self.fd, 0)
-            os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        """Let go; the lock is free when everybody has."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    """The process that acts on a migration: its id, 0 if nobody does, or UNKNOWN_PROCESS."""
+    return holder(base_directory() / check_name(name))
 
 
 class Journal:
@@ -340,7 +250,7 @@ class Journal:
     def close(self) -> None:
         """Let go of the migration; where nothing was ever written, nothing is left of it."""
         if not os.fstat(self.fd).st_size:
-            for name in (_JOURNAL, _LOCK):
+            for name in (_JOURNAL, LOCK):
                 (self.directory / name).unlink(missing_ok=True)
             with suppress(OSError):
                 self.directory.rmdir()
@@ -354,7 +264,7 @@ def remove(name: str) -> None:
     if not directory.is_dir():
         raise MigrationError(f"there is no migration {name}: see nbd-migrate list")
     with Lock.taken(directory):
-        for known in (_JOURNAL, _PROGRESS, _FRESH, _LOCK):
+        for known in (_JOURNAL, _PROGRESS, _FRESH, LOCK):
             (directory / known).unlink(missing_ok=True)
         try:
             directory.rmdir()

@@ -14,7 +14,8 @@ import pytest
 from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
 from recipes.migrate import journal
-from recipes.migrate.journal import Journal, JournalBusyError, check_name, usable_name
+from recipes.migrate.journal import Journal, check_name, usable_name
+from recipes.migrate.lock import JournalBusyError
 from recipes.migrate.state import Arrival, Disk, Phase, Process, Role, State
 from recipes.plans.plan import Destination, Export, Plan, Source
 

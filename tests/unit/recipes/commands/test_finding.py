@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.common.errors import ConnectError
-from recipes.commands.finish import refuse_unless_on_b, source
+from recipes.commands.finding import refuse_unless_on_b, source
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.migrate.report import Report
