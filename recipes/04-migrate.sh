@@ -83,7 +83,12 @@ give_up() {
     why=$(qmp query-migrate --get error-desc 2>/dev/null) || die "A's QEMU does not answer any more"
     why=${cause:-${why:-$(tail -n 1 "$FENCE_FILE.log")}}
     qmp migrate_cancel >/dev/null
-    # Where it had not begun yet there is none, or an older one.
+    # Where it had not begun yet there is none, or an older one. A QEMU that was told so in the instant in which it stops
+    # the guest for the switch-over would stand in "cancelling" for ever.
+    [ -z "$(qmp query-migrate --get status)" ] ||
+        qmp query-migrate --get status --until 'cancelled|failed|completed' --timeout 2 >/dev/null 2>&1 ||
+        qmp migrate-continue '{"state": "cancelling"}' >/dev/null 2>&1 ||
+        true
     [ -z "$(qmp query-migrate --get status)" ] ||
         qmp query-migrate --get status --until 'cancelled|failed|completed' --timeout 30 >/dev/null || true
     if qmp query-status --get status --until running --timeout 5 >/dev/null 2>&1; then

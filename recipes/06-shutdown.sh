@@ -47,13 +47,14 @@ end() {
 }
 
 # need_no_other FILE PATTERN VARIABLE: of the processes with DISK and PATTERN in their command lines none must run but
-# the one whose id is in FILE.
+# the one whose id is in FILE. A supervisor, which nbd-migrate leaves beside each, has its command line, and ends with it.
 need_no_other() {
     local directory pid known
     known=$(cat "$1" 2>/dev/null) || true
     for directory in /proc/[0-9]*; do
         pid=${directory#/proc/}
         [ "$pid" != "$known" ] || continue
+        ! grep -qszE '^(supervisor|recipes\.processes\.supervisor)$' "$directory/cmdline" || continue
         if carries "$pid" "$DISK" && grep -qszE "$2" "$directory/cmdline" && ! ended "$pid"; then
             die "$3: process $pid is not that of $1, but works with $DISK; end it (kill $pid); nothing was ended"
         fi

@@ -17,6 +17,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.messages import message_in
 from recipes.hosts.process_group import end_group
 from recipes.processes.lastwords import last_words
+from recipes.processes.named_socket import socket_beside
 
 COMMAND = 60.0
 """Seconds that a short command about a process may take."""
@@ -95,6 +96,7 @@ class Child:
         supervisor: asyncio.subprocess.Process | None = None,
         *,
         mark: str = "",
+        log: Path | None = None,
         ready: Path | None = None,
         released: bool = False,
         adopted: bool = False,
@@ -105,6 +107,7 @@ class Child:
         self._lifeline = lifeline
         self._supervisor = supervisor
         self.mark = mark
+        self._log = log
         self._ready_file = ready
         self.released = released
         self._adopted = adopted
@@ -230,6 +233,7 @@ class Child:
             if not self.released:
                 await self._signal(signal.SIGKILL)
             await self._end()
+            await self._remove_socket()
             self._gone.set()
 
     def kill_command(self) -> list[str]:
@@ -279,6 +283,12 @@ class Child:
                 look = await self.host.run(*words, limit=COMMAND)
                 if look.strip() == "ended":
                     return
+
+    async def _remove_socket(self) -> None:
+        """Remove what a supervisor that was killed has left, before another one may listen there."""
+        if self._log and not self._adopted:
+            with suppress(MigrationError):
+                await self.host.run("rm", "-f", "--", str(socket_beside(self._log)), limit=COMMAND)
 
     async def tidy(self) -> None:
         """Remove the pid file of a process that has ended, where its supervisor is dead and cannot."""

@@ -93,6 +93,7 @@ class Children:
             *(name, host, speaking.pid, speaking.lifeline, speaking.process),
             # Of what has no such file the last word is an image, or a monitor's address.
             mark=str(ready or argv[-1]),
+            log=log,
             ready=ready,
             released=released,
         )

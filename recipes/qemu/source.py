@@ -15,6 +15,11 @@ QEMU hangs that takes as long. It comes to an end when B's goes on, or dies.
 So only who stands at pre-switchover needs somebody who acts, and migrate_cancel is right for that and nothing
 else: at ``device`` all of the guest may be with B already, which takes it up whatever the source says then.
 ``migrate-continue`` at pre-switchover with B's QEMU dead lets the guest run on here as well.
+
+A migrate_cancel in the very instant in which QEMU stops the guest for pre-switchover leaves it standing: it
+waits to be told that it may go on, for ever, in state ``cancelling``, and another migrate_cancel does not
+help (one of eight on 7.2, where one is sent as soon as the state is ``active``). ``migrate-continue`` does,
+if it is given the state that it finds.
 """
 
 from __future__ import annotations
@@ -34,6 +39,9 @@ RESUME = 20.0
 
 LOOK = 0.05
 """Seconds between two looks at a state that no event announces."""
+
+CANCELLING = 0.5
+"""Seconds after which a guest that stands still while a migration is being cancelled is not about to run."""
 
 UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "postcopy-active", "wait-unplug"}
 """States of query-migrate in which the source still tries to migrate."""
@@ -92,9 +100,11 @@ async def resume(a: Vm, *, ours: bool = False, limit: float = RESUME) -> str:
     Raises MigrationError when the guest does not run again within ``limit`` seconds, HasLeftError.
     """
     deadline = now() + limit
+    stuck = now() + CANCELLING
     refusal = ""
     while now() < deadline:
-        under_way = await migration_status(a) in UNDER_WAY
+        status = await migration_status(a)
+        under_way = status in UNDER_WAY
         found = await a.execute("query-status")
         if found["running"] and not under_way:
             return ""
@@ -104,6 +114,8 @@ async def resume(a: Vm, *, ours: bool = False, limit: float = RESUME) -> str:
             # Not to our destination, which is dead: to somebody else's, where it runs.
             raise HasLeftError("the guest has left A by another migration, so it was not told to go on")
         try:
+            if status == "cancelling" and not found["running"] and now() > stuck:
+                await a.execute("migrate-continue", state=status)
             await a.execute("migrate_cancel" if under_way else "cont")
         except CommandError as error:
             refusal = f": {error.reason}"

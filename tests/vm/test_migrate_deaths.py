@@ -70,7 +70,8 @@ def test_two_interruptions_while_the_overlay_is_created_leave_none(stage: Scene,
     slow.mkdir()
     tool = slow / "nbd-overlay"
     real = NBD_MIGRATE.with_name("nbd-overlay")
-    tool.write_text(f'#!/bin/sh\ncase $1 in create) sleep 0.5; {real} "$@" && touch {made}; sleep 1;; esac\n')
+    create = f'sleep 0.5; {real} "$@" && touch {made}; sleep 1'
+    tool.write_text(f'#!/bin/sh\ncase $1 in create) {create};; *) exec {real} "$@";; esac\n')
     tool.chmod(0o755)
     stage.change("destination", bin=str(slow))
     with stage.run() as run:

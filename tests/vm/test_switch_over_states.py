@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,8 +14,10 @@ from pathlib import Path
 import pytest
 from qemu.qmp import ExecuteError
 
-from tests.support.processes import Process, listens, wait_until
-from tests.support.vms import Monitor, Scene, monitor, scene
+from recipes.qemu.source import WANTED, migration_status, resume, set_capabilities
+from recipes.qemu.vm import connect
+from tests.support.processes import Process, dying_with_parent, listens, wait_until
+from tests.support.vms import QEMU, Monitor, Scene, monitor, scene
 
 NEVER = 1.0
 """Seconds in which nothing happens where nothing is to happen."""
@@ -137,3 +142,32 @@ def test_when_the_guest_has_left_cancelling_does_nothing(switching: Switching) -
     switching.a.execute("migrate_cancel")
     assert (switching.status, switching.a.state) == ("completed", "postmigrate")
     switching.stage.wait_until_guest_works("b")
+
+
+async def cancelled_early(address: Path, directory: Path) -> None:
+    """Cancel a migration at some instant before its guest stands still, and let it go on."""
+    a = await connect("A's QEMU", str(address), limit=60.0, command_limit=60.0)
+    there = directory / "nobody"
+    argv = [*dying_with_parent(signal.SIGKILL), *QEMU, "-incoming", f"unix:{there}", "-S"]
+    with (directory / "nobody.log").open("ab") as log, subprocess.Popen(argv, stderr=log) as b:
+        try:
+            while not listens(there):
+                await asyncio.sleep(0.01)
+            await set_capabilities(a, WANTED)
+            await a.execute("migrate", uri=f"unix:{there}")
+            while (status := await migration_status(a)) in ("setup", "active"):
+                if status == "active" and random.random() < 0.3:
+                    break
+            assert await resume(a) == ""
+        finally:
+            b.kill()
+            await a.disconnect()
+    there.unlink(missing_ok=True)
+
+
+def test_a_guest_whose_migration_is_cancelled_as_it_stops_for_the_switch_over_goes_on(tmp_path: Path) -> None:
+    """QEMU would let it stand for ever."""
+    with scene(tmp_path) as stage:
+        for _ in range(30):
+            asyncio.run(cancelled_early(stage.monitor_a, tmp_path))
+        stage.wait_until_guest_works("a")
