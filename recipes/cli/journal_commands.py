@@ -15,7 +15,7 @@ from recipes.commands.resume import resume
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import interruptible
 from recipes.migrate.console import choose_report
-from recipes.migrate.journal import check_name
+from recipes.migrate.journal import check_name, remove
 
 
 def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
@@ -107,10 +107,13 @@ def run_cleanup(given: argparse.Namespace) -> int:
     if given.force and not given.names:
         raise UsageError("--force: name the migrations")
     for name in given.names:
-        for left in overview.clean_up(name, force=given.force):
-            print(f"{name}: {left}")
+        # Told first, so that it is not lost with an output that cannot be written.
+        for left in overview.to_be_forgotten(name, force=given.force):
+            _tell(f"{name}: {left}")
+        remove(name)
     for name in () if given.names else overview.over():
         # Somebody may have begun one of the same name.
         with contextlib.suppress(MigrationError):
-            overview.clean_up(name)
+            overview.to_be_forgotten(name)
+            remove(name)
     return program.EXIT_DONE

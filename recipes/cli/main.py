@@ -44,11 +44,15 @@ Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Their arguments are another command's, which argparse must not look at.
     if words[:1] == ["supervisor"] and len(words) > 3:
-        # Its arguments are another command's, which argparse must not look at.
         return supervisor.main(words[1:])
     if words[:1] == ["attach"] and len(words) == 2:
         return attach.main(words[1:])
+    if words[:1] in (["supervisor"], ["attach"]) and not {"-h", "--help"} & set(words):
+        needs = "LOG READY COMMAND" if words[0] == "supervisor" else "LOG"
+        program.complain(PROGRAM, f"{words[0]} needs {needs}: see nbd-migrate --help")
+        return program.EXIT_USAGE
     return program.run(PROGRAM, lambda: dispatch(words))
 
 

@@ -37,7 +37,7 @@ async def found(
     if b:
         stack.push_async_callback(b.disconnect)
     places = await hosts(plan)
-    disk = await look_at(plan, places[1])
+    disk = await look_at(plan, places[1], b)
     if not sure and journal.state is not None:
         await refuse_unless_on_b(journal.state, a, b, places[1])
     state = found_on_b(journal, plan, disk, again)
@@ -162,10 +162,15 @@ def found_on_b(journal: Journal, plan: Plan, disk: Disk, again: str) -> State:
     )
 
 
-async def look_at(plan: Plan, host: Host) -> Disk:
+async def look_at(plan: Plan, host: Host, b: Vm | None) -> Disk:
     """See how complete B's image is."""
     image, limit = plan.destination.image, plan.limits.command
     if not await host.test("-e", image, limit):
+        if b:
+            raise MigrationError(
+                f"there is no {image} on B, where the guest runs on it: end neither B's QEMU nor "
+                "nbd-overlay, and give the file its name back"
+            )
         raise MigrationError(
             f"there is no {image} on B, so there is nothing to finish; is it the right plan?"
         )
@@ -189,6 +194,11 @@ async def take_over(m: Migration) -> None:
         if not m.complete:
             raise
     await m.adopt(Role.OVERLAY)
+    if await m.adopt_known(Role.QEMU) and m.b is None:
+        raise MigrationError(
+            f"B's QEMU (process {m.qemu.pid if m.qemu else 0}) is there, but nobody listens at its monitor, "
+            f"{m.plan.destination.qmp}: see to that, or end it; nothing was done"
+        )
     limits, address = m.plan.limits, m.plan.destination.overlay_monitor
     try:
         # Also without a pid file.

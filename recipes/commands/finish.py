@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack, closing, suppress
 
+from nbdserve.common.errors import OperatorError
 from recipes.commands.finding import found, journal_of
 from recipes.commands.retreat import where_on_b
 from recipes.commands.run import go_through
@@ -61,20 +62,28 @@ async def finish_with(
     async with AsyncExitStack() as stack:
         stack.enter_context(closing(journal))
         m = await found(journal, plan, report, stack, again=again, sure=sure)
-        await secure(m)
-        if m.b:
-            m.need("B's QEMU", gone(m.b))
-            if boot:
-                report.note("B's QEMU is there: it is not started")
-        elif boot:
-            await start_guest(m)
-        else:
-            report.note("the guest does not run on B; its disk is completed without it")
-            await go_without_guest(m)
-        await set_speed(m)
+        try:
+            await take_up(m, boot=boot)
+        except OperatorError as error:
+            raise MigrationError(f"{error}; {await where(m)}") from error
         await go_through(m, STEPS[m.complete :], where)
         m.done()
         report.note(f"done: the guest's disk is {plan.destination.image} on B, and needs nothing on A")
+
+
+async def take_up(m: Migration, *, boot: bool) -> None:
+    """See that everything is there that the rest of the steps need."""
+    await secure(m)
+    if m.b:
+        m.need("B's QEMU", gone(m.b))
+        if boot:
+            m.report.note("B's QEMU is there: it is not started")
+    elif boot:
+        await start_guest(m)
+    else:
+        m.report.note("the guest does not run on B; its disk is completed without it")
+        await go_without_guest(m)
+    await set_speed(m)
 
 
 async def where(m: Migration) -> str:

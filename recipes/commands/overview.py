@@ -26,7 +26,7 @@ PHASES = {
     Phase.EXPORT: "step 1, the export of A's disk",
     Phase.OVERLAY: "step 2, the image on B",
     Phase.LAUNCH: "step 3, B's QEMU",
-    Phase.MIGRATE: "step 4, the RAM moves; the guest runs on A",
+    Phase.MIGRATE: "step 4, the RAM moves",
     Phase.SWITCH_OVER: "step 4, the guest changes sides",
     Phase.ARRIVED: "step 4, the guest is on B; A's disk is fenced and A's QEMU ended",
     Phase.STREAM: "step 5, the disk follows the guest to B",
@@ -120,9 +120,9 @@ def left_behind(state: State) -> list[str]:
 def progress(name: str, state: State) -> Progress | None:
     """How far the stream is, as was told last; None where it does not move."""
     found = journal.progress(name)
-    if state.phase is not Phase.STREAM or found is None or found.get("time", 0.0) < state.arrived:
+    if state.phase is not Phase.STREAM or found is None or found.time < state.arrived:
         return None
-    return Progress(int(found["done"]), int(found["total"]), found["rate"], found["window"])
+    return found.progress
 
 
 def as_json(name: str) -> str:
@@ -155,10 +155,10 @@ def watch(name: str, tell: Callable[[str], None], *, as_object: bool) -> None:
         time.sleep(LOOK)
 
 
-def clean_up(name: str, *, force: bool = False) -> list[str]:
-    """Forget a migration; return a phrase for each thing of it that may still be there.
+def to_be_forgotten(name: str, *, force: bool = False) -> list[str]:
+    """Return a phrase for each thing of a migration that may still be there when it is forgotten.
 
-    Raises MigrationError when it is not over, unless with ``force``, and when somebody is at work on it.
+    Raises MigrationError when it is not over, unless with ``force``.
     """
     try:
         state = journal.last(name)
@@ -179,7 +179,6 @@ def clean_up(name: str, *, force: bool = False) -> list[str]:
             f"{name} is not over ({state.phase.value}): nbd-migrate resume {name} goes on, "
             f"nbd-migrate abort {name} gives up"
         )
-    journal.remove(name)
     return [] if state is None else left_behind(state)
 
 

@@ -11,7 +11,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.report import Report
-from recipes.migrate.state import State
+from recipes.migrate.state import Phase, State
 from recipes.qemu.vm import connect
 
 
@@ -23,14 +23,18 @@ async def resume(name: str, report: Report, *, boot: bool = False) -> None:
     """
     async with taken_up(name, report) as migration:
         verdict = await migration.decide(Wish.GO_ON)
-        state, said = migration.state, verdict.where
+        state, said, unwritten = migration.state, verdict.where, migration.m.journal.unwritten
     if verdict.action is Action.KEEP:
         raise MigrationError(f"{said}; {by_hand(state)}")
+    if verdict.action is Action.START_OVER and unwritten:
+        raise MigrationError(f"{said}; the journal cannot be written: {unwritten}; then resume again")
     if verdict.action is Action.START_OVER and not state.is_clear:
         raise MigrationError(f"{said}; when that is mended: nbd-migrate resume {name}")
-    if verdict.action is Action.NOTHING:
+    # A guest whose disk is complete may have ended since.
+    boots = boot and state.phase is Phase.DONE
+    if verdict.action is Action.NOTHING and not boots:
         report.note(said)
-    elif verdict.action is Action.FINISH:
+    elif verdict.action in (Action.FINISH, Action.NOTHING):
         await finish_with(
             Journal.take_over(name), state.plan, report, boot=boot, again=state.finish, sure=True
         )

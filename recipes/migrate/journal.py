@@ -12,18 +12,21 @@ file, so it is free only when both have ended.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
+from recipes.migrate.decoding import decoded
 from recipes.migrate.lock import NAME as LOCK
 from recipes.migrate.lock import Lock, holder
 from recipes.migrate.report import Progress
@@ -76,9 +79,26 @@ def usable_name(text: str) -> str:
 
 def names() -> list[str]:
     """The migrations that are known, sorted."""
-    found = (path.parent.name for path in base_directory().glob(f"*/{_JOURNAL}"))
+    base = base_directory()
+    try:
+        found = os.listdir(base)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise MigrationError(f"{base}: {error.strerror}") from error
     # Others are no migrations', as a copy that somebody has made by hand.
-    return sorted(name for name in found if _is_name(name))
+    return sorted(name for name in found if _is_name(name) and _has_journal(base / name))
+
+
+def _has_journal(directory: Path) -> bool:
+    """Whether there is one, as far as we may know."""
+    try:
+        os.lstat(directory / _JOURNAL)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def known() -> Iterator[State]:
@@ -103,29 +123,59 @@ def history(name: str) -> list[State]:
 
     Raises MigrationError when there is no such migration, or its journal cannot be read.
     """
-    path = base_directory() / check_name(name) / _JOURNAL
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise MigrationError(f"there is no migration {name}: see nbd-migrate list") from error
-    except OSError as error:
-        raise MigrationError(f"{path}: {error.strerror}") from error
-    states = [_parsed(path, line) for line in _whole_lines(content)]
-    if not states:
-        raise EmptyJournalError(f"{name}: nothing was begun; nbd-migrate cleanup {name} forgets it")
-    return states
+    path, lines = _read(name)
+    # What became of an earlier one is of no account where the last one is whole.
+    earlier = []
+    for line in lines[:-1]:
+        with suppress(MigrationError):
+            earlier.append(_parsed(path, line))
+    return [*earlier, _parsed(path, lines[-1])]
 
 
 def last(name: str) -> State:
     """The state of a migration, locking nothing; raises as ``history`` does."""
-    return history(name)[-1]
+    path, lines = _read(name)
+    return _parsed(path, lines[-1])
 
 
-def progress(name: str) -> dict[str, float] | None:
-    """How far the stream was when that was told last: as Progress, with ``time``; None if unknown."""
+def _read(name: str) -> tuple[Path, list[bytes]]:
+    """The lines of a journal, at least one; raises MigrationError, EmptyJournalError."""
+    path = base_directory() / check_name(name) / _JOURNAL
     try:
-        return dict(json.loads((base_directory() / check_name(name) / _PROGRESS).read_text()))
-    except (OSError, ValueError, TypeError):
+        with os.fdopen(_regular(path, os.O_RDONLY), "rb") as file:
+            lines = list(_whole_lines(file.read()))
+    except FileNotFoundError as error:
+        raise MigrationError(f"there is no migration {name}: see nbd-migrate list") from error
+    except OSError as error:
+        raise MigrationError(f"{path}: {error.strerror}") from error
+    if not lines:
+        raise EmptyJournalError(f"{name}: nothing was begun; nbd-migrate cleanup {name} forgets it")
+    return path, lines
+
+
+def _regular(path: Path, flags: int) -> int:
+    """Open a regular file. Raises OSError, EINVAL for any other, as a FIFO, which would be waited for."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return fd
+
+
+@dataclass(frozen=True)
+class Told:
+    """How far the stream was, and when that was told, in seconds since the epoch."""
+
+    time: float
+    progress: Progress
+
+
+def progress(name: str) -> Told | None:
+    """How far the stream was when that was told last; None if unknown."""
+    try:
+        with os.fdopen(_regular(base_directory() / check_name(name) / _PROGRESS, os.O_RDONLY), "rb") as file:
+            return decoded(Told, json.loads(file.read()))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -146,6 +196,8 @@ class Journal:
         self.fd = fd
         self.lock = lock
         self.held = False
+        self.unwritten = ""
+        """Why the state is not in the file, if it is not."""
         content = os.pread(fd, os.fstat(fd).st_size, 0)
         self._end = content.rfind(b"\n") + 1
         lines = list(_whole_lines(content))
@@ -196,7 +248,7 @@ class Journal:
             lock.sign()
             path = directory / _JOURNAL
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fd = _regular(path, os.O_RDWR | os.O_CREAT)
             except OSError as error:
                 raise MigrationError(f"{path}: {error.strerror}") from error
             stack.callback(os.close, fd)
@@ -227,12 +279,12 @@ class Journal:
             _sync_directory(self.directory)
             _sync_directory(self.directory.parent)
         self._end += len(line)
-        self.state = state
+        self.state, self.unwritten = state, ""
         return state
 
-    def remember(self, state: State) -> None:
+    def remember(self, state: State, why: str) -> None:
         """Take this for the state although it could not be written."""
-        self.state = state
+        self.state, self.unwritten = state, why
 
     def begin_anew(self) -> None:
         """Forget what was there when the next state is written, and not before."""
@@ -244,7 +296,7 @@ class Journal:
         path = self.directory / _PROGRESS
         fresh = self.directory / _FRESH
         with suppress(OSError):
-            fresh.write_text(json.dumps({"time": time.time(), **asdict(progress)}))
+            fresh.write_text(json.dumps(asdict(Told(time.time(), progress))))
             fresh.replace(path)
 
     def close(self) -> None:
@@ -264,12 +316,15 @@ def remove(name: str) -> None:
     if not directory.is_dir():
         raise MigrationError(f"there is no migration {name}: see nbd-migrate list")
     with Lock.taken(directory):
-        for known in (_JOURNAL, _PROGRESS, _FRESH, LOCK):
-            (directory / known).unlink(missing_ok=True)
         try:
-            directory.rmdir()
+            # The journal as the last: until then it is known.
+            for known in (_PROGRESS, _FRESH, LOCK, _JOURNAL):
+                (directory / known).unlink(missing_ok=True)
         except OSError as error:
-            raise MigrationError(f"{directory}: {error.strerror}") from error
+            raise MigrationError(f"{error.filename}: {error.strerror}") from error
+        # What somebody else has put there stays.
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def _whole_lines(content: bytes) -> Iterator[bytes]:

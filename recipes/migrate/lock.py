@@ -46,7 +46,10 @@ class Lock:
         try:
             fd = os.open(directory / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise MigrationError(f"{directory / NAME}: {error.strerror}") from error
+            raise MigrationError(
+                f"{directory / NAME}: {error.strerror}; where that cannot be mended and the guest is on B, "
+                "nbd-migrate finish PLAN.toml with XDG_STATE_HOME set to another directory goes on"
+            ) from error
         deadline = time.monotonic() + MOMENT
         while True:
             try:

@@ -151,9 +151,10 @@ class Migration:
             self.journal.append(state, sync=sync)
         except OSError as error:
             told = f"{self.journal.directory}: {error.strerror}"
-            self.journal.remember(state)
+            self.journal.remember(state, told)
             if not self.arrived and state.phase not in (Phase.TAKING_BACK, *OVER):
-                raise MigrationError(told) from error
+                remedy = "make room there, or set XDG_STATE_HOME to another directory"
+                raise MigrationError(f"{told}: {remedy}") from error
             self.report.note(f"the journal cannot be written: {told}")
 
     @property

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Self
+from typing import Self
 
 from recipes.errors import MigrationError
-from recipes.plans.plan import Destination, Export, Finish, Limits, Log, Plan, Source
+from recipes.migrate.decoding import decoded
+from recipes.plans.plan import Plan
 
 VERSION = 1
 """Of the journal's lines; another is refused."""
+
+LATEST = float(1 << 38)
+"""Seconds since the epoch that can be told as a date."""
 
 
 class Phase(Enum):
@@ -176,27 +179,15 @@ class State:
     def from_json(cls, line: str) -> Self:
         """The state that a line tells of. Raises MigrationError for what no version of ours has written."""
         try:
-            return cls._from(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            values = json.loads(line)
+            if values.pop("version") != VERSION:
+                raise MigrationError("the state of a migration was written by another version of nbd-migrate")
+            state = decoded(cls, values)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MigrationError(f"not a state of a migration: {error}") from error
-
-    @classmethod
-    def _from(cls, values: dict[str, Any]) -> Self:
-        if values.pop("version") != VERSION:
-            raise MigrationError("the state of a migration was written by another version of nbd-migrate")
-        arrival = values["arrival"]
-        values |= {
-            "plan": _plan(values["plan"]),
-            "phase": Phase(values["phase"]),
-            "disks": tuple(Disk(**each) for each in values["disks"]),
-            "processes": tuple(
-                Process(**{**each, "role": Role(each["role"])}) for each in values["processes"]
-            ),
-            "capabilities": tuple(values["capabilities"]),
-            "made": tuple(values["made"]),
-            "arrival": None if arrival is None else Arrival(**arrival),
-        }
-        return cls(**values)
+        if not state.disks or not 0 <= state.time < LATEST or not 0 <= state.arrived < LATEST:
+            raise MigrationError("not a state of a migration: it has no disk, or its times are none")
+        return state
 
 
 def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
@@ -204,27 +195,6 @@ def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
     if cleared:
         return replace(state, phase=phase, made=(), processes=())
     return replace(state, phase=phase)
-
-
-_SECTIONS = {
-    "source": Source,
-    "export": Export,
-    "destination": Destination,
-    "limits": Limits,
-    "finish": Finish,
-    "log": Log,
-}
-
-
-def _plan(values: Mapping[str, Mapping[str, Any]]) -> Plan:
-    """The plan again; lists were tuples."""
-    sections = {
-        name: _SECTIONS[name](
-            **{key: tuple(each) if isinstance(each, list) else each for key, each in section.items()}
-        )
-        for name, section in values.items()
-    }
-    return Plan(**sections)
 
 
 def _value_of(value: object) -> object:

@@ -205,7 +205,8 @@ class WayBack:
     async def _clean_up(self, a: Vm | None, facts: Facts, decision: Decision) -> str:
         words = self._hands.lost(decision.words, self._state) if facts.a is OnA.GONE else decision.words
         if facts.a is OnA.SILENT:
-            words = f"{words}: {self._why}"
+            later = f"it may stand still; when that is mended: nbd-migrate abort {self._state.name}"
+            words = f"{words}: {self._why}; {later}"
         if a is not None and words == AS_BEFORE:
             await self._restore(a)
         left = await self._hands.clear()

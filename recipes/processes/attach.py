@@ -4,7 +4,7 @@
 
 LOG is that of the process. Between standard input and output and the supervisor's socket everything is
 passed on, until either ends. The first message is what a supervisor says at its beginning (supervisor.py);
-where none listens, it is ``{"failed": MESSAGE}``.
+where none listens, it is ``{"failed": MESSAGE}``, and a socket that one who was killed has left is removed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ def main(arguments: list[str]) -> int:
     try:
         supervisor = connect(path)
     except OSError as error:
-        os.write(1, json.dumps({"failed": f"{path}: {error.strerror}"}).encode() + b"\n")
+        if isinstance(error, ConnectionRefusedError):
+            # Its supervisor was killed.
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.write(1, json.dumps({"failed": f"{path}: {error.strerror or error}"}).encode() + b"\n")
         return 1
     # Who has gone is noticed by the end of what he says.
-    with supervisor, suppress(BrokenPipeError, ConnectionResetError):
+    with supervisor, suppress(OSError):
         poll = select.poll()
         poll.register(0, select.POLLIN)
         poll.register(supervisor, select.POLLIN)

@@ -81,6 +81,7 @@ class Child:
     name  what messages call it
     host  where it runs
     pid   its process id there
+    log   what it writes to, where it was started by us
     mark  what its command line has and no other process's
 
     One that was started in an earlier run is released. Its ``supervisor`` is what leads to the one that it
@@ -107,13 +108,13 @@ class Child:
         self._lifeline = lifeline
         self._supervisor = supervisor
         self.mark = mark
-        self._log = log
+        self.log = log
         self._ready_file = ready
         self.released = released
         self._adopted = adopted
         self.status: int | None = None
         self._tail = ""
-        self._orphan = self._mute = False
+        self._orphan = self._mute = self._removed = False
         self._ready = asyncio.Event()
         self._stopping = asyncio.Event()
         self._is_released = asyncio.Event()
@@ -286,12 +287,15 @@ class Child:
 
     async def _remove_socket(self) -> None:
         """Remove what a supervisor that was killed has left, before another one may listen there."""
-        if self._log and not self._adopted:
+        if self.log and not self._adopted and self.released and not self._removed:
+            self._removed = True
             with suppress(MigrationError):
-                await self.host.run("rm", "-f", "--", str(socket_beside(self._log)), limit=COMMAND)
+                await self.host.run("rm", "-f", "--", str(socket_beside(self.log)), limit=COMMAND)
 
     async def tidy(self) -> None:
-        """Remove the pid file of a process that has ended, where its supervisor is dead and cannot."""
+        """Remove what a process that has ended has left, where its supervisor is dead and cannot."""
+        if self._orphan and not self.running:
+            await self._remove_socket()
         script = 'if [ "$(cat "$1" 2>/dev/null)" = "$2" ]; then rm -f -- "$1"; fi'
         if self._ready_file and not self.running and self.status is None:
             with suppress(MigrationError):

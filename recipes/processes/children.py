@@ -57,8 +57,10 @@ class Children:
         for follower in self._followers:
             follower.cancel()
         await asyncio.gather(*self._followers, return_exceptions=True)
-        for child in self._children:
-            await child.tidy()
+        for number, child in enumerate(self._children):
+            # One that was started in its place has these names now.
+            if not any(each.log == child.log for each in self._children[number + 1 :] if child.log):
+                await child.tidy()
             await child.close()
 
     async def start(

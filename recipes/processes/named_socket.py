@@ -20,7 +20,7 @@ BACKLOG = 8
 
 def socket_beside(log: Path) -> Path:
     """The name of the socket of the supervisor whose process writes to this log."""
-    return log.with_name(f"{log.name.removesuffix('.log')}.supervisor")
+    return log.parent / f"{log.name.removesuffix('.log')}.supervisor"
 
 
 def listen(path: Path) -> socket.socket:

@@ -11,8 +11,9 @@ supervisor reads words from its standard input, one a line:
 
 and writes JSON objects to its standard output, one a line: ``{"started": PID}`` or ``{"failed": MESSAGE}``,
 ``{"ready": true}``, ``{"stopping": true}`` and ``{"released": true}`` when it has obeyed, and at the end
-``{"exited": STATUS, "tail": TEXT}`` (a negative status is a signal) with the end of the log. What a process
-that was killed has left of its file READY is removed before.
+``{"exited": STATUS, "tail": TEXT}`` (a negative status is a signal) with the end of the log. To any other
+word it says ``{"unknown": WORD}``. What a process that was killed has left of its file READY is removed
+before.
 
 End of file without ``release`` ends the process, so a holder that is killed leaves no orphan; over ssh too,
 as a lost connection is an end of file. Once it is released, whoever comes later may become its holder by the
@@ -44,8 +45,14 @@ from recipes.processes.named_socket import listen, socket_beside
 GRACE = 5.0
 """Seconds from SIGTERM to SIGKILL when the holder is gone."""
 
+WORD = 256
+"""Bytes that are kept of a word that has not come to its end."""
+
 TAIL = 2000
 """Bytes of the log that are reported when the process ends."""
+
+LONGEST = 86400.0
+"""Seconds that a process may be given to end by itself."""
 
 LOOK = 0.02
 """Seconds between two looks whether the process is ready."""
@@ -70,7 +77,9 @@ class Holder:
             # There was none from the beginning, or he has gone with words that we said unread.
             data = b""
         self.listening = bool(data)
-        *lines, self._pending = (self._pending + data).split(b"\n")
+        *lines, pending = (self._pending + data).split(b"\n")
+        # No word is so long.
+        self._pending = pending[:WORD]
         return [line.decode(errors="replace") for line in lines]
 
     def tell(self, message: dict[str, object]) -> None:
@@ -196,9 +205,11 @@ class Supervisor:
             self._tell({"released": True})
         elif verb == "leave":
             self._leaving = True
-        elif verb == "stop":
-            self._stop(float(argument))
+        elif verb == "stop" and (seconds := seconds_of(argument)) is not None:
+            self._stop(seconds)
             self._tell({"stopping": True})
+        else:
+            self._tell({"unknown": word})
 
     def _stop(self, seconds: float) -> None:
         self._stopping = True
@@ -245,6 +256,15 @@ class Supervisor:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - TAIL))
             return log.read(TAIL).decode(errors="replace")
+
+
+def seconds_of(text: str) -> float | None:
+    """A number of seconds that can be waited for; None for anything else."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds <= LONGEST else None
 
 
 def identity(path: Path | None) -> tuple[int, ...] | None:

@@ -110,6 +110,9 @@ async def resume(a: Vm, *, ours: bool = False, limit: float = RESUME) -> str:
             return ""
         if not under_way and found["status"] in CANNOT_RUN:
             return f"the guest does not run there: it is in state {found['status']}"
+        if not under_way and found["status"] == "paused":
+            # Somebody has told it so: a migration leaves other states, and ends them by itself.
+            return "the guest is paused there, as it was"
         if not ours and await has_left(a):
             # Not to our destination, which is dead: to somebody else's, where it runs.
             raise HasLeftError("the guest has left A by another migration, so it was not told to go on")

@@ -20,7 +20,7 @@ from recipes.hosts.host import Host, module
 from recipes.processes.children import Child, Children
 from tests.support.processes import check, dying_with_parent, wait_until
 from tests.support.sshd import sshd
-from tests.support.vms import lives
+from tests.support.vms import NBD_MIGRATE, lives
 
 HERE = Host("this host")
 SLEEP = ["sleep", "1000"]
@@ -450,6 +450,39 @@ def test_a_terminal_cannot_end_a_supervisor(tmp_path: Path, number: signal.Signa
             process.wait(0.3)
         assert lives(pid)
         process.communicate(b"stop 1\n", timeout=60.0)
+
+
+@pytest.mark.parametrize(
+    "word", ["stop", "stop abc", "stop nan", "stop inf", "stop -1", "", "x" * 100000, "\0\xff"]
+)
+def test_a_word_that_is_none_does_not_end_a_supervisor(tmp_path: Path, word: str) -> None:
+    with supervisor(tmp_path, SLEEP) as (process, pid):
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(f"{word}\n".encode("latin-1"))
+        process.stdin.flush()
+        assert "unknown" in json.loads(process.stdout.readline())
+        assert lives(pid)
+        output, _ = process.communicate(b"stop 60\n", timeout=60.0)
+        assert b'"exited"' in output
+
+
+@pytest.mark.parametrize(
+    "words", [["attach", ""], ["attach", "/"], ["attach", "."], ["attach", "/no/" + "x" * 240]]
+)
+def test_who_is_led_to_no_supervisor_is_told_so(words: list[str]) -> None:
+    done = subprocess.run([NBD_MIGRATE, *words], capture_output=True, timeout=60, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert json.loads(done.stdout)["failed"].rpartition(": ")[2] not in ("", "None")
+
+
+@pytest.mark.parametrize(
+    "words", [["attach"], ["attach", "a", "b"], ["supervisor"], ["supervisor", "log", ""]]
+)
+def test_what_a_small_program_lacks_is_said(words: list[str]) -> None:
+    done = subprocess.run([NBD_MIGRATE, *words], capture_output=True, timeout=60, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"nbd-migrate: {words[0]} needs LOG")
 
 
 def test_a_whole_session_ends_with_its_first_process(tmp_path: Path) -> None:

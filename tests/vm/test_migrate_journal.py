@@ -102,6 +102,8 @@ def is_on_b(stage: Scene) -> None:
     stage.wait_until_guest_works("b")
     wait_until(lambda: stage.started() == {Role.B}, f"B's QEMU alone is left: {stage.started()}", SECONDS)
     assert not Role.A.find(stage.directory)
+    # Nor has any supervisor stayed.
+    wait_until(lambda: not list(stage.directory.glob("*.supervisor")), "no supervisor stays", SECONDS)
     stage.quit_b()
     assert stage.wrong_sectors(interrupted=True) == []
 
@@ -285,6 +287,20 @@ def test_what_a_guest_has_written_on_b_is_not_removed_when_both_qemus_have_ended
     code, said = command("resume", NAME)
     assert code == 0, said
     assert stage.wrong_sectors(interrupted=True) == []
+
+
+def test_a_guest_that_has_ended_after_all_was_done_is_started_again(stage: Scene) -> None:
+    with Process(
+        [NBD_MIGRATE, "run", stage.plan_file(), "--name", NAME], stage.directory / "run.log"
+    ) as made:
+        assert made.wait(SECONDS) == 0
+    for process in Role.B.find(stage.directory):
+        process.kill()
+    wait_until(lambda: not Role.B.find(stage.directory), "it ends")
+    code, said = command("resume", NAME, "--boot")
+    assert code == 0, said
+    assert Role.B_AGAIN.find(stage.directory)
+    wait_until(lambda: not list(stage.directory.glob("*.supervisor")), "no supervisor stays", SECONDS)
 
 
 def test_a_second_name_does_not_get_the_image_of_a_migration_that_is_not_over(stage: Scene) -> None:

@@ -227,21 +227,29 @@ def test_what_is_left_is_told_once() -> None:
     )
 
 
-class Off(Living):
-    """A's QEMU, whose guest has shut down, and which stays (``-no-shutdown``)."""
+class Standing(Living):
+    """A's QEMU, whose guest has shut down (``-no-shutdown``), or was paused by somebody."""
+
+    def __init__(self, state: str) -> None:
+        self._state = state
 
     async def execute(self, command: str, **arguments: object) -> object:
-        assert command != "cont", "it would be refused, for as long as that is tried"
-        return {"query-migrate": {}, "query-status": {"status": "shutdown", "running": False}}.get(command)
+        assert command != "cont", "it would be refused, for as long as that is tried, or is nobody's wish"
+        return {"query-migrate": {}, "query-status": {"status": self._state, "running": False}}.get(command)
 
 
-def test_a_guest_that_has_shut_down_on_a_is_there_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("shutdown", "the guest does not run there: it is in state shutdown"),
+        ("paused", "the guest is paused there, as it was"),
+    ],
+)
+def test_a_guest_that_does_not_run_on_a_is_there_as_it_is(tmp_path: Path, state: str, words: str) -> None:
     m = without_source(tmp_path, "inmigrate")
-    m.a = cast(Vm, Off())
+    m.a = cast(Vm, Standing(state))
     m.enter(Phase.MIGRATE)
-    assert back(m) == (
-        "the guest runs on A as before; but the guest does not run there: it is in state shutdown"
-    )
+    assert back(m) == f"the guest runs on A as before; but {words}"
     assert m.state.over
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from nbdserve.common.errors import UsageError
+from recipes.commands import overview
 from recipes.errors import MigrationError
 from recipes.migrate import journal
 from recipes.migrate.journal import Journal, check_name, usable_name
 from recipes.migrate.lock import JournalBusyError
+from recipes.migrate.report import Progress
 from recipes.migrate.state import Arrival, Disk, Phase, Process, Role, State
 from recipes.plans.plan import Destination, Export, Plan, Source
 
@@ -52,6 +55,105 @@ def test_what_is_no_state_is_refused_in_one_line(line: str) -> None:
     with pytest.raises(MigrationError) as caught:
         State.from_json(line)
     assert "\n" not in str(caught.value)
+
+
+def changed(**values: object) -> str:
+    """A line with other values, by the path to each."""
+    told = json.loads(FULL.to_json())
+    for path, value in values.items():
+        place, *keys = path.split("__")
+        inner = told
+        for key in [place, *keys][:-1]:
+            inner = inner[int(key) if key.isdigit() else key]
+        inner[[place, *keys][-1]] = value
+    return json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100000,
+        changed(time="x"),
+        changed(time=1e300),
+        changed(time=-1),
+        changed(time=True),
+        changed(arrived=1e300),
+        changed(disks=[]),
+        changed(disks__0__size="x"),
+        changed(disks__0__complete=1),
+        changed(plan__destination__shell=5),
+        changed(plan__destination__shell="ssh"),
+        changed(processes__0__mark=None),
+        changed(processes__0__role="nobody"),
+        changed(phase="nowhere"),
+        changed(arrival=[]),
+        changed(arrival__more=1),
+    ],
+)
+def test_values_of_other_kinds_are_refused_in_one_line(line: str) -> None:
+    with pytest.raises(MigrationError, match="not a state of a migration") as caught:
+        State.from_json(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[" * 100000, "{}", '{"time": 9e18}', '{"time": "x", "progress": {}}', "\0" * 9, "null"],
+)
+def test_a_progress_that_nobody_of_ours_has_written_is_none(content: str) -> None:
+    kept = Journal.begin("vm")
+    kept.append(FULL)
+    (kept.directory / "progress").write_text(content)
+    assert journal.progress("vm") is None
+    kept.note_progress(Progress(1, 2, 3.5, 4.0))
+    told = journal.progress("vm")
+    assert told
+    assert told.progress == Progress(1, 2, 3.5, 4.0)
+    kept.close()
+
+
+def test_a_damaged_journal_is_nobody_elses_trouble() -> None:
+    """One that is no file at all is told of, and not waited for."""
+    kept = Journal.begin("vm")
+    kept.append(FULL)
+    kept.close()
+    for name in ("bad", "fifo", "folder"):
+        (journal.base_directory() / name).mkdir()
+    (journal.base_directory() / "bad" / "journal").write_text("[" * 100000 + "\n")
+    os.mkfifo(journal.base_directory() / "fifo" / "journal")
+    (journal.base_directory() / "folder" / "journal").mkdir()
+    assert [state.name for state in journal.of_destination(PLAN)] == ["vm"]
+    for name in ("bad", "fifo", "folder"):
+        with pytest.raises(MigrationError):
+            journal.last(name)
+    rows = list(overview.rows())
+    assert len(rows) == 4
+    assert "nobody is at work" in rows[-1]
+    overview.to_be_forgotten("bad", force=True)
+    journal.remove("bad")
+    assert "bad" not in journal.names()
+
+
+def test_an_entry_that_was_damaged_does_not_hide_the_last_one() -> None:
+    kept = Journal.begin("vm")
+    kept.append(FULL)
+    kept.append(replace(FULL, recoveries=3))
+    kept.close()
+    path = kept.directory / "journal"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"\0" * (len(first) - 1) + b"\n" + b"".join(rest))
+    assert journal.last("vm").recoveries == 3
+    assert [state.recoveries for state in journal.history("vm")] == [3]
+
+
+def test_what_somebody_else_has_put_beside_a_journal_stays() -> None:
+    kept = Journal.begin("vm")
+    kept.append(FULL)
+    kept.close()
+    (kept.directory / "notes").write_text("mine")
+    journal.remove("vm")
+    assert [path.name for path in kept.directory.iterdir()] == ["notes"]
+    assert journal.names() == []
 
 
 def test_a_process_takes_the_place_of_the_one_before() -> None:
