@@ -42,7 +42,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script."""
+    """Run nbd-migrate with these arguments, or the process's; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     # Their arguments are another command's, which argparse must not look at.
     if words[:1] == ["supervisor"] and len(words) > 3:
@@ -63,7 +63,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def make_parser() -> program.Parser:
-    """The command line of nbd-migrate."""
+    """Return the command line of nbd-migrate."""
     parser = program.Parser(
         prog=PROGRAM,
         description="Move a running virtual machine to another host, and its disk after it.",
@@ -162,7 +162,7 @@ def finish_plan(given: argparse.Namespace) -> int:
 
 
 def finish_command(given: argparse.Namespace) -> str:
-    """What the operator types to do the rest of this plan, as one line for a shell."""
+    """Return what the operator types to do the rest of this plan, as one line for a shell."""
     program = sys.argv[0] if Path(sys.argv[0]).name == PROGRAM else PROGRAM
     words = [PROGRAM if shutil.which(PROGRAM) == program else str(Path(program).absolute()), "finish"]
     for name in ("source", "to", "speed", "move_aside", "engine"):
@@ -173,7 +173,7 @@ def finish_command(given: argparse.Namespace) -> str:
 
 
 def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
-    """The options that stand for keys of the plan, by section."""
+    """Return the options that stand for keys of the plan, by section."""
     found: dict[str, dict[str, object]] = {"source": {}, "destination": {}, "limits": {}, "finish": {}}
     if given.source is not None:
         found["source"]["qmp"] = given.source

@@ -85,7 +85,7 @@ async def _repeat(given: argparse.Namespace) -> list[str]:
 
 
 def _parts(value: Any, path: str) -> Iterator[str]:
-    """What lies at the path, a line each; nothing where the last key is absent.
+    """Return what lies at the path, a line each; nothing where the last key is absent.
 
     Raises MigrationError if the way there does not exist.
     """
@@ -107,7 +107,7 @@ def _parts(value: Any, path: str) -> Iterator[str]:
 
 
 def _names(item: Any) -> set[object]:
-    """What the items of QEMU's lists are known by."""
+    """Return what the items of QEMU's lists are known by."""
     return {item.get(key) for key in ("id", "device", "node-name")} if isinstance(item, Mapping) else set()
 
 

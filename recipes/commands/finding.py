@@ -72,7 +72,7 @@ async def refuse_unless_on_b(state: State, a: Vm, b: Vm | None, host_b: Host) ->
 
 
 async def source(plan: Plan, report: Report, *, sure: bool, complete: bool) -> Vm:
-    """A's QEMU, whose guest has left, or has ended; MigrationError when the guest is there.
+    """Return A's QEMU, whose guest has left, or has ended; MigrationError when the guest is there.
 
     Where the disk is complete nothing is needed of A, which may be away for good.
     """
@@ -101,7 +101,10 @@ async def source(plan: Plan, report: Report, *, sure: bool, complete: bool) -> V
 
 
 async def destination(plan: Plan, a: Vm) -> Vm | None:
-    """B's QEMU, which has the guest; None when it has ended. MigrationError when it waits for the guest."""
+    """Return B's QEMU, which has the guest; None when it has ended.
+
+    Raises MigrationError when it waits for the guest.
+    """
     limits = plan.limits
     try:
         b = await connect(
@@ -149,7 +152,7 @@ def journal_of(plan: Plan) -> Journal:
 
 
 def found_on_b(journal: Journal, plan: Plan, disk: Disk, again: str) -> State:
-    """The state of a migration whose guest is found on B."""
+    """Return the state of a migration whose guest is found on B."""
     known = journal.state or State(journal.directory.name, plan)
     return replace(
         known,

@@ -87,7 +87,7 @@ async def take_up(m: Migration, *, boot: bool) -> None:
 
 
 async def where(m: Migration) -> str:
-    """Where the guest is when something fails here: on B, as it was before."""
+    """Return where the guest is when something fails here: on B, as it was before."""
     return where_on_b(m)
 
 

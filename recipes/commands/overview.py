@@ -78,7 +78,7 @@ def _stamp(seconds: float) -> str:
 
 
 def lines(name: str) -> list[str]:
-    """What is known of one migration, for the operator. Raises MigrationError where there is none."""
+    """Return what is known of one migration, for the operator. Raises MigrationError where there is none."""
     state, pid = journal.last(name), journal.actor(name)
     told = [f"{name}: {PHASES[state.phase]} (since {_stamp(state.time)})"]
     for disk in state.disks:
@@ -104,7 +104,7 @@ def lines(name: str) -> list[str]:
 
 
 def left_behind(state: State) -> list[str]:
-    """A phrase for each thing that a migration has started or made, and that may still be there."""
+    """Return a phrase for each thing that a migration has started or made, and that may still be there."""
     told = [f"{NAMES[each.role]}: process {each.pid}" for each in state.processes]
     there = state.plan.destination
     if state.made:
@@ -118,7 +118,7 @@ def left_behind(state: State) -> list[str]:
 
 
 def progress(name: str, state: State) -> Progress | None:
-    """How far the stream is, as was told last; None where it does not move."""
+    """Return how far the stream is, as was told last; None where it does not move."""
     found = journal.progress(name)
     if state.phase is not Phase.STREAM or found is None or found.time < state.arrived:
         return None
@@ -126,7 +126,7 @@ def progress(name: str, state: State) -> Progress | None:
 
 
 def as_json(name: str) -> str:
-    """Everything that is known of one migration, as one JSON object on one line."""
+    """Return everything that is known of one migration, as one JSON object on one line."""
     states = journal.history(name)
     state, pid = states[-1], journal.actor(name)
     moving = progress(name, state)
@@ -183,5 +183,5 @@ def to_be_forgotten(name: str, *, force: bool = False) -> list[str]:
 
 
 def over() -> list[str]:
-    """The names of all migrations that are over."""
+    """Return the names of all migrations that are over."""
     return [state.name for state in journal.known() if state.over]

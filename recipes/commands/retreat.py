@@ -85,7 +85,7 @@ class OwnHands(Hands):
 
     @property
     def saw_the_end(self) -> bool:
-        """Whether A's QEMU has said that it ends."""
+        """Tell whether A's QEMU has said that it ends."""
         return self._m.a.shut_down is not None
 
     def lost(self, words: str, state: State) -> str:
@@ -121,7 +121,7 @@ async def stop(m: Migration, child: Child | None) -> None:
 
 
 async def after_cut_over(m: Migration) -> str:
-    """What is so after a failure behind the cut-over. A must not go on in any case."""
+    """Return what is so after a failure behind the cut-over. A must not go on in any case."""
     if m.a.connected:
         await fence_source(m)
     await m.guest_has_ended()
@@ -129,7 +129,10 @@ async def after_cut_over(m: Migration) -> str:
 
 
 def where_on_b(m: Migration) -> str:
-    """Where the guest and its disk are behind the cut-over; where all is done, the migration is over."""
+    """Return where the guest and its disk are behind the cut-over.
+
+    Where all is done, the migration is over.
+    """
     where = advice.after_cut_over(m)
     if m.cleared:
         m.done()

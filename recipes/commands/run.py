@@ -125,7 +125,7 @@ async def migrate_from(
 
 
 async def name_of(a: Vm, plan: Plan) -> str:
-    """The name of a migration that was given none: the guest's, or else that of its disk."""
+    """Return the name of a migration that was given none: the guest's, or else that of its disk."""
     return usable_name((await a.execute("query-name")).get("name") or Path(plan.source.image).stem)
 
 
@@ -140,7 +140,7 @@ def refuse_another(name: str, plan: Plan) -> None:
 
 
 def has_left_something(name: str) -> bool:
-    """Whether a migration of this name was given up, and could not be cleared away."""
+    """Tell whether a migration of this name was given up, and could not be cleared away."""
     try:
         state = last(name)
     except MigrationError:

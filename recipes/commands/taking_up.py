@@ -35,7 +35,7 @@ class TakenUpHands(OwnHands):
 
     @property
     def saw_the_end(self) -> bool:
-        """Nobody was there."""
+        """Tell that nobody was there."""
         return False
 
     async def destination(self, limit: float | None) -> OnB:
@@ -82,7 +82,7 @@ class TakenUp:
 
     @property
     def state(self) -> State:
-        """What it has come to."""
+        """Return what it has come to."""
         return self.m.state
 
     async def decide(self, wish: Wish) -> Verdict:
@@ -109,7 +109,7 @@ class TakenUp:
 
 
 def by_hand(state: State) -> str:
-    """What the operator does where nobody but him can know what is right."""
+    """Return what the operator does where nobody but him can know what is right."""
     queries = [
         pasted(["nbd-migrate", "qmp", address, query])
         for address, query in (

@@ -41,7 +41,7 @@ class Original:
 
     @property
     def chunks(self) -> range:
-        """The index of every chunk."""
+        """Return the index of every chunk."""
         return range(-(-self.size // CHUNK))
 
     def write(self, image: Path) -> None:
@@ -71,7 +71,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether all that was compared is as it was."""
+        """Tell whether all that was compared is as it was."""
         return self.different == 0
 
 
@@ -117,7 +117,9 @@ def _within(extents: deque[tuple[int, int]], start: int, length: int) -> Iterato
 
 @contextmanager
 def _content(image: Path, layout: str) -> Iterator[IO[bytes]]:
-    """A stream of an image's content; OperatorError at the end of the block if its readers have failed."""
+    """Return a stream of an image's content; OperatorError at the end of the block if its readers have
+    failed.
+    """
     argv = ["nbdcopy", "--", "[", "qemu-nbd", "-r", "-f", layout, str(image), "]", "-"]
     with tempfile.TemporaryFile() as complaints:
         reader = subprocess.Popen(

@@ -50,7 +50,10 @@ class Guest:
 
     @property
     def qemu(self) -> tuple[str, ...]:
-        """QEMU's command line without disk drive and monitor; the disk's device refers to node NODE."""
+        """Return QEMU's command line without disk drive and monitor.
+
+        The disk's device refers to node NODE.
+        """
         return (
             *("qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-m", str(MEMORY), "-smp", "1"),
             *("-nodefaults", "-display", "none", "-no-reboot"),
@@ -68,13 +71,15 @@ class Guest:
 
     @property
     def announced(self) -> int:
-        """The number of the last record that the guest has announced on this machine, 0 before the first."""
+        """Return the number of the last record that the guest has announced on this machine, 0 before the
+        first.
+        """
         numbers = re.findall(r"^record (\d+)$", self._said, re.MULTILINE)
         return int(numbers[-1]) if numbers else 0
 
     @property
     def ready(self) -> bool:
-        """Whether the guest has booted and found its disk."""
+        """Tell whether the guest has booted and found its disk."""
         return "\nready " in f"\n{self._said}"
 
     @property

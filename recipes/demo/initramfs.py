@@ -46,7 +46,7 @@ def build(
 
 
 def _static(busybox: Path) -> Path:
-    """The path itself, after a look at whether the program can run where there are no libraries."""
+    """Return the path itself, after a look at whether the program can run where there are no libraries."""
     try:
         head = busybox.open("rb").read(4096)
     except OSError as error:

@@ -35,7 +35,7 @@ class Kernel:
 
     @property
     def image(self) -> Path:
-        """The file for QEMU's ``-kernel``."""
+        """Return the file for QEMU's ``-kernel``."""
         return self.root / f"boot/vmlinuz-{self.release}"
 
     @property
@@ -44,7 +44,7 @@ class Kernel:
         return self.root / f"lib/modules/{self.release}"
 
     def in_load_order(self, names: Sequence[str]) -> list[Path]:
-        """The files of these modules and of all that they need, each after what it needs itself.
+        """Return the files of these modules and of all that they need, each after what it needs itself.
 
         Names are as ``modprobe`` takes them; what is built into the kernel has no file and is left out.
         Raises UsageError for a module that this kernel does not have.
@@ -69,7 +69,7 @@ class Kernel:
 
 
 def default_cache() -> Path:
-    """Where kernels are kept: ``nbd-migrate`` in the user's cache directory (XDG base directories)."""
+    """Return where kernels are kept: ``nbd-migrate`` in the user's cache directory (XDG base directories)."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "nbd-migrate"
 
@@ -86,7 +86,7 @@ def fetch(cache: Path | None = None) -> Kernel:
 
 
 def _newest(directory: Path) -> Kernel | None:
-    """The unpacked kernel with the highest release, or None."""
+    """Return the unpacked kernel with the highest release, or None."""
     kernels = [Kernel(path.name, path) for path in directory.iterdir() if (path / "boot").is_dir()]
     return max(kernels, key=lambda kernel: _by_number(kernel.release), default=None)
 
@@ -173,10 +173,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _module_name(path: str) -> str:
-    """A module's name, in which ``-`` and ``_`` are the same, from its path or from a name."""
+    """Return a module's name, in which ``-`` and ``_`` are the same, from its path or from a name."""
     return Path(path).name.partition(".")[0].replace("-", "_")
 
 
 def _by_number(release: str) -> list[int]:
-    """A key that sorts 6.1.0-9 before 6.1.0-10."""
+    """Return a key that sorts 6.1.0-9 before 6.1.0-10."""
     return [int(number) for number in re.findall(r"\d+", release)]

@@ -53,7 +53,9 @@ class Place:
 
 
 def cells_on(size: int) -> int:
-    """How many cells a disk of ``size`` bytes has; UsageError if it has none, or no bijection exists."""
+    """Return how many cells a disk of ``size`` bytes has; UsageError if it has none, or no bijection
+    exists.
+    """
     cells = size // (CELL * SECTOR) - 1
     if size % SECTOR or cells < 1 or gcd(cells, STRIDE) != 1:
         raise UsageError(f"a disk of {size} bytes does not suit the guest; take a power of two from 1 MiB up")
@@ -61,14 +63,16 @@ def cells_on(size: int) -> int:
 
 
 def place(number: int, cells: int) -> Place:
-    """The place of record ``number``, counted from 1."""
+    """Return the place of record ``number``, counted from 1."""
     cell = (number if number % 8 else number // 2) * STRIDE % cells
     first, count = SHAPES[cell % 8]
     return Place(cell, ORIGIN + CELL * cell + first, count)
 
 
 def newest(written: int, cells: int) -> dict[Place, int]:
-    """Every place that records 1 to ``written`` have used, and the number of the last record in each."""
+    """Return every place that records 1 to ``written`` have used, and the number of the last record in
+    each.
+    """
     return {place(number, cells): number for number in range(1, written + 1)}
 
 

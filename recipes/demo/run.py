@@ -49,7 +49,7 @@ class Witness(Report):
         self.before = self.cut_over = self.streamed = 0
 
     def phases(self, verified: int) -> Phases:
-        """The phases, when the guest has looked at its disk after record ``verified``."""
+        """Return the phases, when the guest has looked at its disk after record ``verified``."""
         return Phases(self.before, self.cut_over, self.streamed, verified)
 
     def step_started(self, step: Step) -> None:

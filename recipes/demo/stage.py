@@ -45,32 +45,32 @@ class Stage:
 
     @property
     def image(self) -> Path:
-        """The disk on A."""
+        """Return the disk on A."""
         return self.directory / "a.raw"
 
     @property
     def moved(self) -> Path:
-        """Where A's disk is moved in the end."""
+        """Return where A's disk is moved in the end."""
         return self.directory / "a.raw.moved"
 
     @property
     def overlay(self) -> Path:
-        """The disk on B."""
+        """Return the disk on B."""
         return self.directory / f"b.{self.layout}"
 
     @property
     def layout(self) -> str:
-        """QEMU's name of the format that the disk on B has in the end."""
+        """Return QEMU's name of the format that the disk on B has in the end."""
         return "qed" if self.engine == "qemu" else "raw"
 
     @property
     def guest_on_a(self) -> Guest:
-        """The guest in the first machine."""
+        """Return the guest in the first machine."""
         return self._guest("a")
 
     @property
     def guest_on_b(self) -> Guest:
-        """The guest in the second machine."""
+        """Return the guest in the second machine."""
         return self._guest("b")
 
     def _guest(self, host: str) -> Guest:
@@ -78,17 +78,17 @@ class Stage:
         return Guest(self.kernel, self.directory / "initramfs", console, control)
 
     def monitor(self, host: str) -> Path:
-        """The QMP socket of host ``a`` or ``b``."""
+        """Return the QMP socket of host ``a`` or ``b``."""
         return self.sockets / f"{host}.qmp"
 
     @property
     def export_socket(self) -> Path:
-        """Where A's disk is served."""
+        """Return where A's disk is served."""
         return self.sockets / "nbd"
 
     @property
     def source_qemu(self) -> tuple[str, ...]:
-        """The command line of the machine that runs before anything is migrated."""
+        """Return the command line of the machine that runs before anything is migrated."""
         return (
             *self.guest_on_a.qemu,
             *("-blockdev", f"driver=raw,node-name={NODE},file.driver=file,file.filename={self.image}"),
@@ -96,7 +96,7 @@ class Stage:
         )
 
     def plan(self, limits: Limits) -> Plan:
-        """The migration of A's guest to B."""
+        """Return the migration of A's guest to B."""
         return Plan(
             Source(qmp=str(self.monitor("a")), image=str(self.image), node=NODE),
             Export(uri=f"nbd+unix:///disk?socket={self.export_socket}"),
@@ -114,7 +114,7 @@ class Stage:
         )
 
     def leftovers(self) -> Iterator[str]:
-        """What must be gone after the last step but is not, a phrase each."""
+        """Return what must be gone after the last step but is not, a phrase each."""
         if self.image.exists():
             yield f"the source's image is still at {self.image}"
         if _is_listened_on(self.export_socket):
@@ -152,7 +152,7 @@ def prepare(
 
 
 def _is_listened_on(path: Path) -> bool:
-    """Whether something accepts connections on a Unix socket."""
+    """Tell whether something accepts connections on a Unix socket."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(INSPECT_LIMIT)
         try:
@@ -163,12 +163,15 @@ def _is_listened_on(path: Path) -> bool:
 
 
 def _remains_of(image: Path) -> Iterator[Path]:
-    """The map and the sockets of nbd-overlay, as far as they are there."""
+    """Return the map and the sockets of nbd-overlay, as far as they are there."""
     yield from (path for suffix in ("map", "nbd", "qmp") if (path := Path(f"{image}.{suffix}")).exists())
 
 
 def _backing(image: Path, layout: str) -> str:
-    """The image's backing file as qemu-img sees it, or nothing; does not disturb a QEMU that has it open."""
+    """Return the image's backing file as qemu-img sees it, or nothing.
+
+    It does not disturb a QEMU that has it open.
+    """
     argv = ["qemu-img", "info", "--force-share", "--output=json", "-f", layout, str(image)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=INSPECT_LIMIT)
     if done.returncode != 0:

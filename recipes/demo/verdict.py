@@ -28,11 +28,11 @@ class Phases:
 
     @property
     def in_order(self) -> bool:
-        """Whether the guest has written on A, has never fallen back, and has written on B at the end."""
+        """Tell whether the guest has written on A, has never fallen back, and has written on B at the end."""
         return 0 < self.before <= self.cut_over <= self.streamed < self.verified
 
     def live(self, cells: int) -> tuple[int, int, int, int]:
-        """How many records of each phase were still the newest in their place at the end."""
+        """Return how many records of each phase were still the newest in their place at the end."""
         ends = (self.before, self.cut_over, self.streamed, self.verified)
         numbers = newest(self.verified, cells).values()
         starts = (0, *ends[:-1])
@@ -59,12 +59,12 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the disk arrived complete and correct, and nothing on A is needed."""
+        """Tell whether the disk arrived complete and correct, and nothing on A is needed."""
         return not any(self.failures)
 
     @property
     def failures(self) -> Iterator[str]:
-        """What is wrong, a line each."""
+        """Return what is wrong, a line each."""
         expected = len(newest(self.memory.written, self.cells))
         if self.memory.bad:
             yield f"{self.memory.bad} of the guest's records are not what it wrote; {self.memory.complaint}"
@@ -80,7 +80,7 @@ class Verdict:
         yield from self.leftovers
 
     def lines(self) -> Iterator[str]:
-        """The verdict as the operator reads it."""
+        """Return the verdict as the operator reads it."""
         memory, host = self.memory, self.comparison
         before, moving, streaming, after = self.phases.live(self.cells)
         rewritten = memory.written - memory.live

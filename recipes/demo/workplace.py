@@ -16,7 +16,7 @@ REMOVAL_LIMIT = 60.0  # seconds
 
 @contextmanager
 def temporary_directory() -> Iterator[Path]:
-    """A directory that is removed after the block, also if this process is killed in it."""
+    """Provide a directory that is removed after the block, also if this process is killed in it."""
     path = tempfile.mkdtemp(prefix="nbd-migrate-demo-", dir=place_for_sockets())
     # Its standard input ends when the block does, or when we do. In a session of its own Ctrl-C spares it.
     argv = ["sh", "-c", 'cat >/dev/null; rm -rf -- "$1"', "sh", path]
@@ -31,7 +31,10 @@ def temporary_directory() -> Iterator[Path]:
 
 @contextmanager
 def kept_directory(path: Path) -> Iterator[Path]:
-    """A directory that the operator wants to look at afterwards; it must be empty or not exist yet."""
+    """Provide a directory that the operator wants to look at afterwards.
+
+    It must be empty or not exist yet.
+    """
     path = path.absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"--keep {path}: name an empty directory, or one that does not exist")

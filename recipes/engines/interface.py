@@ -30,24 +30,31 @@ class Engine(ABC):
 
     @abstractmethod
     def files(self, plan: Plan) -> list[str]:
-        """What the migration makes on B, and what of it a failure before the cut-over has to remove."""
+        """Return what the migration makes on B, and what of it a failure before the cut-over has to
+        remove.
+        """
 
     @abstractmethod
     def nodes(self, plan: Plan) -> list[dict[str, object]]:
-        """The guest's disk in B's QEMU, as -blockdev options; the last one is what the -device refers to."""
+        """Return the guest's disk in B's QEMU, as -blockdev options.
+
+        The last one is what the -device refers to.
+        """
 
     @abstractmethod
     def needed_later(self, plan: Plan) -> dict[str, dict[str, object]]:
-        """What B's QEMU has to do again or for the first time while the guest is there: as -blockdev options,
-        by what it is called."""
+        """Return what B's QEMU has to do again, or for the first time, while the guest is there.
+
+        They are -blockdev options, by what they are called.
+        """
 
     @abstractmethod
     def complete_node(self, plan: Plan) -> dict[str, object]:
-        """The guest's disk in B's QEMU once every block of it is local, as a -blockdev option."""
+        """Return the guest's disk in B's QEMU once every block of it is local, as a -blockdev option."""
 
     @abstractmethod
     def streamed(self, plan: Plan) -> str:
-        """The device that block-stream is told."""
+        """Return the device that block-stream is told."""
 
     @abstractmethod
     async def prepare(self, m: Migration) -> None:

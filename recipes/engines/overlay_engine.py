@@ -26,12 +26,14 @@ class OverlayEngine(Engine):
     structured_replies = True
 
     def files(self, plan: Plan) -> list[str]:
-        """The raw file and its map, and the sockets, which nbd-overlay leaves behind when it is killed."""
+        """Return the raw file and its map, and the sockets, which nbd-overlay leaves behind when it is
+        killed.
+        """
         there = plan.destination
         return [there.image, f"{there.image}.map", there.overlay_socket, there.overlay_monitor]
 
     def nodes(self, plan: Plan) -> list[dict[str, object]]:
-        """The socket of nbd-overlay."""
+        """Return the socket of nbd-overlay."""
         destination, seconds = plan.destination, plan.limits.reconnect_delay
         return [
             {
@@ -58,7 +60,7 @@ class OverlayEngine(Engine):
         }
 
     def complete_node(self, plan: Plan) -> dict[str, object]:
-        """The raw file."""
+        """Return the raw file."""
         file = {"driver": "file", "filename": plan.destination.image, "discard": "unmap"}
         return {"node-name": plan.destination.node, "driver": "raw", "discard": "unmap", "file": file}
 
@@ -154,6 +156,9 @@ class OverlayEngine(Engine):
 
 
 async def uses_overlay(vm: Vm, node: str) -> bool:
-    """Whether the guest's disk is, or was before a pivot, nbd-overlay's; one may have booted on the file."""
+    """Tell whether the guest's disk is, or was before a pivot, nbd-overlay's.
+
+    One may have booted on the file.
+    """
     nodes = await vm.execute("query-named-block-nodes", flat=True)
     return all(each["drv"] == "nbd" for each in nodes if each["node-name"] == node)

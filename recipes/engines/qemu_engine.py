@@ -19,7 +19,7 @@ class QemuEngine(Engine):
     structured_replies = False
 
     def files(self, plan: Plan) -> list[str]:
-        """The image."""
+        """Return the image."""
         return [plan.destination.image]
 
     def nodes(self, plan: Plan) -> list[dict[str, object]]:
@@ -56,12 +56,12 @@ class QemuEngine(Engine):
         return {f"connect to {plan.export.address} again": export}
 
     def complete_node(self, plan: Plan) -> dict[str, object]:
-        """The image, which has let go of its backing."""
+        """Return the image, which has let go of its backing."""
         file = {"driver": "file", "filename": plan.destination.image}
         return {"node-name": plan.destination.node, "driver": "qed", "file": file}
 
     def streamed(self, plan: Plan) -> str:
-        """The overlay's node."""
+        """Return the overlay's node."""
         return f"{plan.destination.node}-overlay"
 
     async def prepare(self, m: Migration) -> None:
@@ -71,7 +71,7 @@ class QemuEngine(Engine):
         """Nothing either."""
 
     async def monitor(self, m: Migration) -> Vm:
-        """QEMU's own."""
+        """Return QEMU's own."""
         return m.monitor_b
 
     async def confirm(self, m: Migration) -> None:

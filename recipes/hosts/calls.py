@@ -39,7 +39,7 @@ class HostError(MigrationError):
 
 
 def unreachable(way: Way, said: str, otherwise: str) -> HostError:
-    """The error that the prefix of this host has failed with these words, or without any."""
+    """Return the error that the prefix of this host has failed with these words, or without any."""
     why = explain(said, way.shell) or otherwise
     return HostError(f"there is no way to {way.name} by '{shlex.join(way.shell)}': {why}")
 
@@ -91,7 +91,7 @@ class Call:
         return self._judge(code)
 
     def _judge(self, code: int) -> str:
-        """The output of a command that has ended, or MigrationError that says why there is none."""
+        """Return the output of a command that has ended, or MigrationError that says why there is none."""
         output, errors = self._output.decode(errors="replace"), self._errors.decode(errors="replace")
         if self._way.shell:
             begun = self._begun()
@@ -113,7 +113,7 @@ class Call:
         return output
 
     def _begun(self) -> re.Match[str] | None:
-        """Where the first mark is in the output, with the command's process group."""
+        """Return where the first mark is in the output, with the command's process group."""
         return re.search(rf"\n{self._mark} ?([0-9]*)\r?\n", self._output.decode(errors="replace"))
 
     def _late(self, limit: float) -> MigrationError:
@@ -135,7 +135,7 @@ class Call:
 
 
 def cannot_start(way: Way, what: str, error: OSError) -> MigrationError:
-    """The error that the first word of a command line is no program of this host."""
+    """Return the error that the first word of a command line is no program of this host."""
     reason = f"{what}: {error.filename}: {error.strerror}"
     return HostError(f"{reason}; install that on this host") if way.shell else MigrationError(reason)
 

@@ -30,18 +30,20 @@ class Host(Way):
     bin: str = ""
 
     async def prepared(self, limit: float) -> Host:
-        """The same host, whose ssh asks nothing and waits at most ``limit`` seconds for a connection."""
+        """Return the same host, whose ssh asks nothing and waits at most ``limit`` seconds for a
+        connection.
+        """
         return dataclasses.replace(self, options=await ssh.missing_options(self.shell, limit))
 
     def tool(self, name: str) -> str:
-        """How to call one of our own commands on this host."""
+        """Return how to call one of our own commands on this host."""
         if self.bin:
             return f"{self.bin}/{name}"
         beside = Path(sys.executable).with_name(name)
         return str(beside) if beside.exists() and not self.remote else name
 
     def own(self, name: str, *arguments: str) -> list[str]:
-        """One of the small programs of this package, as the supervisor, as a command of this host."""
+        """Return one of the small programs of this package, as the supervisor, as a command of this host."""
         if self.remote:
             return [self.tool("nbd-migrate"), name, *arguments]
         return module(name, *arguments)
@@ -55,7 +57,7 @@ class Host(Way):
         return await Call(self, command).run(limit)
 
     async def has(self, command: str, limit: float) -> bool:
-        """Whether a command of this name can be run there; raises HostError."""
+        """Tell whether a command of this name can be run there; raises HostError."""
         if not self.shell:
             return shutil.which(command) is not None
         try:
@@ -73,6 +75,6 @@ class Host(Way):
 
 
 def module(name: str, *arguments: str) -> list[str]:
-    """One of the small programs of this package as a command of this host."""
+    """Return one of the small programs of this package as a command of this host."""
     # -P: otherwise Python would take modules from the working directory first, whoever has put them there.
     return [sys.executable, "-P", "-m", PROGRAMS[name], *arguments]

@@ -30,12 +30,12 @@ class Beginning:
         self._greeting = ""
 
     def argv(self) -> list[str]:
-        """The supervisor's command line, with the prefix."""
+        """Return the supervisor's command line, with the prefix."""
         framed = ["sh", "-c", _FRAME, self._mark, *self._supervisor] if self._way.shell else self._supervisor
         return self._way.argv(framed)
 
     async def first(self, messages: asyncio.StreamReader) -> dict[str, Any]:
-        """The first message; an empty one when there is none."""
+        """Return the first message; an empty one when there is none."""
         while line := await messages.readline():
             if self._greeted and (message := message_in(line)):
                 return message
@@ -45,7 +45,9 @@ class Beginning:
         return {}
 
     async def failure(self, process: asyncio.subprocess.Process, said: str) -> str:
-        """Why there was no message; ``said`` is what the supervisor, or its prefix, wrote as errors."""
+        """Return why there was no message; ``said`` is what the supervisor, or its prefix, wrote as
+        errors.
+        """
         try:
             async with asyncio.timeout(END):
                 code = await process.wait()
@@ -61,7 +63,7 @@ class Beginning:
 
 
 def message_in(line: bytes) -> dict[str, Any]:
-    """The message on a line; an empty one where something else is on it."""
+    """Return the message on a line; an empty one where something else is on it."""
     try:
         message = json.loads(line)
     except ValueError:

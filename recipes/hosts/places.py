@@ -24,13 +24,13 @@ if test "$(id -u)" = 0; then echo /var/lib; else echo "${XDG_STATE_HOME:-$HOME/.
 
 
 async def place_of(host: Host, image: str, limit: float) -> PurePosixPath:
-    """The directory for what belongs to this image on this host; raises as Host.run() does."""
+    """Return the directory for what belongs to this image on this host; raises as Host.run() does."""
     script = " ".join(_STATE.split("\n"))
     state = (await host.run("sh", "-c", script, "sh", image, limit=limit)).strip()
     return PurePosixPath(state, "nbd-migrate", name_of(image)) if state else PurePosixPath(image).parent
 
 
 def name_of(image: str) -> str:
-    """A path as the name of one file; no two paths have the same."""
+    """Return a path as the name of one file; no two paths have the same."""
     parts = posixpath.normpath(image).strip("/").split("/")
     return "-".join(part.replace("-", "--") for part in parts)

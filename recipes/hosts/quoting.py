@@ -12,12 +12,12 @@ _UNSAFE_IN_A_LINE = re.compile(r"[^\x20-\x7e\xa1-\ud7ff\uf900-\uffef\U00010000-\
 
 
 def pasted(words: Sequence[str]) -> str:
-    """The command as one line for bash."""
+    """Return the command as one line for bash."""
     return " ".join(map(quoted, words))
 
 
 def quoted(word: str) -> str:
-    """One word, quoted where it must be; with bash's ``$'...'`` where it has control characters."""
+    """Return one word, quoted where it must be; with bash's ``$'...'`` where it has control characters."""
     if not _UNSAFE_IN_A_LINE.search(word):
         return shlex.quote(word)
     return f"$'{''.join(map(_escaped, word))}'"

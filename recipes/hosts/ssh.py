@@ -25,21 +25,22 @@ _UNSET = {"batchmode": "no", "connecttimeout": "none", "serveraliveinterval": "0
 
 
 def sessions(prefix: Sequence[str]) -> int:
-    """How many shells read a command behind this prefix: one for each ssh in it."""
+    """Return how many shells read a command behind this prefix: one for each ssh in it."""
     return sum(PurePath(word).name == "ssh" for word in prefix[:-1])
 
 
 def with_options(prefix: Sequence[str], options: Sequence[str]) -> list[str]:
-    """The prefix with more options for its first ssh, which win over none of those that it has."""
+    """Return the prefix with more options for its first ssh, which win over none of those that it has."""
     words = list(prefix)
     at = _end_of_options(words)
     return words if at is None else [*words[:at], *options, *words[at:]]
 
 
 async def missing_options(prefix: Sequence[str], limit: float) -> tuple[str, ...]:
-    """The options without which ssh might ask something, or wait for more than ``limit`` seconds for a host.
+    """Return the options without which ssh might ask something, or wait too long for a host.
 
-    Only what is set neither in the prefix nor in ssh's configuration; nothing where there is no OpenSSH.
+    That is more than ``limit`` seconds. Only what is set neither in the prefix nor in ssh's configuration is
+    returned; nothing where there is no OpenSSH.
     """
     at = _end_of_options(list(prefix))
     if at is None:
@@ -56,7 +57,10 @@ async def missing_options(prefix: Sequence[str], limit: float) -> tuple[str, ...
 
 
 def _end_of_options(words: list[str]) -> int | None:
-    """Where the command begins behind the first ssh's options and destination; None where there is no ssh."""
+    """Return where the command begins behind the first ssh's options and destination.
+
+    It is None where there is no ssh.
+    """
     names = [PurePath(word).name for word in words[:-1]]
     if "ssh" not in names:
         return None
@@ -77,7 +81,7 @@ def _end_of_options(words: list[str]) -> int | None:
 
 
 async def _configuration(argv: Sequence[str]) -> Mapping[str, str]:
-    """What ``ssh -G`` prints, by key; nothing when that fails."""
+    """Return what ``ssh -G`` prints, by key; nothing when that fails."""
     try:
         process = await spawn(
             argv,
@@ -115,7 +119,7 @@ _REMEDIES = (
 
 
 def explain(said: str, prefix: Sequence[str]) -> str:
-    """The line that matters of what was said on the way to a host, and what can be done about it."""
+    """Return the line that matters of what was said on the way to a host, and what can be done about it."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     for pattern, remedy in _REMEDIES:
         line = next((line for line in reversed(lines) if re.search(pattern, line)), None)

@@ -24,11 +24,11 @@ class Way:
 
     @property
     def remote(self) -> bool:
-        """Whether ssh leads there: then our tools must be installed there."""
+        """Tell whether ssh leads there: then our tools must be installed there."""
         return ssh.sessions(self.shell) > 0
 
     def argv(self, command: Sequence[str]) -> list[str]:
-        """The command with the prefix, quoted once for each remote shell that would split it again."""
+        """Return the command with the prefix, quoted once for each remote shell that would split it again."""
         for _ in range(ssh.sessions(self.shell)):
             command = [shlex.join(command)]
         return [*ssh.with_options(self.shell, self.options), *command]

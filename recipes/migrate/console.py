@@ -123,14 +123,14 @@ class JsonReport(PlainReport):
 
 
 def choose_report(*, as_json: bool = False) -> PlainReport:
-    """The report that suits standard output."""
+    """Return the report that suits standard output."""
     if as_json:
         return JsonReport()
     return TerminalReport() if sys.stdout.isatty() else PlainReport()
 
 
 def describe(progress: Progress) -> str:
-    """One line about the stream: bytes, rate, time left, vulnerable window."""
+    """Return one line about the stream: bytes, rate, time left, vulnerable window."""
     left = progress.seconds_left
     return (
         f"{progress.done / MIB:.0f} of {progress.total / MIB:.0f} MiB  {progress.rate / MIB:.1f} MiB/s  "
@@ -139,7 +139,7 @@ def describe(progress: Progress) -> str:
 
 
 def summary(outcome: Outcome) -> str:
-    """One line about a migration that is complete."""
+    """Return one line about a migration that is complete."""
     return (
         f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B, "
         f"vulnerable window {outcome.window:.1f} s, interrupted {outcome.recoveries} times"

@@ -225,12 +225,12 @@ def decide(phase: Phase, wish: Wish, facts: Facts) -> Decision:
 
 
 def asks_anybody(phase: Phase, wish: Wish) -> bool:
-    """Whether what anybody says makes a difference."""
+    """Tell whether what anybody says makes a difference."""
     return len({decide(phase, wish, Facts(a, b)).rule for a in OnA for b in OnB}) > 1
 
 
 def asks_b(phase: Phase, wish: Wish, a: OnA) -> bool:
-    """Whether what B's QEMU says makes a difference, so that it has to be asked."""
+    """Tell whether what B's QEMU says makes a difference, so that it has to be asked."""
     return len({decide(phase, wish, Facts(a, b)).rule for b in OnB}) > 1
 
 

@@ -154,7 +154,9 @@ async def _start(orders: Orders, fds: dict[str, int]) -> Watcher:
 
 
 def has_acted(done: int, chief: int) -> bool:
-    """Whether the guard has done what was to be done; one that is dead, or late and then killed, has not."""
+    """Tell whether the guard has done what was to be done; one that is dead, or late and then killed, has
+    not.
+    """
     poll = select.poll()
     poll.register(done, select.POLLIN)
     if poll.poll(TURN * 1000) and os.read(done, 1):

@@ -45,7 +45,7 @@ class EmptyJournalError(MigrationError):
 
 
 def base_directory() -> Path:
-    """Where the migrations of this user are kept, each in a directory of its name."""
+    """Return where the migrations of this user are kept, each in a directory of its name."""
     home = os.environ.get("XDG_STATE_HOME", "")
     if os.path.isabs(home):
         return Path(home) / "nbd-migrate"
@@ -78,7 +78,7 @@ def usable_name(text: str) -> str:
 
 
 def names() -> list[str]:
-    """The migrations that are known, sorted."""
+    """Return the migrations that are known, sorted."""
     base = base_directory()
     try:
         found = os.listdir(base)
@@ -91,7 +91,7 @@ def names() -> list[str]:
 
 
 def _has_journal(directory: Path) -> bool:
-    """Whether there is one, as far as we may know."""
+    """Tell whether there is one, as far as we may know."""
     try:
         os.lstat(directory / _JOURNAL)
     except PermissionError:
@@ -109,7 +109,7 @@ def known() -> Iterator[State]:
 
 
 def of_destination(plan: Plan) -> list[State]:
-    """The migrations that make the same image on the same host as this plan."""
+    """Return the migrations that make the same image on the same host as this plan."""
     there = plan.destination
     return [
         state
@@ -119,7 +119,7 @@ def of_destination(plan: Plan) -> list[State]:
 
 
 def history(name: str) -> list[State]:
-    """All states of a migration, the last one last; locks nothing.
+    """Return all states of a migration, the last one last; locks nothing.
 
     Raises MigrationError when there is no such migration, or its journal cannot be read.
     """
@@ -133,13 +133,13 @@ def history(name: str) -> list[State]:
 
 
 def last(name: str) -> State:
-    """The state of a migration, locking nothing; raises as ``history`` does."""
+    """Return the state of a migration, locking nothing; raises as ``history`` does."""
     path, lines = _read(name)
     return _parsed(path, lines[-1])
 
 
 def _read(name: str) -> tuple[Path, list[bytes]]:
-    """The lines of a journal, at least one; raises MigrationError, EmptyJournalError."""
+    """Return the lines of a journal, at least one; raises MigrationError, EmptyJournalError."""
     path = base_directory() / check_name(name) / _JOURNAL
     try:
         with os.fdopen(_regular(path, os.O_RDONLY), "rb") as file:
@@ -171,7 +171,7 @@ class Told:
 
 
 def progress(name: str) -> Told | None:
-    """How far the stream was when that was told last; None if unknown."""
+    """Return how far the stream was when that was told last; None if unknown."""
     try:
         with os.fdopen(_regular(base_directory() / check_name(name) / _PROGRESS, os.O_RDONLY), "rb") as file:
             return decoded(Told, json.loads(file.read()))
@@ -180,7 +180,7 @@ def progress(name: str) -> Told | None:
 
 
 def actor(name: str) -> int:
-    """The process that acts on a migration: its id, 0 if nobody does, or UNKNOWN_PROCESS."""
+    """Return the process that acts on a migration: its id, 0 if nobody does, or UNKNOWN_PROCESS."""
     return holder(base_directory() / check_name(name))
 
 

@@ -11,12 +11,12 @@ from recipes.migrate.state import State
 
 
 def but(where: str, *left: str) -> str:
-    """Where the guest is, and what is not as it was before, each once."""
+    """Return where the guest is, and what is not as it was before, each once."""
     return "; but ".join(dict.fromkeys([where, *left]))
 
 
 def discarding(host: Host, state: State) -> list[str]:
-    """The command for B that removes the image if it holds nothing: it may be the guest's."""
+    """Return the command for B that removes the image if it holds nothing: it may be the guest's."""
     return [host.tool("nbd-overlay"), "discard", state.plan.destination.image]
 
 

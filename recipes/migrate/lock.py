@@ -94,7 +94,7 @@ class Lock:
 
 
 def holder(directory: Path) -> int:
-    """The process that holds the lock: its id, or 0 if nobody does. Needs no right to write there."""
+    """Return the process that holds the lock: its id, or 0 if nobody does. Needs no right to write there."""
     path = directory / NAME
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

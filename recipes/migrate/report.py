@@ -52,7 +52,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the end at this rate, or None while nothing moves."""
+        """Return seconds until the end at this rate, or None while nothing moves."""
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
 

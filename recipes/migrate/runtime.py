@@ -97,39 +97,39 @@ class Migration:
 
     @property
     def state(self) -> State:
-        """What the migration has come to."""
+        """Return what the migration has come to."""
         assert self.journal.state is not None
         return self.journal.state
 
     @property
     def plan(self) -> Plan:
-        """What is migrated, from where to where."""
+        """Return what is migrated, from where to where."""
         return self.state.plan
 
     @property
     def disk(self) -> Disk:
-        """The guest's disk."""
+        """Return the guest's disk."""
         [disk] = self.state.disks
         return disk
 
     @property
     def finish(self) -> str:
-        """What the operator types to do what is left when the guest is on B."""
+        """Return what the operator types to do what is left when the guest is on B."""
         return self.state.finish
 
     @property
     def complete(self) -> bool:
-        """Whether every block is on B, on stable storage: nothing on A is needed."""
+        """Tell whether every block is on B, on stable storage: nothing on A is needed."""
         return self.state.complete
 
     @property
     def arrived(self) -> bool:
-        """Whether the guest is B's."""
+        """Tell whether the guest is B's."""
         return self.state.arrived > 0
 
     @property
     def since_arrival(self) -> float:
-        """Seconds since the guest became B's."""
+        """Return seconds since the guest became B's."""
         return max(0.0, time.time() - self.state.arrived)
 
     def enter(self, phase: Phase, *, sync: bool = True, **changes: Any) -> None:
@@ -179,25 +179,28 @@ class Migration:
 
     @property
     def guard(self) -> Guard:
-        """The guard, which there is as long as the guest may go back to A."""
+        """Return the guard, which there is as long as the guest may go back to A."""
         assert self._guard is not None
         return self._guard
 
     @property
     def monitor_b(self) -> Vm:
-        """The destination's QEMU, which there is from step 3 on."""
+        """Return the destination's QEMU, which there is from step 3 on."""
         assert self.b is not None
         return self.b
 
     @property
     def has_guest(self) -> bool:
-        """Whether B's QEMU lives, as far as is known."""
+        """Tell whether B's QEMU lives, as far as is known."""
         if self.qemu:
             return self.qemu.running
         return self.b is not None and self.b.connected
 
     async def guest_has_ended(self) -> bool:
-        """Whether B's QEMU has ended; then guest_end says how. Where it has, waits until that is sure."""
+        """Tell whether B's QEMU has ended; then guest_end says how.
+
+        Where it has, waits until that is sure.
+        """
         b = self.b
         if b is None or (self.has_guest and b.connected):
             return self.guest_end is not None
@@ -243,7 +246,9 @@ class Migration:
             raise MigrationError(end)
 
     async def explain(self, error: Exception) -> str:
-        """Why a step failed. A process says more about its end than its monitor does, but a moment later."""
+        """Return why a step failed. A process says more about its end than its monitor does, but a moment
+        later.
+        """
         limit = LAST_WORDS if isinstance(error, VmGoneError) else LAST_WORD_OF_LOAD
         if isinstance(error, VmGoneError | RefusedGuestError) and self._needed:
             await asyncio.wait(self._needed.values(), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -251,7 +256,7 @@ class Migration:
         return str(error)
 
     def _ends(self) -> Iterator[str]:
-        """What was needed and has ended, and how."""
+        """Return what was needed and has ended, and how."""
         return (f"{name} {end.result()}" for name, end in self._needed.items() if end.done())
 
     async def start(self, role: Role, argv: list[str], *, ready: bool = False) -> Child:
@@ -311,9 +316,9 @@ class Migration:
         self.record(made=paths)
 
     async def place(self, host: Host, image: str, suffix: str) -> Path:
-        """Where the log of what belongs to an image is, and its pid file, without ``.log`` and ``.pid``.
+        """Return where log and pid file of what belongs to an image are, without ``.log`` and ``.pid``.
 
-        Its host is asked once.
+        The image's host is asked once.
         """
         if (host, image) not in self._places:
             directory = self.plan.log.directory or await place_of(host, image, self.plan.limits.command)
@@ -350,7 +355,7 @@ class Migration:
         self.enter(Phase.DONE, made=(), processes=())
 
     def _living(self) -> list[Child]:
-        """The children that are there."""
+        """Return the children that are there."""
         children = (self.server, self.fence, self.qemu, self.overlay)
         return [each for each in children if each and each.running]
 

@@ -142,42 +142,46 @@ class State:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of A is needed any more."""
+        """Tell whether nothing of A is needed any more."""
         return bool(self.disks) and all(disk.complete for disk in self.disks)
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to be done, nor of what was made."""
+        """Tell whether nothing is left to be done, nor of what was made."""
         return self.phase in OVER and self.is_clear
 
     @property
     def is_clear(self) -> bool:
-        """Whether nothing that was started or made is left, as far as is known."""
+        """Tell whether nothing that was started or made is left, as far as is known."""
         return not self.processes and not self.made
 
     @property
     def gives_way(self) -> bool:
-        """Whether another migration of this name may begin: B has nothing of this one, and the guest is known
-        to be elsewhere, or its QEMU on A says where it is."""
+        """Tell whether another migration of this name may begin.
+
+        B has nothing of this one then, and A's QEMU says where the guest is, or it is known to be elsewhere.
+        """
         return self.is_clear and self.phase in OVER | BEFORE
 
     def process(self, role: Role) -> Process | None:
-        """The process in a role, if one was started."""
+        """Return the process in a role, if one was started."""
         return next((each for each in self.processes if each.role is role), None)
 
     def with_process(self, process: Process) -> Self:
-        """The state with a process that takes the place of the one in the same role."""
+        """Return the state with a process that takes the place of the one in the same role."""
         others = tuple(each for each in self.processes if each.role is not process.role)
         return replace(self, processes=(*others, process))
 
     def to_json(self) -> str:
-        """The state on one line."""
+        """Return the state on one line."""
         values = {"version": VERSION, **dataclasses.asdict(self)}
         return json.dumps(values, default=_value_of, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """The state that a line tells of. Raises MigrationError for what no version of ours has written."""
+        """Return the state that a line tells of. Raises MigrationError for what no version of ours has
+        written.
+        """
         try:
             values = json.loads(line)
             if values.pop("version") != VERSION:
@@ -191,7 +195,7 @@ class State:
 
 
 def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
-    """The state at the beginning of a phase; ``cleared``: nothing is left of what was made."""
+    """Return the state at the beginning of a phase; ``cleared``: nothing is left of what was made."""
     if cleared:
         return replace(state, phase=phase, made=(), processes=())
     return replace(state, phase=phase)

@@ -122,7 +122,7 @@ class Watch(Hands):
 
     @property
     def state(self) -> State:
-        """What the orchestrator has written down last."""
+        """Return what the orchestrator has written down last."""
         if self._journal is None or self._journal.state is None:
             raise MigrationError(f"{self.orders.journal}: there is no journal")
         return self._journal.state
@@ -168,7 +168,7 @@ class Watch(Hands):
             self._journal.append(entered(self.state, phase, cleared=cleared))
 
     async def _keep_b(self, verdict: Verdict) -> str:
-        """The guest is B's: what carries it lives on, and A's QEMU must not go on."""
+        """Let what carries the guest on B live on, and see that A's QEMU does not go on; return the line."""
         self.release_children()
         if not self.state.arrived:
             assert self._journal is not None
@@ -194,7 +194,7 @@ class Watch(Hands):
         return MigrationError(f"{unknown}; {ended}; {look}{self._later()}")
 
     def _later(self) -> str:
-        """What to type then, where the migration has a name that is known."""
+        """Return what to type then, where the migration has a name that is known."""
         if self._journal is None or self._journal.state is None:
             return ""
         name = self._journal.state.name

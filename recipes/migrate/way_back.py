@@ -80,7 +80,9 @@ class Hands(ABC):
         """End the rest and remove what was made; return a phrase for each thing that is left."""
 
     async def without_b(self, host: Host, state: State) -> OnB:
-        """What it means that nobody listens at B's monitor: the way there may be lost, and not the QEMU."""
+        """Return what it means that nobody listens at B's monitor: the way there may be lost, and not the
+        QEMU.
+        """
         known, plan = state.process(Role.QEMU), state.plan
         try:
             if known and await lives(host, known.pid, known.mark):
@@ -96,7 +98,9 @@ class Hands(ABC):
 
     @property
     def saw_the_end(self) -> bool:
-        """Whether A's QEMU was seen to end; otherwise nobody listens at its address: the way may be lost."""
+        """Tell whether A's QEMU was seen to end; otherwise nobody listens at its address: the way may be
+        lost.
+        """
         return False
 
     def lost(self, words: str, state: State) -> str:
@@ -119,7 +123,7 @@ class Verdict:
 
     @property
     def action(self) -> Action:
-        """What was done."""
+        """Return what was done."""
         return self.decision.action
 
 

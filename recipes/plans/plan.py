@@ -66,7 +66,7 @@ class Export:
 
     @property
     def address(self) -> NbdUri:
-        """The URI taken apart."""
+        """Return the URI taken apart."""
         return parse_uri(self.uri)
 
 
@@ -93,16 +93,18 @@ class Destination:
 
     @property
     def overlay_socket(self) -> str:
-        """Where nbd-overlay serves the disk to B's QEMU."""
+        """Return where nbd-overlay serves the disk to B's QEMU."""
         return f"{self.image}.nbd"
 
     @property
     def overlay_monitor(self) -> str:
-        """nbd-overlay's own QMP socket."""
+        """Return nbd-overlay's own QMP socket."""
         return f"{self.image}.qmp"
 
     def ownership(self, option: str) -> list[str]:
-        """The words that make something B's QEMU's: ``OPTIONowner`` and ``OPTIONmode`` with their values."""
+        """Return the words that make something B's QEMU's: ``OPTIONowner`` and ``OPTIONmode`` with their
+        values.
+        """
         words = [f"{option}owner", self.owner] if self.owner else []
         return [*words, f"{option}mode", self.mode] if self.mode else words
 
@@ -238,7 +240,7 @@ class Plan:
 
 
 def is_host_and_port(text: str) -> bool:
-    """Whether the text is ``HOST:PORT`` with a port of 1 to 65535; an IPv6 host stands in brackets.
+    """Tell whether the text is ``HOST:PORT`` with a port of 1 to 65535; an IPv6 host stands in brackets.
 
     A link-local one names its interface, ``[fe80::1%eth0]:4444``.
     """
@@ -257,7 +259,7 @@ def check_monitor(where: str, address: str) -> None:
 
 
 def is_among_devices(path: str) -> bool:
-    """Whether an absolute path is below /dev, but for /dev/shm, which is for files."""
+    """Tell whether an absolute path is below /dev, but for /dev/shm, which is for files."""
     parts = posixpath.normpath(path).strip("/").split("/")
     return parts[0] == "dev" and parts[1:2] != ["shm"]
 

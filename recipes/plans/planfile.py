@@ -61,7 +61,8 @@ def load(path: Path, overrides: Mapping[str, Mapping[str, object]] | None = None
 
 
 def decoded(content: bytes) -> str:
-    """The text of a TOML file, which is UTF-8; editors on other systems put a mark before it, or use UTF-16.
+    """Return the text of a TOML file, which is UTF-8; editors on other systems put a mark before it, or
+    use UTF-16.
 
     Raises UnicodeDecodeError.
     """

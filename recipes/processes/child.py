@@ -54,7 +54,10 @@ async def lives(host: Host, pid: int, mark: str) -> bool:
 
 
 def pidfd_of(pid: int) -> int:
-    """A file descriptor for the process, readable at its end; -1 when its supervisor has seen it end."""
+    """Return a file descriptor for the process, readable at its end.
+
+    It is -1 when its supervisor has seen it end.
+    """
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:
@@ -128,7 +131,7 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether the process is still there, as far as is known."""
+        """Tell whether the process is still there, as far as is known."""
         return not self._gone.is_set()
 
     async def ready(self, limit: float) -> None:
@@ -238,9 +241,9 @@ class Child:
             self._gone.set()
 
     def kill_command(self) -> list[str]:
-        """What kills the process when its supervisor is of no use, unless its id is another process's by now.
+        """Return the command that kills the process when its supervisor is of no use.
 
-        It ends when the process has ended.
+        It leaves another one alone that has the id by now, and ends when the process has ended.
         """
         script = 'while grep -qszF -- "$2" "/proc/$1/cmdline"; do kill -9 "$1"; sleep 0.1; done'
         return self.host.argv(["sh", "-c", script, "sh", str(self.pid), self.mark])

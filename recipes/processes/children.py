@@ -102,7 +102,9 @@ class Children:
         return self._follow(child, speaking.messages)
 
     async def adopt(self, name: str, host: Host, pid_file: Path) -> Child | None:
-        """The process of this name that an earlier run has started and released; None if it lives no more.
+        """Return the process of this name that an earlier run has started and released.
+
+        It is None if the process lives no more.
 
         Its command line must name its pid file: an id alone may be anybody's. Raises MigrationError when the
         host does not say.
@@ -113,7 +115,7 @@ class Children:
         return await self._adopted(name, host, int(found), str(pid_file), pid_file.with_suffix(".log"))
 
     async def adopt_process(self, name: str, host: Host, pid: int, mark: str, log: Path) -> Child | None:
-        """The same, of a process whose id and mark were written down."""
+        """Return the same, of a process whose id and mark were written down."""
         if not await lives(host, pid, mark):
             return None
         return await self._adopted(name, host, pid, mark, log)

@@ -11,7 +11,9 @@ _PROGRAM = re.compile(r"^qemu-\S+: ")
 
 
 def last_words(log: str) -> str:
-    """The last line of a log; where that is QEMU's about a failed load, with the lines that say of what."""
+    """Return the last line of a log; where that is QEMU's about a failed load, with the lines that say of
+    what.
+    """
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if not lines:
         return ""

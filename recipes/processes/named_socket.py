@@ -19,7 +19,7 @@ BACKLOG = 8
 
 
 def socket_beside(log: Path) -> Path:
-    """The name of the socket of the supervisor whose process writes to this log."""
+    """Return the name of the socket of the supervisor whose process writes to this log."""
     return log.parent / f"{log.name.removesuffix('.log')}.supervisor"
 
 

@@ -115,7 +115,7 @@ async def speak(
 
 
 async def stream(fd: int) -> asyncio.StreamReader:
-    """A reader for the end of a pipe, which it owns."""
+    """Return a reader for the end of a pipe, which it owns."""
     reader = asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(reader)
     await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(fd, "rb", 0))
@@ -123,5 +123,5 @@ async def stream(fd: int) -> asyncio.StreamReader:
 
 
 def content(fd: int) -> str:
-    """What is in an open file, up to 64 KiB."""
+    """Return what is in an open file, up to 64 KiB."""
     return os.pread(fd, 1 << 16, 0).decode(errors="replace")

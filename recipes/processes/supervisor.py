@@ -68,7 +68,7 @@ class Holder:
         self.listening = True
 
     def hear(self) -> list[str]:
-        """What the holder says, words of one line each; nobody is heard any more when he has gone."""
+        """Return what the holder says, words of one line each; nobody is heard any more when he has gone."""
         try:
             data = os.read(self.words, 4096)
         except BlockingIOError:
@@ -165,7 +165,7 @@ class Supervisor:
         return False
 
     def _is_left(self) -> bool:
-        """Whether nobody needs us any more, now that the holder has gone."""
+        """Tell whether nobody needs us any more, now that the holder has gone."""
         if self._stopping:
             return False
         if not self._released:
@@ -259,7 +259,7 @@ class Supervisor:
 
 
 def seconds_of(text: str) -> float | None:
-    """A number of seconds that can be waited for; None for anything else."""
+    """Return a number of seconds that can be waited for; None for anything else."""
     try:
         seconds = float(text)
     except ValueError:
@@ -268,7 +268,7 @@ def seconds_of(text: str) -> float | None:
 
 
 def identity(path: Path | None) -> tuple[int, ...] | None:
-    """What tells a file from one that was there before: that may be another living process's."""
+    """Return what tells a file from one that was there before: that may be another living process's."""
     try:
         status = os.stat(path) if path else None
     except OSError:

@@ -49,16 +49,16 @@ class Pivot:
 
     @property
     def local(self) -> str:
-        """The node of the local file."""
+        """Return the node of the local file."""
         return f"{self.node}-local"
 
     @property
     def filter(self) -> str:
-        """The mirror's node, between the guest's device and the NBD node while the job runs."""
+        """Return the mirror's node, between the guest's device and the NBD node while the job runs."""
         return f"{self.node}-pivot"
 
     def blockdev(self) -> dict[str, object]:
-        """The local node; QEMU takes its image locks, which keep others from writing to the file."""
+        """Return the local node; QEMU takes its image locks, which keep others from writing to the file."""
         file = {"driver": "file", "filename": self.image, "discard": "unmap"}
         return {"driver": "raw", "node-name": self.local, "discard": "unmap", "file": file}
 
@@ -166,7 +166,7 @@ async def _withdraw(vm: Vm, what: Pivot) -> None:
 
 
 async def _has_moved(vm: Vm, what: Pivot) -> bool:
-    """Whether the guest's device is on the local node. MigrationError when it is on neither."""
+    """Tell whether the guest's device is on the local node. MigrationError when it is on neither."""
     devices: list[dict[str, Any]] = await vm.call("query-block", {}, limit=what.limit)
     used = {each["inserted"]["node-name"] for each in devices if each.get("inserted")}
     if what.local in used:

@@ -87,7 +87,9 @@ async def guest_on_a(a: Vm) -> OnA:
 
 
 def cancelling(address: str) -> str:
-    """The command that lets a guest run on that stands still before the switch-over, for the operator."""
+    """Return the command that lets a guest run on that stands still before the switch-over, for the
+    operator.
+    """
     return pasted(["nbd-migrate", "qmp", address, "migrate_cancel"])
 
 
@@ -127,7 +129,7 @@ async def resume(a: Vm, *, ours: bool = False, limit: float = RESUME) -> str:
 
 
 async def has_left(a: Vm) -> bool:
-    """Whether the source's migration is complete.
+    """Tell whether the source's migration is complete.
 
     ``completed`` alone does not say so: a guest that came here by a migration keeps that from its arrival.
     """
@@ -137,12 +139,12 @@ async def has_left(a: Vm) -> bool:
 
 
 async def migration_status(a: Vm) -> str:
-    """The state that query-migrate tells; empty when there was no migration."""
+    """Return the state that query-migrate tells; empty when there was no migration."""
     return str((await a.execute("query-migrate")).get("status", ""))
 
 
 async def capabilities_on(vm: Vm) -> list[str]:
-    """The migration capabilities that are switched on."""
+    """Return the migration capabilities that are switched on."""
     return [each["capability"] for each in await vm.execute("query-migrate-capabilities") if each["state"]]
 
 

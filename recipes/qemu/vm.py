@@ -75,7 +75,7 @@ class Vm:
 
     @property
     def shut_down(self) -> str | None:
-        """Why this QEMU has ended, or is about to, in good order (QEMU's ShutdownCause); or None."""
+        """Return why this QEMU has ended, or is about to, in good order (QEMU's ShutdownCause); or None."""
         history = self._ends.history if self._ends else ()
         if not history:
             return None
@@ -84,7 +84,7 @@ class Vm:
 
     @property
     def connected(self) -> bool:
-        """Whether the monitor is still there."""
+        """Tell whether the monitor is still there."""
         return self._client.connected
 
     async def gone(self) -> None:
@@ -141,7 +141,7 @@ async def connect(name: str, address: str, *, limit: float, command_limit: float
 
 
 def nobody_listens(error: ConnectError) -> bool:
-    """Whether connect() has failed as there is no QEMU. One that is silent, or away, may be there."""
+    """Tell whether connect() has failed as there is no QEMU. One that is silent, or away, may be there."""
     return isinstance(error.__cause__, qmp.UnreachableError) and error.__cause__.nobody_listens
 
 
@@ -171,7 +171,7 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 @contextmanager
 def _as_migration_errors() -> Iterator[None]:
-    """What a monitor's client raises, as failures of a migration."""
+    """Turn what a monitor's client raises into failures of a migration."""
     try:
         yield
     except qmp.RefusedError as error:

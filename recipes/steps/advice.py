@@ -13,19 +13,19 @@ from recipes.steps.export import server_command
 
 
 async def server_away(m: Migration) -> str:
-    """A's server cannot be brought back from here."""
+    """Return what to do where A's server cannot be brought back from here."""
     runs = pasted(m.host_a.argv([*await server_command(m), "--fork"]))
     return f"see that this runs on A: {runs}; then: {m.finish}"
 
 
 async def server_hangs(m: Migration) -> str:
-    """A's server is there, but nothing comes."""
+    """Return what to do where A's server is there, but nothing comes."""
     log = await m.place(m.host_a, m.plan.source.image, "nbdserve")
     return f"look at A's disk, at the network and at {log}.log on A; then: {m.finish}"
 
 
 async def bad_source(m: Migration) -> str:
-    """A's disk itself fails."""
+    """Return what to do where A's disk itself fails."""
     image = m.plan.source.image
     log = await m.place(m.host_a, image, "nbdserve")
     return (
@@ -35,12 +35,12 @@ async def bad_source(m: Migration) -> str:
 
 
 async def bad_destination(m: Migration) -> str:
-    """B's disk itself fails."""
+    """Return what to do where B's disk itself fails."""
     return f"mend B's disk (its kernel's log says more); then: {m.finish}"
 
 
 async def no_space(m: Migration, missing: int) -> str:
-    """There is no space left on B."""
+    """Return what to do where there is no space left on B."""
     return f"{missing} bytes of the disk are still to come; when there is room: {m.finish}"
 
 
@@ -59,12 +59,12 @@ async def overlay_silent(m: Migration) -> str:
 
 
 async def qemu_silent(m: Migration) -> str:
-    """B's QEMU does not answer."""
+    """Return what to do where B's QEMU does not answer."""
     log = await m.place(m.host_b, m.plan.destination.image, "qemu")
     return f"see what it waits for, {log}.log on B may say it; then: {m.finish}"
 
 
 def after_cut_over(m: Migration) -> str:
-    """Where the guest and its disk are behind the cut-over, as the table of decisions says it."""
+    """Return where the guest and its disk are behind the cut-over, as the table of decisions says it."""
     facts = Facts(OnA.LEFT, OnB.HAS_GUEST if m.has_guest else OnB.NONE)
     return told(decide(m.state.phase, Wish.GO_BACK, facts).words, m.state)

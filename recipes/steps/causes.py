@@ -18,5 +18,5 @@ _ENDED = "{host}'s QEMU has ended"
 
 
 def described(reason: str, host: str) -> str:
-    """What has become of the guest that was on this host, for the operator."""
+    """Return what has become of the guest that was on this host, for the operator."""
     return f"{_WORDS.get(reason, _ENDED).format(host=host)} ({reason})"

@@ -91,7 +91,7 @@ async def arrive(m: Migration, arrival: Arrival | None) -> None:
 
 
 async def is_there(b: Vm) -> bool:
-    """Whether the guest is on B, or will be within ARRIVE seconds."""
+    """Tell whether the guest is on B, or will be within ARRIVE seconds."""
     try:
         async with asyncio.timeout(ARRIVE):
             await arriving(b)

@@ -32,7 +32,7 @@ async def start_server(m: Migration) -> Child:
 
 
 async def server_command(m: Migration) -> list[str]:
-    """The server's command line, with its pid file where whoever ends it later looks for that."""
+    """Return the server's command line, with its pid file where whoever ends it later looks for that."""
     image = m.plan.source.image
     pid_file = f"{await m.place(m.host_a, image, 'nbdserve')}.pid"
     address = m.plan.export.address

@@ -35,7 +35,7 @@ async def launch(m: Migration) -> str:
 
 
 def monitor_option(address: str) -> str:
-    """The value of QEMU's -qmp for a monitor at this address."""
+    """Return the value of QEMU's -qmp for a monitor at this address."""
     kind = "unix" if address.startswith("/") else "tcp"
     return f"{kind}:{address.replace(',', ',,')},server=on,wait=off"
 

@@ -120,7 +120,9 @@ async def check_destination(plan: Plan, host_b: Host) -> None:
 
 
 async def in_the_way(host: Host, path: str, limit: float) -> bool:
-    """Whether something is there. A socket on which nobody listens is as good as none: it is replaced."""
+    """Tell whether something is there. A socket on which nobody listens is as good as none: it is
+    replaced.
+    """
     dead = 'test -S "$1" && ! grep -qF -- " $1" /proc/net/unix'
     script = f'if {dead}; then echo no; elif test -e "$1" || test -L "$1"; then echo yes; else echo no; fi'
     return (await host.run("sh", "-c", script, "sh", path, limit=limit)).strip() == "yes"
@@ -145,7 +147,7 @@ async def check_move(plan: Plan, host_a: Host) -> None:
 
 
 async def answers(address: str, limit: float) -> bool:
-    """Whether a monitor, or anything else, accepts connections there."""
+    """Tell whether a monitor, or anything else, accepts connections there."""
     try:
         vm = await connect("", address, limit=limit, command_limit=limit)
     except ConnectError as error:

@@ -106,7 +106,7 @@ class Recovery:
 
     @property
     def server_has_ended(self) -> bool:
-        """Whether the server that this migration knows has ended; somebody else's is not looked at."""
+        """Tell whether the server that this migration knows has ended; somebody else's is not looked at."""
         return self._m.server is not None and not self._m.server.running
 
     async def _push(self) -> bool:
@@ -146,7 +146,10 @@ class Recovery:
         raise await self.advised(why, remedy)
 
     async def _size_of_log(self) -> int:
-        """How many bytes are in the log of the server on A, those of earlier runs too; 0 if nobody knows."""
+        """Return how many bytes are in the log of the server on A, those of earlier runs too.
+
+        It is 0 if nobody knows.
+        """
         with suppress(MigrationError, ValueError):
             log = await self._m.place(self._m.host_a, self._m.plan.source.image, "nbdserve")
             size = self._m.host_a.run("stat", "-c", "%s", "--", f"{log}.log", limit=self._limits.command)
@@ -154,7 +157,7 @@ class Recovery:
         return 0
 
     async def _new_in_log(self, seen: int) -> str:
-        """What the server on A has logged since; nothing where that cannot be seen."""
+        """Return what the server on A has logged since; nothing where that cannot be seen."""
         with suppress(MigrationError):
             log = await self._m.place(self._m.host_a, self._m.plan.source.image, "nbdserve")
             tail = ("tail", "-c", f"+{seen + 1}", "--", f"{log}.log")
@@ -162,18 +165,20 @@ class Recovery:
         return ""
 
     async def guest_waits(self) -> bool:
-        """Whether an error has paused the guest. One that the operator has paused is in another state."""
+        """Tell whether an error has paused the guest. One that the operator has paused is in another
+        state.
+        """
         if self._m.b is None:
             return False
         return bool((await self.execute("query-status", self._m.b))["status"] == "io-error")
 
     async def job_waits(self) -> bool:
-        """Whether the job is paused."""
+        """Tell whether the job is paused."""
         job = await self.job()
         return job is not None and job["status"] == "paused"
 
     async def _is_full(self) -> bool:
-        """Whether the guest or the job waits for space on B, not for A."""
+        """Tell whether the guest or the job waits for space on B, not for A."""
         node, devices = self._m.plan.destination.node, []
         if self._m.b:
             devices = [
@@ -191,7 +196,7 @@ class Recovery:
         raise await self.advised(why, await advice.no_space(self._m, missing))
 
     async def job(self) -> dict[str, Any] | None:
-        """The block job, or None when it has ended."""
+        """Return the block job, or None when it has ended."""
         jobs: list[dict[str, Any]] = await self.execute("query-block-jobs")
         return next((job for job in jobs if job["device"] == JOB), None)
 
@@ -203,7 +208,7 @@ class Recovery:
         return await self._m.during(work, self._patience * 2, command)
 
     async def advised(self, reason: str, remedy: str) -> AdvisedError:
-        """One line for an operator who must take over, to be raised."""
+        """Return one line for an operator who must take over, to be raised."""
         state = "off"
         if self._m.b:
             state = "unknown"

@@ -35,7 +35,7 @@ async def check_rights(m: Migration) -> None:
 
 
 def explain_start(m: Migration, error: MigrationError) -> MigrationError:
-    """Why B's QEMU has not started, with what to write where it was not let to its disk."""
+    """Return why B's QEMU has not started, with what to write where it was not let to its disk."""
     why, there = str(error), m.plan.destination
     ours = any(path in why for path in engine_for(m).files(m.plan))
     if ours and "Permission denied" in why and not there.owner:
@@ -44,7 +44,9 @@ def explain_start(m: Migration, error: MigrationError) -> MigrationError:
 
 
 async def _complaint(m: Migration, what: str, reason: str) -> str:
-    """That QEMU will not be able to do this; if it lacks the right, who it runs as and what gives that."""
+    """Return the line that QEMU cannot do this; where it lacks the right, with who it is and what gives
+    that.
+    """
     if "denied" not in reason and "not permitted" not in reason:
         return f"destination.qemu: B's QEMU will not be able to {what}: {reason}"
     user = "another user"

@@ -68,13 +68,13 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Bytes per second of late."""
+        """Return bytes per second of late."""
         (begin, first), (end, last) = self._samples[0], self._samples[-1]
         return (last - first) / (end - begin) if end > begin else 0.0
 
     @property
     def still(self) -> float:
-        """Seconds without any movement."""
+        """Return seconds without any movement."""
         return self._clock() - self._moved
 
 
@@ -141,7 +141,7 @@ class Stream:
                 pass
 
     async def _next(self, news: EventListener) -> dict[str, Any]:
-        """The next event, or an empty one when it is time to look at the job."""
+        """Return the next event, or an empty one when it is time to look at the job."""
         try:
             # Its own limit is the short one, however busy this machine is.
             return await self._m.during(self._jobs.next_event(news, LOOK, "an event"), LOOK * 100, "an event")
@@ -163,7 +163,7 @@ class Stream:
         return False
 
     async def _trouble(self, event: dict[str, Any]) -> str:
-        """What is wrong, if anything."""
+        """Return what is wrong, if anything."""
         server = self._m.server
         if server and self._recovery.server_has_ended:
             return f"{server.name} {await server.wait()}"
@@ -179,7 +179,7 @@ class Stream:
         return f"{who} cannot {event.get('operation', 'go on')} ({event.get('reason', 'the stream')})"
 
     async def _waits(self) -> bool:
-        """Whether an error has paused the guest or the job."""
+        """Tell whether an error has paused the guest or the job."""
         return await self._recovery.guest_waits() or await self._recovery.job_waits()
 
     async def _look(self) -> None:

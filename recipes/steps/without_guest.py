@@ -18,5 +18,5 @@ async def go_without_guest(m: Migration) -> None:
 
 
 def end_told(end: GuestEnd) -> str:
-    """What has become of the guest, for the operator."""
+    """Return what has become of the guest, for the operator."""
     return described(end.reason, "B") if end.reason else end.how
