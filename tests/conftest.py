@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 import time
 import uuid
 from collections.abc import Generator, Iterator
@@ -28,12 +30,19 @@ def pytest_configure(config: pytest.Config) -> None:
     can never trap them.
     """
     os.environ[TAG] = uuid.uuid4().hex
+    # Migrations of the machine on which the tests run are none of theirs.
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="nbd-test-state-")
     # On a busy machine everything may be slow.
     settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("patient")
     for number in (signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Forget the migrations that tests have begun."""
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 def _all_pids() -> set[int]:

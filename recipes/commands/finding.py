@@ -197,11 +197,8 @@ async def take_over(m: Migration) -> None:
         if not m.complete:
             raise
     await m.adopt(Role.OVERLAY)
-    if await m.adopt_known(Role.QEMU) and m.b is None:
-        raise MigrationError(
-            f"B's QEMU (process {m.qemu.pid if m.qemu else 0}) is there, but nobody listens at its monitor, "
-            f"{m.plan.destination.qmp}: see to that, or end it; nothing was done"
-        )
+    if m.b:
+        await m.adopt_known(Role.QEMU)
     limits, address = m.plan.limits, m.plan.destination.overlay_monitor
     try:
         # Also without a pid file.

@@ -320,7 +320,7 @@ def phase_of(name: str) -> Phase | None:
 
 def test_what_is_known_of_a_migration_is_told(stage: Scene) -> None:
     assert command("list") == (0, "")
-    stage.change("limits", speed=1 << 16)
+    stage.change("limits", speed=1 << 13)
     with Process(
         [NBD_MIGRATE, "run", stage.plan_file(), "--name", NAME], stage.directory / "run.log"
     ) as made:
