@@ -19,7 +19,7 @@ from recipes.migrate.report import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Disk, Phase, Role, State
 from recipes.plans.plan import Plan
-from recipes.plans.reaching import hosts
+from recipes.plans.reaching import hosts, source_monitor
 from recipes.processes.children import Children
 from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.qemu.source import HOLDS, cancelling, guest_on_a, has_left, migration_status
@@ -76,9 +76,8 @@ async def source(plan: Plan, report: Report, *, sure: bool, complete: bool) -> V
 
     Where the disk is complete nothing is needed of A, which may be away for good.
     """
-    limits, address = plan.limits, plan.source.qmp
     try:
-        a = await connect("A's QEMU", address, limit=limits.connect, command_limit=limits.command)
+        a = await source_monitor(plan)
     except ConnectError as error:
         if complete:
             report.note(f"A's QEMU was not ended, if it is still there: {error}")
@@ -96,7 +95,7 @@ async def source(plan: Plan, report: Report, *, sure: bool, complete: bool) -> V
     await a.disconnect()
     remedy = "run the plan again"
     if migration == HOLDS:
-        remedy = f"it stands still before the switch-over, and goes on with: {cancelling(address)}"
+        remedy = f"it stands still before the switch-over, and goes on with: {cancelling(plan.source.qmp)}"
     raise MigrationError(f"the guest is on A, in state {state}, and there is nothing to finish: {remedy}")
 
 

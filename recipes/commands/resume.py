@@ -12,7 +12,7 @@ from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.report import Report
 from recipes.migrate.state import Phase, State
-from recipes.qemu.vm import connect
+from recipes.plans.reaching import source_monitor
 
 
 async def resume(name: str, report: Report, *, boot: bool = False) -> None:
@@ -45,9 +45,9 @@ async def resume(name: str, report: Report, *, boot: bool = False) -> None:
 
 async def start_over(name: str, state: State, report: Report) -> None:
     """Run the six steps once more, under the same name."""
-    plan, limits = state.plan, state.plan.limits
+    plan = state.plan
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(closing(Journal.begin(name)))
-        a = await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
+        a = await source_monitor(plan)
         stack.push_async_callback(a.disconnect)
         await migrate_from(plan, report, journal, a, stack, None, state.finish)

@@ -9,7 +9,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.decide import UNKNOWN, Action, Wish
 from recipes.migrate.leftovers import remove_made
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import Phase, State, entered
+from recipes.migrate.state import Phase, Role, State, entered
 from recipes.migrate.way_back import Hands, WayBack
 from recipes.processes.children import Child
 from recipes.qemu.destination import answer_of
@@ -95,14 +95,18 @@ class OwnHands(Hands):
 
     async def end_destination(self) -> None:
         """End B's QEMU."""
-        await stop(self._m, self._m.qemu)
+        await stop(self._m, await self.child(Role.QEMU))
+
+    async def child(self, role: Role) -> Child | None:
+        """Return the process in a role, if one was started."""
+        return self._m.child(role)
 
     async def clear(self) -> list[str]:
         """End what was started and remove what was made; return a phrase for each that is left."""
         m, left = self._m, []
-        for child in (m.qemu, m.overlay, m.server):
+        for role in (Role.QEMU, Role.OVERLAY, Role.SERVER, Role.FENCE):
             try:
-                await stop(m, child)
+                await stop(m, await self.child(role))
             except MigrationError as error:
                 left.append(str(error))
         return left + await remove_made(m.host_b, m.state, m.plan.limits.command)

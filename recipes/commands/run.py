@@ -22,10 +22,10 @@ from recipes.migrate.runtime import FINISH, AdvisedError, Migration
 from recipes.migrate.state import OVER, Disk, Phase, State
 from recipes.migrate.watch import Orders
 from recipes.plans.plan import Plan
-from recipes.plans.reaching import hosts
+from recipes.plans.reaching import hosts, source_monitor
 from recipes.processes.children import Children
 from recipes.qemu.source import capabilities_on
-from recipes.qemu.vm import Vm, connect
+from recipes.qemu.vm import Vm
 from recipes.steps import preflight
 from recipes.steps.create import create_overlay
 from recipes.steps.cutover import cut_over
@@ -68,7 +68,7 @@ async def migrate(
     goes to ``report.note`` instead.
     """
     async with AsyncExitStack() as stack:
-        a = await source(plan)
+        a = await source_monitor(plan)
         stack.push_async_callback(a.disconnect)
         name = check_name(name) if name else await name_of(a, plan)
         if base is None:
@@ -77,16 +77,10 @@ async def migrate(
                 # A monitor has one client.
                 await a.disconnect()
                 await abort(name, report)
-                a = await source(plan)
+                a = await source_monitor(plan)
                 stack.push_async_callback(a.disconnect)
         journal = stack.enter_context(closing(Journal.begin(name, base)))
         return await migrate_from(plan, report, journal, a, stack, children, finish)
-
-
-async def source(plan: Plan) -> Vm:
-    """Connect to A's QEMU; ConnectError where that fails."""
-    limits = plan.limits
-    return await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
 
 
 async def migrate_from(

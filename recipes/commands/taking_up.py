@@ -8,22 +8,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from nbdserve.common.errors import ConnectError
-from recipes.commands.retreat import OwnHands, stop
+from recipes.commands.retreat import OwnHands
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import completed
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
-from recipes.migrate.leftovers import remove_made
 from recipes.migrate.report import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role, State
 from recipes.migrate.way_back import GRACE, Verdict, WayBack
-from recipes.plans.reaching import hosts
-from recipes.processes.children import Children
+from recipes.plans.reaching import hosts, source_monitor
+from recipes.processes.children import Child, Children
 from recipes.qemu.destination import look
 from recipes.qemu.facts import OnB
-from recipes.qemu.vm import EndedVm, connect
+from recipes.qemu.vm import EndedVm
 
 
 class TakenUpHands(OwnHands):
@@ -56,22 +55,16 @@ class TakenUpHands(OwnHands):
     async def end_destination(self) -> None:
         """End B's QEMU, if it is the one that was started, and see that nobody is there any more."""
         m = self._m
-        await stop(m, m.qemu or await m.adopt_known(Role.QEMU))
+        await super().end_destination()
         # Its process may have been a prefix, as sudo, that ends alone.
         if await look(m.plan.destination.qmp, m.plan.limits.connect) is not OnB.NONE:
             raise MigrationError(
                 f"B's QEMU may still be there: its monitor at {m.plan.destination.qmp} does not refuse"
             )
 
-    async def clear(self) -> list[str]:
-        """End what still lives and remove what was made; return a phrase for each thing that is left."""
-        m, left = self._m, []
-        for role in (Role.QEMU, Role.OVERLAY, Role.SERVER, Role.FENCE):
-            try:
-                await stop(m, await m.adopt_known(role))
-            except MigrationError as error:
-                left.append(str(error))
-        return left + await remove_made(m.host_b, m.state, m.plan.limits.command)
+    async def child(self, role: Role) -> Child | None:
+        """Return the process in a role that is written down, if it still lives."""
+        return await super().child(role) or await self._m.adopt_known(role)
 
 
 @dataclass
@@ -133,9 +126,8 @@ async def taken_up(name: str, report: Report) -> AsyncIterator[TakenUp]:
             raise MigrationError(f"{name}: nothing was begun")
         plan = journal.state.plan
         places = await hosts(plan)
-        limits = plan.limits
         try:
-            a = await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
+            a = await source_monitor(plan)
         except ConnectError:
             # It is looked for again before anything is decided.
             a = EndedVm("A's QEMU")

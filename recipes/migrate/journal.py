@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Self
 
 from nbdserve.common.errors import UsageError
+from overlay.formats.storage import sync_directory
 from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
 from recipes.migrate.lock import NAME as LOCK
@@ -276,8 +277,8 @@ class Journal:
         if sync:
             os.fsync(self.fd)
         if not self._end:
-            _sync_directory(self.directory)
-            _sync_directory(self.directory.parent)
+            sync_directory(self.directory)
+            sync_directory(self.directory.parent)
         self._end += len(line)
         self.state, self.unwritten = state, ""
         return state
@@ -337,11 +338,3 @@ def _parsed(path: Path, line: bytes) -> State:
     except (MigrationError, UnicodeDecodeError) as error:
         name = path.parent.name
         raise MigrationError(f"{path}: {error}; to forget it: nbd-migrate cleanup --force {name}") from error
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

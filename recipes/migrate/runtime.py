@@ -157,25 +157,29 @@ class Migration:
                 raise MigrationError(f"{told}: {remedy}") from error
             self.report.note(f"the journal cannot be written: {told}")
 
+    def child(self, role: Role) -> Child | None:
+        """Return the process in a role, if one was started or taken over."""
+        return self._started.get(role)
+
     @property
     def server(self) -> Child | None:
         """Return nbdserve on A."""
-        return self._started.get(Role.SERVER)
+        return self.child(Role.SERVER)
 
     @property
     def fence(self) -> Child | None:
         """Return recipes.qemu.fence on A."""
-        return self._started.get(Role.FENCE)
+        return self.child(Role.FENCE)
 
     @property
     def overlay(self) -> Child | None:
         """Return nbd-overlay on B."""
-        return self._started.get(Role.OVERLAY)
+        return self.child(Role.OVERLAY)
 
     @property
     def qemu(self) -> Child | None:
         """Return the QEMU on B, where this command, or the one before it, has started it."""
-        return self._started.get(Role.QEMU)
+        return self.child(Role.QEMU)
 
     @property
     def guard(self) -> Guard:

@@ -233,7 +233,7 @@ class WayBack:
                 self._hands.enter(Phase.TAKING_BACK)
                 self._phase = Phase.TAKING_BACK
                 await self._end_destination(facts)
-            if not b_first:
+            else:
                 await self._let_go_on(a)
                 await self._end_destination(facts)
             # What is complete after B's end was the migration to B; before, it is one to who lives.

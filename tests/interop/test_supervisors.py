@@ -317,6 +317,21 @@ def talker(tmp_path: Path, host: Host) -> int:
     return started[0]
 
 
+def end_taken_over(pid: int, host: Host, log: Path) -> str:
+    """Take a talker over and end it; return what is said of its end."""
+    ends: list[str] = []
+
+    async def body(children: Children) -> None:
+        child = await children.adopt_process("a talker", host, pid, "its.mark", log)
+        assert child
+        await child.stop(60.0)
+        ends.append(await child.wait())
+
+    run(body)
+    assert not lives(pid)
+    return ends[0]
+
+
 def test_a_process_that_was_released_is_taken_over_with_its_supervisor(tmp_path: Path, host: Host) -> None:
     """As if its first holder had never gone: its end is told as it was."""
     pid = talker(tmp_path, host)
@@ -349,14 +364,7 @@ def test_who_is_there_when_a_process_ends_does_not_matter_to_it(tmp_path: Path, 
         run(look)
         assert lives(pid)
 
-    async def end(children: Children) -> None:
-        child = await children.adopt_process("a talker", host, pid, "its.mark", log)
-        assert child
-        await child.stop(60.0)
-        assert await child.wait() == "was ended by signal 15"
-
-    run(end)
-    assert not lives(pid)
+    assert end_taken_over(pid, host, log) == "was ended by signal 15"
 
 
 def test_the_newest_holder_is_listened_to(tmp_path: Path) -> None:
@@ -397,16 +405,7 @@ def test_a_supervisor_that_is_left_for_good_ends_and_its_process_does_not(tmp_pa
 def test_a_process_whose_supervisor_is_dead_is_taken_over_without(tmp_path: Path, host: Host) -> None:
     pid = talker(tmp_path, host)
     supervisor_of(pid).kill()
-    log = tmp_path / "its.log"
-
-    async def body(children: Children) -> None:
-        child = await children.adopt_process("a talker", host, pid, "its.mark", log)
-        assert child
-        await child.stop(60.0)
-        assert await child.wait() == "has ended"
-
-    run(body)
-    assert not lives(pid)
+    assert end_taken_over(pid, host, tmp_path / "its.log") == "has ended"
     # What the dead one has left is in nobody's way.
     (tmp_path / "its.fifo").unlink()
     again = talker(tmp_path, host)
