@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nbdserve.backends.base import Buffer
 from nbdserve.backends.file import FileBackend
-from nbdserve.backends.slices import WHOLE, Slice
+from nbdserve.backends.offset import WHOLE, Slice
 from nbdserve.backends.splicing import FileRange
 from nbdserve.common.errors import ImageError
 from nbdserve.protocol.constants import Command

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.holes import Mode, find_data, next_data, try_fallocate
+from nbdserve.backends.offset import WHOLE, Slice
 from nbdserve.backends.opening import open_image
-from nbdserve.backends.slices import WHOLE, Slice
 from nbdserve.backends.splicing import FileRange
 from nbdserve.common.errors import ImageError
 from nbdserve.protocol.constants import Command, ExtentFlags

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
-from nbdserve.backends.slices import WHOLE, Slice
+from nbdserve.backends.offset import WHOLE, Slice
 from nbdserve.client.export import Export
 from nbdserve.client.pace import Pace, timed
 from nbdserve.client.pipeline import SILENCE, Client, connect

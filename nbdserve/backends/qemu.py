@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdserve.backends.nbd import NbdBackend
-from nbdserve.backends.slices import WHOLE, Slice
+from nbdserve.backends.offset import WHOLE, Slice
 from nbdserve.client.pipeline import Client, connect
 from nbdserve.client.upstream import PATIENCE, Fate, Upstream
 from nbdserve.common.errors import ConnectError, ImageError, OperatorError

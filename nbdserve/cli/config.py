@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdserve.backends.offset import Slice
 from nbdserve.backends.probe import FORMATS
-from nbdserve.backends.slices import Slice
 from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import PRIVATE, Ownership, ownership
 from nbdserve.common.pem import Validity

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdserve.backends.filters import Caching, DetectZeroes
-from nbdserve.backends.slices import WHOLE, Slice
+from nbdserve.backends.offset import WHOLE, Slice
 from nbdserve.common.uri import NbdUri, parse_uri
 
 

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
 
+from nbdserve.backends.offset import Slice
 from nbdserve.backends.probe import FORMATS
-from nbdserve.backends.slices import Slice
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.threads import promised
 from nbdserve.connection.client_connection import Connection

@@ -19,11 +19,11 @@ from nbdserve.common.errors import ImageError, reason_of
 from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
+from overlay.backing.connections import Server, Session
 from overlay.backing.defaults import CONNECTIONS, PATIENCE
 from overlay.backing.identity import Samples
 from overlay.backing.reads import LONGEST, Reading, sectors
 from overlay.backing.server import Health, Source
-from overlay.backing.session import Server, Session
 
 _LOG = logging.getLogger("nbd-overlay")
 

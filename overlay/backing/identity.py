@@ -11,8 +11,8 @@ from hashlib import blake2b
 from nbdserve.client import Client
 from nbdserve.client.reconnect import Fault, fault_of
 from nbdserve.common.errors import ImageError
+from overlay.backing.connections import LOOK
 from overlay.backing.reads import Reading, new_pace
-from overlay.backing.session import LOOK
 from overlay.formats.image import Image, State
 
 _BLOCK = 4096

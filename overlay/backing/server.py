@@ -14,8 +14,8 @@ from nbdserve.client.reconnect import DIAL_TIMEOUT, Dialler, Fault, Pauses, faul
 from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import Thread
 from nbdserve.common.uri import NbdUri
+from overlay.backing.connections import LOOK, Session
 from overlay.backing.reads import new_pace
-from overlay.backing.session import LOOK, Session
 
 _LOG = logging.getLogger("nbd-overlay")
 

@@ -11,7 +11,7 @@ from nbdserve.client.reconnect import Fault, fault_of
 from nbdserve.protocol.constants import ExtentFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
-from overlay.backing.session import Session
+from overlay.backing.connections import Session
 from overlay.formats.image import Image
 
 _AHEAD = 8

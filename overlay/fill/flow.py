@@ -9,8 +9,8 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from overlay.backing.connections import Session
 from overlay.backing.reads import LONGEST, Reading
-from overlay.backing.session import Session
 from overlay.fill.claims import Claim, Claims
 
 

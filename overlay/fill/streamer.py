@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from nbdserve.client.reconnect import Fault, fault_of
 from nbdserve.common.errors import ImageError, reason_of
 from nbdserve.common.threads import Thread
+from overlay.backing.connections import Session
 from overlay.backing.failover import Sources
 from overlay.backing.reads import LONGEST
-from overlay.backing.session import Session
 from overlay.backing.zero_scan import fill_zeros
 from overlay.fill.claims import Claim
 from overlay.fill.fetch import Fetcher, Refusal

@@ -6,7 +6,7 @@ from recipes.commands.taking_up import by_hand, taken_up
 from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.leftovers import but
-from recipes.migrate.report import Report
+from recipes.migrate.progress import Report
 from recipes.qemu.facts import OnA
 
 

@@ -15,7 +15,7 @@ from recipes.hosts.images import holds_something, image_facts
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Action, Wish, decide
 from recipes.migrate.journal import Journal, actor, names, of_destination, usable_name
-from recipes.migrate.report import Report
+from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Disk, Phase, Role, State
 from recipes.plans.plan import Plan

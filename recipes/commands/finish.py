@@ -17,7 +17,7 @@ from recipes.engines.choice import engine_for
 from recipes.engines.interface import blockdev_options, reached
 from recipes.errors import MigrationError
 from recipes.migrate.journal import Journal
-from recipes.migrate.report import Report, Step
+from recipes.migrate.progress import Report, Step
 from recipes.migrate.runtime import READY, Migration, gone
 from recipes.migrate.state import Phase, Role
 from recipes.plans.plan import Plan

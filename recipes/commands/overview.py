@@ -15,7 +15,7 @@ from recipes.hosts.quoting import pasted
 from recipes.migrate import journal
 from recipes.migrate.console import describe
 from recipes.migrate.leftovers import discarding
-from recipes.migrate.report import Progress
+from recipes.migrate.progress import Progress
 from recipes.migrate.state import BEFORE, NAMES, OVER, Phase, State
 
 LOOK = 1.0

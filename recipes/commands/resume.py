@@ -10,7 +10,7 @@ from recipes.commands.taking_up import by_hand, taken_up
 from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
-from recipes.migrate.report import Report
+from recipes.migrate.progress import Report
 from recipes.migrate.state import Phase, State
 from recipes.plans.reaching import source_monitor
 

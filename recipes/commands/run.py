@@ -17,7 +17,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
 from recipes.migrate.guard import start_guard
 from recipes.migrate.journal import Journal, check_name, last, of_destination, usable_name
-from recipes.migrate.report import Outcome, Report, Step, StepResult
+from recipes.migrate.progress import Outcome, Report, Step, StepResult
 from recipes.migrate.runtime import FINISH, AdvisedError, Migration
 from recipes.migrate.state import OVER, Disk, Phase, State
 from recipes.migrate.watch import Orders

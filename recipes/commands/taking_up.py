@@ -14,7 +14,7 @@ from recipes.hosts.interruption import completed
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
-from recipes.migrate.report import Report
+from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role, State
 from recipes.migrate.way_back import GRACE, Verdict, WayBack

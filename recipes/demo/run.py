@@ -23,7 +23,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.interruption import interruptible
 from recipes.migrate.console import choose_report
-from recipes.migrate.report import Moment, Outcome, Progress, Report, Step, StepResult
+from recipes.migrate.progress import Moment, Outcome, Progress, Report, Step, StepResult
 from recipes.plans.plan import Limits
 from recipes.processes.children import Child, Children
 

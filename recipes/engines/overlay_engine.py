@@ -8,7 +8,7 @@ from contextlib import suppress
 from recipes.engines.interface import Engine, reached
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import pasted
-from recipes.migrate.report import Moment
+from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Role
 from recipes.plans.plan import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from recipes.engines.interface import LOOK, Engine
-from recipes.migrate.report import Moment
+from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import Migration
 from recipes.plans.plan import Plan
 from recipes.qemu.vm import CommandError, Vm

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 from nbdserve.common.standard_streams import silence
 from recipes.errors import MigrationError
-from recipes.migrate.report import Moment, Outcome, Progress, Report, Step, StepResult
+from recipes.migrate.progress import Moment, Outcome, Progress, Report, Step, StepResult
 
 INTERVAL = 5.0
 """Seconds between two lines of progress where there is no terminal."""

@@ -30,7 +30,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
 from recipes.migrate.lock import NAME as LOCK
 from recipes.migrate.lock import Lock, holder
-from recipes.migrate.report import Progress
+from recipes.migrate.progress import Progress
 from recipes.migrate.state import OVER, State
 from recipes.plans.plan import Plan
 

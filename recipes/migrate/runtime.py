@@ -15,7 +15,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.places import place_of
 from recipes.migrate.guard import Guard
 from recipes.migrate.journal import Journal
-from recipes.migrate.report import Report
+from recipes.migrate.progress import Report
 from recipes.migrate.state import NAMES, OVER, Disk, Phase, Process, Role, State
 from recipes.plans.plan import Plan
 from recipes.processes.children import Child, Children

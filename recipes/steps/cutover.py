@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from nbdserve.qmp.client import EventListener
 from recipes.errors import MigrationError
-from recipes.migrate.report import Moment
+from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Arrival, Phase, Role
 from recipes.qemu.destination import ARRIVE

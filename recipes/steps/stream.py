@@ -12,7 +12,7 @@ from nbdserve.common.clock import now
 from nbdserve.qmp.client import EventListener
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
-from recipes.migrate.report import Progress
+from recipes.migrate.progress import Progress
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase
 from recipes.qemu.vm import Vm, VmGoneError, VmSilentError

@@ -18,7 +18,7 @@ from recipes.cli.journal_commands import until_signal
 from recipes.commands.run import migrate
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import PlainReport
-from recipes.migrate.report import Moment, Progress, Step
+from recipes.migrate.progress import Moment, Progress, Step
 from recipes.plans.planfile import load
 from tests.support.processes import wait_until
 from tests.support.vms import Role, lives

@@ -19,7 +19,7 @@ from recipes.demo.records import extents, place
 from recipes.demo.stage import Stage
 from recipes.demo.verdict import Phases, Verdict
 from recipes.hosts.host import Host
-from recipes.migrate.report import Report
+from recipes.migrate.progress import Report
 from recipes.plans.plan import Limits
 from recipes.processes.children import Children
 from recipes.processes.supervisor import GRACE

@@ -13,7 +13,7 @@ import pytest
 
 from nbdserve.backends.direct import ALIGNMENT, DirectBackend, Ranges
 from nbdserve.backends.file import FileBackend
-from nbdserve.backends.slices import Slice
+from nbdserve.backends.offset import Slice
 from nbdserve.common.errors import ImageError
 from tests.support.disks import KIB, MIB, random_bytes, random_disk
 

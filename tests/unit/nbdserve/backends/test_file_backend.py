@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbdserve.backends.file import DATA, HOLE, FileBackend
-from nbdserve.backends.slices import Slice
+from nbdserve.backends.offset import Slice
 from nbdserve.common.errors import ImageError, UsageError
 from nbdserve.protocol.extents import Extent, coalesce
 from tests.support.disks import KIB, random_disk

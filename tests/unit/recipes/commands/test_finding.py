@@ -12,7 +12,7 @@ from nbdserve.common.errors import ConnectError
 from recipes.commands.finding import refuse_unless_on_b, source
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.migrate.report import Report
+from recipes.migrate.progress import Report
 from recipes.migrate.state import Phase, State
 from recipes.qemu.vm import EndedVm
 from tests.support.journals import begun

@@ -24,7 +24,7 @@ from recipes.migrate import watch, way_back
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.leftovers import but
-from recipes.migrate.report import Report
+from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Process, Role
 from recipes.migrate.watch import Orders, Watch

@@ -13,7 +13,7 @@ from recipes.demo.records import cells_on, newest
 from recipes.demo.run import Witness
 from recipes.demo.stage import Stage
 from recipes.demo.verdict import Phases, Verdict
-from recipes.migrate.report import Report, Step, StepResult
+from recipes.migrate.progress import Report, Step, StepResult
 
 CELLS = cells_on(64 << 20)
 LIVE = len(newest(480, CELLS))

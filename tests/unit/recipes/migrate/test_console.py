@@ -9,7 +9,7 @@ import os
 import pytest
 
 from recipes.migrate.console import JsonReport, PlainReport, TerminalReport, describe
-from recipes.migrate.report import Moment, Outcome, Progress, Report, Step, StepResult
+from recipes.migrate.progress import Moment, Outcome, Progress, Report, Step, StepResult
 from recipes.steps.stream import Meter
 
 MIB = 1 << 20

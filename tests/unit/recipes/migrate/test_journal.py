@@ -18,7 +18,7 @@ from recipes.errors import MigrationError
 from recipes.migrate import journal
 from recipes.migrate.journal import Journal, check_name, usable_name
 from recipes.migrate.lock import JournalBusyError
-from recipes.migrate.report import Progress
+from recipes.migrate.progress import Progress
 from recipes.migrate.state import Arrival, Disk, Phase, Process, Role, State
 from recipes.plans.plan import Destination, Export, Plan, Source
 
