@@ -1,4 +1,9 @@
-"""The part of an image that an export shows."""
+"""The part of an image that an export shows (``--offset`` and ``--size``).
+
+Requests are not cut here: a client's request that breaks the sizes it was told is refused
+(protocol/requests.py); nbd.py cuts what another server would refuse (client/export.py says where), and
+direct.py widens what is not aligned for O_DIRECT.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Listening sockets: TCP on one or all addresses, and Unix sockets."""
+"""Listening sockets: TCP on one or all addresses, and Unix sockets.
+
+Another family of sockets begins here (what is no Unix socket is taken for TCP, see ``accept``). Its addresses
+are spelled in common/uri.py (``parse_listen_uri``), listened on in cli/main.py (``_listen``), and taken from
+systemd in service/activation.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """A server's certificates: loaded, and refused at the start where clients would refuse them.
 
 Nothing is decoded here: OpenSSL is server and client at once, in memory, and says what it thinks of them.
+
+While the server runs, certificate_expiry.py looks once in a while and logs a certificate that is about to
+expire, or has.
 """
 
 from __future__ import annotations

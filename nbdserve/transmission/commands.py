@@ -1,4 +1,9 @@
-"""What each command does to a backend, and the reply to it: the part of serving that is no hot loop."""
+"""What each command does to a backend, and the reply to it: the part of serving that is no hot loop.
+
+A plain read or write of less than WORTH_SPLICING bytes comes here only where the backend cannot answer it at
+once: loop.py (``_serve_received``) asks its ``read_now`` and ``write_now`` first, with the bytes in their
+place in the reply.
+"""
 
 from __future__ import annotations
 

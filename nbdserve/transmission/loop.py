@@ -1,4 +1,9 @@
-"""The transmission phase of one client: requests in, replies out, many of each with one system call."""
+"""The transmission phase of one client: requests in, replies out, many of each with one system call.
+
+A short plain read or write (of 4 KiB, say) is served by ``_serve_received`` and the backend's ``read_now`` or
+``write_now`` alone. All else is a Command (commands.py), done by this thread or offloaded to a worker
+(offload.py).
+"""
 
 from __future__ import annotations
 

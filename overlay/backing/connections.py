@@ -1,4 +1,9 @@
-"""The connections to one server that has the backing: some for guests, the others for streaming."""
+"""The connections to one server that has the backing: some for guests, the others for streaming.
+
+They do not come back by themselves: server.py connects again, with pauses, and shows every new session to
+``accept`` before it is used. There failover.py compares the size, and identity.py some blocks with those of
+before: another disk is refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Who fetches which part of the disk at this moment: several who miss the same part make one fetch."""
+"""Who fetches which part of the disk at this moment: several who miss the same part make one fetch.
+
+A guest's write takes no claim, and waits for none unless it covers a part of an absent cluster. A fetch that
+is under way for what it writes is not stopped: ``Image.fill`` stores only what is still absent at that
+instant, so the write wins.
+"""
 
 from __future__ import annotations
 

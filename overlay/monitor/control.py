@@ -1,7 +1,8 @@
 """What the monitor of ``nbd-overlay serve`` can do: QEMU's block jobs, for the one job that there is.
 
 Names, answers, refusals and the order of events are those of QEMU 7.2 (qapi/block-core.json, qapi/job.json),
-but for what docs/overlay.md lists.
+but for what docs/overlay.md lists. Commands that nbdserve has as well are in nbdserve/monitor/control.py, the
+monitor's own (``qmp_capabilities``, ``query-commands``, ``query-version``) in nbdserve/qmp/endpoint.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""``nbd-migrate abort``: the guest stays on A as if nothing had happened, or it is said why not."""
+"""``nbd-migrate abort``: the guest stays on A as if nothing had happened, or it is said why not.
+
+1. The journal is taken over, so that nobody else acts (taking_up.py); B's QEMU and what the run has started
+   are found again.
+2. ``migration.decide`` looks who has the guest, takes the rule for it from the table (migrate/decide.py), and
+   does what it says (migrate/way_back.py): B's QEMU is ended, the guest goes on on A, nbdserve and
+   nbd-overlay are ended, and what was made on B is removed. Where the guest is B's, or nobody knows, nothing
+   is touched.
+3. Here the operator is told how that ended, and what is safe.
+"""
 
 from __future__ import annotations
 

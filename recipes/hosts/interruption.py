@@ -1,4 +1,8 @@
-"""Interruptions by a signal: how they become a cancellation, and what must not be left half done by one."""
+"""Interruptions by a signal: how they become a cancellation, and what must not be left half done by one.
+
+What an interruption means for a migration is no matter of this module: the step that is under way is
+cancelled, and commands/run.py (``go_through``) then does what it does after a failure (commands/retreat.py).
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """ssh as the way to a host: its options, where a shell reads our words again, and what its complaints mean.
 
+Nothing is started on a host here: calls.py runs a short command there, processes/children.py what lasts,
+under a supervisor at the other end (processes/supervisor.py).
+
 Nobody is ever asked anything on a terminal: where ssh would, it fails with a line that says what to do.
 """
 

@@ -12,7 +12,8 @@ first that fits holds. Three things are true of every rule, and tested for every
 
 Nobody is ended on A whom this migration has not seen send its guest (steps/cutover.py).
 
-docs/decisions.md is made from this table.
+What the operator reads of a decision is the ``words`` of its rule. Before it stands what has failed; after it
+retreat.py and watch.py add what they could not do. docs/decisions.md is made from this table.
 """
 
 from __future__ import annotations

@@ -1,5 +1,12 @@
 """The journal: each state of a migration on a line, appended and synced before the action that it announces.
 
+A line holds the whole State (state.py): the plan, the phase, the disks, the processes with their ids, what
+was made on B, when the guest arrived. The phases follow each other as they stand in ``Phase``; each is
+written by ``Migration.enter`` (runtime.py) before its first action. A process is written down just after its
+start: until then it ends with whoever has started it (processes/supervisor.py). A new entry, or a new field,
+is a matter of tests/vm/test_migrate_journal.py (ENTRIES, ARRIVAL, the list of phases),
+tests/unit/recipes/migrate/test_journal.py (FULL) and test_decide.py.
+
 One is not waited for: that the switch-over begins, as the guest stands still then (steps/cutover.py).
 
     /var/lib/nbd-migrate/NAME/journal        or $XDG_STATE_HOME/nbd-migrate/NAME/journal

@@ -1,6 +1,8 @@
 """What a migration tells: the six steps, their results, and the progress of the stream.
 
 A Report is told; it decides what to print and where. The base class prints nothing.
+
+Who has the guest after a failure is not told here: that sentence belongs to the decision, in decide.py.
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOS
 [finish]                                  see Finish
 [log]
 directory = "/var/log/nbd-migrate"        where what is started writes, on A and B; default: see places.py
+
+Here are checked the sections, the keys and their types; what a value may be is checked by each section's
+``check`` in plan.py, and what the hosts say of it by steps/preflight.py.
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ and writes JSON objects to its standard output, one a line: ``{"started": PID}``
 word it says ``{"unknown": WORD}``. What a process that was killed has left of its file READY is removed
 before.
 
+In a migration the orchestrator and its guard hold the same pipe: when the orchestrator dies, the guard
+decides what becomes of the process (migrate/guard.py, watch.py), and when both are dead, the end of file
+does.
+
 End of file without ``release`` ends the process, so a holder that is killed leaves no orphan; over ssh too,
 as a lost connection is an end of file. Once it is released, whoever comes later may become its holder by the
 supervisor's socket (named_socket.py, attach.py), with the same words and messages; the newest one counts.

@@ -5,6 +5,10 @@
 It must not stand before the source's QEMU has reported ``completed``. Measured on 7.2: when the switch-over
 fails, the source takes its image back to go on with the guest; a fence refuses that, and QEMU aborts
 (``Assertion `!(bs->open_flags & BDRV_O_INACTIVE)' failed``). Afterwards the fence makes ``cont`` fail there.
+
+Who raises it: steps/cutover.py (``fence_source``, which also ends A's QEMU) once ``completed`` is seen, and
+commands/finish.py where that had not come to pass. Step 6 takes it down, when A's image has been moved aside
+or is left to the operator (steps/shut_down.py).
 """
 
 from __future__ import annotations
