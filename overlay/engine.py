@@ -43,10 +43,11 @@ class Overlay(Backend):
     for as long as they take, and the locks of claims and image are taken under it; a guest's first write
     waits for it. Nothing else holds a lock of this class, and who fetches holds none at all.
 
-    A write and a flush meet in the image alone: the flush takes the image's lock of flushes, syncs the data,
-    and only then takes the lock of the tables for what is to be written; a write takes the latter, and only
-    to note a cluster that is new (formats/flat/image.py, formats/qed/image.py). The whole order:
-    CONTRIBUTING, "Threads and locks".
+    A write and a flush meet in the image alone. The flush holds the lock of flushes, and under it, for a
+    moment each, the lock of the tables: to take what has changed, and to write it down; not while it syncs
+    the data in between. A write to a new cluster holds the lock of the tables; one to what the guest has
+    written before may hold none (formats/flat/image.py, formats/qed/image.py). The whole order: CONTRIBUTING,
+    "Threads and locks".
     """
 
     always_local = False

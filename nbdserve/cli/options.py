@@ -1,4 +1,8 @@
-"""The command line of nbdserve: qemu-nbd's letters where it has them, and what they mean here."""
+"""The command line of nbdserve: qemu-nbd's letters where it has them, and what they mean here.
+
+A new option is added here, and gets its value in config.py, where it is refused if it makes no sense beside
+the others; then ``make docs``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What proves that a server has the same disk as before: a few of its blocks, remembered and compared."""
+"""What proves that a server has the same disk as before: a few of its blocks, remembered and compared.
+
+Who reconnects is server.py. It shows each new session to failover.py (``_require_same_disk``), which compares
+the size first, and then these blocks.
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
 1. The journal is taken over, so that nobody else acts (taking_up.py); B's QEMU and what the run has started
    are found again.
 2. ``migration.decide`` looks who has the guest, takes the rule for it from the table (migrate/decide.py), and
-   does what it says (migrate/way_back.py): B's QEMU is ended, the guest goes on on A, nbdserve and
-   nbd-overlay are ended, and what was made on B is removed. Where the guest is B's, or nobody knows, nothing
-   is touched.
+   does what it says (migrate/way_back.py). Before A's QEMU was told to migrate: what was started is ended,
+   and what was made on B is removed. Later: the guest goes on on A, with the capabilities that its QEMU had
+   before, and B's QEMU is ended (first, where B might have the guest otherwise); then the same. Where the
+   guest is B's, or nobody knows, nothing is touched.
 3. Here the operator is told how that ended, and what is safe.
 """
 

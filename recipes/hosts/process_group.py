@@ -1,4 +1,8 @@
-"""Ending a child of ours that does not end by itself."""
+"""Ending a child of ours that does not end by itself.
+
+Only on this machine: what was started on another host is ended there by its supervisor
+(processes/supervisor.py).
+"""
 
 from __future__ import annotations
 

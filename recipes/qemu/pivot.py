@@ -5,6 +5,9 @@ same file. In the mirror's usual mode, ``background``, it reads what the guest h
 a moment later, over what the guest may have written since: on QEMU 7.2 acknowledged writes are lost.
 With ``write-blocking`` QEMU itself writes to both sides before it acknowledges and the job never copies.
 
+It is done when the disk is complete: at the beginning of step 6 (``OverlayEngine.detach``), or by
+``nbd-migrate pivot``.
+
 Each step is seen in QEMU's own state, so whoever comes after an orchestrator that died between any two of the
 commands goes on where it was:
 
