@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbdserve.common import clock, program, sizes
+from nbdserve.common.errors import UsageError
 from nbdserve.common.uri import is_ipv6
-from recipes.cli import journal_commands, pivot_command, probe, qmp_command
+from recipes.cli import journal_commands, pivot_command, plan_command, probe, qmp_command
 from recipes.cli.journal_commands import until_signal
 from recipes.commands.finish import finish
 from recipes.commands.run import migrate
 from recipes.demo import run as demo
+from recipes.discovery import process, route
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import choose_report
 from recipes.migrate.journal import check_name
-from recipes.plans.plan import is_host_and_port
+from recipes.plans.plan import Plan, is_host_and_port
 from recipes.plans.planfile import load
 from recipes.processes import attach, supervisor
 from recipes.qemu import fence
@@ -36,6 +38,8 @@ For recipes and for the other host of a migration:
   nbd-migrate probe URI                      what this host sees of an export
   nbd-migrate supervisor LOG READY COMMAND   run a process that ends with our standard input
   nbd-migrate attach LOG                     speak with the supervisor of a process that was released
+  nbd-migrate process MONITOR|PID            what this host knows of a guest's QEMU
+  nbd-migrate route ADDRESS PORT             how this host is reached from another, and a port that is free
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 """
@@ -71,7 +75,10 @@ def make_parser() -> program.Parser:
         formatter_class=program.RawHelpFormatter,
     )
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
-    run = subcommands.add_parser("run", help="migrate the guest of a plan")
+    look = subcommands.add_parser("plan", help="look at a guest, and print a plan to move it; touch nothing")
+    plan_command.configure(look)
+    look.set_defaults(body=plan_command.main)
+    run = subcommands.add_parser("run", help="migrate a guest")
     configure_run(run)
     run.set_defaults(body=run_plan)
     end = subcommands.add_parser("finish", help="do what a run that was interrupted has left to do")
@@ -92,16 +99,27 @@ def make_parser() -> program.Parser:
     raise_fence.add_argument("image", metavar="IMAGE")
     raise_fence.add_argument("--free", action="store_true")
     raise_fence.set_defaults(body=lambda given: fence.fence(given.image, given.ready, free=given.free))
-    look = subcommands.add_parser("probe")
-    look.add_argument("uri", metavar="URI")
-    look.set_defaults(body=lambda given: probe.probe(given.uri))
+    seen = subcommands.add_parser("probe")
+    seen.add_argument("uri", metavar="URI")
+    seen.set_defaults(body=lambda given: probe.probe(given.uri))
+    of_guest = subcommands.add_parser("process")
+    of_guest.add_argument("source", metavar="MONITOR|PID")
+    of_guest.set_defaults(body=lambda given: process.main(given.source))
+    reached = subcommands.add_parser("route")
+    reached.add_argument("other", metavar="ADDRESS")
+    reached.add_argument("port", metavar="PORT", type=program.port)
+    reached.set_defaults(body=lambda given: route.main(given.other, given.port))
     return parser
 
 
 def configure_run(parser: argparse.ArgumentParser) -> None:
     """Give ``run`` its options. What is given here wins over the plan file."""
-    parser.description = "Run the six steps of a plan. An option wins over the plan's file."
-    configure_plan(parser)
+    parser.description = (
+        "Migrate a guest in six steps. Without a plan's file --source says which guest, and all else is "
+        "found out as by 'nbd-migrate plan'. An option wins over the file."
+    )
+    configure_plan(parser, optional=True)
+    plan_command.configure_places(parser)
     parser.add_argument(
         "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
     )
@@ -126,10 +144,14 @@ def configure_finish(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def configure_plan(parser: argparse.ArgumentParser) -> None:
+def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Give a subcommand the plan, and what wins over its file."""
-    parser.add_argument("plan", metavar="PLAN.toml", type=Path, help="see docs/migrate.md")
-    parser.add_argument("--source", metavar="QMP", help="A's monitor: a socket's path, or HOST:PORT")
+    nargs = "?" if optional else None
+    parser.add_argument("plan", metavar="PLAN.toml", type=Path, nargs=nargs, help="see docs/migrate.md")
+    source = "A's monitor: a socket's path, or HOST:PORT"
+    if optional:
+        source += "; without PLAN.toml also the process id of its QEMU"
+    parser.add_argument("--source", metavar="QMP|PID" if optional else "QMP", help=source)
     parser.add_argument("--to", metavar="HOST[:PORT]", help="where B listens for the RAM (port 4444)")
     parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
@@ -142,13 +164,38 @@ def configure_plan(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(given: argparse.Namespace) -> int:
     """``nbd-migrate run``."""
+    if given.plan is None:
+        return run_found(given)
+    for name in ("to_dir", "export"):
+        if getattr(given, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for a guest that is to be looked at; the plan's file says that itself"
+            )
     plan = load(given.plan, overrides(given))
     if given.check:
         print(f"{given.plan}: nothing is wrong with it")
         return program.EXIT_DONE
+    return run_all(plan, given, finish_command(given))
+
+
+def run_found(given: argparse.Namespace) -> int:
+    """``nbd-migrate run --source ...``: find out what there is to know, and run that."""
+    changed = overrides(given)
+    changed["source"].clear()
+    changed["destination"].pop("migration", None)
+    plan = plan_command.found(given, changed)
+    if given.check:
+        print("nothing is wrong with the plan that was found")
+        return program.EXIT_DONE
+    return run_all(plan, given, "")
+
+
+def run_all(plan: Plan, given: argparse.Namespace, finish: str) -> int:
+    """Run the six steps; ``finish`` is the command that does what an interruption leaves, or nothing."""
     report = choose_report(as_json=given.json)
     with contextlib.closing(report):
-        work = migrate(plan, report, name=given.name or "", finish=finish_command(given))
+        work = migrate(plan, report, name=given.name or "", finish=finish)
         return clock.run(until_signal(work))
 
 

@@ -61,7 +61,7 @@ async def migrate(
     Without ``children``, the processes started here end with this one until the cut-over, and live on by
     themselves after it, as they carry the guest. With ``children`` (the caller's, as in the demo) they end
     with that block in any case. ``finish`` is the command that does what is left when the guest has come to
-    B, for messages.
+    B, for messages; empty: ``nbd-migrate resume NAME``.
 
     Raises UsageError or ConnectError when a check fails before anything was started, MigrationError, whose
     one line says where the guest is and what to do, when a step fails. When the task is cancelled, that line
@@ -100,7 +100,7 @@ async def migrate_from(
         plan,
         disks=(Disk(plan.source.image, plan.destination.image, size),),
         capabilities=tuple(await capabilities_on(a)),
-        finish=finish,
+        finish=finish or f"nbd-migrate resume {journal.directory.name}",
     )
     write(journal, state)
     ours = await stack.enter_async_context(Children()) if children is None else children

@@ -19,6 +19,8 @@ PROGRAMS = {
     "fence": "recipes.qemu.fence",
     "guard": "recipes.migrate.guard",
     "probe": "recipes.cli.probe",
+    "process": "recipes.discovery.process",
+    "route": "recipes.discovery.route",
 }
 """The small programs, by the words that call them, and the modules that they are."""
 

@@ -27,6 +27,7 @@ COMMANDS = (
     ("nbd-overlay", "quit"),
     ("nbd-overlay", "verify"),
     ("nbd-migrate",),
+    ("nbd-migrate", "plan"),
     ("nbd-migrate", "run"),
     ("nbd-migrate", "finish"),
     ("nbd-migrate", "list"),

@@ -31,6 +31,7 @@ FOLDERS = {
         "processes",
         "qemu",
         "plans",
+        "discovery",
         "migrate",
         "engines",
         "steps",

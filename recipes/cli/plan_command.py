@@ -1,0 +1,90 @@
+"""``nbd-migrate plan``: look at a running guest, and print how it can be moved."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from nbdserve.common import clock, program
+from nbdserve.common.errors import OperatorError, UsageError
+from recipes.discovery.discover import Wanted, discover
+from recipes.discovery.document import Draft, write
+from recipes.hosts.host import Host
+from recipes.hosts.interruption import interruptible
+from recipes.plans.plan import Plan
+from recipes.plans.planfile import build
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Give ``plan`` its options."""
+    parser.description = (
+        "Look at a running guest, by its monitor and its command line, and print a plan that moves it, with "
+        "comments. Nothing is changed on either host. What cannot be moved is refused by name."
+    )
+    parser.add_argument(
+        "--source",
+        metavar="QMP|PID",
+        required=True,
+        help="the guest: its monitor, a socket's path or HOST:PORT, or the process id of its QEMU",
+    )
+    parser.add_argument("--to", metavar="HOST[:PORT]", help="where B listens for the RAM (port 4444)")
+    configure_places(parser)
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
+
+
+def configure_places(parser: argparse.ArgumentParser) -> None:
+    """Give a subcommand what says where a guest that is looked at moves from and to."""
+    parser.add_argument("--to-dir", metavar="DIR", help="B's directory for the disks; default: as on A")
+    parser.add_argument("--export", metavar="URI", help="where A serves the disks; default: as B reaches A")
+
+
+def main(given: argparse.Namespace) -> int:
+    """``nbd-migrate plan``."""
+    try:
+        text = write(drafted(given))
+    except asyncio.CancelledError:
+        return program.EXIT_INTERRUPTED
+    # What is printed is what would run.
+    build(tomllib.loads(text), {})
+    if given.output is None:
+        print(text, end="")
+        return program.EXIT_DONE
+    try:
+        with given.output.open("x") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise UsageError(f"--output: {given.output} exists; remove it, or choose another name") from error
+    except OSError as error:
+        raise OperatorError(f"--output: {given.output}: {error.strerror}") from error
+    return program.EXIT_DONE
+
+
+def found(given: argparse.Namespace, overrides: Mapping[str, Mapping[str, object]]) -> Plan:
+    """Return the plan of ``nbd-migrate run --source``; ``overrides`` win over what was found.
+
+    Raises UsageError where somebody has to edit the plan first.
+    """
+    if given.source is None:
+        raise UsageError("name a plan's file, or the guest: --source QMP|PID (see nbd-migrate run --help)")
+    draft = drafted(given)
+    if draft.on_one_machine and draft.derived.busy:
+        what = " and ".join(draft.derived.busy)
+        raise UsageError(
+            f"two QEMUs on this machine cannot both have {what}: write the plan with nbd-migrate plan "
+            "--output FILE, change that there, and run the file"
+        )
+    return build(tomllib.loads(write(draft)), overrides)
+
+
+def drafted(given: argparse.Namespace) -> Draft:
+    """Look at the guest. Raises CancelledError when a signal interrupts that."""
+    return clock.run(interruptible(_look(given)))
+
+
+async def _look(given: argparse.Namespace) -> Draft:
+    wanted = Wanted(given.source, given.to or "", given.to_dir or "", given.export or "")
+    a, b = Host("A"), Host("B")
+    return await discover(wanted, a, b)

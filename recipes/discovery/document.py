@@ -1,0 +1,138 @@
+"""A plan as TOML, with what an operator wants to know beside it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import tomlkit
+from tomlkit.items import Array, Item, Table
+
+from nbdserve.common.sizes import format_size
+from recipes.discovery.derive import Derived
+from recipes.discovery.guest import Guest
+
+
+@dataclass(frozen=True)
+class Place:
+    """One side of a migration.
+
+    host  ``ssh://...``, or nothing: this machine
+    qmp   the monitor of the QEMU there
+    """
+
+    host: str
+    qmp: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan that has been found, before it is written.
+
+    targets    where each disk ends on B
+    export     where A serves the disks
+    migration  where B waits for the RAM
+    """
+
+    guest: Guest
+    pid: int
+    user: str
+    derived: Derived
+    source: Place
+    destination: Place
+    targets: tuple[str, ...]
+    export: str
+    migration: str
+
+    @property
+    def on_one_machine(self) -> bool:
+        """Tell whether both QEMUs run on the same machine, as far as is known."""
+        return self.source.host == self.destination.host and self.migration.startswith("unix:")
+
+
+def write(draft: Draft) -> str:
+    """Return the plan's file."""
+    document = tomlkit.document()
+    for line in _heading(draft):
+        document.add(tomlkit.comment(_one_line(line)) if line else tomlkit.nl())
+    document["source"] = _source(draft)
+    export = tomlkit.table()
+    export["uri"] = _text(draft.export, "where A serves its disks, and B finds them")
+    document["export"] = export
+    document["destination"] = _destination(draft)
+    return tomlkit.dumps(document)
+
+
+def _heading(draft: Draft) -> Iterable[str]:
+    guest, derived = draft.guest, draft.derived
+    name = guest.name or "a guest without a name"
+    version = ".".join(str(number) for number in guest.version)
+    machine = guest.machine
+    processors = f"{machine.processors} processor{'s' if machine.processors > 1 else ''}"
+    yield f"{name}: process {draft.pid} of {draft.user}, QEMU {version}, {machine.type},"
+    yield f"{processors}, {format_size(machine.ram + machine.plugged)} of RAM"
+    yield "Made by nbd-migrate plan, which has touched nothing. To do it: nbd-migrate run THIS-FILE"
+    for heading, found in (
+        ("Left out:", derived.notes),
+        ("These must be on B as they are on A:", [str(each) for each in derived.local]),
+        ("Only one QEMU on a machine can have these:", derived.busy if draft.on_one_machine else ()),
+    ):
+        if found:
+            yield ""
+            yield heading
+            yield from (f"  {each}" for each in found)
+    yield ""
+
+
+def _source(draft: Draft) -> Table:
+    table = tomlkit.table()
+    table["qmp"] = _text(draft.source.qmp, "the monitor of A's QEMU")
+    if draft.source.host:
+        table["host"] = _text(draft.source.host)
+    [disk] = draft.derived.disks
+    table["image"] = _text(disk.image, f"{format_size(disk.size)}, {disk.device}")
+    table["node"] = _text(disk.node)
+    return table
+
+
+def _destination(draft: Draft) -> Table:
+    table = tomlkit.table()
+    if draft.destination.host:
+        table["host"] = _text(draft.destination.host)
+    table["qmp"] = _text(draft.destination.qmp, "the monitor of B's QEMU")
+    table["migration"] = _text(draft.migration, "where B's QEMU waits for the RAM")
+    table["image"] = _text(draft.targets[0])
+    table["node"] = _text(draft.derived.disks[0].drive)
+    if draft.derived.user:
+        table["owner"] = _text(draft.derived.user, "who B's QEMU becomes, as A's")
+    table["qemu"] = _command_line(draft.derived)
+    return table
+
+
+def _command_line(derived: Derived) -> Array:
+    array = tomlkit.array()
+    _add(array, [derived.program], "without its disks, -incoming and -qmp, which are added")
+    for line in derived.lines:
+        _add(array, line.option.words, line.note)
+    array.add_line(indent="")
+    return array
+
+
+def _add(array: Array, words: Iterable[str], note: str) -> None:
+    items: list[Item] = [_text(word) for word in words]
+    array.add_line(*items, comment=_one_line(note) or None)
+
+
+def _text(text: str, note: str = "") -> Item:
+    """Return a string as it is easiest to read: with JSON in it, in single quotes."""
+    literal = '"' in text or "\\" in text
+    plain = literal and "'" not in text and text.isprintable()
+    item = tomlkit.string(text, literal=True) if plain else tomlkit.item(text)
+    if note:
+        item.comment(_one_line(note))
+    return item
+
+
+def _one_line(text: str) -> str:
+    """Return a text as a comment can have it: nothing in it may end the line."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).rstrip()

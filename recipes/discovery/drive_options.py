@@ -1,0 +1,209 @@
+"""What becomes of the options that make the guest's drives, when B's are made by the migration. Pure."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from recipes.discovery.command_line.arguments import Arguments
+from recipes.discovery.command_line.options import CommandLine, Option
+from recipes.discovery.drives import (
+    DISKS,
+    FIRMWARE,
+    Matched,
+    belonging,
+    complaint,
+    image_of,
+    made_by_itself,
+    match,
+    name_of,
+)
+from recipes.discovery.guest import Drive, Guest
+
+NODE = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,19}")
+"""What a disk may be called in a plan."""
+
+MOVES_IDE = (10, 0)
+"""The QEMU in which the pivot of an IDE disk was seen not to end in an assertion, as it does in 7.2."""
+
+EMPTY = "an empty drive, as A has it"
+MADE_BY_ITSELF = "the device that A's QEMU has made by itself"
+
+
+@dataclass(frozen=True)
+class Line:
+    """An option of B's QEMU, and what there is to say of it."""
+
+    option: Option
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FoundDisk:
+    """A disk of the guest that moves.
+
+    image   its file on A, an absolute path
+    node    its block node in A's QEMU
+    drive   what its device on B refers to
+    size    in bytes
+    device  the type of its device
+    """
+
+    image: str
+    node: str
+    drive: str
+    size: int
+    device: str
+
+
+class DriveOptions:
+    """Which options stay, go, or become others.
+
+    dropped   go
+    replaced  become others
+    added     come at the end
+    disks     what moves
+    notes     what is left out that is no disk of the guest
+    refused   why a drive cannot move
+    """
+
+    def __init__(self, command: CommandLine, guest: Guest, directory: str, address: str) -> None:
+        """``directory`` is that of the process, and ``address`` that of its monitor."""
+        self._command = command
+        self._guest = guest
+        self._directory = directory
+        self._address = address
+        self.dropped: set[Option] = set()
+        self.replaced: dict[Option, Line] = {}
+        self.added: list[Line] = []
+        self.disks: list[FoundDisk] = []
+        self.notes: list[str] = []
+        self.refused: list[str] = []
+        for each in match(command, guest):
+            self._decide(each)
+        self._refuse_twice()
+        self._drop_implicit()
+        self._drop_nodes()
+
+    def _decide(self, each: Matched) -> None:
+        drive = each.drive
+        if drive.type.startswith(FIRMWARE):
+            if drive.node and not drive.node.read_only:
+                what = f"{name_of(drive)} ({drive.node.file})"
+                self.refused.append(f"the flash chip {what} can be written to, and such ones do not move")
+        elif drive.node is None:
+            self._empty(each)
+        elif not drive.path:
+            self.notes.append(f"the drive {name_of(drive)} ({drive.node.file}), which no device uses")
+            self._drop(drive.backend)
+        else:
+            self._disk(each)
+
+    def _empty(self, each: Matched) -> None:
+        """A drive without a medium stays one, whatever was in it at the start."""
+        drive, device = each.drive, each.device
+        if device is None:
+            floppies = list(self._command.named("fda", "fdb"))
+            if made := made_by_itself(drive):
+                self.added.append(Line(Option("device", str(made)), EMPTY))
+            elif drive.type == "floppy" and floppies:
+                self.added.append(
+                    Line(Option("drive", f"if=floppy,index={dict(drive.address)['unit']}"), EMPTY)
+                )
+                self.dropped.update(floppies)
+            return
+        option = self._drive_of(device.arguments.text("drive"))
+        if option is None:
+            self.replaced[device] = Line(device.having(device.arguments.without("drive")), EMPTY)
+        elif "file" in option.arguments.values:
+            kept = {
+                k: v for k, v in option.arguments.values.items() if k in ("if", "id", "media", "readonly")
+            }
+            self.replaced[option] = Line(Option("drive", str(Arguments(kept))), EMPTY)
+
+    def _disk(self, each: Matched) -> None:
+        """A disk moves, or is refused."""
+        drive, node = each.drive, each.drive.node
+        assert node is not None
+        image = image_of(node, self._directory)
+        if fault := complaint(drive, image, self._address, moves_ide=self._guest.version >= MOVES_IDE):
+            self.refused.append(fault)
+            return
+        given = each.device.arguments if each.device else made_by_itself(drive)
+        if given is None:
+            self.refused.append(f"the disk {name_of(drive)} is in a {drive.type} that no -device has made")
+            return
+        name = self._name([given.text("drive"), drive.backend, node.name])
+        self.disks.append(FoundDisk(image, node.name, name, node.size, drive.type))
+        made = given.having(drive=name, rerror="stop", werror="stop")
+        if self._writes_through(drive, image):
+            made = made.having(write_cache="off")
+        if each.device:
+            self.replaced[each.device] = Line(each.device.having(made))
+        else:
+            self.added.append(Line(Option("device", str(made)), MADE_BY_ITSELF))
+        for used in (drive.backend, given.text("drive")):
+            self._drop(used)
+
+    def _name(self, wanted: list[str]) -> str:
+        """Return what a disk is called on B: as on A, if a plan may have that."""
+        chosen = {disk.drive for disk in self.disks}
+        usable = (name for name in wanted if NODE.fullmatch(name) and name not in chosen)
+        taken = chosen | set(self._names())
+        return next(usable, "") or next(
+            name for number in range(1000) if (name := f"disk{number}") not in taken
+        )
+
+    def _names(self) -> Iterator[str]:
+        """Yield what is called something already."""
+        yield from (drive.backend for drive in self._guest.drives)
+        for option in self._command.named("drive", "blockdev"):
+            yield from (option.arguments.text(key) for key in ("id", "node-name"))
+
+    def _writes_through(self, drive: Drive, image: str) -> bool:
+        """Tell whether A's QEMU was told to make each write durable, which the guest knows."""
+
+        def is_its(option: Option) -> bool:
+            file = option.arguments.text("file")
+            return bool(file) and posixpath.normpath(posixpath.join(self._directory, file)) == image
+
+        option = self._drive_of(drive.backend) or next(filter(is_its, self._command.named("drive")), None)
+        return option is not None and option.arguments.text("cache") in ("writethrough", "directsync")
+
+    def _drive_of(self, name: str) -> Option | None:
+        """Return the ``-drive`` of this name."""
+        named = (each for each in self._command.named("drive") if each.arguments.text("id") == name)
+        return next(named, None) if name else None
+
+    def _drop(self, name: str) -> None:
+        """Leave out the ``-drive`` of this name."""
+        if option := self._drive_of(name):
+            self.dropped.add(option)
+
+    def _refuse_twice(self) -> None:
+        images = [disk.image for disk in self.disks]
+        twice = sorted({image for image in images if images.count(image) > 1})
+        self.refused += [f"{image} is two of its disks" for image in twice]
+
+    def _drop_implicit(self) -> None:
+        """Leave out what QEMU would make a device of, as there is a ``-device`` now."""
+        self.dropped.update(self._command.named(*DISKS))
+        for option in self._command.named("drive"):
+            if option.arguments.text("if") not in ("none", "pflash", "floppy"):
+                self.dropped.add(option)
+
+    def _drop_nodes(self) -> None:
+        """Leave out block nodes that nothing on B uses: those of the disks that move, and idle ones."""
+        nodes = {each.arguments.text("node-name"): each for each in self._command.named("blockdev")}
+        devices = list(self._command.named("device", "machine"))
+        used = set[str]()
+        for option in devices:
+            kept = self.replaced[option].option if option in self.replaced else option
+            used |= {kept.arguments.text(key) for key in ("drive", "pflash0", "pflash1")}
+        used -= {disk.drive for disk in self.disks}
+        gone = set(nodes) - belonging(used, nodes)
+        self.dropped |= {nodes[name] for name in gone}
+        of_disks = belonging({each.arguments.text("drive") for each in devices}, nodes)
+        self.notes += [f"the block node {name}, which no device uses" for name in sorted(gone - of_disks)]

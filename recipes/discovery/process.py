@@ -1,0 +1,123 @@
+"""The process of a guest's QEMU, as its host sees it: a small program that runs there, and prints JSON.
+
+Its argument is a process id, or the address of a QMP monitor.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nbdserve.common import program
+from nbdserve.common.errors import ConnectError, OperatorError, UsageError
+from recipes.discovery.command_line.options import parse
+
+LIMIT = 10
+"""Seconds in which a monitor's socket accepts a connection."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process.
+
+    pid        of it
+    argv       its command line
+    directory  its working directory
+    user       who it runs as
+    configs    what is in the files that it has read as ``-readconfig``, by the name that it gives them
+    """
+
+    pid: int
+    argv: tuple[str, ...]
+    directory: str
+    user: str
+    configs: dict[str, str]
+
+
+def find(source: str) -> Process:
+    """Return the process with this id, or the one that listens at this monitor. Raises OperatorError."""
+    pid = int(source) if source.isdecimal() else listener(source)
+    try:
+        found = psutil.Process(pid)
+        argv, directory, user = tuple(found.cmdline()), found.cwd(), found.username()
+    except psutil.NoSuchProcess as error:
+        raise UsageError(f"there is no process {pid}") from error
+    except psutil.AccessDenied as error:
+        raise OperatorError(f"process {pid} is another user's; look at it as root") from error
+    if not argv:
+        raise UsageError(f"process {pid} has no command line")
+    return Process(pid, argv, directory, user, configs(argv, directory))
+
+
+def configs(argv: tuple[str, ...], directory: str) -> dict[str, str]:
+    """Return the files that a QEMU has read as part of its command line."""
+    try:
+        names = [each.value or "" for each in parse(argv).named("readconfig")]
+    except UsageError:
+        # Whoever asked finds the same, and says so.
+        return {}
+    found = {}
+    for name in names:
+        if name.startswith("/dev/fd"):
+            raise OperatorError(
+                f"-readconfig {name} is a descriptor that whoever started QEMU has opened for it"
+            )
+        try:
+            found[name] = Path(directory, name).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no text"
+            raise OperatorError(f"-readconfig {name}: it cannot be read any more: {reason}") from error
+    return found
+
+
+def listener(address: str) -> int:
+    """Return the id of the process that listens at a socket's path, or at HOST:PORT."""
+    if address.startswith("/"):
+        holders = [each.pid for each in psutil.net_connections("unix") if str(each.laddr) == address]
+        # It may have been bound by a relative path, or through a link.
+        holders += [] if any(holders) else [_who_bound(address)]
+    else:
+        port = int(address.rpartition(":")[2])
+        holders = [each.pid for each in psutil.net_connections("tcp") if _listens(each, port)]
+    pid = next((pid for pid in holders if pid), None)
+    if pid is None:
+        reason = f"the process behind {address} is not seen here"
+        raise OperatorError(f"{reason}; name it by its id, or look as root")
+    return pid
+
+
+def _listens(connection: Any, port: int) -> bool:
+    return bool(connection.status == psutil.CONN_LISTEN and connection.laddr[1] == port)
+
+
+def _who_bound(path: str) -> int:
+    """Return the process that has begun to listen on a Unix socket, whoever is connected to it."""
+    with socket.socket(socket.AF_UNIX) as client:
+        # The kernel's own limit: with Python's a full queue is an error at once.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", LIMIT, 0))
+        try:
+            client.connect(path)
+        except BlockingIOError as error:
+            raise ConnectError(f"the monitor at {path} accepts nobody within {LIMIT} s") from error
+        except OSError as error:
+            raise ConnectError(f"no monitor at {path}: {error.strerror or error}") from error
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid
+
+
+def main(source: str) -> int:
+    """Print what was found as JSON."""
+    print(json.dumps(asdict(find(source))))
+    return program.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(program.run("nbd-migrate", lambda: main(sys.argv[1])))

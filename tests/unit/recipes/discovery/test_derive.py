@@ -1,0 +1,310 @@
+"""What becomes of real command lines, with what QEMU says of their guests."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+import pytest
+
+from nbdserve.common.errors import UsageError
+from recipes.discovery.command_line.chardevs import monitors
+from recipes.discovery.command_line.options import parse
+from recipes.discovery.derive import Derived, derive, made_paths
+from recipes.discovery.guest import Drive, Guest, Node
+from recipes.qemu.machine import Machine
+from tests.unit.recipes.discovery.real_lines import BY_SCRIPT, LIBVIRT, OLD_LIBVIRT, PROXMOX
+
+PC = Machine("pc-i440fx-7.2", 1, 16 << 20, 0)
+
+
+def node(name: str, file: str, **changes: Any) -> Node:
+    """A raw disk of 1 GiB."""
+    return dataclasses.replace(Node(name, "raw", file, 1 << 30), **changes)
+
+
+def guest(*drives: Drive, **changes: Any) -> Guest:
+    """A guest that runs, with these drives."""
+    plugged = tuple(drive.id for drive in drives if drive.id)
+    made = Guest((7, 2, 22), PC, "running", "", drives, plugged=plugged)
+    return dataclasses.replace(made, **changes)
+
+
+def derived(line: str, found: Guest, **options: Any) -> Derived:
+    """What is derived of it; its first QMP monitor is B's anyway."""
+    command = parse(shlex.split(line)).settled()
+    monitor = next(monitors(command), None)
+    return derive(command, found, "/home/vm", address="/q", monitor=monitor, **options)
+
+
+def words(made: Derived) -> list[str]:
+    """The options, each as one string."""
+    return [str(line.option) for line in made.lines]
+
+
+HD = Drive("ide0-hd0", "/machine/unattached/device[23]", "ide-hd", "ide.0", (("unit", 0),), waits=True)
+CD = Drive(
+    "ide1-cd0", "/machine/unattached/device[24]", "ide-cd", "ide.1", (("unit", 0),), True, removable=True
+)
+FLOPPY = Drive(
+    "floppy0", "/machine/unattached/device[16]", "floppy", "floppy-bus.0", (("unit", 0),), removable=True
+)
+SD = Drive("sd0", removable=True)
+VIRTIO = Drive(
+    "virtio0", "/machine/peripheral-anon/device[0]", "virtio-blk-pci", "pci.0", (("addr", 40),), True
+)
+
+
+def has(drive: Drive, file: str = "/images/vm.raw", name: str = "#block123", **changes: Any) -> Drive:
+    """The drive with a medium."""
+    path = str(changes.pop("path", drive.path))
+    return dataclasses.replace(drive, path=path, node=node(name, file, **changes))
+
+
+def test_a_guest_that_was_typed_by_hand_gets_its_disk_and_its_empty_drives_as_devices() -> None:
+    made = derived(
+        "qemu-system-x86_64 -hda vm.raw -m 2G", guest(has(HD, "vm.raw"), CD, FLOPPY, SD, version=(10, 0, 0))
+    )
+    assert made.refused == ()
+    assert words(made) == [
+        "-machine pc-i440fx-7.2",
+        "-m 2G",
+        "-device ide-hd,bus=ide.0,unit=0,drive=ide0-hd0,rerror=stop,werror=stop",
+        "-device ide-cd,bus=ide.1,unit=0",
+    ]
+    [disk] = made.disks
+    assert (disk.image, disk.node, disk.drive) == ("/home/vm/vm.raw", "#block123", "ide0-hd0")
+
+
+def test_a_drive_of_the_interface_virtio_becomes_a_device_at_the_same_place() -> None:
+    line = "kvm -drive file=/images/vm.raw,if=virtio,format=raw,cache=directsync -device virtio-rng-pci -M pc"
+    made = derived(line, guest(has(VIRTIO)))
+    assert words(made) == [
+        "-device virtio-rng-pci",
+        "-machine pc-i440fx-7.2",
+        "-device virtio-blk-pci,bus=pci.0,addr=0x5,drive=virtio0,rerror=stop,werror=stop,write-cache=off",
+    ]
+
+
+def test_proxmox_line_keeps_all_but_the_disk_the_monitor_and_the_daemon() -> None:
+    disk = Drive(
+        "drive-virtio0", "/machine/peripheral/virtio0", "virtio-blk-pci", "pci.0", (("addr", 80),), True
+    )
+    cd = Drive(
+        "drive-ide2", "/machine/peripheral/ide2", "ide-cd", "ide.1", (("unit", 0),), True, removable=True
+    )
+    found = guest(
+        cd, has(disk, "/dev/pve/vm-100-disk-0"), plugged=("pci.1", "vga", "ide2", "virtio0", "net0")
+    )
+    names = {"/var/run/qemu-server/100.vnc": "/b.vnc"}
+    made = derived(PROXMOX, found, names=names)
+    assert made.refused == ()
+    options = words(made)
+    for kept in ("-drive if=none,id=drive-ide2", "-device ide-cd,bus=ide.1,unit=0,drive=drive-ide2,id=ide2"):
+        assert any(each.startswith(kept) for each in options)
+    assert not any("vm-100-disk-0" in each or "100.qmp" in each or "daemonize" in each for each in options)
+    device = "-device virtio-blk-pci,drive=drive-virtio0,id=virtio0,bus=pci.0,addr=0xa,"
+    assert f"{device}iothread=iothread-virtio0,rerror=stop,werror=stop" in options
+    assert "-vnc unix:/b.vnc,password=on" in options
+    assert "-pidfile /var/run/qemu-server/100.pid" in options
+    assert "-machine pc-i440fx-7.2" in options
+    assert [str(each) for each in made.local] == [
+        "the file /var/run/qmeventd.sock of -chardev",
+        "the file /var/lib/qemu-server/pve-bridge of -netdev",
+    ]
+
+
+def test_libvirts_line_is_understood_and_its_descriptors_are_refused() -> None:
+    line = LIBVIRT
+    disk = Drive("", "/machine/peripheral/virtio-disk0", "virtio-blk-pci", "pci.1", (("addr", 0),), True)
+    found = guest(
+        has(disk, "/var/lib/libvirt/images/vm.raw", "libvirt-1-format"),
+        plugged=("pci.1", "virtio-disk0"),
+        machine=Machine("pc-q35-7.2", 1, 1 << 30, 0),
+    )
+    made = derived(line, found)
+    # Its monitor is the one that B gets otherwise.
+    assert made.refused == ()
+    options = words(made)
+    assert not any("libvirt-1-storage" in each or "charmonitor" in each for each in options)
+    assert any('"drive": "libvirt-1-format"' in each and '"werror": "stop"' in each for each in options)
+    again = derived(f"{line} -netdev tap,fd=28,id=n", found)
+    assert again.refused == (
+        "-netdev fd=28: a descriptor that was opened by whoever started QEMU cannot be opened again on B",
+    )
+
+
+def test_an_option_that_newer_qemus_have_no_more_is_refused_by_its_name() -> None:
+    with pytest.raises(UsageError, match="the option -realtime is not known here"):
+        parse(shlex.split(OLD_LIBVIRT))
+
+
+def test_a_script_with_firmware_in_flash_and_a_user_network_is_understood() -> None:
+    code = Drive("pflash0", "/machine/system.flash0", "cfi.pflash01")
+    found = guest(
+        has(code, "/usr/share/OVMF/OVMF_CODE.fd", read_only=True),
+        has(dataclasses.replace(VIRTIO, bus="pcie.0"), path="/machine/peripheral-anon/device[1]"),
+        machine=Machine("pc-q35-7.2", 2, 4 << 30, 0),
+        anonymous=("usb-tablet", "virtio-blk-pci"),
+    )
+    made = derived(BY_SCRIPT, found)
+    assert made.refused == ()
+    options = words(made)
+    assert "-machine pc-q35-7.2,smm=on" in options
+    assert "-drive if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE.fd" in options
+    assert options[-1] == "-device virtio-blk-pci,bus=pcie.0,addr=0x5,drive=virtio0,rerror=stop,werror=stop"
+    assert [str(each) for each in made.local] == ["the file /usr/share/OVMF/OVMF_CODE.fd of -drive"]
+    assert made.busy == ("hostfwd=tcp::2222-:22 of -nic",)
+
+
+def test_the_node_of_a_disk_has_a_name_that_plans_take_and_nobody_else_has() -> None:
+    line = "qemu -device virtio-blk-pci,drive=a-name-of-more-than-twenty-letters -drive if=none,id=disk0"
+    drive = dataclasses.replace(VIRTIO, backend="")
+    made = derived(
+        line, guest(has(drive, name="a-name-of-more-than-twenty-letters"), Drive("disk0", removable=True))
+    )
+    assert [disk.drive for disk in made.disks] == ["disk1"]
+    assert "-device virtio-blk-pci,drive=disk1,rerror=stop,werror=stop" in words(made)
+    assert "-drive if=none,id=disk0" in words(made)
+
+
+def test_a_medium_that_was_taken_out_stays_out() -> None:
+    line = (
+        "qemu -drive file=/vm.raw,if=virtio "
+        "-drive file=/cd.iso,if=none,id=cd,media=cdrom,format=raw "
+        "-device scsi-cd,drive=cd,id=a -blockdev file,node-name=f,filename=/x.iso "
+        "-device ide-cd,drive=f,id=b"
+    )
+    a = Drive("cd", "/machine/peripheral/a", "scsi-cd", "scsi.0", (), True, removable=True)
+    b = Drive("", "/machine/peripheral/b", "ide-cd", "ide.0", (), True, removable=True)
+    made = derived(line, guest(has(VIRTIO), a, b))
+    assert made.refused == ()
+    assert words(made)[1:4] == [
+        "-drive if=none,id=cd,media=cdrom",
+        "-device scsi-cd,drive=cd,id=a",
+        "-device ide-cd,id=b",
+    ]
+
+
+def test_a_guest_that_has_come_by_a_migration_is_recognised_behind_its_pivot() -> None:
+    line = (
+        "qemu -machine pc -device virtio-rng-pci -device virtio-blk-pci,drive=disk0,rerror=stop,werror=stop "
+        """-blockdev '{"node-name": "disk0", "driver": "nbd", "server": {"path": "/x.nbd"}}' """
+        "-incoming defer -qmp unix:/q,server=on,wait=off"
+    )
+    drive = dataclasses.replace(VIRTIO, backend="", path="/machine/peripheral-anon/device[1]")
+    found = guest(has(drive, name="disk0-local"), anonymous=("virtio-rng-pci", "virtio-blk-pci"))
+    made = derived(line, found)
+    assert made.refused == ()
+    assert [(disk.node, disk.drive) for disk in made.disks] == [("disk0-local", "disk0")]
+    assert words(made) == [
+        "-machine pc-i440fx-7.2",
+        "-device virtio-rng-pci",
+        "-device virtio-blk-pci,drive=disk0,rerror=stop,werror=stop",
+    ]
+    assert made.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "reason"),
+    [
+        ("qemu -snapshot", guest(), "-snapshot: what the guest writes to a snapshot"),
+        ("qemu -drive file=/x,snapshot=on", guest(), "-drive file=/x,snapshot=on: what the guest writes"),
+        ("qemu -hda x", guest(has(HD), version=(7, 2, 0)), "is an IDE disk, and QEMU 7.2 ends when"),
+        ("qemu -hda x", guest(has(HD, driver="qcow2")), "is qcow2, and only raw disks can move"),
+        ("qemu -hda x", guest(has(HD, limited="iops=5")), "is throttled (iops=5)"),
+        ("qemu -hda x", guest(has(HD, read_only=True)), "is read-only"),
+        ("qemu -hda x", guest(has(HD, "nbd://h/x")), "is no file or block device of its own on A"),
+        ("qemu -hda x", guest(has(HD, 'json:{"driver":"raw","offset":512}')), "is no file or block device"),
+        ("qemu -hda x", guest(has(HD, "/dev/fdset/1")), "was passed to QEMU as a file descriptor"),
+        ("qemu -cdrom x", guest(has(CD, "/x.iso")), "eject '{\"device\": \"ide1-cd0\"}'"),
+        ("qemu -pflash x", guest(has(Drive("pflash0", "/machine/f", "cfi.pflash01"))), "flash chip pflash0"),
+        ("qemu -device nvme,drive=d,serial=1", guest(has(dataclasses.replace(
+            VIRTIO, type="nvme", waits=False))), "is in a nvme, which cannot wait"),
+        ("qemu", guest(state="paused"), "in state paused; start it first"),
+        ("qemu", guest(state="inmigrate"), "in state inmigrate"),
+        ("qemu", guest(blocked=("vfio",)), "QEMU says that it cannot migrate: vfio"),
+        ("qemu", guest(plugged=("new",)), "the device new was plugged in while it ran"),
+        ("qemu -device x,id=old", guest(), "the device old of its command line was unplugged"),
+        ("qemu", guest(anonymous=("e1000",)), "devices without a name (e1000) some were plugged in"),
+        ("qemu -fda x", guest(has(FLOPPY)), "-fda x is not understood here"),
+        ("qemu -chardev socket,id=c,fd=3", guest(), "-chardev fd=3: a descriptor"),
+        ("qemu -add-fd fd=3,set=1", guest(), "-add-fd fd=3,set=1: a descriptor"),
+        ("qemu -drive if=sd,file=x", guest(), "drives of this interface"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_moved_is_refused_by_its_name(line: str, found: Guest, reason: str) -> None:
+    assert any(reason in each for each in derived(line, found).refused), derived(line, found).refused
+
+
+def test_one_file_that_is_two_disks_is_refused() -> None:
+    other = dataclasses.replace(VIRTIO, backend="d", path="/machine/peripheral/d")
+    line = "qemu -drive file=/images/vm.raw,if=virtio -device virtio-blk-pci,id=d,drive=d"
+    assert "/images/vm.raw is two of its disks" in derived(line, guest(has(VIRTIO), has(other))).refused
+
+
+def test_what_is_made_at_the_start_is_called_otherwise_where_b_has_it() -> None:
+    line = (
+        "qemu -hda x -pidfile vm.pid -D /log/vm.log -serial file:c -monitor unix:m,server,nowait "
+        "-qmp unix:q,server -chardev socket,id=s,path=s.sock,server=on,logfile=s.log -qmp unix:q2,server "
+        "-qmp stdio -vnc unix:v"
+    )
+    found = guest(has(HD), version=(10, 0, 0))
+    made = made_paths(parse(line.split()), "/home/vm")
+    assert made == [
+        *("/home/vm/vm.pid", "/log/vm.log", "/home/vm/c", "/home/vm/m", "/home/vm/q", "/home/vm/s.sock"),
+        *("/home/vm/s.log", "/home/vm/q2", "/home/vm/v"),
+    ]
+    derivation = derived(line, found, names={path: f"{path}.b" for path in made})
+    assert words(derivation)[1:-1] == [
+        "-pidfile /home/vm/vm.pid.b",
+        "-D /log/vm.log.b",
+        "-serial file:/home/vm/c.b",
+        "-monitor unix:/home/vm/m.b,server=on,wait=off",
+        "-chardev socket,id=s,path=/home/vm/s.sock.b,server=on,logfile=/home/vm/s.log.b",
+        "-chardev socket,id=monitor1,path=/home/vm/q2.b,server=on,wait=off",
+        "-mon chardev=monitor1,mode=control",
+        "-vnc unix:/home/vm/v.b",
+    ]
+    assert derivation.notes == ("-qmp stdio, as B's QEMU has no terminal",)
+
+
+def test_what_must_be_on_b_and_what_only_one_qemu_can_have_is_listed() -> None:
+    line = (
+        "qemu -hda x -kernel vmlinuz -initrd /i -bios bios-256k.bin -netdev tap,id=t,ifname=tap0,script=no "
+        "-netdev bridge,id=b,br=br1 -nic user,hostfwd=tcp::2222-:22 "
+        "-object memory-backend-file,id=m,mem-path=/huge -fw_cfg name=opt/x,file=/f -vnc :1 "
+        "-spice port=5930 -monitor tcp::4000,server -device vfio-pci,host=01:00.0"
+    )
+    made = derived(line, guest(has(HD), version=(10, 0, 0)))
+    assert [each.path for each in made.local] == [
+        *("/home/vm/vmlinuz", "/i", "/sys/class/net/tap0", "/sys/class/net/br1", "/huge", "/f"),
+        "/sys/bus/pci/devices/0000:01:00.0",
+    ]
+    assert made.busy == (
+        "hostfwd=tcp::2222-:22 of -nic",
+        "the VNC display :1",
+        "the SPICE port 5930",
+        ":4000 of -monitor",
+    )
+
+
+def test_b_opens_no_window_and_starts_nothing_again() -> None:
+    line = "qemu -hda x -display gtk,gl=on -loadvm s -incoming tcp:0:1 -S"
+    made = derived(line, guest(has(HD), version=(10, 0, 0), window=True))
+    assert words(made)[1:-1] == ["-display none"]
+    assert made.notes == ("-loadvm s, which was for A's start",)
+    assert words(derived("qemu -hda x", guest(has(HD), window=True)))[-1] == "-display none"
+    assert derived("qemu -hda x -runas vm", guest(has(HD))).user == "vm"
+
+
+def test_an_idle_block_node_is_left_out_and_told() -> None:
+    line = (
+        "qemu -drive if=virtio,file=/x -blockdev file,node-name=f,filename=/y "
+        "-blockdev raw,node-name=r,file=f"
+    )
+    made = derived(line, guest(has(VIRTIO)))
+    assert made.notes == ("the block node f, which no device uses", "the block node r, which no device uses")
+    pinned = f"{line} -machine pc,pflash0=r"
+    assert sum("node-name" in each for each in words(derived(pinned, guest(has(VIRTIO))))) == 2
