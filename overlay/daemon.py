@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from nbdserve.common.errors import ImageError
 from overlay.backing.failover import Sources
@@ -29,7 +30,7 @@ class Daemon:
         self.overlay = Overlay(
             image, sources, keep=options.keep, armed=options.armed, on_activation=self._activated
         )
-        self.streamer = Streamer(image, sources, self.overlay.fetcher, self.job, self._finished)
+        self.streamer = Streamer(image, sources, self.overlay.fetcher, self.job, self._finished, self._is_due)
         self.streamer.limit.speed = options.speed
         self.progress = Progress(image)
         self.window_began: float | None = None
@@ -86,12 +87,18 @@ class Daemon:
             return None
         return (self.image.size - self.image.local_bytes) / rate
 
-    def invalidate(self, offset: int, length: int) -> None:
-        """Forget a range, which the guest has changed at the source; OSError, EBUSY, once it runs here."""
-        self.progress.take_away(lambda: self.overlay.invalidate(offset, length))
+    def invalidate(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Forget ranges, which the guest has changed at the source; OSError, EBUSY, once it runs here."""
+        self.progress.take_away(lambda: self.overlay.invalidate(ranges))
+        self.streamer.look_again()
+
+    def _is_due(self) -> bool:
+        """Whether the image may be cut loose from its backing: until the guest is here that may change."""
+        return not self.options.pre_copy or self.window_began is not None
 
     def _activated(self) -> None:
         self.window_began = time.monotonic()
+        self.streamer.look_again()
         if self.image.backings:
             self._know_the_disk_again()
             self._stream_if_asked()

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.splicing import FileRange
@@ -27,8 +27,6 @@ _LOG = logging.getLogger("nbd-overlay")
 
 _HERE, _BACKING = 1, 2
 """Allocation depths: in the overlay itself, and in its backing."""
-_FETCH_SILENCE = 30.0
-"""Seconds for which servers may be silent while a range that is to be invalidated is being fetched."""
 _MOST_STATUS, _MOST_QUESTIONS = 1 << 30, 64
 """Bytes, and absent ranges, whose status is asked for in one reply: it must not take for ever."""
 
@@ -96,18 +94,21 @@ class Overlay(Backend):
                 self._on_activation()
                 self._guest_is_here, self._armed = True, False
 
-    def invalidate(self, offset: int, length: int) -> None:
-        """Forget a range, which the guest has changed at the source. OSError, EBUSY, once it runs here."""
+    @property
+    def guest_is_here(self) -> bool:
+        """Tell whether the guest is known to run here, so that nothing can be invalidated any more."""
+        return self._guest_is_here
+
+    def invalidate(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Forget ranges (offset, length), which the guest has changed at the source.
+
+        Waits for the disk, not for what is being fetched: that may have been read before the guest changed
+        it, and is not kept when it comes. Raises OSError: EBUSY once the guest runs here.
+        """
         with self._changing:
             if self._guest_is_here:
                 raise OSError(errno.EBUSY, "the guest runs here: what it reads cannot be taken away any more")
-            # What is on its way may have been read before the guest changed it.
-            for claim in self.fetcher.claims.within(offset, length):
-                while not claim.wait():
-                    if self.sources.quiet >= _FETCH_SILENCE or not self.sources.connected:
-                        reason = f"{claim.length} bytes at {claim.offset} are being fetched"
-                        raise OSError(errno.ETIMEDOUT, f"{reason}, and nothing comes")
-            self.image.invalidate(offset, length)
+            self.image.invalidate(ranges)
             self.sources.samples.forget()
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:

@@ -32,6 +32,8 @@ class Options:
     speed: int = 0
     """Bytes a second at which to stream; 0 means no limit."""
     armed: bool = False
+    pre_copy: bool = False
+    """Keep what is copied while the guest still runs elsewhere, as somebody invalidates what it changes."""
     connections: int = CONNECTIONS
     patience: float = PATIENCE
     """Seconds for which guests wait for a lost backing."""

@@ -33,7 +33,7 @@ from nbdserve.client.handle import (
     needs_waking,
     open_handle,
 )
-from nbdserve.client.replies import Coverage, broken, sound_runs
+from nbdserve.client.replies import Coverage, broken, sound_status
 from nbdserve.common.threads import Thread
 from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.constants import CommandFlags
@@ -167,18 +167,32 @@ class Client:
 
     def start_extents(self, offset: int, length: int, context: str) -> Future[list[Extent]]:
         """Ask for the runs from ``offset`` on: at least one, none empty; the last may end anywhere."""
+
+        def extents(status: list[int]) -> list[Extent]:
+            return [Extent(*status[i : i + 2]) for i in range(0, len(status), 2)]
+
+        return self._start_status(offset, length, context, extents)
+
+    def start_status(self, offset: int, length: int, context: str) -> Future[list[int]]:
+        """Do the same, where there may be many runs: the Future's are lengths and flags in turn."""
+        return self._start_status(offset, length, context, lambda status: status)
+
+    def _start_status(
+        self, offset: int, length: int, context: str, result: Callable[[list[int]], Any]
+    ) -> Future[Any]:
         self._check_range(offset, length)
         length = min(length, STATUS_LIMIT)
-        replies: list[list[Extent]] = []
+        size, block = self.export.size, self.export.minimum_block or 1
+        replies: list[list[int]] = []
 
         def collect(name: str, start: int, entries: list[int], error: ErrorCell) -> int:
             if name == context and start == offset:
-                replies.append([Extent(*entries[i : i + 2]) for i in range(0, len(entries), 2)])
+                replies.append(entries)
             return 0
 
         return self._start(
             lambda handle, over: handle.aio_block_status(length, offset, collect, over),
-            lambda: sound_runs(replies, offset, length, self.export.size, self.export.minimum_block or 1),
+            lambda: result(sound_status(replies, offset, length, size, block)),
         )
 
     def read(self, offset: int, length: int) -> bytes:

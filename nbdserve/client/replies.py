@@ -10,8 +10,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-from nbdserve.protocol.extents import Extent
-
 
 class Coverage:
     """Counts which bytes of one read its chunks have brought."""
@@ -53,36 +51,38 @@ class Coverage:
             raise broken(f"the reply to a read of {self._length} bytes at {self._begin} {self._fault}")
 
 
-def sound_runs(
-    replies: Sequence[Sequence[Extent]], offset: int, length: int, size: int, block: int
-) -> list[Extent]:
-    """Return a range's block status in one context; the export has ``size`` bytes, a minimum ``block``.
+def sound_status(
+    replies: Sequence[Sequence[int]], offset: int, length: int, size: int, block: int
+) -> list[int]:
+    """Return a range's block status in one context, lengths and flags in turn.
 
     NBD protocol, "NBD_REPLY_TYPE_BLOCK_STATUS": one reply, in which at least one extent, none of them empty,
     only the last reaching beyond the range; else OSError, EPROTO. What follows the last whole block is left
-    out, as nobody could go on asking from there.
+    out, as nobody could go on asking from there. The export has ``size`` bytes, a minimum ``block``.
     """
-    runs = [run for reply in replies for run in reply]
-    end, fault = offset, "" if runs else "is empty"
+    status = list(replies[0]) if replies else []
+    lengths, fault = status[0::2], ""
+    end = offset + sum(lengths)
     if len(replies) > 1:
         fault = "comes twice"
-    for run in runs:
-        if run.length <= 0:
-            fault = fault or f"has an empty extent at {end}"
-        elif end >= offset + length:
-            fault = fault or "goes on behind the range"
-        end += run.length
+    elif not lengths:
+        fault = "is empty"
+    elif min(lengths) <= 0:
+        fault = f"has an empty extent at {offset + sum(lengths[: lengths.index(min(lengths))])}"
+    elif end - lengths[-1] >= offset + length:
+        fault = "goes on behind the range"
     surplus = end % block if end < size else 0
-    while surplus and runs and not fault:
-        last = runs.pop()
-        if last.length > surplus:
-            runs.append(Extent(last.length - surplus, last.flags))
-        surplus -= min(surplus, last.length)
-    if not runs:
+    while surplus and status and not fault:
+        last, flags = status[-2:]
+        del status[-2:]
+        if last > surplus:
+            status += last - surplus, flags
+        surplus -= min(surplus, last)
+    if not status:
         fault = fault or "ends before the first block does"
     if fault:
         raise broken(f"the block status of {length} bytes at {offset} {fault}")
-    return runs
+    return status
 
 
 def broken(what: str) -> OSError:

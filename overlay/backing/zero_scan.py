@@ -24,48 +24,60 @@ _ZERO = int(ExtentFlags.ZERO)
 def fill_zeros(image: Image, session: Session, offset: int, goes_on: Callable[[int], None]) -> None:
     """Mark as zeros what is absent from ``offset`` on and reads as zeros in the backing.
 
-    ``goes_on`` is called now and then with how far it has come, in bytes, and may raise to end it. Raises
-    OSError when the connection is lost, the server broke the protocol, or the image cannot be changed.
+    What was asked for before the image was invalidated is not believed. ``goes_on`` is called now and then
+    with how far it has come, in bytes, and may raise to end it. Raises OSError when the connection is lost,
+    the server broke the protocol, or the image cannot be changed.
     """
     if not session.export.has_extents:
         return
     size = image.cluster_size
-    for begin, length in _zeros(image, session, offset):
+    for begin, length, asked_at in _zeros(image, session, offset):
         # What is zero only in part of a cluster is fetched with it.
         start = -(-begin // size) * size
         end = begin + length
         end = image.size if end >= session.export.size else end // size * size
         if start < end:
-            image.fill_zero(start, end - start)
+            image.fill_zero(start, end - start, asked_at)
         goes_on(begin + length)
 
 
-def _zeros(image: Image, session: Session, offset: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what the backing says are zeros, joined where it can be; length 0 after data."""
+def _zeros(image: Image, session: Session, offset: int) -> Iterator[tuple[int, int, int]]:
+    """(offset, length) of what the backing says are zeros, joined where it can be; length 0 after data.
+
+    The third is how many invalidations there had been when that was asked for.
+    """
     begin = end = offset
-    for position, extent in _survey(image, session, offset):
+    since = image.invalidations
+    for position, extent, asked_at in _survey(image, session, offset):
         is_zero = extent.flags & _ZERO
-        if end > begin and (not is_zero or position != end or end - begin >= _LONGEST):
-            yield begin, end - begin
+        is_next = position == end and asked_at == since
+        if end > begin and (not is_zero or not is_next or end - begin >= _LONGEST):
+            yield begin, end - begin, since
             begin = end
-        if position != end or not is_zero:
+        if not is_next or not is_zero:
             begin = position if is_zero else position + extent.length
-        end = position + extent.length
+        end, since = position + extent.length, asked_at
         if not is_zero:
-            yield end, 0
+            yield end, 0, since
     if end > begin:
-        yield begin, end - begin
+        yield begin, end - begin, since
 
 
-def _survey(image: Image, session: Session, offset: int) -> Iterator[tuple[int, Extent]]:
+def _survey(image: Image, session: Session, offset: int) -> Iterator[tuple[int, Extent, int]]:
     """What the backing says of each absent range, in order, asked for some way ahead."""
-    asked: deque[tuple[int, int, Future[list[Extent]]]] = deque()
+    asked: deque[tuple[int, tuple[int, int, Future[list[Extent]]]]] = deque()
+
+    def told() -> Iterator[tuple[int, Extent, int]]:
+        asked_at, question = asked.popleft()
+        for position, extent in _told(session, *question):
+            yield position, extent, asked_at
+
     for begin, length in _absent(image, offset, session.export.size):
-        asked.append((begin, length, _ask(session, begin, length)))
+        asked.append((image.invalidations, (begin, length, _ask(session, begin, length))))
         if len(asked) == _AHEAD:
-            yield from _told(session, *asked.popleft())
+            yield from told()
     while asked:
-        yield from _told(session, *asked.popleft())
+        yield from told()
 
 
 def _absent(image: Image, offset: int, size: int) -> Iterator[tuple[int, int]]:

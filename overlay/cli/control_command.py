@@ -13,9 +13,12 @@ from nbdserve.common import clock
 from nbdserve.common.errors import OperatorError, UsageError
 from nbdserve.common.program import EXIT_DONE, Parser, RawHelpFormatter, seconds
 from nbdserve.common.sizes import parse_size
+from nbdserve.common.uri import parse_uri
 
 INVALIDATE_LIMIT = 60.0
-"""Seconds that forgetting one range may take: it is made durable."""
+"""Seconds that forgetting ranges may take: it is made durable."""
+_TOGETHER = 20000
+"""Ranges in one command, which has a MiB at most."""
 
 
 def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
@@ -67,6 +70,12 @@ def configure_invalidate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranges", metavar="FILE", help="instead of one, all ranges in FILE: lines OFFSET LENGTH; -: stdin"
     )
+    parser.add_argument(
+        "--bitmap", metavar="NAME", help="instead, what the dirty bitmap NAME of an NBD export says is dirty"
+    )
+    parser.add_argument(
+        "--backing", metavar="BACKING", help="where that bitmap is exported (default: the overlay's backing)"
+    )
 
 
 def configure_quit(parser: argparse.ArgumentParser) -> None:
@@ -101,15 +110,14 @@ def activate(arguments: argparse.Namespace) -> int:
 
 
 def invalidate(arguments: argparse.Namespace) -> int:
-    """Forget one range, or all those in a file."""
-    ranges = list(_ranges(arguments))
+    """Forget one range, all those in a file, or what a bitmap says."""
+    commands = list(_invalidations(arguments))
 
     async def forget(monitor: str) -> int:
         from overlay.cli.remote import connected
 
         async with connected(monitor) as remote:
-            for offset, length in ranges:
-                given = {"offset": offset, "length": length}
+            for given in commands:
                 await remote.execute("overlay-invalidate", given, limit=INVALIDATE_LIMIT)
         return EXIT_DONE
 
@@ -209,11 +217,28 @@ def _speed(text: str) -> int:
     return parse_size(text, "the speed")
 
 
+def _invalidations(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """The arguments of each command that is to be given; UsageError where they make no sense."""
+    if arguments.backing is not None and arguments.bitmap is None:
+        raise UsageError("--backing says where a --bitmap is: give that, too")
+    if arguments.bitmap is None:
+        ranges = list(_ranges(arguments))
+        for begin in range(0, len(ranges), _TOGETHER):
+            yield {"ranges": ranges[begin : begin + _TOGETHER]}
+        return
+    if arguments.ranges is not None or arguments.offset is not None:
+        raise UsageError("--bitmap NAME has all the ranges: leave out OFFSET, LENGTH and --ranges")
+    backing = {} if arguments.backing is None else {"backing": str(parse_uri(arguments.backing))}
+    yield {"bitmap": arguments.bitmap, **backing}
+
+
 def _ranges(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """(offset, length) of what is to be forgotten; UsageError where that makes no sense."""
     if arguments.ranges is None:
         if arguments.offset is None or arguments.length is None:
-            raise UsageError("what is to be forgotten? Give OFFSET and LENGTH, or --ranges FILE")
+            raise UsageError(
+                "what is to be forgotten? Give OFFSET and LENGTH, --ranges FILE or --bitmap NAME"
+            )
         yield parse_size(arguments.offset, "OFFSET"), parse_size(arguments.length, "LENGTH")
         return
     if arguments.offset is not None:

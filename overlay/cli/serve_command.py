@@ -23,7 +23,8 @@ Serve an image over NBD on a Unix socket. What is missing of the disk comes from
 (copy-on-read); with --stream all of the disk is copied, and then the backing is needed no more.
 
 --armed is for a migration, before the guest is here: nothing that is read is kept until nbd-overlay activate,
-or the guest's first write, says that it runs here, and only then --stream begins.
+or the guest's first write, says that it runs here, and only then --stream begins. --pre-copy instead copies
+while the guest runs elsewhere: whoever chooses it invalidates what the guest changes there.
 """
 
 
@@ -65,7 +66,13 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     )
     add("--stream", action="store_true", help="copy the whole disk in the background")
     add("--speed", metavar="SIZE", help="bytes per second at which to stream, at most (default: no limit)")
-    add("--armed", action="store_true", help="keep nothing until the guest is here")
+    mode = parser.add_mutually_exclusive_group().add_argument
+    mode("--armed", action="store_true", help="keep nothing until the guest is here")
+    mode(
+        "--pre-copy",
+        action="store_true",
+        help="copy before the guest is here, and never be complete until then (see nbd-overlay invalidate)",
+    )
     add(
         "--connections",
         type=positive,
@@ -112,6 +119,7 @@ def read_options(given: argparse.Namespace) -> Options:
         stream=given.stream,
         speed=0 if given.speed is None else parse_size(given.speed, "--speed"),
         armed=given.armed,
+        pre_copy=given.pre_copy,
         connections=given.connections,
         patience=given.reconnect_timeout,
         metrics=None if given.metrics is None else host_and_port(given.metrics),

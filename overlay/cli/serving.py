@@ -81,7 +81,7 @@ def _sources(image: Image, options: Options) -> Sources:
         connections=options.connections,
         patience=options.patience,
     )
-    if not options.armed:
+    if not (options.armed or options.pre_copy):
         sources.samples.recall(image)
     return sources
 

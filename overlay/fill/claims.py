@@ -23,6 +23,8 @@ class Claim(NamedTuple):
     offset: int
     length: int
     done: threading.Event
+    asked_at: int
+    """How many invalidations there had been: after another one what is fetched may be out of date."""
 
     def wait(self) -> bool:
         """Wait a moment until it is released; False if it is not yet. Who holds it has limits of its own."""
@@ -43,7 +45,7 @@ class Claims:
         self._held: dict[int, Claim] = {}
 
     def take(
-        self, offset: int, length: int, wanted: Callable[[int, int], bool], longest: int
+        self, offset: int, length: int, wanted: Callable[[int, int], bool], longest: int, asked_at: int = 0
     ) -> tuple[list[Claim], list[Claim]]:
         """Claim the units of a range for which ``wanted`` (offset, length) says so at this instant.
 
@@ -68,7 +70,7 @@ class Claims:
                         begin = start
                     end = stop
             free.append((begin, end))
-            return [self._hold(*part) for part in free if part[1] > part[0]], others
+            return [self._hold(*part, asked_at) for part in free if part[1] > part[0]], others
 
     def release(self, claim: Claim) -> None:
         """Give a claim back, whatever came of it."""
@@ -78,20 +80,13 @@ class Claims:
                 del self._held[number]
         claim.done.set()
 
-    def within(self, offset: int, length: int) -> list[Claim]:
-        """Return those on a range at this instant, each once."""
-        numbers = range(offset // self.unit, -(-(offset + length) // self.unit))
-        with self._lock:
-            held = (claim for number, claim in self._held.items() if number in numbers)
-            return list(dict.fromkeys(held))
-
     @property
     def idle(self) -> bool:
         """Tell whether nobody fetches anything."""
         return not self._held
 
-    def _hold(self, begin: int, end: int) -> Claim:
-        claim = Claim(begin, end - begin, threading.Event())
+    def _hold(self, begin: int, end: int, asked_at: int) -> Claim:
+        claim = Claim(begin, end - begin, threading.Event(), asked_at)
         for number in range(begin // self.unit, -(-end // self.unit)):
             self._held[number] = claim
         return claim

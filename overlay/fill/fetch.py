@@ -1,7 +1,8 @@
 """Copy-on-read: what a guest misses is fetched, once for all who miss it, and kept.
 
 The rule: claim, fetch without holding a lock, and let the image store only what is still absent then. So a
-guest's write wins over a fetch that was under way.
+guest's write wins over a fetch that was under way. Nothing is stored of what was claimed before the image was
+last invalidated: the guest may have changed it at the source since.
 """
 
 from __future__ import annotations
@@ -133,14 +134,15 @@ class Fetcher:
                 self.fetched.misses += 1
                 self.fetched.waits.observe(time.monotonic() - began)
 
-    def store(self, offset: int, data: memoryview) -> int:
-        """Keep what was fetched, as far as it is still absent; returns how many bytes became local."""
-        stored = self._image.fill(offset, data)
+    def store(self, offset: int, data: memoryview, claim: Claim) -> int:
+        """Keep what was fetched of a claim, as far as it is still absent; how many bytes became local."""
+        stored = self._image.fill(offset, data, claim.asked_at)
         self.copied.passed(stored)
-        self._sources.samples.remember(offset, data)
+        if stored:
+            self._sources.samples.remember(offset, data)
         return stored
 
-    def salvage(self, offset: int, data: memoryview) -> Refusal | None:
+    def salvage(self, offset: int, data: memoryview, claim: Claim) -> Refusal | None:
         """Keep what can be read of a claimed range in which something could not: unit by unit, then clusters.
 
         ``data`` is for what is read, and the range whole clusters. Returns what cannot be read, if anything.
@@ -148,9 +150,9 @@ class Fetcher:
         """
         refusals: list[Refusal] = []
         for place, part in _parts(offset, data, self.claims.unit):
-            refusal = self._keep(place, part)
+            refusal = self._keep(place, part, claim)
             if refusal is not None and len(part) > self._image.cluster_size and len(refusals) < _MOST_BAD:
-                tried = [self._keep(*each) for each in _parts(place, part, self._image.cluster_size)]
+                tried = [self._keep(*each, claim) for each in _parts(place, part, self._image.cluster_size)]
                 refusal = next((each for each in tried if each is not None), None)
             if refusal is not None:
                 refusals.append(refusal)
@@ -171,7 +173,10 @@ class Fetcher:
         Unless ``longest`` says so, on a slow link in small parts, as others wait for all of a claim.
         """
         longest = longest or max(self.claims.unit, self._sources.length)
-        return self.claims.take(offset, length, lambda *part: not self._image.is_local(*part), longest)
+        asked_at = self._image.invalidations
+        return self.claims.take(
+            offset, length, lambda *part: not self._image.is_local(*part), longest, asked_at
+        )
 
     def absent_part(self, claim: Claim) -> tuple[int, int]:
         """Narrow a claimed range: from the first to the last cluster that is absent; the length may be 0."""
@@ -181,7 +186,7 @@ class Fetcher:
         begin = absent[0][0]
         return begin, sum(absent[-1]) - begin
 
-    def _keep(self, offset: int, data: memoryview) -> Refusal | None:
+    def _keep(self, offset: int, data: memoryview, claim: Claim) -> Refusal | None:
         """Ask every server for a range, and keep it."""
         try:
             self._sources.read((offset, data))
@@ -189,7 +194,7 @@ class Fetcher:
             if not self._sources.connected:
                 raise
             return Refusal(offset, error)
-        self.store(offset, data)
+        self.store(offset, data, claim)
         return None
 
     def _fetch(self, claims: list[Claim], only: tuple[int, int] | None = None) -> None:
@@ -203,7 +208,7 @@ class Fetcher:
                     if size > _TOGETHER * self._sources.length:
                         break
                     batch.append(claim)
-                self._fetch_parts([only] if only else [self.absent_part(claim) for claim in batch])
+                self._fetch_parts([(claim, *(only or self.absent_part(claim))) for claim in batch])
                 for _ in batch:
                     self.claims.release(held.popleft())
         finally:
@@ -213,23 +218,24 @@ class Fetcher:
         for claim in claims:
             self.claims.release(claim)
 
-    def _fetch_parts(self, batch: list[tuple[int, int]]) -> None:
-        parts = [(offset, memoryview(bytearray(length))) for offset, length in batch if length]
+    def _fetch_parts(self, batch: list[tuple[Claim, int, int]]) -> None:
+        """Fetch and store a range of each claim."""
+        parts = [(offset, memoryview(bytearray(length)), claim) for claim, offset, length in batch if length]
         if not parts:
             return
         try:
-            self._sources.read(*parts)
+            self._sources.read(*((offset, data) for offset, data, _ in parts))
         except OSError:
             if not self._sources.connected:
                 raise
             self._salvage(parts)
         else:
-            for offset, data in parts:
-                self.store(offset, data)
+            for part in parts:
+                self.store(*part)
         with self.fetched.lock:
-            self.fetched.bytes += sum(len(data) for _, data in parts)
+            self.fetched.bytes += sum(len(data) for _, data, _ in parts)
 
-    def _salvage(self, parts: list[tuple[int, memoryview]]) -> None:
+    def _salvage(self, parts: list[tuple[int, memoryview, Claim]]) -> None:
         """Keep what can be read of them; OSError when that is not all."""
         refusals = [self.salvage(*part) for part in parts]
         for refusal in refusals:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -42,11 +43,18 @@ _TICK = 0.2
 class Streamer:
     """Streams the backing into the image as long as its job runs.
 
-    ``finished`` is called once the image needs its backing no more, before anybody else is told.
+    ``finished`` is called once the image needs its backing no more, before anybody else is told. ``is_due``
+    tells whether it may come to that: once that is true nothing becomes absent any more.
     """
 
     def __init__(
-        self, image: Image, sources: Sources, fetcher: Fetcher, job: Job, finished: Callable[[], None]
+        self,
+        image: Image,
+        sources: Sources,
+        fetcher: Fetcher,
+        job: Job,
+        finished: Callable[[], None],
+        is_due: Callable[[], bool] = lambda: True,
     ) -> None:
         self.window = Window()
         self.limit = RateLimit()
@@ -54,11 +62,15 @@ class Streamer:
         """Bytes that came over the network for it."""
         self.has_surveyed = False
         """Whether what is absent is known to be data: what is zeros in the backing has been marked."""
+        self._rests = False
         self._image = image
         self._sources = sources
         self._fetcher = fetcher
         self._job = job
         self._finished = finished
+        self._is_due = is_due
+        self._news = threading.Event()
+        """Something has become absent, or the image may be finished."""
         self._hints: deque[int] = deque(maxlen=_HINTS)
         self._flow = Flow(fetcher.claims)
         self._refused = 0
@@ -75,6 +87,11 @@ class Streamer:
         """Return the bytes that were asked for and have not come yet."""
         return self._flow.bytes
 
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether everything is here, and only the guest is waited for."""
+        return self._rests and self._image.complete and self._job.phase is Phase.RUNNING
+
     def start(self) -> None:
         """Be ready to stream whenever the job runs."""
         self._thread.start()
@@ -84,6 +101,10 @@ class Streamer:
         self._job.end()
         if self._thread.is_alive():
             self._thread.join()
+
+    def look_again(self) -> None:
+        """Something has become absent, or the image may be finished now."""
+        self._news.set()
 
     def _hint(self, offset: int, length: int) -> None:
         """A guest has missed something here: it may want more around it."""
@@ -109,10 +130,31 @@ class Streamer:
 
     def _stream(self) -> None:
         """Go over the disk until nothing is absent; OSError when it cannot go on."""
-        self.has_surveyed, self._losing_since = False, None
+        self.has_surveyed, self._losing_since, self._rests = False, None, False
         self._mark_zeros()
         self.has_surveyed = True
         self._fetcher.copied.restart()
+        while True:
+            self._copy()
+            # In this order: from then on nothing becomes absent any more.
+            if self._is_due() and self._image.complete:
+                break
+            self._wait_for_news()
+        self._image.finish()
+        _LOG.info("everything is here: the backing is needed no more")
+        self._finished()
+        self._job.complete()
+        self._sources.close()
+
+    def _wait_for_news(self) -> None:
+        """Everything is here, but what the guest changes elsewhere will have to be copied again."""
+        self._rests = True
+        self._news.wait(_TICK)
+        self._news.clear()
+        self._job.pause_point()
+
+    def _copy(self) -> None:
+        """Fetch what is absent, until nothing is."""
         while not self._image.complete:
             before = self._image.local_bytes
             self._refused, self._refusal = 0, None
@@ -128,11 +170,6 @@ class Streamer:
             if self._image.local_bytes == before and not self._image.complete:
                 # What is missing is being fetched for a guest, or its connection was lost.
                 self._job.pause_point(_TICK)
-        self._image.finish()
-        _LOG.info("everything is here: the backing is needed no more")
-        self._finished()
-        self._job.complete()
-        self._sources.close()
 
     def _mark_zeros(self) -> None:
         """Ask for the zeros of the whole disk; again from where it came to when the server is of no use."""
@@ -287,7 +324,7 @@ class Streamer:
     def _store(self, read: Read) -> None:
         self._losing_since = None
         self.window.answered(len(read.data), time.monotonic() - read.sent)
-        self._fetcher.store(read.offset, read.data)
+        self._fetcher.store(read.offset, read.data, read.share.claim)
         self.streamed += len(read.data)
 
     def _note(self, read: Read, error: OSError) -> None:
@@ -295,13 +332,13 @@ class Streamer:
         self._sources.blame(read.session, error)
         unit = self._fetcher.claims.unit
         for begin in range(0, len(read.data), unit):
-            self._try_again(read.offset + begin, read.data[begin : begin + unit])
+            self._try_again(read.offset + begin, read.data[begin : begin + unit], read.share.claim)
 
-    def _try_again(self, offset: int, data: memoryview) -> None:
+    def _try_again(self, offset: int, data: memoryview, claim: Claim) -> None:
         """Ask every server for a small part of what one of them could not read, and then for less of it."""
         if self._refused > _MOST_REFUSED:
             return
-        refusal = self._fetcher.salvage(offset, data)
+        refusal = self._fetcher.salvage(offset, data, claim)
         if refusal is not None:
             self._refused += 1
             _LOG.warning("the backing at %d cannot be read: %s", refusal.offset, refusal.error.strerror)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -77,6 +77,9 @@ class Image(ABC):
     _writable: bool
     """Whether it is open for changes."""
 
+    invalidations: int = 0
+    """How often parts were made absent again: what was asked for before the last time may be out of date."""
+
     records_writer: bool = False
     """Whether the layout records what the guest wrote, so that runs are told as ``written``."""
 
@@ -143,15 +146,17 @@ class Image(ABC):
         """Make a range read as zeros, storing none for whole clusters; otherwise as :meth:`write`."""
 
     @abstractmethod
-    def fill(self, offset: int, data: Buffer) -> int:
+    def fill(self, offset: int, data: Buffer, asked_at: int | None = None) -> int:
         """Store what was fetched, but only in clusters that are absent at that instant.
 
+        ``asked_at`` is what :attr:`invalidations` was before it was asked for; unless it is the same now the
+        data may be out of date, and nothing is stored. None: the backing never changes.
         The offset is aligned to the clusters, the end too or it is the disk's end; else EINVAL. Clusters of
         zeros are stored as such. Returns how many bytes became local.
         """
 
     @abstractmethod
-    def fill_zero(self, offset: int, length: int) -> int:
+    def fill_zero(self, offset: int, length: int, asked_at: int | None = None) -> int:
         """Do what :meth:`fill` does with zeros, of any length."""
 
     @abstractmethod
@@ -163,11 +168,13 @@ class Image(ABC):
         """Return when every change that returned before is durable."""
 
     @abstractmethod
-    def invalidate(self, offset: int, length: int) -> None:
-        """Make the clusters that lie in a range, even in part, absent again, durably.
+    def invalidate(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Make the clusters that lie in ranges (offset, length), even in part, absent again, durably.
 
         For the time before the guest runs here: what it wrote would be lost. A read that is under way may
-        still see the old bytes.
+        still see the old bytes, but what was asked of the backing before is not stored any more (``asked_at``
+        of :meth:`fill`). Whatever ends it in the middle, each cluster is absent or as it was. OSError, EBUSY,
+        once the image is finished.
         """
 
     @abstractmethod
@@ -232,6 +239,18 @@ class Image(ABC):
         if not self._writable:
             raise OSError(errno.EROFS, "the image is open for reading only", self._path)
         self._check_range(offset, length)
+
+    def _check_changes(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Require that ranges may be changed: else OSError, EROFS or EINVAL."""
+        self._check_change(0, 0)
+        # There may be very many, while a guest waits.
+        if ranges and (min(map(min, ranges)) < 0 or max(map(sum, ranges)) > self.size):
+            for each in ranges:
+                self._check_range(*each)
+
+    def _is_stale(self, asked_at: int | None) -> bool:
+        """Tell, under the image's lock, whether what was asked for then may be out of date."""
+        return asked_at is not None and asked_at != self.invalidations
 
     def _check_fill(self, offset: int, length: int) -> None:
         """Require that a range may be changed, and is of whole clusters: else OSError, EROFS or EINVAL."""

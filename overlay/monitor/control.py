@@ -11,11 +11,12 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
-from nbdserve.common.errors import ImageError, reason_of
+from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import promised
+from nbdserve.common.uri import NbdUri, parse_uri
 from nbdserve.connection.listeners import Listener
 from nbdserve.exports.export_options import ImageOptions
 from nbdserve.monitor.control import Control as ServerControl
@@ -24,6 +25,7 @@ from nbdserve.protocol.requests import wire_error
 from nbdserve.qmp.dispatch import CommandError, Handler
 from nbdserve.qmp.endpoint import Monitor
 from nbdserve.service.server import Server
+from overlay.backing.dirty_bitmap import Ranges, read_dirty_bitmap
 from overlay.daemon import Daemon
 from overlay.fill.job import OnError, Phase
 from overlay.monitor.events import STATUS, JobEvents
@@ -143,18 +145,46 @@ class Control:
         """Waits for a range that is being forgotten, and reads from the image."""
         return promised("overlay-activate", self._daemon.overlay.activate)
 
-    def _invalidate(self, offset: int, length: int) -> Future[None]:
-        """Waits for what is being fetched, and for the disk."""
-        size = self._daemon.image.size
-        if not (0 <= offset <= size and 0 <= length <= size - offset):
-            raise CommandError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
-        return promised("overlay-invalidate", lambda: self._forget(offset, length))
+    def _invalidate(
+        self,
+        offset: int | None = None,
+        length: int | None = None,
+        ranges: list[object] | None = None,
+        bitmap: str | None = None,
+        backing: str | None = None,
+    ) -> Future[dict[str, int]]:
+        """Waits for the disk and, where a bitmap is to be read, for the server that has it."""
+        ways = (offset is not None or length is not None, ranges is not None, bitmap is not None)
+        if sum(ways) != 1 or (offset is None) != (length is None) or (backing is not None and bitmap is None):
+            raise CommandError(
+                "give either offset and length, or ranges, or a bitmap and perhaps its backing"
+            )
+        if bitmap is not None:
+            uri = self._bitmap_at(backing)
+            size = self._daemon.image.size
+            return promised(
+                "overlay-invalidate", lambda: self._forget(lambda: read_dirty_bitmap(uri, bitmap, size))
+            )
+        given: list[object] = [[offset, length]]
+        wanted = checked_ranges(given if ranges is None else ranges, self._daemon.image.size)
+        return promised("overlay-invalidate", lambda: self._forget(lambda: wanted))
 
-    def _forget(self, offset: int, length: int) -> None:
+    def _bitmap_at(self, backing: str | None) -> NbdUri:
+        """Where a bitmap is to be read: by default at the backing itself, the first that answers."""
+        if backing is not None:
+            return parse_uri(backing)
+        known = self._daemon.sources.health()
+        if not known:
+            raise CommandError("the image has no backing any more whose bitmap could be read")
+        return parse_uri(next((each for each in known if each.connected), known[0]).uri)
+
+    def _forget(self, wanted: Callable[[], Ranges]) -> dict[str, int]:
         try:
-            self._daemon.invalidate(offset, length)
-        except (OSError, ImageError) as error:
+            ranges = wanted()
+            self._daemon.invalidate(ranges)
+        except (OSError, OperatorError) as error:
             raise CommandError(reason_of(error)) from error
+        return {"ranges": len(ranges), "bytes": sum(length for _, length in ranges)}
 
     def _block_job(self) -> dict[str, object]:
         """QEMU's BlockJobInfo."""
@@ -168,7 +198,7 @@ class Control:
             "speed": self._daemon.streamer.limit.speed,
             "busy": job.phase is Phase.RUNNING,
             "paused": job.phase in _RESTING,
-            "ready": False,
+            "ready": self._daemon.streamer.is_ready,
             "io-status": self._io_status(),
             "status": STATUS[job.phase],
             "auto-finalize": True,
@@ -212,6 +242,7 @@ class Control:
             "armed": daemon.overlay.armed,
             "copy-on-read": daemon.overlay.keeps,
             "phase": job.phase.value,
+            "ready": streamer.is_ready,
             "job": job.identifier or None,
             "error": job.error,
             "streams-when-activated": daemon.overlay.armed and daemon.options.stream,
@@ -230,6 +261,20 @@ class Control:
             "window": daemon.window,
             "sources": [dataclasses.asdict(health) for health in daemon.sources.health()],
         }
+
+
+def checked_ranges(given: list[object], size: int) -> Ranges:
+    """Return ranges of a disk as a monitor's command has them: lists of offset and length. CommandError."""
+    ranges: Ranges = []
+    for each in given:
+        match each:
+            case [int(offset), int(length)] if 0 <= offset <= size and 0 <= length <= size - offset:
+                ranges.append((offset, length))
+            case [int(offset), int(length)]:
+                raise CommandError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
+            case _:
+                raise CommandError("each of the ranges is a list of an offset and a length, in bytes")
+    return ranges
 
 
 @contextlib.contextmanager

@@ -27,7 +27,10 @@ ACTIONS = (
     + ["commit", "flush", "flush", "invalidate", "reopen", "finish"]
 )  # fmt: skip
 
-BEFORE_CUT_OVER = ["fill"] * 4 + ["invalidate"] * 3 + ["flush"] * 2 + ["fill_zero", "reopen"]
+BEFORE_CUT_OVER = (
+    ["fill"] * 4 + ["invalidate"] * 3 + ["invalidate_in_flush"] * 2
+    + ["flush"] * 2 + ["fill_zero", "reopen"]
+)  # fmt: skip
 
 Sectors = dict[int, bytes]
 
@@ -97,8 +100,14 @@ class History:
             case "fill_zero":
                 self.fill_zeros(*self.clusters(40))
             case "invalidate":
-                whole = (self.chance.randrange(CLUSTERS // CHUNK) * CHUNK, CHUNK)
-                self.invalidate(*self.chance.choice([whole, self.clusters(20)]))
+                before, asked_at = b"".join(self.backing), self.image.invalidations
+                for begin, end in self.invalidate():
+                    # What was asked for before, and comes only now.
+                    assert self.image.fill(begin, before[begin:end], asked_at) == 0
+                    assert self.image.fill_zero(begin, end - begin, asked_at) == 0
+            case "invalidate_in_flush":
+                self.world.during_sync(self.invalidate)
+                self.image.flush()
             case _:
                 self.change(action)
 
@@ -159,20 +168,30 @@ class History:
             self.image.commit()
             self.committed(range(len(self.latest)))
 
-    def invalidate(self, first: int, count: int) -> None:
-        """The source has changed what the guest has not written to here, and what is copied is stale."""
-        clusters = range(first, first + count)
+    def invalidate(self) -> list[tuple[int, int]]:
+        """The source has changed what the guest has not written to here, and what is copied is stale.
+
+        Returns where (offset, end).
+        """
+        whole = (self.chance.randrange(CLUSTERS // CHUNK) * CHUNK, CHUNK)
+        parts = [whole] + [self.clusters(self.chance.choice([1, 3, 20])) for _ in range(6)]
+        parts = self.chance.sample(parts, self.chance.randint(1, len(parts)))
+        clusters = {number for first, count in parts for number in range(first, first + count)}
         if not self.image.backings or not self.touched.isdisjoint(clusters):
-            return
-        end = min((first + count) * CLUSTER, SIZE)
-        new = {number: self.new_sector() for number in range(first * CLUSTER // SECTOR, end // SECTOR)}
+            return []
+        new = {number: self.new_sector() for cluster in clusters for number in sectors_in(cluster)}
         self.allow(new)
         for number, value in new.items():
             self.backing[number] = value
-        self.image.invalidate(first * CLUSTER, end - first * CLUSTER)
-        assert not self.image.is_local(first * CLUSTER, 1)
+        ends = [(first * CLUSTER, min((first + count) * CLUSTER, SIZE)) for first, count in parts]
+        self.image.invalidate([(begin, end - begin) for begin, end in ends])
+        for begin, end in ends:
+            assert not any(self.image.is_local(place, 1) for place in range(begin, end, CLUSTER))
         self.done(new)
-        self.flushed()
+        self.committed(new)
+        for number, value in new.items():
+            self.after_cut[number] = {value}
+        return ends
 
     def finish(self) -> None:
         if self.chance.random() < 0.3:
@@ -251,6 +270,10 @@ class History:
 
 def sectors_of(data: bytes) -> list[bytes]:
     return [data[i : i + SECTOR] for i in range(0, len(data), SECTOR)]
+
+
+def sectors_in(cluster: int) -> range:
+    return range(cluster * CLUSTER // SECTOR, min((cluster + 1) * CLUSTER, SIZE) // SECTOR)
 
 
 def live(world: World, seed: int) -> Image:

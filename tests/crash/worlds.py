@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 
-from overlay.formats.flat import grains, header, log
+from overlay.formats.flat import changes, grains, header, log
 from overlay.formats.flat import image as flat_image
 from overlay.formats.flat.create import new_header as new_flat_header
 from overlay.formats.flat.create import write_map, write_trailer
@@ -48,6 +48,10 @@ class World(ABC):
     def cut_power(self, chance: random.Random) -> None:
         """What was not synced may be lost."""
         self.disks = [SimulatedDisk.holding(disk.after_power_cut(chance)) for disk in self.disks]
+
+    def during_sync(self, call: Callable[[], object]) -> None:
+        """Call something in the middle of the next flush, where one thread may do so; else at once."""
+        call()
 
     def watch(self, before_change: Callable[[], None], torn_pages: int) -> None:
         """Call something at each instant at which the world may end."""
@@ -92,6 +96,9 @@ class FlatWorld(World):
         super().cut_power(chance)
         self.boot += 1
 
+    def during_sync(self, call: Callable[[], object]) -> None:
+        self.disks[0].during_sync = call
+
     def _remove_map(self) -> None:
         self.disks[1].before_change()
         del self.disks[1:]
@@ -107,11 +114,11 @@ def small_tables() -> Iterator[None]:
         patch.setattr(tables, "SLICE_ENTRIES", 16)
         patch.setattr(tables, "CACHED_SLICES", 2)
         patch.setattr(tables, "DIRTY_SLICES", 3)
-        for module in (header, grains):
-            patch.setattr(module, "CHUNK_GRAINS", CHUNK)
-            patch.setattr(module, "PAIR_BYTES", pair)
-            patch.setattr(module, "DIRECTORY_AT", directory)
-        patch.setattr(grains, "_HALF", pair // 2)
+        for module in (header, grains, changes, flat_image):
+            patch.setattr(module, "CHUNK_GRAINS", CHUNK, raising=False)
+            patch.setattr(module, "PAIR_BYTES", pair, raising=False)
+            patch.setattr(module, "DIRECTORY_AT", directory, raising=False)
+        patch.setattr(flat_image, "_CHUNKS_TOGETHER", 2)
         patch.setattr(grains, "CACHED_PAIRS", 2)
         patch.setattr(grains, "DIRTY_PAIRS", 3)
         patch.setattr(log, "LOG_HALF_BYTES", log_half)

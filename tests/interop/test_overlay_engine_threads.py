@@ -159,15 +159,15 @@ def test_reading_ahead_goes_on_after_it_has_failed(
     with parts("flat", tmp_path) as it:
         fill, failed = it.image.fill, threading.Event()
 
-        def fail(offset: int, data: memoryview) -> int:
+        def fail(offset: int, data: memoryview, asked_at: int | None = None) -> int:
             if threading.current_thread().name == "read-ahead" and not failed.is_set():
                 failed.set()
                 raise failure
-            return fill(offset, data)
+            return fill(offset, data, asked_at)
 
         def read_on() -> None:
             """Who reads on finds some of it read ahead, unless the guest is always quicker."""
-            it.image.invalidate(0, SIZE)
+            it.image.invalidate([(0, SIZE)])
             for offset in range(0, SIZE, 64 * KIB):
                 it.fetcher.bring(offset, 64 * KIB)
 

@@ -263,7 +263,7 @@ def test_a_command_that_waits_keeps_no_other_client_of_the_monitor_waiting(
             assert "return" in second.ask(other)
         assert not answer.done()
         go_on.set()
-        assert answer.result(60) == {"return": {}}
+        assert "return" in answer.result(60)
 
 
 def test_invalidating_what_the_guest_depends_on_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ class SimulatedDisk:
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
     before_change: Callable[[], None] = lambda: None
     """Called before each write, truncation and sync: the instants between which power can fail."""
+    during_sync: Callable[[], object] | None = None
+    """Called once, while the next sync is under way."""
     torn_pages: int = 0
     """Of a write that is killed, this many pages are done."""
     failing: bool = False
@@ -79,6 +81,9 @@ class SimulatedDisk:
             # Some of it is on the disk now, and what is not will never be: the system has forgotten it.
             self._failed = True
             raise OSError(errno.EIO, "Input/output error")
+        during, self.during_sync = self.during_sync, None
+        if during is not None:
+            during()
         self.durable = bytes(self.content)
         self.pending.clear()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 def get(bitmap: bytearray | bytes, begin: int, end: int) -> int:
@@ -32,6 +32,42 @@ def clear_all(bitmap: bytearray, begin: int, end: int) -> int:
         value = int.from_bytes(bitmap[first:last], "little") & ~mask
         bitmap[first:last] = value.to_bytes(last - first, "little")
     return old
+
+
+def masks(
+    ranges: Iterable[tuple[int, int]], unit: int, per_map: int, most: int
+) -> Iterator[dict[int, bytearray | None]]:
+    """Yield bitmaps in which the bits of ranges (offset, length) are 0 and all others 1.
+
+    Bit ``i`` stands for the ``i``-th ``unit`` of the ranges, and is in bitmap ``i // per_map``; None is a
+    bitmap without any bit. Each number of a bitmap comes once, in order, with at most ``most`` others.
+    """
+    found: dict[int, bytearray | None] = {}
+    ones, zeros = ((1 << per_map) - 1).to_bytes(per_map // 8, "little"), bytes(per_map // 8)
+    number, bitmap = -1, bytearray()
+    start = stop = reached = 0
+    for offset, length in sorted(ranges):
+        begin, end = offset // unit, -(-(offset + length) // unit) if length else 0
+        if begin < reached:
+            begin = reached
+        while begin < end:
+            if begin >= stop:
+                if len(found) >= most:
+                    yield found
+                    found = {}
+                number = begin // per_map
+                start, stop = number * per_map, (number + 1) * per_map
+                found[number] = bitmap = bytearray(ones)
+            first, last = begin - start, (end if end < stop else stop) - start
+            if (first | last) & 7:
+                clear_all(bitmap, first, last)
+            else:
+                bitmap[first >> 3 : last >> 3] = zeros[first >> 3 : last >> 3]
+            if last - first == per_map:
+                found[number] = None
+            begin = reached = start + last
+    if found:
+        yield found
 
 
 def count(bitmap: bytearray | bytes) -> int:

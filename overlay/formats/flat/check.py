@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from overlay.formats.flat.boot import current_boot
 from overlay.formats.flat.create import map_path
 from overlay.formats.flat.grains import Grains
 from overlay.formats.flat.header import GRAIN, Flag, Header, Trailer, read_header, read_trailer, trailer_at
-from overlay.formats.flat.log import clear_log, read_log
+from overlay.formats.flat.log import clear_log, current_boot, read_log
 from overlay.formats.flat.open import check_finished, check_pair, raw_size
 from overlay.formats.storage import Storage, open_file
 

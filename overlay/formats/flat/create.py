@@ -7,7 +7,6 @@ from uuid import uuid4
 
 from nbdserve.common.errors import ImageError, UsageError
 from nbdserve.common.ownership import Ownership
-from overlay.formats.flat.boot import current_boot
 from overlay.formats.flat.header import (
     BACKINGS_AT,
     MAX_BACKINGS,
@@ -17,7 +16,7 @@ from overlay.formats.flat.header import (
     Trailer,
     trailer_at,
 )
-from overlay.formats.flat.log import clear_log
+from overlay.formats.flat.log import clear_log, current_boot
 from overlay.formats.image import Backing
 from overlay.formats.storage import Storage, create_file, sync_directory
 

@@ -16,42 +16,18 @@ import errno
 import sys
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from threading import RLock
 
 from nbdserve.common.errors import ImageError
 from overlay.formats.flat import bits
+from overlay.formats.flat.changes import Changes, Pair
 from overlay.formats.flat.header import CHUNK_GRAINS, DIRECTORY_AT, ENTRY_BYTES, PAIR_BYTES, Header
 from overlay.formats.storage import Storage
 
-_HALF = PAIR_BYTES // 2
 CACHED_PAIRS = 2048
 DIRTY_PAIRS = 1024
 """How many chunks may wait for a flush before :attr:`Grains.is_full`."""
-
-
-class _Pair:
-    """The bitmaps of a chunk."""
-
-    __slots__ = ("present", "written")
-
-    def __init__(self, present: bytearray, written: bytearray) -> None:
-        self.present = present
-        self.written = written
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What the file lacks, as it was when it was taken."""
-
-    chunks: frozenset[int]
-    pairs: list[tuple[int, bytes]]
-    """Of the chunks that need them: number, bitmaps."""
-    entries: list[tuple[int, array[int]]]
-    """Of the directory: number of the first chunk, entries."""
-    in_order: bool
-    """Whether the directory must not say "look at the bitmap" before that is durable."""
 
 
 class Grains:
@@ -71,9 +47,12 @@ class Grains:
         """The same as in the file."""
         self.present = sum(self._directory[0::2])
         """How many grains are present."""
-        self._pairs: dict[int, _Pair] = {}
+        self._pairs: dict[int, Pair] = {}
         self._changed: set[int] = set()
-        self._storing: frozenset[int] = frozenset()
+        self._storing: list[Changes] = []
+        """What is on its way to the file: one flush's, and what is being forgotten."""
+        self.is_sealed = False
+        """Everything is present, and nothing may be forgotten any more."""
 
     @property
     def is_full(self) -> bool:
@@ -192,63 +171,100 @@ class Grains:
             self._directory[2 * chunk + 1] += 1
         self._changed.add(chunk)
 
-    def clear(self, first: int, end: int) -> None:
-        """Grains are absent again."""
-        for chunk, begin, stop in _parts(first, end):
-            index = 2 * chunk
-            before = self._directory[index]
-            if stop - begin == self._grains_of(chunk):
-                self._directory[index] = self._directory[index + 1] = 0
-                self._pairs.pop(chunk, None)
-            else:
-                pair = self._pair(chunk)
-                before = self._directory[index]
-                self._directory[index] -= bits.clear_all(pair.present, begin, stop)
-                self._directory[index + 1] -= bits.clear_all(pair.written, begin, stop)
+    def forget(self, masks: dict[int, bytearray | None]) -> Changes:
+        """Let grains be absent: for each chunk those whose bit its mask lacks; None: all of the chunk's.
+
+        Returns what the file must be told now, whatever else it lacks; :meth:`stored` or :meth:`put_back`
+        must follow. Nothing that is on its way to the file brings them back. Raises OSError: EBUSY once the
+        map is sealed.
+        """
+        if self.is_sealed:
+            raise OSError(errno.EBUSY, "the image is complete and has no map any more", self._path)
+        lacking = {chunk for chunk in masks if chunk in self._changed or self._is_on_its_way(chunk)}
+        self._changed |= masks.keys()  # so that none of their bitmaps is dropped meanwhile
+        entries: dict[int, tuple[int, int]] = {}
+        pairs: dict[int, Pair] = {}
+        for chunk, given in masks.items():
+            mask, full = int.from_bytes(given or b"", "little"), self._grains_of(chunk)
+            for changes in self._storing:
+                if chunk in changes.chunks:
+                    changes.keep(chunk, mask, full)
+            pair = self._keep(chunk, mask)
+            stored = self._stored[2 * chunk : 2 * chunk + 2]
+            if not stored[0]:
+                continue
+            if not mask or pair is None:
+                entries[chunk] = (0, 0)
+                continue
+            if chunk in lacking:
+                # Nothing else that the file lacks may get there with it.
+                pair = Pair.read(stored, self._bitmaps(self._stored, chunk), full)
+                pair.keep(mask)
+            pairs[chunk], entries[chunk] = pair.copy(), pair.counts
+        self._changed -= masks.keys() - lacking
+        changes = Changes(entries, pairs)
+        self._storing.append(changes)
+        return changes
+
+    def _keep(self, chunk: int, mask: int) -> Pair | None:
+        """Clear bits in memory; returns the chunk's bitmaps if some are left."""
+        index = 2 * chunk
+        before = self._directory[index]
+        if not before:
+            return None
+        if mask:
+            pair = self._pair(chunk)
+            before = self._directory[index]  # which that may have corrected
+            pair.keep(mask)
+            self._directory[index : index + 2] = array("H", pair.counts)
             self.present += self._directory[index] - before
-            self._changed.add(chunk)
+            return pair
+        self._directory[index : index + 2] = array("H", (0, 0))
+        self._pairs.pop(chunk, None)
+        self.present -= before
+        return None
 
     def take_changes(self) -> Changes:
         """Return what the file lacks. :meth:`stored` or :meth:`put_back` must follow before the next call."""
         chunks = sorted(self._changed)
-        pairs: list[tuple[int, bytes]] = []
-        in_order = False
-        for chunk in chunks:
-            needed = self._needs_pair(self._directory, chunk)
-            if any(needed):
-                pair = self._pair(chunk)
-                pairs.append((chunk, bytes(pair.present) + bytes(pair.written)))
-                before = self._needs_pair(self._stored, chunk)
-                in_order |= any(now and not then for now, then in zip(needed, before, strict=True))
-        entries: list[tuple[int, array[int]]] = []
-        begin = 0
-        for i, chunk in enumerate(chunks):
-            if i + 1 == len(chunks) or chunks[i + 1] != chunk + 1:
-                entries.append((chunks[begin], self._directory[2 * chunks[begin] : 2 * (chunk + 1)]))
-                begin = i + 1
-        self._storing, self._changed = frozenset(chunks), set()
-        return Changes(self._storing, pairs, entries, in_order)
+        needed = [chunk for chunk in chunks if any(self._needs_pair(self._directory, chunk))]
+        pairs = {chunk: self._pair(chunk).copy() for chunk in needed}  # which may correct the counts
+        entries = {chunk: (self._directory[2 * chunk], self._directory[2 * chunk + 1]) for chunk in chunks}
+        changes = Changes(entries, pairs)
+        self._storing.append(changes)
+        self._changed = set()
+        return changes
 
     def put_back(self, changes: Changes) -> None:
         """The file still lacks these."""
         self._changed |= changes.chunks
-        self._storing = frozenset()
+        self._storing.remove(changes)
+
+    def has_order(self, changes: Changes) -> bool:
+        """Tell whether the directory must not say "look at the bitmap" before a sync of the bitmaps."""
+        for chunk in changes.pairs:
+            now, then = changes.entry(chunk), self._stored[2 * chunk : 2 * chunk + 2]
+            full = self._grains_of(chunk)
+            if any(new not in (0, full) and old in (0, full) for new, old in zip(now, then, strict=True)):
+                return True
+        return False
 
     def store_pairs(self, changes: Changes) -> None:
-        """Write bitmaps to the file; ``in_order``, a sync must follow. Raises OSError. Needs no lock."""
-        for chunk, pair in changes.pairs:
-            self._file.write(self._header.bitmaps_at + chunk * PAIR_BYTES, pair)
+        """Write bitmaps to the file. Raises OSError. Needs no lock."""
+        for chunk, pair in changes.pairs.items():
+            self._file.write(self._header.bitmaps_at + chunk * PAIR_BYTES, pair.pack())
+        changes.has_stored_pairs = True
 
     def store_directory(self, changes: Changes) -> None:
         """Then write the directory, and sync. Raises OSError. Needs no lock."""
-        for chunk, entries in changes.entries:
+        for chunk, entries in changes.runs:
             self._file.write(DIRECTORY_AT + chunk * ENTRY_BYTES, _little_endian(entries).tobytes())
 
     def stored(self, changes: Changes) -> None:
         """They are durable in the file now."""
-        for chunk, entries in changes.entries:
+        for chunk, entries in changes.runs:
             self._stored[2 * chunk : 2 * chunk + len(entries)] = entries
-        self._storing = frozenset()
+        self._storing.remove(changes)
 
     def recount(self) -> int:
         """Read all bitmaps that matter and correct the directory; returns how many entries were wrong."""
@@ -260,6 +276,10 @@ class Grains:
                 wrong += self._directory[2 * chunk : 2 * chunk + 2] != before
         return wrong
 
+    def _is_on_its_way(self, chunk: int) -> bool:
+        """Whether the file may lack bitmaps of a chunk that somebody is storing."""
+        return any(chunk in each.chunks and not each.has_stored_pairs for each in self._storing)
+
     def _grains_of(self, chunk: int) -> int:
         return CHUNK_GRAINS if chunk + 1 < self._chunks else self._last_grains
 
@@ -268,27 +288,19 @@ class Grains:
         full = self._grains_of(chunk)
         return directory[2 * chunk] not in (0, full), directory[2 * chunk + 1] not in (0, full)
 
-    def _pair(self, chunk: int) -> _Pair:
+    def _pair(self, chunk: int) -> Pair:
         return self._pairs.get(chunk) or self._load(chunk)
 
-    def _load(self, chunk: int) -> _Pair:
+    def _load(self, chunk: int) -> Pair:
         """A chunk's bitmaps from the file, or from what the directory knows of them."""
         with self.lock:
             pair = self._pairs.get(chunk)
             if pair is not None:
                 return pair
-            full, index = self._grains_of(chunk), 2 * chunk
-            raw = bytes(PAIR_BYTES)
-            if any(self._needs_pair(self._directory, chunk)):
-                raw = self._file.read(self._header.bitmaps_at + chunk * PAIR_BYTES, PAIR_BYTES)
-                if len(raw) != PAIR_BYTES:
-                    raise OSError(errno.EIO, "the map's file ends within its bitmaps", self._path)
-            present = _bitmap(self._directory[index], raw[:_HALF], full)
-            written = _bitmap(self._directory[index + 1], raw[_HALF:], full)
-            # A power cut may have left one without the other.
-            both = int.from_bytes(present, "little") & int.from_bytes(written, "little")
-            pair = _Pair(present, bytearray(both.to_bytes(_HALF, "little")))
-            counts = array("H", [bits.count(pair.present), bits.count(pair.written)])
+            index = 2 * chunk
+            raw = self._bitmaps(self._directory, chunk)
+            pair = Pair.read(self._directory[index : index + 2], raw, self._grains_of(chunk))
+            counts = array("H", pair.counts)
             if counts != self._directory[index : index + 2]:
                 self.present += counts[0] - self._directory[index]
                 self._directory[index : index + 2] = counts
@@ -297,12 +309,21 @@ class Grains:
             self._pairs[chunk] = pair
             return pair
 
+    def _bitmaps(self, directory: array[int], chunk: int) -> bytes:
+        """A chunk's bitmaps as they are in the file, if an entry of a directory needs them."""
+        if not any(self._needs_pair(directory, chunk)):
+            return bytes(PAIR_BYTES)
+        raw = self._file.read(self._header.bitmaps_at + chunk * PAIR_BYTES, PAIR_BYTES)
+        if len(raw) != PAIR_BYTES:
+            raise OSError(errno.EIO, "the map's file ends within its bitmaps", self._path)
+        return raw
+
     def _drop_oldest(self) -> None:
         """Make room among the pairs, but keep what the file lacks."""
         if len(self._pairs) < CACHED_PAIRS:
             return
         for chunk in list(self._pairs):
-            if chunk not in self._changed and chunk not in self._storing:
+            if chunk not in self._changed and not self._is_on_its_way(chunk):
                 del self._pairs[chunk]
                 if len(self._pairs) < CACHED_PAIRS * 7 // 8:
                     return
@@ -331,16 +352,6 @@ def _parts(first: int, end: int) -> Iterator[tuple[int, int, int]]:
         stop = min(CHUNK_GRAINS, begin + end - first)
         yield chunk, begin, stop
         first += stop - begin
-
-
-def _bitmap(count: int, raw: bytes, full: int) -> bytearray:
-    """The bitmap of a chunk of ``full`` grains whose directory entry says ``count``."""
-    value = 0
-    if count:
-        value = (1 << full) - 1
-        if count != full:
-            value &= int.from_bytes(raw, "little")
-    return bytearray(value.to_bytes(_HALF, "little"))
 
 
 def _little_endian(numbers: array[int]) -> array[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from threading import Lock
 from uuid import UUID
 
+from overlay.formats.flat import bits
 from overlay.formats.flat.header import CHUNK_GRAINS, GRAIN, Flag, Header, Trailer, trailer_at
 from overlay.formats.flat.leftover import Leftover
 from overlay.formats.flat.map import Map
@@ -17,6 +18,8 @@ from overlay.formats.storage import Storage
 
 _PIECE = 256
 """Runs that are looked up at once, under the lock."""
+_CHUNKS_TOGETHER = 512
+"""Whose bitmaps are changed at once, under the lock."""
 _STEP = 1024 * CHUNK_GRAINS * GRAIN
 """Long ranges are changed in parts of at most 128 GiB."""
 
@@ -165,7 +168,7 @@ class FlatImage(Image):
             offset = stop
         return True
 
-    def fill(self, offset: int, data: Buffer) -> int:
+    def fill(self, offset: int, data: Buffer, asked_at: int | None = None) -> int:
         """Store fetched data where it is absent; see Image."""
         view = memoryview(data)
         self._check_fill(offset, len(view))
@@ -173,6 +176,8 @@ class FlatImage(Image):
         self._make_room()
         filled = 0
         with self._lock:
+            if self._is_stale(asked_at):
+                return 0
             for begin, stop in self._grains.absent(first, end):
                 piece = view[begin * GRAIN - offset : stop * GRAIN - offset]
                 for place, part, is_zero in zero_runs(piece, GRAIN):
@@ -185,7 +190,7 @@ class FlatImage(Image):
                 filled += len(piece)
         return filled
 
-    def fill_zero(self, offset: int, length: int) -> int:
+    def fill_zero(self, offset: int, length: int, asked_at: int | None = None) -> int:
         """Absent grains become zeros; see Image."""
         self._check_fill(offset, length)
         filled, end = 0, offset + length
@@ -193,6 +198,8 @@ class FlatImage(Image):
             stop = min(end, offset - offset % _STEP + _STEP)
             self._make_room()
             with self._lock:
+                if self._is_stale(asked_at):
+                    return filled
                 for first, last in self._grains.absent(offset // GRAIN, -(-stop // GRAIN)):
                     begin, part = first * GRAIN, min(last * GRAIN, self.size) - first * GRAIN
                     self._data.zero(begin, part)
@@ -224,15 +231,21 @@ class FlatImage(Image):
             if ticket > self._served:
                 self._flush()
 
-    def invalidate(self, offset: int, length: int) -> None:
+    def invalidate(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Grains become absent again; see Image."""
-        self._check_change(offset, length)
-        self._empty_log()  # or it would make them present again
+        self._check_changes(ranges)
         with self._lock:
-            if self._is_raw:
-                raise OSError(errno.EBUSY, "the image is complete and has no map any more", self._path)
-            self._grains.clear(offset // GRAIN, -(-(offset + length) // GRAIN))
-        self.flush()
+            # From now on nothing is stored that was asked for before.
+            self.invalidations += 1
+            is_log_empty = self._map.is_log_empty
+        if not is_log_empty:
+            self._empty_log()  # or it would make them present again
+        try:
+            self._map.forget(bits.masks(ranges, GRAIN, CHUNK_GRAINS, _CHUNKS_TOGETHER))
+        except OSError:
+            if self._map.failed:
+                self._condemn()
+            raise
 
     def finish(self) -> None:
         """Cut the trailer off and remove the map; see Image.
@@ -249,6 +262,10 @@ class FlatImage(Image):
         with self._flush_lock:
             if self._is_raw:
                 return
+            with self._lock:
+                if not self.complete:
+                    raise OSError(errno.EBUSY, "part of the disk has just been invalidated", self._path)
+                self._grains.is_sealed = True
             self._data.truncate(self.size)
             self._sync(self._data)
             with self._lock:

@@ -19,10 +19,13 @@ about to be written, the log goes on in the other half; once they are, the first
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
 
 from overlay.formats.flat.header import LOG_AT, LOG_HALF_BYTES
 from overlay.formats.storage import Storage
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 RECORD_BYTES = 16
 HALF_RECORDS = LOG_HALF_BYTES // RECORD_BYTES
 
@@ -45,6 +48,11 @@ class Log:
     def is_full(self) -> bool:
         """Tell whether no record fits until the bitmaps have been written."""
         return self._length >= HALF_RECORDS
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether no record counts, and none is noted."""
+        return not self._length and self._retired is None
 
     @property
     def has_notes(self) -> bool:
@@ -90,6 +98,14 @@ class Log:
         self.generations = (new, second) if self._retired == 0 else (first, new)
         self._retired = None
         return True
+
+
+def current_boot() -> UUID:
+    """Return the kernel's boot id: the same until the page cache is lost; never, where there is none."""
+    try:
+        return UUID(_BOOT_ID.read_text().strip())
+    except (OSError, ValueError):
+        return uuid4()
 
 
 def read_log(file: Storage, generations: tuple[int, int]) -> tuple[list[tuple[int, int]], tuple[int, int]]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
+from threading import Lock
 from uuid import UUID
 
 from nbdserve.common.errors import ImageError
-from overlay.formats.flat.grains import Changes, Grains
+from overlay.formats.flat.changes import Changes
+from overlay.formats.flat.grains import Grains
 from overlay.formats.flat.header import Flag, Header
 from overlay.formats.flat.log import Log, clear_log, read_log
 from overlay.formats.storage import Storage
 
 
 class Map:
-    """A map. Its lock is that of its grains; the caller holds it but where another is said."""
+    """A map. Its lock is that of its grains; the caller holds it but where another is said.
+
+    ``_storing`` lets one thread after the other change the file; it is taken first where both are, and held
+    while the map is synced, though never while the data is.
+    """
 
     def __init__(self, file: Storage, header: Header, path: str, *, writable: bool, boot: UUID) -> None:
         """Believe the log if it is of this boot; if writable, say in the header who writes it from now on.
@@ -24,6 +31,7 @@ class Map:
         self._file, self._path = file, path
         self.grains = Grains(file, header, path)
         self._closed = False
+        self._storing = Lock()
         self.failed = False
         """Whether a sync has failed, of the data or the map."""
         if header.flags & Flag.FAILED and writable:
@@ -56,6 +64,11 @@ class Map:
         self.grains.set(first, end, written=True)
 
     @property
+    def is_log_empty(self) -> bool:
+        """Tell whether the log says nothing."""
+        return self._log.is_empty
+
+    @property
     def has_notes(self) -> bool:
         """Tell whether there are notes that the log's file lacks. Needs no lock."""
         return self._log.has_notes
@@ -80,19 +93,50 @@ class Map:
 
     def store(self, changes: Changes) -> None:
         """Make changes durable, and void what the log said of them. Takes the lock, but for no sync."""
-        if changes.chunks:
-            self.grains.store_pairs(changes)
-            if changes.in_order:
+        with self._storing:
+            if changes.chunks:
+                with self.grains.lock:
+                    in_order = self.grains.has_order(changes)
+                self.grains.store_pairs(changes)
+                if in_order:
+                    self._sync()
+                self.grains.store_directory(changes)
+            with self.grains.lock:
+                if self._log.void():
+                    self.header = replace(self.header, generations=self._log.generations)
+                    self._write_header()
+            if changes.chunks:
                 self._sync()
-            self.grains.store_directory(changes)
-        with self.grains.lock:
-            if self._log.void():
-                self.header = replace(self.header, generations=self._log.generations)
-                self._write_header()
-        if changes.chunks:
-            self._sync()
-        with self.grains.lock:
-            self.grains.stored(changes)
+            with self.grains.lock:
+                self.grains.stored(changes)
+
+    def forget(self, masks: Iterable[dict[int, bytearray | None]]) -> None:
+        """Let grains be absent, durably; see Grains. The log must be empty. Takes the lock, but for no sync.
+
+        No sync of the data is needed, which can take long: nothing becomes present by this.
+        """
+        parts: list[Changes] = []
+        in_order = False
+        with self._storing:
+            try:
+                for part in masks:
+                    with self.grains.lock:
+                        parts.append(self.grains.forget(part))
+                        in_order |= self.grains.has_order(parts[-1])
+                    self.grains.store_pairs(parts[-1])
+                if in_order:
+                    self._sync()
+                for changes in parts:
+                    self.grains.store_directory(changes)
+                self._sync()
+            except OSError:
+                with self.grains.lock:
+                    for changes in parts:
+                        self.grains.put_back(changes)
+                raise
+            with self.grains.lock:
+                for changes in parts:
+                    self.grains.stored(changes)
 
     def mark_clean(self) -> None:
         """Say that it was closed in good order, after everything has been stored. Raises OSError."""

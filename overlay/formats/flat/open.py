@@ -16,12 +16,12 @@ from pathlib import Path
 from uuid import UUID
 
 from nbdserve.common.errors import ImageError
-from overlay.formats.flat.boot import current_boot
 from overlay.formats.flat.create import map_path
 from overlay.formats.flat.grains import Grains
 from overlay.formats.flat.header import SECTOR, Flag, Header, Trailer, read_header, read_trailer
 from overlay.formats.flat.image import FlatImage
 from overlay.formats.flat.leftover import Leftover
+from overlay.formats.flat.log import current_boot
 from overlay.formats.flat.map import sync_failed
 from overlay.formats.flat.raw import RawImage
 from overlay.formats.image import Image

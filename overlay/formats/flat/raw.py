@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from overlay.formats.flat.header import GRAIN
 from overlay.formats.flat.leftover import Leftover
@@ -77,12 +77,12 @@ class RawImage(Image):
             self._data.zero(offset, length)
         return True
 
-    def fill(self, offset: int, data: Buffer) -> int:
+    def fill(self, offset: int, data: Buffer, asked_at: int | None = None) -> int:
         """Nothing is absent."""
         self._check_change(offset, len(data))
         return 0
 
-    def fill_zero(self, offset: int, length: int) -> int:
+    def fill_zero(self, offset: int, length: int, asked_at: int | None = None) -> int:
         """Nothing is absent."""
         self._check_change(offset, length)
         return 0
@@ -97,7 +97,7 @@ class RawImage(Image):
         """Sync the file."""
         self._data.sync()
 
-    def invalidate(self, offset: int, length: int) -> None:
+    def invalidate(self, ranges: Sequence[tuple[int, int]]) -> None:
         """There is no backing that it could be had from: EBUSY."""
         raise OSError(errno.EBUSY, "the disk is complete and has no backing any more", self._path)
 

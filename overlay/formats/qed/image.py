@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -40,6 +40,8 @@ class QedImage(Image):
         self._path = path
         self._writable = writable
         self._closed = False
+        self._is_finished = False
+        """Whether nothing is absent, and may never be again."""
         self.header, backing = read_header(storage, path)
         self.backings = () if backing is None else (backing,)
         if writable:
@@ -160,7 +162,7 @@ class QedImage(Image):
                         self._set(cluster, count, ZERO, was=ABSENT)
         return True
 
-    def fill(self, offset: int, data: Buffer) -> int:
+    def fill(self, offset: int, data: Buffer, asked_at: int | None = None) -> int:
         """Store fetched data where it is absent; see Image."""
         view = memoryview(data).cast("B")
         self._check_fill(offset, len(view))
@@ -169,6 +171,8 @@ class QedImage(Image):
         self._make_room()
         filled = 0
         with self._lock:
+            if self._is_stale(asked_at):
+                return 0
             for cluster, count, entry in self._entries(offset, len(view)):
                 if entry != ABSENT:
                     continue
@@ -185,12 +189,14 @@ class QedImage(Image):
             self._changes += 1
         return filled
 
-    def fill_zero(self, offset: int, length: int) -> int:
+    def fill_zero(self, offset: int, length: int, asked_at: int | None = None) -> int:
         """Absent clusters become zeros; see Image."""
         self._check_fill(offset, length)
         filled = 0
         for begin, part in self._parts(offset, length if self.backings else 0):
             with self._lock:
+                if self._is_stale(asked_at):
+                    return filled
                 self._changes += 1
                 for cluster, count, entry in self._entries(begin, part):
                     if entry == ABSENT:
@@ -198,15 +204,23 @@ class QedImage(Image):
                         filled += self._bytes(cluster, count)
         return filled
 
-    def invalidate(self, offset: int, length: int) -> None:
+    def invalidate(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Make clusters absent again; see Image. The space they had in the file is leaked."""
-        self._check_change(offset, length)
-        for begin, part in self._parts(offset, length if self.backings else 0):
+        self._check_changes(ranges)
+        with self._lock:
+            # From now on nothing is stored that was asked for before.
+            self.invalidations += 1
+        for number, parts in self._tables.slices(ranges):
+            self._make_room()
             with self._lock:
+                if self._is_finished or not self.backings:
+                    raise OSError(errno.EBUSY, "the image is complete and has no backing", self._path)
+                absent, self._absent = self._absent, None  # if it fails half-way they are counted again
                 self._changes += 1
-                for cluster, count, entry in self._entries(begin, part):
-                    if entry != ABSENT:
-                        self._set(cluster, count, ABSENT, was=entry)
+                padding = self._padding()
+                cleared = self._tables.clear(number, parts) * self.cluster_size
+                if absent is not None:
+                    self._absent = absent + cleared + padding - self._padding()
         self.flush()
 
     def log_writes(self) -> None:
@@ -230,6 +244,10 @@ class QedImage(Image):
         self.flush()
         with self._commit_lock:
             header = self.header.without_backing()
+            with self._lock:
+                if self._absent != 0:
+                    raise OSError(errno.EBUSY, "part of the disk has just been invalidated", self._path)
+                self._is_finished = True
             write_header(self._storage, header)
             self.header, self.backings = header, ()
 
@@ -328,10 +346,7 @@ class QedImage(Image):
 
     def _count_absent(self) -> int:
         absent = self._tables.count_absent() * self.cluster_size
-        last = self.header.clusters - 1
-        if absent and next(self._tables.runs(last, last + 1))[2] == ABSENT:
-            absent -= self.cluster_size - self._bytes(last, 1)
-        return absent
+        return absent - self._padding() if absent else 0
 
     def _clipped(self, cluster: int, count: int, entry: int, offset: int, length: int) -> Run:
         """What of a run of clusters lies within a range."""
@@ -370,6 +385,12 @@ class QedImage(Image):
         if absent is not None:
             change = (entry == ABSENT) - (was == ABSENT)
             self._absent = absent + change * self._bytes(cluster, count)
+
+    def _padding(self) -> int:
+        """How many bytes the last cluster has that the disk has not, if it is absent."""
+        last = self.header.clusters - 1
+        (_, _, entry), *_ = self._tables.runs(last, last + 1)
+        return self.cluster_size - self._bytes(last, 1) if entry == ABSENT else 0
 
     def _needs_fetch(self, offset: int, length: int) -> bool:
         """Tell what needs_fetch() does, for who holds the lock."""

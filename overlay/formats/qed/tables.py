@@ -20,7 +20,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from nbdserve.common.errors import ImageError
@@ -163,6 +163,40 @@ class Tables:
             part.change(first, values)
             self._dirty[number] = part
             cluster, count, entry = cluster + here, count - here, entry + here * step
+
+    def clear(self, number: int, parts: list[slice]) -> int:
+        """Map parts of a slice, in order, to ABSENT; returns how many clusters were not before."""
+        if not self._l1[self._l1_index(number)]:
+            return 0
+        part = self._slice(number)
+        before = part.entries.count(ABSENT)
+        zeros = array("Q", bytes(ENTRY_BYTES * len(part.entries)))
+        for each in parts:
+            part.entries[each] = zeros[each]
+        part.touch(parts[0].start, parts[-1].stop)
+        self._dirty[number] = part
+        return part.entries.count(ABSENT) - before
+
+    def slices(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[slice]]]:
+        """Cut ranges (offset, length) up at the slices: number of each, once, and parts of its entries."""
+        unit, size = self._header.cluster_size, self._slice_entries
+        start = stop = reached = 0
+        parts: list[slice] = []
+        for offset, length in sorted(ranges):
+            begin, end = offset // unit, -(-(offset + length) // unit) if length else 0
+            if begin < reached:
+                begin = reached
+            while begin < end:
+                if begin >= stop:
+                    if parts:
+                        yield start // size, parts
+                    start, parts = begin - begin % size, []
+                    stop = start + size
+                last = end if end < stop else stop
+                parts.append(slice(begin - start, last - start))
+                begin = reached = last
+        if parts:
+            yield start // size, parts
 
     def allocate(self, count: int) -> int:
         """Let the file grow by ``count`` clusters of zeros; the offset of the first. Raises OSError."""

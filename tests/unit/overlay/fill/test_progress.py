@@ -66,7 +66,7 @@ def test_progress_does_not_go_back_when_copies_are_taken_away(tmp_path: Path) ->
         progress = Progress(image)
         image.fill(0, random_bytes(MIB))
         assert progress.look() == (MIB, 4 * MIB)
-        progress.take_away(lambda: image.invalidate(0, MIB // 2))
+        progress.take_away(lambda: image.invalidate([(0, MIB // 2)]))
         assert image.local_bytes == MIB // 2
         assert progress.look() == (MIB, 4 * MIB + MIB // 2)
         image.fill(0, random_bytes(4 * MIB))
@@ -81,7 +81,7 @@ def test_progress_is_told_while_copies_are_being_taken_away_and_does_not_go_back
         told: list[tuple[int, int]] = []
 
         def take() -> None:
-            image.invalidate(0, MIB // 2)
+            image.invalidate([(0, MIB // 2)])
             told.append(pool.submit(progress.look).result(60))
 
         progress.take_away(take)

@@ -19,11 +19,11 @@ import pytest
 
 from nbdserve.common.errors import ImageError
 from overlay.formats.flat import open as flat_open
-from overlay.formats.flat.boot import current_boot
 from overlay.formats.flat.check import check_flat
 from overlay.formats.flat.create import create, new_header
 from overlay.formats.flat.header import DIRECTORY_AT, GRAIN, read_header, read_trailer
 from overlay.formats.flat.image import FlatImage
+from overlay.formats.flat.log import current_boot
 from overlay.formats.flat.open import open_flat
 from overlay.formats.flat.raw import RawImage
 from overlay.formats.image import Backing, Image, Run, State
@@ -254,7 +254,7 @@ def test_invalidated_ranges_stay_absent_whatever_the_log_said(path: Path) -> Non
     make(path)
     image = flat(path)
     image.write_now(0, b"a" * 8 * GRAIN)
-    image.invalidate(GRAIN + 1, GRAIN)
+    image.invalidate([(GRAIN + 1, GRAIN)])
     abandon(image)
     with flat(path) as image:
         assert [
@@ -426,7 +426,7 @@ def test_after_a_failed_sync_nothing_more_is_taken_and_the_log_is_not_believed(
         lambda: image.write(0, b"b" * GRAIN),
         lambda: image.zero(GRAIN, GRAIN),
         lambda: image.fill(GRAIN, bytes(GRAIN)),
-        lambda: image.invalidate(0, GRAIN),
+        lambda: image.invalidate([(0, GRAIN)]),
     ):
         with pytest.raises(OSError) as caught:
             attempt()
