@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from nbdserve.common import standard_streams
@@ -39,9 +40,39 @@ class Parser(argparse.ArgumentParser):
         """The arguments are argparse's."""
         super().__init__(*arguments, **{"formatter_class": HelpFormatter, **options})
 
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Do as argparse does, but refuse what is not known: a subcommand itself does, by its own name."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        found, unknown = super().parse_known_args(self._given, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError with argparse's own words and a pointer to ``--help``."""
+        """Raise UsageError with argparse's own words and a pointer to ``--help``.
+
+        An option that there is not is named first: argparse speaks only of what is missing beside it.
+        """
+        if "required" in message and (unknown := self._unknown()):
+            message = f"unrecognized arguments: {' '.join(unknown)}"
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def _unknown(self) -> list[str]:
+        """Return the options that were given, and are none of this command's."""
+        known = self._option_string_actions
+        words = itertools.takewhile(lambda word: word != "--", self._given)
+        options = (word for word in words if len(word) > 1 and word[0] in self.prefix_chars)
+        if self._subparsers:
+            # What stands behind a subcommand's name is that one's.
+            options = itertools.takewhile(lambda word: word[0] in self.prefix_chars, self._given)
+        return [
+            word
+            for word in options
+            # An option may be cut short, and a value may follow without a space.
+            if not any(each.startswith(word.partition("=")[0]) for each in known) and word[:2] not in known
+        ]
 
 
 def run(program: str, body: Callable[[], int]) -> int:

@@ -73,3 +73,28 @@ def test_every_option_stands_for_a_key_of_the_plan() -> None:
         "limits": {"speed": 50 << 20},
         "finish": {"move_aside": "/images/old"},
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["resume", "-x"], "-x (see nbd-migrate resume --help)"),
+        (["resume", "--boot", "--loud", "--more=3"], "--loud --more=3 (see nbd-migrate resume --help)"),
+        (["resume", "vm", "-x"], "-x (see nbd-migrate resume --help)"),
+        (["run", "--plan", "plan.toml"], "--plan (see nbd-migrate run --help)"),
+        (["--loud"], "--loud (see nbd-migrate --help)"),
+    ],
+)
+def test_an_option_that_there_is_not_is_named(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"nbd-migrate: unrecognized arguments: {named}\n"
+
+
+@pytest.mark.parametrize("words", [["resume"], ["resume", "--bo"], ["status", "--js"], ["run", "--speed=3"]])
+def test_what_is_missing_is_named_where_every_option_is_known(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert "the following arguments are required" in capsys.readouterr().err
