@@ -63,15 +63,17 @@ class Parser(argparse.ArgumentParser):
         """Return the options that were given, and are none of this command's."""
         known = self._option_string_actions
         words = itertools.takewhile(lambda word: word != "--", self._given)
-        options = (word for word in words if len(word) > 1 and word[0] in self.prefix_chars)
         if self._subparsers:
             # What stands behind a subcommand's name is that one's.
-            options = itertools.takewhile(lambda word: word[0] in self.prefix_chars, self._given)
+            words = itertools.takewhile(lambda word: word[:1] in self.prefix_chars, words)
         return [
             word
-            for word in options
+            for word in words
+            if len(word) > 1
+            and word[0] in self.prefix_chars
             # An option may be cut short, and a value may follow without a space.
-            if not any(each.startswith(word.partition("=")[0]) for each in known) and word[:2] not in known
+            and not any(each.startswith(word.partition("=")[0]) for each in known)
+            and word[:2] not in known
         ]
 
 

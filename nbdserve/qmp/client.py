@@ -11,6 +11,7 @@ import asyncio
 import errno
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -33,11 +34,15 @@ __all__ = [
     "GoneError",
     "MonitorClient",
     "MonitorError",
+    "QueuedError",
     "RefusedError",
     "SilentError",
     "UnreachableError",
     "connect",
 ]
+
+QUEUE = 0.05
+"""Seconds between two attempts to get into a queue that is full."""
 
 CUT = 1.0
 """Seconds in which a connection that was cut off must be over."""
@@ -61,6 +66,10 @@ class GoneError(MonitorError):
 
 class SilentError(MonitorError):
     """It did not answer, or what was waited for did not happen, within the limit."""
+
+
+class QueuedError(SilentError):
+    """So many wait for it already that nobody else is let in."""
 
 
 class UnreachableError(ConnectError):
@@ -167,16 +176,25 @@ async def connect(
     """Connect to the monitor at a Unix socket's path, or at a host and a port, within ``limit`` seconds.
 
     ``listeners`` are told of events from the very beginning, so that none is missed. Raises SilentError when
-    somebody is there and says nothing, UnreachableError otherwise.
+    somebody is there and says nothing (QueuedError: not even takes the connection), UnreachableError
+    otherwise.
     """
     connection = _Connection(name)
     for listener in listeners:
         connection.register_listener(listener)
+    taken: str | tuple[str, int] | socket.socket = address
     try:
         async with asyncio.timeout(limit):
-            await connection.connect(address)
+            if isinstance(address, str):
+                taken = await _queued(address)
+            await connection.connect(taken)
     except TimeoutError as error:
+        if isinstance(taken, str):
+            raise QueuedError(f"{name} lets nobody in within {limit:g} s: its queue is full") from error
         raise SilentError(f"{name} did not answer within {limit:g} s") from error
+    except OSError as error:
+        reason, nobody = _reason(error), _nobody_listens(error)
+        raise UnreachableError(f"{name}: no monitor: {reason}", reason, nobody_listens=nobody) from error
     except QMPError as error:
         cause = getattr(error, "exc", error)
         reason, nobody = _reason(cause), _nobody_listens(cause)
@@ -200,6 +218,26 @@ class _Connection(QMPClient):
         """Close the connection without another word."""
         if self._writer is not None:
             self._writer.transport.abort()
+
+
+async def _queued(path: str) -> socket.socket:
+    """Connect to a Unix socket; wait for a place in its queue, for as long as the caller lets us.
+
+    asyncio takes the EAGAIN of a full queue for a connection that is on its way, which no Unix socket's is:
+    the first that is sent then fails with EINVAL. Raises OSError.
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                await asyncio.sleep(QUEUE)
+    except BaseException:
+        sock.close()
+        raise
 
 
 async def _lost(connection: QMPClient) -> None:

@@ -12,6 +12,7 @@ from nbdserve.qmp.client import (
     GoneError,
     MonitorClient,
     MonitorError,
+    QueuedError,
     RefusedError,
     SilentError,
     UnreachableError,
@@ -79,6 +80,10 @@ async def connected(path: str) -> AsyncIterator[Remote]:
     """Connect to the monitor at a Unix socket; ConnectError, one line, when no daemon answers there."""
     try:
         client = await connect(path, name="the daemon", limit=LIMIT)
+    except QueuedError as error:
+        raise ConnectError(
+            f"{path}: the monitor lets nobody in within {LIMIT:g} s, as others wait for it already"
+        ) from error
     except SilentError as error:
         raise ConnectError(f"{path}: the monitor does not answer within {LIMIT:g} s") from error
     except UnreachableError as error:

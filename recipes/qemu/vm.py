@@ -130,6 +130,11 @@ async def connect(name: str, address: str, *, limit: float, command_limit: float
     target = address if address.startswith("/") else host_and_port(address)
     try:
         client = await qmp.connect(target, name=name, limit=limit, listeners=[ends])
+    except qmp.QueuedError as error:
+        raise ConnectError(
+            f"{name}: its monitor at {address} lets nobody in within {limit:g} s, as others wait for it "
+            "already; end them, and who is connected to it"
+        ) from error
     except qmp.SilentError as error:
         raise ConnectError(
             f"{name}: its monitor at {address} accepts but does not answer within {limit:g} s; "
@@ -143,6 +148,11 @@ async def connect(name: str, address: str, *, limit: float, command_limit: float
 def nobody_listens(error: ConnectError) -> bool:
     """Tell whether connect() has failed as there is no QEMU. One that is silent, or away, may be there."""
     return isinstance(error.__cause__, qmp.UnreachableError) and error.__cause__.nobody_listens
+
+
+def is_somebody(error: ConnectError) -> bool:
+    """Tell whether connect() has failed at somebody who is there, and says nothing."""
+    return isinstance(error.__cause__, qmp.SilentError)
 
 
 async def connect_again(name: str, address: str, *, limit: float, command_limit: float) -> Vm | None:

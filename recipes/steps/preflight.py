@@ -12,7 +12,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 from recipes.plans.plan import Plan
 from recipes.qemu.source import HOLDS, UNDER_WAY, cancelling, migration_status
-from recipes.qemu.vm import Vm, connect
+from recipes.qemu.vm import Vm, connect, is_somebody
 
 
 async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> int:
@@ -152,6 +152,6 @@ async def answers(address: str, limit: float) -> bool:
         vm = await connect("", address, limit=limit, command_limit=limit)
     except ConnectError as error:
         # Somebody who accepts but says nothing is somebody, too.
-        return isinstance(error.__cause__, TimeoutError)
+        return is_somebody(error)
     await vm.disconnect()
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -85,3 +86,20 @@ async def scripted(path: Path, talk: Callable[[Peer], Awaitable[None]]) -> Async
         await (await talking)
     finally:
         server.close()
+
+
+def full(path: Path) -> list[socket.socket]:
+    """A socket in whose queue nobody has a place any more; who waits in it comes last."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen(0)
+    waiting = [listening]
+    while True:
+        client = socket.socket(socket.AF_UNIX)
+        client.setblocking(False)
+        try:
+            client.connect(str(path))
+        except BlockingIOError:
+            client.close()
+            return waiting
+        waiting.append(client)

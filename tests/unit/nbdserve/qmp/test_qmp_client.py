@@ -20,13 +20,14 @@ from nbdserve.qmp.client import (
     GoneError,
     MonitorClient,
     MonitorError,
+    QueuedError,
     RefusedError,
     SilentError,
     UnreachableError,
     connect,
 )
 from tests.support.processes import PATIENCE
-from tests.support.scripted import Peer, scripted
+from tests.support.scripted import Peer, full, scripted
 
 LIMIT = 10.0 * PATIENCE
 """Seconds after which a test gives up."""
@@ -430,3 +431,43 @@ def test_who_is_away_may_be_there(monkeypatch: pytest.MonkeyPatch, cause: OSErro
     error = refused(("192.0.2.1", 4000))
     assert not error.nobody_listens
     assert error.reason == cause.strerror or error.reason == str(cause)
+
+
+def test_a_queue_that_is_full_is_said_to_be(tmp_path: Path) -> None:
+    waiting = full(tmp_path / "monitor")
+    try:
+        with pytest.raises(QueuedError, match=r"A lets nobody in within 0\.05 s: its queue is full"):
+            asyncio.run(connect(str(tmp_path / "monitor"), name="A", limit=SHORT))
+    finally:
+        for each in waiting:
+            each.close()
+
+
+def test_a_place_in_the_queue_is_waited_for(tmp_path: Path) -> None:
+    listening, *waiting = full(tmp_path / "monitor")
+
+    async def answer() -> None:
+        loop = asyncio.get_running_loop()
+        listening.setblocking(False)
+        for _ in waiting:
+            (await loop.sock_accept(listening))[0].close()
+        accepted, _ = await loop.sock_accept(listening)
+        reader, writer = await asyncio.open_unix_connection(sock=accepted)
+        await Peer(reader, writer).greet()
+        await Peer(reader, writer).hung_up()
+        writer.close()
+
+    async def body() -> None:
+        async with asyncio.timeout(LIMIT):
+            connecting = asyncio.create_task(connect(str(tmp_path / "monitor"), name="A", limit=LIMIT))
+            await asyncio.sleep(0)
+            answering = asyncio.create_task(answer())
+            client = await connecting
+            await client.close(limit=LIMIT)
+            await answering
+
+    try:
+        asyncio.run(body())
+    finally:
+        for each in (listening, *waiting):
+            each.close()

@@ -92,7 +92,9 @@ def test_an_option_that_there_is_not_is_named(
     assert capsys.readouterr().err == f"nbd-migrate: unrecognized arguments: {named}\n"
 
 
-@pytest.mark.parametrize("words", [["resume"], ["resume", "--bo"], ["status", "--js"], ["run", "--speed=3"]])
+@pytest.mark.parametrize(
+    "words", [["resume"], ["resume", "--bo"], ["status", "--js"], ["finish", "--speed=3"]]
+)
 def test_what_is_missing_is_named_where_every_option_is_known(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
 
-from recipes.qemu.vm import CommandError, VmGoneError, VmSilentError, connect
+from nbdserve.common.errors import ConnectError
+from recipes.qemu.vm import CommandError, VmGoneError, VmSilentError, connect, nobody_listens
+from recipes.steps.preflight import answers
 from tests.support.processes import PATIENCE
-from tests.support.scripted import Peer, scripted
+from tests.support.scripted import Peer, full, scripted
 
 LIMIT = 10.0 * PATIENCE
 
@@ -48,3 +51,24 @@ def test_refusals_silence_and_the_end_are_failures_of_the_migration(tmp_path: Pa
             await vm.disconnect()
 
     asyncio.run(body())
+
+
+def test_a_monitor_whose_queue_is_full_is_said_to_be_and_is_somebody(tmp_path: Path) -> None:
+    path = tmp_path / "monitor"
+    waiting = full(path)
+    try:
+        with pytest.raises(ConnectError, match=r"lets nobody in within 0\.05 s, as others wait") as refused:
+            asyncio.run(connect("A's QEMU", str(path), limit=0.05, command_limit=LIMIT))
+        assert not nobody_listens(refused.value)
+        assert asyncio.run(answers(str(path), 0.05))
+    finally:
+        for each in waiting:
+            each.close()
+
+
+def test_a_monitor_that_says_nothing_is_somebody(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "monitor"))
+        listening.listen()
+        assert asyncio.run(answers(str(tmp_path / "monitor"), 0.05))
+    assert not asyncio.run(answers(str(tmp_path / "monitor"), 0.05))
