@@ -1,7 +1,7 @@
 """A small guest in a real QEMU, and a migration of it: what the tests of the orchestrator act with.
 
-The guest is a boot sector that writes numbered records to its disk and reads all over it, for ever. It boots
-in a fraction of a second under TCG, and its disk shows exactly what it may have written and what not.
+The guest is a boot sector (boot_sector.py) that writes numbered records to its disk and reads all over it. It
+boots in a fraction of a second under TCG, and its disk shows exactly what it may have written and what not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import signal
-import struct
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -23,16 +22,13 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from recipes.plans.plan import Destination, Export, Finish, Limits, Plan, Source
 from tests.support import versions
+from tests.support.boot_sector import SECTOR, boot_sector, is_record
 from tests.support.disks import MIB, random_bytes
 from tests.support.processes import Process, check, run, wait_until
 from tests.support.servers import UnixAddress
 
-SECTOR = 512
 DISK_SIZE = 64 * MIB
 """A power of two, as the guest's random reads are masked with it."""
-
-RECORDS = range(2048, 3072)
-"""The sectors that the guest writes: record number n, 128 times, goes to sector 2048 + n % 1024."""
 
 NBD_MIGRATE = Path(sys.executable).with_name("nbd-migrate")
 ROOT = Path(__file__).parents[2]
@@ -55,49 +51,10 @@ AS_NOBODY_LATER = ("-runas", "nobody") if versions.qemu() < (9, 1) else ("-run-w
 """What lets QEMU give up root once everything is open."""
 
 
-def boot_sector(disk_size: int) -> bytes:
-    """The guest: 16-bit code for address 0x7c00, which finds the number of its BIOS drive in DL.
-
-    Once a key has been pressed it switches itself off. The counter is at 0x5e00, the disk address packet of
-    INT 13h's extensions at 0x5e10, the buffer at 0x8000, the stack below 0x7000: on the page of the code each
-    write would have it translated again.
-    """
-    mask = struct.pack("<I", disk_size // SECTOR - 1).hex()
-    code = bytes.fromhex(
-        # xor ax,ax; mov ds,ax; mov es,ax; mov ss,ax; mov sp,0x7000; cld; sti
-        "31c0 8ed8 8ec0 8ed0 bc0070 fc fb"
-        # again: inc dword [0x5e00]
-        "66ff06005e"
-        # mov eax,[0x5e00]; mov edi,0x8000; mov cx,128; rep stosd
-        "66a1005e 66bf00800000 b98000 66f3ab"
-        # mov eax,[0x5e00]; and eax,1023; add eax,2048; mov bh,0x43 (write); call access
-        "66a1005e 6625ff030000 660500080000 b743 e82800"
-        # mov eax,[0x5e00]; imul eax,eax,0x9e3779b1; and eax,MASK; mov bh,0x42 (read); call access
-        f"66a1005e 6669c0b179379e 6625{mask} b742 e81200"
-        # push dx; mov dx,0x3f8; mov al,'.'; out dx,al; pop dx
-        "52 baf803 b02e ee 5a"
-        # test byte [0x5e00],3; jnz again; hlt (until the next tick of 55 ms: others use the processor too);
-        # jmp look
-        "f606005e03 75b1 f4 eb35"
-        # access: mov dword [0x5e10],0x10010; mov dword [0x5e14],0x8000; mov [0x5e18],eax; mov dword
-        # [0x5e1c],0
-        "66c706105e10000100 66c706145e00800000 66a3185e 66c7061c5e00000000"
-        # mov si,0x5e10; mov ah,bh; mov al,0; push dx; int 0x13; pop dx; jc failed; ret
-        "be105e 88fc b000 52 cd13 5a 7201 c3"
-        # failed: mov dx,0x3f8; mov al,'!'; out dx,al; cli; hlt
-        "baf803 b021 ee fa f4"
-        # look: mov ah,1; int 0x16; jnz off; jmp again
-        "b401 cd16 7503 e970ff"
-        # off: mov dx,0x604; mov ax,0x2000; out dx,ax (ACPI's sleep state S5); cli; hlt
-        "ba0406 b80020 ef fa f4"
-    )
-    return code.ljust(510, b"\0") + b"\x55\xaa"
-
-
 @functools.cache
 def original_disk(disk_size: int) -> bytes:
     """The disk of a guest that has not run yet."""
-    return boot_sector(disk_size) + random_bytes(disk_size - SECTOR)
+    return boot_sector([disk_size]) + random_bytes(disk_size - SECTOR)
 
 
 SUPERVISOR = "recipes.processes.supervisor"
@@ -120,6 +77,8 @@ class Role(Enum):
     CHIEF = ('"tell"', ())
     DEPUTY = ('"chief"', ())
     OVERLAY = ("nbd-overlay serve", (KEPT,))
+    ONE_OVERLAY = ("/b1.raw -k ", (KEPT,))
+    """Of several that of the second disk; see many_disks.py."""
     SUPERVISOR_OF_B = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "nbd-overlay"))
     SUPERVISOR_OF_OVERLAY = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "-incoming"))
     SUPERVISOR_OF_SERVER = (
@@ -324,14 +283,6 @@ class TwoMonitors(Scene):
         return [*super().source_qemu(), "-qmp", f"unix:{self.second},server=on,wait=off"]
 
 
-def is_record(sector: int, content: bytes) -> bool:
-    """Whether the guest may have written this to this sector."""
-    number = struct.unpack_from("<I", content)[0]
-    return (
-        sector in RECORDS and sector == RECORDS.start + number % len(RECORDS) and content == content[:4] * 128
-    )
-
-
 @contextlib.contextmanager
 def scene(directory: Path, engine: str = "overlay") -> Iterator[Scene]:
     """A guest that runs on A, on a disk of DISK_SIZE bytes, with everything on this host."""
@@ -343,22 +294,28 @@ def scene(directory: Path, engine: str = "overlay") -> Iterator[Scene]:
 @contextlib.contextmanager
 def running(stage: Scene, *shell: str) -> Iterator[None]:
     """The guest runs on A; it is killed at the end, and so is all that the migration has started."""
-    with Process([*shell, *stage.source_qemu()], stage.directory / "a.log"):
-        try:
-            stage.wait_until_guest_works("a")
-            yield
-        finally:
-            # A migrated guest lives on by design.
-            for role in Role:
-                for process in role.find(stage.directory):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
+    with Process([*shell, *stage.source_qemu()], stage.directory / "a.log"), stopped_with(stage):
+        stage.wait_until_guest_works("a")
+        yield
+
+
+@contextlib.contextmanager
+def stopped_with(stage: Scene) -> Iterator[None]:
+    """All that a migration has started is killed in the end; a migrated guest lives on by design."""
+    try:
+        yield
+    finally:
+        for role in Role:
+            for process in role.find(stage.directory):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def as_toml(plan: Plan) -> str:
     """The plan's file; JSON's strings, numbers and lists are TOML's."""
     lines = []
     for section, values in dataclasses.asdict(plan).items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        for table in values if isinstance(values, tuple) else [values]:
+            lines.append(f"[[{section}]]" if isinstance(values, tuple) else f"[{section}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.boot_sector import SECTOR, is_record
 from tests.support.delay import delayed
 from tests.support.disks import MIB
 from tests.support.guests import short_directory
@@ -20,7 +21,7 @@ from tests.support.monitors import monitor
 from tests.support.processes import Process, check, listens, run, wait_until
 from tests.support.recipes import COMMANDS, DIRECTORY
 from tests.support.servers import Server, UnixAddress, nbdserve
-from tests.support.vms import AS_NOBODY_LATER, DISK_SIZE, QEMU, SECTOR, is_record, original_disk
+from tests.support.vms import AS_NOBODY_LATER, DISK_SIZE, QEMU, original_disk
 
 RECIPE = DIRECTORY / "instant-start.sh"
 LATE = 0.01

@@ -14,18 +14,16 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from recipes.errors import MigrationError
 from recipes.migrate import journal
 from recipes.migrate.decide import MOVING, ON_B, PREPARING, SENDING
 from recipes.migrate.state import Phase
+from tests.support.killed import NAME, SECONDS, command, kill_at, traced
 from tests.support.processes import Process, run, wait_until
-from tests.support.vms import NBD_MIGRATE, QEMU, Role, Scene, lives, monitor, running
+from tests.support.vms import NBD_MIGRATE, QEMU, Role, Scene, lives, monitor, running, scene
 
-SECONDS = 60.0
-NAME = "vm"
 ENTRIES = 18
 """How often an undisturbed run makes something durable: an entry each, and once each of two directories."""
 
@@ -41,50 +39,6 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
     made = Scene(tmp_path, disk_size=8 << 20)
     with running(made):
         yield made
-
-
-def command(*words: str) -> tuple[int, str]:
-    """Run a subcommand of nbd-migrate; its exit code, and what it said."""
-    done = run(NBD_MIGRATE, *words, seconds=SECONDS)
-    return done.returncode, done.stdout + done.stderr
-
-
-def traced(stage: Scene, *options: str, call: str = "fsync") -> Process:
-    """A run some of whose system calls are traced."""
-    strace = ["strace", "-qq", "-e", f"trace={call}", *options]
-    argv = [*strace, str(NBD_MIGRATE), "run", str(stage.plan_file()), "--name", NAME]
-    return Process(argv, stage.directory / "run.log")
-
-
-def kill_at(stage: Scene, entry: int, *, guards: bool, call: str = "fsync") -> Phase:
-    """Kill the command of a run at this entry, with its guards or not; return the last phase written."""
-    kill = f"inject={call}:signal=KILL:when={entry}"
-    with traced(stage, "-o", "/dev/null", "-e", kill, call=call) as tracer:
-        stopped: set[int] = set()
-
-        def has_ended() -> bool:
-            """Guards that are stopped do not act before they are dead."""
-            if guards:
-                for process in _guards(tracer.pid):
-                    if process.pid not in stopped:
-                        process.suspend()
-                        stopped.add(process.pid)
-            return not tracer.running
-
-        wait_until(has_ended, "the command is killed", SECONDS)
-        phase = journal.last(NAME).phase
-        for pid in stopped:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                psutil.Process(pid).kill()
-    wait_until(lambda: journal.actor(NAME) == 0, "nobody is at work", SECONDS)
-    return phase
-
-
-def _guards(tracer: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        found = [each for child in psutil.Process(tracer).children() for each in child.children()]
-        return [each for each in found if "recipes.migrate.guard" in " ".join(each.cmdline())]
-    return []
 
 
 def is_on_a_as_before(stage: Scene) -> None:
@@ -318,9 +272,17 @@ def phase_of(name: str) -> Phase | None:
     return None
 
 
-def test_what_is_known_of_a_migration_is_told(stage: Scene) -> None:
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[Scene]:
+    """A guest whose disk is so large that its own reads do not complete it, however slow this machine is."""
+    with scene(tmp_path) as made:
+        made.change("limits", speed=1 << 13)
+        yield made
+
+
+def test_what_is_known_of_a_migration_is_told(slow: Scene) -> None:
+    stage = slow
     assert command("list") == (0, "")
-    stage.change("limits", speed=1 << 13)
     with Process(
         [NBD_MIGRATE, "run", stage.plan_file(), "--name", NAME], stage.directory / "run.log"
     ) as made:
@@ -329,7 +291,7 @@ def test_what_is_known_of_a_migration_is_told(stage: Scene) -> None:
         code, told = command("status", NAME, "--json")
         values = json.loads(told)
         assert (values["phase"], values["actor"], values["over"]) == ("stream", made.pid, False)
-        assert values["progress"]["total"] == 8 << 20
+        assert values["progress"]["total"] == len(stage.original)
         assert values["history"][0]["phase"] == "prepared"
         assert f"process {made.pid} is at work" in command("list")[1]
         for busy in ("resume", "abort", "cleanup"):

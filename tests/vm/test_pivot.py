@@ -19,11 +19,12 @@ from nbdserve.backends.imagelocks import EXCLUSIVE, WRITER, ImageLocks
 from recipes.errors import MigrationError
 from recipes.qemu.pivot import Pivot, pivot
 from recipes.qemu.vm import Vm, connect
+from tests.support.boot_sector import RECORDS, SECTOR, is_record
 from tests.support.delay import delayed
 from tests.support.disks import MIB
 from tests.support.processes import Process, check, listens, run, wait_until
 from tests.support.servers import Server, UnixAddress, nbdkit
-from tests.support.vms import DISK_SIZE, QEMU, RECORDS, SECTOR, is_record, monitor, original_disk
+from tests.support.vms import DISK_SIZE, QEMU, monitor, original_disk
 
 NODE = "disk0"
 BACKEND = "/machine/peripheral/vd0/virtio-backend"

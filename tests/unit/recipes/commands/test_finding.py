@@ -26,7 +26,9 @@ def state_of(directory: Path, phase: Phase, content: bytes, address: str = "/a")
     assert state
     (directory / "b.raw").write_bytes(content)
     there = replace(state.plan.destination, image=str(directory / "b.raw"))
-    return replace(state, plan=replace(state.plan, destination=there))
+    # nbd-overlay is asked about the image, which takes a busy machine a while.
+    limits = replace(state.plan.limits, command=60.0)
+    return replace(state, plan=replace(state.plan, destination=there, limits=limits))
 
 
 @pytest.mark.parametrize("phase", [Phase.TAKEN_BACK, Phase.LOST, Phase.LAUNCH])
