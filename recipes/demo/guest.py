@@ -38,6 +38,7 @@ class Memory:
 class Guest:
     """One of the two machines that the guest runs in; each has its own console and control.
 
+    disks              how many it has, up to four
     kernel, initramfs  what it boots
     console            file that its first serial port is written to
     control            Unix socket of its second serial port
@@ -47,18 +48,21 @@ class Guest:
     initramfs: Path
     console: Path
     control: Path
+    disks: int = 1
+
+    @property
+    def drives(self) -> list[str]:
+        """Return the block nodes that its disks' devices refer to."""
+        return [NODE, *(f"disk{number}" for number in range(1, self.disks))]
 
     @property
     def qemu(self) -> tuple[str, ...]:
-        """Return QEMU's command line without disk drive and monitor.
-
-        The disk's device refers to node NODE.
-        """
+        """Return QEMU's command line without disk drives and monitor; the disks' devices are there."""
         return (
             *("qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-m", str(MEMORY), "-smp", "1"),
             *("-nodefaults", "-display", "none", "-no-reboot"),
             *("-kernel", str(self.kernel), "-initrd", str(self.initramfs)),
-            *("-append", "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"),
+            *("-append", f"console=ttyS0 quiet panic=-1 mitigations=off no_timer_check disks={self.disks}"),
             *("-serial", f"file:{self.console}"),
             *(
                 "-chardev",
@@ -66,7 +70,11 @@ class Guest:
                 "-serial",
                 "chardev:control",
             ),
-            *("-device", f"virtio-blk-pci,drive={NODE},rerror=stop,werror=stop"),
+            *(
+                word
+                for drive in self.drives
+                for word in ("-device", f"virtio-blk-pci,drive={drive},rerror=stop,werror=stop")
+            ),
         )
 
     @property

@@ -1,9 +1,12 @@
-"""Where the guest's records lie on its disk. ``init``, the guest's program, computes the same in shell.
+"""Where the guest's records lie on its disks. ``init``, the guest's program, computes the same in shell.
 
-The disk is divided into cells of 128 KiB that begin in the middle of a 64 KiB cluster; each holds one place.
+A disk is divided into cells of 128 KiB that begin in the middle of a 64 KiB cluster; each holds one place.
 Record N goes to cell N * STRIDE modulo the number of cells: a bijection, so no place comes back before all
 have had their turn, and then the newer record simply replaces the older one, which has the same extent.
 Every eighth record replaces an earlier one at once: that of half its number.
+
+Of several disks record N is on that of number N modulo the number of disks; one that replaces another goes
+where that was.
 """
 
 from __future__ import annotations
@@ -63,20 +66,33 @@ def cells_on(size: int) -> int:
 
 
 def place(number: int, cells: int) -> Place:
-    """Return the place of record ``number``, counted from 1."""
-    cell = (number if number % 8 else number // 2) * STRIDE % cells
+    """Return the place of record ``number``, counted from 1, on a disk with so many cells."""
+    cell = _rank(number) * STRIDE % cells
     first, count = SHAPES[cell % 8]
     return Place(cell, ORIGIN + CELL * cell + first, count)
 
 
-def newest(written: int, cells: int) -> dict[Place, int]:
-    """Return every place that records 1 to ``written`` have used, and the number of the last record in
-    each.
+def disk_of(number: int, disks: int) -> int:
+    """Return on which of so many disks record ``number`` is, counted from 0."""
+    return _rank(number) % disks
+
+
+def _rank(number: int) -> int:
+    """Return the number of the record whose place this one has."""
+    return number if number % 8 else number // 2
+
+
+def newest(written: int, cells: int, disk: int = 0, disks: int = 1) -> dict[Place, int]:
+    """Return every place of a disk that records 1 to ``written`` have used, and the number of the last record
+    in each.
     """
-    return {place(number, cells): number for number in range(1, written + 1)}
+    numbers = (number for number in range(1, written + 1) if disk_of(number, disks) == disk)
+    return {place(number, cells): number for number in numbers}
 
 
-def extents(written: int, cells: int) -> Iterator[tuple[int, int]]:
-    """Offset and length in bytes of what records 1 to ``written`` cover, ascending, without overlaps."""
-    for each in sorted(newest(written, cells), key=lambda each: each.first):
+def extents(written: int, cells: int, disk: int = 0, disks: int = 1) -> Iterator[tuple[int, int]]:
+    """Offset and length in bytes of what records 1 to ``written`` cover on a disk, ascending, without
+    overlaps.
+    """
+    for each in sorted(newest(written, cells, disk, disks), key=lambda each: each.first):
         yield each.offset, each.length

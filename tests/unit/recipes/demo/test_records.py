@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nbdserve.common.errors import UsageError
 from recipes.demo.initramfs import BUSYBOX, INIT
-from recipes.demo.records import CLUSTER, ORIGIN, SHAPES, cells_on, extents, newest, place
+from recipes.demo.records import CLUSTER, ORIGIN, SHAPES, cells_on, disk_of, extents, newest, place
 
 MIB = 1 << 20
 SIZES = [MIB, 64 * MIB, 256 * MIB, 1024 * MIB, 3 * MIB + 512]
@@ -24,12 +24,29 @@ def first_turn(cells: int) -> list[int]:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_guests_program_puts_every_record_where_the_host_looks_for_it(size: int) -> None:
     cells = cells_on(size)
-    script = f". {INIT}; cells={cells}; for n in $(seq 1 3000); do place $n; echo $cell $first $count; done"
+    loop = "for n in $(seq 1 3000); do place $n; echo $cell $first $count; done"
+    script = f". {INIT}; disks=1 cells0={cells}; {loop}"
     done = subprocess.run(
         [BUSYBOX, "sh", "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
     places = [place(number, cells) for number in range(1, 3001)]
     assert done.stdout.split("\n")[:-1] == [f"{each.cell} {each.first} {each.count}" for each in places]
+
+
+def test_the_guests_program_knows_on_which_of_its_disks_a_record_is() -> None:
+    cells = [cells_on(size * MIB) for size in (64, 16, 32)]
+    known = " ".join(f"cells{number}={each} device{number}=vd{number}" for number, each in enumerate(cells))
+    script = (
+        f". {INIT}; disks=3 {known}; for n in $(seq 1 3000); do place $n; echo $device $first $count; done"
+    )
+    done = subprocess.run(
+        [BUSYBOX, "sh", "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    found = [(disk_of(number, 3), place(number, cells[disk_of(number, 3)])) for number in range(1, 3001)]
+    assert done.stdout.split("\n")[:-1] == [f"vd{disk} {each.first} {each.count}" for disk, each in found]
+    for disk in range(3):
+        used = {each for on, each in found if on == disk}
+        assert newest(3000, cells[disk], disk, 3).keys() == used
 
 
 @pytest.mark.parametrize("size", SIZES)
