@@ -34,7 +34,7 @@ MIGRATION_PORT = "4444"
 EPILOGUE = """
 For recipes and for the other host of a migration:
   nbd-migrate qmp MONITOR COMMAND [JSON]     execute one QMP command
-  nbd-migrate fence READY IMAGE              keep every QEMU from writing to the image
+  nbd-migrate fence READY IMAGE...           keep every QEMU from writing to the images
   nbd-migrate probe URI                      what this host sees of an export
   nbd-migrate supervisor LOG READY COMMAND   run a process that ends with our standard input
   nbd-migrate attach LOG                     speak with the supervisor of a process that was released
@@ -96,9 +96,9 @@ def make_parser() -> program.Parser:
     qmp.set_defaults(body=qmp_command.main)
     raise_fence = subcommands.add_parser("fence")
     raise_fence.add_argument("ready", metavar="READY", type=Path)
-    raise_fence.add_argument("image", metavar="IMAGE")
+    raise_fence.add_argument("images", metavar="IMAGE", nargs="+")
     raise_fence.add_argument("--free", action="store_true")
-    raise_fence.set_defaults(body=lambda given: fence.fence(given.image, given.ready, free=given.free))
+    raise_fence.set_defaults(body=lambda given: fence.fence(given.images, given.ready, free=given.free))
     seen = subcommands.add_parser("probe")
     seen.add_argument("uri", metavar="URI")
     seen.set_defaults(body=lambda given: probe.probe(given.uri))

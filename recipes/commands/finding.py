@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
 from nbdserve.common.errors import ConnectError, UsageError
+from recipes.engines.overlay_engine import monitor_name
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.hosts.images import holds_something, image_facts
+from recipes.hosts.images import image_facts
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Action, Wish, decide
 from recipes.migrate.journal import Journal, actor, names, of_destination, usable_name
+from recipes.migrate.leftovers import any_holds_something
 from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Disk, Phase, Role, State
+from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import hosts, source_monitor
 from recipes.processes.children import Children
@@ -37,10 +41,10 @@ async def found(
     if b:
         stack.push_async_callback(b.disconnect)
     places = await hosts(plan)
-    disk = await look_at(plan, places[1], b)
+    disks = [await look_at(plan, disk, places[1], b) for disk in plan.disks]
     if not sure and journal.state is not None:
         await refuse_unless_on_b(journal.state, a, b, places[1])
-    state = found_on_b(journal, plan, disk, again)
+    state = found_on_b(journal, plan, disks, again)
     journal.held = True
     journal.append(state)
     children = await stack.enter_async_context(Children())
@@ -60,8 +64,7 @@ async def refuse_unless_on_b(state: State, a: Vm, b: Vm | None, host_b: Host) ->
     on_a = await guest_on_a(a) if a.connected else OnA.GONE
     on_b = OnB.HAS_GUEST
     if b is None:
-        holds = await holds_something(host_b, state.plan.destination.image, state.plan.limits.command)
-        on_b = OnB.STOPPED if holds else OnB.NONE
+        on_b = OnB.STOPPED if await any_holds_something(host_b, state.plan) else OnB.NONE
     decision = decide(state.phase, Wish.GO_ON, Facts(on_a, on_b))
     if state.phase is not Phase.DONE and decision.action is not Action.FINISH:
         raise MigrationError(
@@ -144,29 +147,29 @@ def journal_of(plan: Plan) -> Journal:
             return Journal.take_over(state.name)
     if found:
         return Journal.take_over(found[-1].name)
-    stem = usable_name(Path(plan.source.image).stem)
+    stem = usable_name(Path(plan.disks[0].image).stem)
     taken = names()
     free = (each for each in chain([stem], (f"{stem[:30]}-{n}" for n in count(2))) if each not in taken)
     return Journal.begin(next(free))
 
 
-def found_on_b(journal: Journal, plan: Plan, disk: Disk, again: str) -> State:
+def found_on_b(journal: Journal, plan: Plan, disks: Sequence[Disk], again: str) -> State:
     """Return the state of a migration whose guest is found on B."""
     known = journal.state or State(journal.directory.name, plan)
     return replace(
         known,
         plan=plan,
-        phase=Phase.COMPLETE if disk.complete else Phase.ARRIVED,
-        disks=(disk,),
+        phase=Phase.COMPLETE if all(disk.complete for disk in disks) else Phase.ARRIVED,
+        disks=tuple(disks),
         arrived=known.arrived or time.time(),
         made=(),
         finish=again,
     )
 
 
-async def look_at(plan: Plan, host: Host, b: Vm | None) -> Disk:
-    """See how complete B's image is."""
-    image, limit = plan.destination.image, plan.limits.command
+async def look_at(plan: Plan, disk: PlannedDisk, host: Host, b: Vm | None) -> Disk:
+    """See how complete B's image of a disk is."""
+    image, limit = disk.target, plan.limits.command
     if not await host.test("-e", image, limit):
         if b:
             raise MigrationError(
@@ -183,7 +186,7 @@ async def look_at(plan: Plan, host: Host, b: Vm | None) -> Disk:
             f"{image} on B is of engine {made_by}: give --engine {made_by}, as the run was given"
         )
     size, complete = int(facts["virtual-size"]), "backing-filename" not in facts
-    return Disk(plan.source.image, image, size, complete=complete)
+    return Disk(disk.image, image, size, complete=complete)
 
 
 async def take_over(m: Migration) -> None:
@@ -195,15 +198,19 @@ async def take_over(m: Migration) -> None:
         # A complete disk needs nothing of A, which may be away for good: the last step says so.
         if not m.complete:
             raise
-    await m.adopt(Role.OVERLAY)
+    for disk in m.disks:
+        await m.adopt(Role.OVERLAY, disk.drive)
     if m.b:
         await m.adopt_known(Role.QEMU)
-    limits, address = m.plan.limits, m.plan.destination.overlay_monitor
-    try:
-        # Also without a pid file.
-        m.overlay_monitor = await connect(
-            "nbd-overlay", address, limit=limits.connect, command_limit=limits.command
-        )
-    except ConnectError:
-        if m.overlay:
-            raise
+    limits = m.plan.limits
+    for disk in m.disks:
+        try:
+            # Also without a pid file.
+            m.overlay_monitors[disk.drive] = await connect(
+                *(monitor_name(m, disk), disk.overlay_monitor),
+                limit=limits.connect,
+                command_limit=limits.command,
+            )
+        except ConnectError:
+            if m.overlay(disk):
+                raise

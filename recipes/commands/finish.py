@@ -7,7 +7,8 @@ has ended on B is no obstacle: its disk is completed without it, or, with ``boot
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, closing, suppress
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, closing
 
 from nbdserve.common.errors import OperatorError
 from recipes.commands.finding import found, journal_of
@@ -16,16 +17,15 @@ from recipes.commands.run import go_through
 from recipes.engines.choice import engine_for
 from recipes.engines.interface import blockdev_options, reached
 from recipes.errors import MigrationError
+from recipes.hosts.quoting import listed
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report, Step
 from recipes.migrate.runtime import READY, Migration, gone
 from recipes.migrate.state import Phase, Role
 from recipes.plans.plan import Plan
-from recipes.qemu.vm import CommandError
 from recipes.steps.cutover import fence_source
-from recipes.steps.export import check_export, start_server
-from recipes.steps.launch import check_device, monitor_option
-from recipes.steps.recovery import JOB
+from recipes.steps.export import check_exports, start_server
+from recipes.steps.launch import check_devices, monitor_option
 from recipes.steps.shut_down import clear_source, detach
 from recipes.steps.stream import stream
 from recipes.steps.without_guest import go_without_guest
@@ -35,8 +35,11 @@ async def shut_down(m: Migration) -> str:
     """Step 6, at which A may be without a fence."""
     m.enter(Phase.SHUT_DOWN)
     await detach(m)
-    if m.fence is None and await m.host_a.test("-e", m.plan.source.image, m.plan.limits.command):
-        await raise_fence(m)
+    limit = m.plan.limits.command
+    # Some may have been moved aside.
+    images = [disk.image for disk in m.disks if await m.host_a.test("-e", disk.image, limit)]
+    if m.fence is None and images:
+        await raise_fence(m, images)
     return await clear_source(m)
 
 
@@ -68,7 +71,9 @@ async def finish_with(
             raise MigrationError(f"{error}; {await where(m)}") from error
         await go_through(m, STEPS[m.complete :], where)
         m.done()
-        report.note(f"done: the guest's disk is {plan.destination.image} on B, and needs nothing on A")
+        several, targets = len(plan.disks) > 1, listed(disk.target for disk in plan.disks)
+        are, need = ("disks are", "need") if several else ("disk is", "needs")
+        report.note(f"done: the guest's {are} {targets} on B, and {need} nothing on A")
 
 
 async def take_up(m: Migration, *, boot: bool) -> None:
@@ -83,7 +88,6 @@ async def take_up(m: Migration, *, boot: bool) -> None:
     else:
         m.report.note("the guest does not run on B; its disk is completed without it")
         await go_without_guest(m)
-    await set_speed(m)
 
 
 async def where(m: Migration) -> str:
@@ -96,49 +100,42 @@ async def secure(m: Migration) -> None:
     if m.a.connected:
         await fence_source(m)
     elif not m.complete and m.fence is None:
-        await raise_fence(m)
+        await raise_fence(m, [disk.image for disk in m.disks])
     if not m.complete:
         await ensure_export(m)
 
 
-async def set_speed(m: Migration) -> None:
-    """Give a stream that was begun already the speed of the plan, which may be another one now."""
-    jobs = m.overlay_monitor or m.b
-    if jobs:
-        with suppress(CommandError):
-            await jobs.execute("block-job-set-speed", device=JOB, speed=m.plan.limits.speed)
-
-
-async def raise_fence(m: Migration) -> None:
-    """Keep everybody from writing to A's disk; MigrationError where somebody does that already."""
-    image, limit = m.plan.source.image, m.plan.limits.start
-    command = m.host_a.own("fence", READY, image, "--free")
+async def raise_fence(m: Migration, images: Sequence[str]) -> None:
+    """Keep everybody from writing to A's disks; MigrationError where somebody does that already."""
+    limit = m.plan.limits.start
+    command = m.host_a.own("fence", READY, *images, "--free")
     fence = await m.start(Role.FENCE, command, ready=True)
     await m.during(fence.ready(limit), limit, "raising the fence on A")
 
 
 async def ensure_export(m: Migration) -> None:
-    """See that A serves its disk; by our server, or by one that somebody has started meanwhile."""
-    limits = m.plan.limits
+    """See that A serves its disks; by our server, or by one that somebody has started meanwhile."""
     if m.server is None:
         try:
-            await m.during(check_export(m), limits.connect, "reaching the export from B")
+            await check_exports(m, m.pending)
             return
         except MigrationError:
             await start_server(m)
 
 
 async def start_guest(m: Migration) -> None:
-    """Start the guest on B again, as after a power failure, on what there is of its disk."""
-    destination, limits = m.plan.destination, m.plan.limits
-    if m.complete:
-        nodes = [engine_for(m).complete_node(m.plan)]
-    else:
-        await engine_for(m).prepare_again(m)
-        nodes = engine_for(m).nodes(m.plan)
+    """Start the guest on B again, as after a power failure, on what there is of its disks."""
+    destination, limits, engine = m.plan.destination, m.plan.limits, engine_for(m)
+    nodes = []
+    for disk in m.disks:
+        if disk in m.pending:
+            await engine.prepare_again(m, disk)
+            nodes += engine.nodes(m.plan, disk)
+        else:
+            nodes.append(engine.complete_node(disk))
     argv = [*destination.qemu, *blockdev_options(nodes), "-qmp", monitor_option(destination.qmp)]
     qemu = await m.start(Role.QEMU, argv)
     m.need("B's QEMU", qemu.wait())
     m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
-    await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
+    await m.during(check_devices(m.plan, m.b), limits.command, "looking at B's disks")
     m.report.note(f"the guest was started again on B, process {qemu.pid}")

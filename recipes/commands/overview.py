@@ -14,9 +14,9 @@ from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 from recipes.migrate import journal
 from recipes.migrate.console import describe
-from recipes.migrate.leftovers import discarding
+from recipes.migrate.leftovers import discarding, made
 from recipes.migrate.progress import Progress
-from recipes.migrate.state import BEFORE, NAMES, OVER, Phase, State
+from recipes.migrate.state import BEFORE, OVER, Phase, State, called
 
 LOOK = 1.0
 """Seconds between two looks of ``status --watch``."""
@@ -105,15 +105,16 @@ def lines(name: str) -> list[str]:
 
 def left_behind(state: State) -> list[str]:
     """Return a phrase for each thing that a migration has started or made, and that may still be there."""
-    told = [f"{NAMES[each.role]}: process {each.pid}" for each in state.processes]
-    there = state.plan.destination
-    if state.made:
-        host = Host("B", there.shell, there.bin)
-        discard = pasted(host.argv(discarding(host, state)))
-        told.append(f"{there.image} on B; this removes it, if it holds nothing: {discard}")
-    elif state.phase not in BEFORE | OVER:
-        until = "" if state.complete else f", and {state.plan.source.image} on A until that is complete"
-        told.append(f"the guest's disk, which is to be kept: {there.image} on B{until}")
+    plan = state.plan
+    told = [f"{called(each.role, plan, each.disk)}: process {each.pid}" for each in state.processes]
+    host = Host("B", plan.destination.shell, plan.destination.bin)
+    for disk in made(state):
+        discard = pasted(host.argv(discarding(host, disk)))
+        told.append(f"{disk.target} on B; this removes it, if it holds nothing: {discard}")
+    if not state.made and state.phase not in BEFORE | OVER:
+        for each in state.disks:
+            until = "" if each.complete else f", and {each.source} on A until that is complete"
+            told.append(f"the guest's disk, which is to be kept: {each.target} on B{until}")
     return [f"left: {each}" for each in told]
 
 

@@ -97,16 +97,16 @@ class OwnHands(Hands):
         """End B's QEMU."""
         await stop(self._m, await self.child(Role.QEMU))
 
-    async def child(self, role: Role) -> Child | None:
+    async def child(self, role: Role, drive: str = "") -> Child | None:
         """Return the process in a role, if one was started."""
-        return self._m.child(role)
+        return self._m.child(role, drive)
 
     async def clear(self) -> list[str]:
         """End what was started and remove what was made; return a phrase for each that is left."""
         m, left = self._m, []
-        for role in (Role.QEMU, Role.OVERLAY, Role.SERVER, Role.FENCE):
+        for role, drive in m.roles(Role.QEMU, Role.OVERLAY, Role.SERVER, Role.FENCE):
             try:
-                await stop(m, await self.child(role))
+                await stop(m, await self.child(role, drive))
             except MigrationError as error:
                 left.append(str(error))
         return left + await remove_made(m.host_b, m.state, m.plan.limits.command)

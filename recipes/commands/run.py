@@ -94,11 +94,13 @@ async def migrate_from(
 ) -> Outcome:
     """Run the six steps from the first one on, with a journal of which nothing is needed any more."""
     places = await hosts(plan)
-    size = await preflight.check(plan, a, *places)
+    sizes = await preflight.check(plan, a, *places)
     state = State(
         journal.directory.name,
         plan,
-        disks=(Disk(plan.source.image, plan.destination.image, size),),
+        disks=tuple(
+            Disk(disk.image, disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)
+        ),
         capabilities=tuple(await capabilities_on(a)),
         finish=finish or f"nbd-migrate resume {journal.directory.name}",
     )
@@ -119,16 +121,18 @@ async def migrate_from(
 
 
 async def name_of(a: Vm, plan: Plan) -> str:
-    """Return the name of a migration that was given none: the guest's, or else that of its disk."""
-    return usable_name((await a.execute("query-name")).get("name") or Path(plan.source.image).stem)
+    """Return the name of a migration that was given none: the guest's, or else that of its first disk."""
+    return usable_name((await a.execute("query-name")).get("name") or Path(plan.disks[0].image).stem)
 
 
 def refuse_another(name: str, plan: Plan) -> None:
     """Raise MigrationError when a migration of another name makes the same image, and is not over."""
     for state in of_destination(plan):
         if state.name != name and not state.over:
+            taken = {disk.target for disk in state.plan.disks}
+            target = next(disk.target for disk in plan.disks if disk.target in taken)
             raise MigrationError(
-                f"destination.image: {plan.destination.image} is that of migration {state.name} "
+                f"{plan.called('target')}: {target} is that of migration {state.name} "
                 f"({state.phase.value}): nbd-migrate resume {state.name}, or nbd-migrate abort {state.name}"
             )
 
@@ -160,7 +164,7 @@ async def run(m: Migration) -> Outcome:
         downtime_ms=arrival.downtime_ms if arrival else 0,
         migrate_ms=arrival.total_ms if arrival else 0,
         ram_bytes=arrival.ram_bytes if arrival else 0,
-        disk_bytes=m.disk.size,
+        disk_bytes=m.size,
         window=m.state.window,
         recoveries=m.state.recoveries,
     )

@@ -62,9 +62,9 @@ class TakenUpHands(OwnHands):
                 f"B's QEMU may still be there: its monitor at {m.plan.destination.qmp} does not refuse"
             )
 
-    async def child(self, role: Role) -> Child | None:
+    async def child(self, role: Role, drive: str = "") -> Child | None:
         """Return the process in a role that is written down, if it still lives."""
-        return await super().child(role) or await self._m.adopt_known(role)
+        return await super().child(role, drive) or await self._m.adopt_known(role, drive)
 
 
 @dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from recipes.engines.interface import LOOK, Engine
-from recipes.migrate.progress import Moment
+from recipes.engines.interface import JOB, LOOK, Engine
 from recipes.migrate.runtime import Migration
+from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 from recipes.qemu.vm import CommandError, Vm
 
@@ -18,17 +18,17 @@ class QemuEngine(Engine):
     # QEMU (7.2 and 10.0) takes a block status that fails for the end of the disk and stores garbage.
     structured_replies = False
 
-    def files(self, plan: Plan) -> list[str]:
+    def files(self, disk: PlannedDisk) -> list[str]:
         """Return the image."""
-        return [plan.destination.image]
+        return [disk.target]
 
-    def nodes(self, plan: Plan) -> list[dict[str, object]]:
+    def nodes(self, plan: Plan, disk: PlannedDisk) -> list[dict[str, object]]:
         """Copy-on-read over the overlay over the export.
 
         The export is a node of its own, not an option of the overlay. So it replaces the backing file that
         the image's header names, with a reconnect-delay, and can be closed when it is not needed any more.
         """
-        node, seconds, address = plan.destination.node, plan.limits.reconnect_delay, plan.export.address
+        node, seconds, address = disk.drive, plan.limits.reconnect_delay, plan.export_of(disk)
         return [
             {
                 "node-name": f"{node}-export",
@@ -43,46 +43,52 @@ class QemuEngine(Engine):
             {
                 "node-name": f"{node}-overlay",
                 "driver": "qed",
-                "file": {"driver": "file", "filename": plan.destination.image},
+                "file": {"driver": "file", "filename": disk.target},
                 "backing": f"{node}-backing",
             },
             {"node-name": node, "driver": "copy-on-read", "file": f"{node}-overlay"},
         ]
 
-    def needed_later(self, plan: Plan) -> dict[str, dict[str, object]]:
+    def needed_later(self, plan: Plan, disk: PlannedDisk) -> dict[str, dict[str, object]]:
         """Connect to the export again."""
-        export = {**self.nodes(plan)[0], "open-timeout": 0}
+        export = {**self.nodes(plan, disk)[0], "open-timeout": 0}
         del export["node-name"]
-        return {f"connect to {plan.export.address} again": export}
+        return {f"connect to {plan.export_of(disk)} again": export}
 
-    def complete_node(self, plan: Plan) -> dict[str, object]:
+    def complete_node(self, disk: PlannedDisk) -> dict[str, object]:
         """Return the image, which has let go of its backing."""
-        file = {"driver": "file", "filename": plan.destination.image}
-        return {"node-name": plan.destination.node, "driver": "qed", "file": file}
+        file = {"driver": "file", "filename": disk.target}
+        return {"node-name": disk.drive, "driver": "qed", "file": file}
 
-    def streamed(self, plan: Plan) -> str:
-        """Return the overlay's node."""
-        return f"{plan.destination.node}-overlay"
+    def streamed(self, plan: Plan, disk: PlannedDisk) -> tuple[str, str]:
+        """Return the overlay's node; the jobs of several disks are on one monitor."""
+        return JOB if len(plan.disks) == 1 else f"{JOB}-{disk.drive}", f"{disk.drive}-overlay"
 
-    async def prepare(self, m: Migration) -> None:
+    async def prepare(self, m: Migration, disk: PlannedDisk) -> None:
         """Nothing: QEMU opens the image itself."""
 
-    async def prepare_again(self, m: Migration) -> None:
+    async def prepare_again(self, m: Migration, disk: PlannedDisk) -> None:
         """Nothing either."""
 
-    async def monitor(self, m: Migration) -> Vm:
+    async def monitor(self, m: Migration, disk: PlannedDisk) -> Vm:
         """Return QEMU's own."""
         return m.monitor_b
 
-    async def confirm(self, m: Migration) -> None:
+    async def confirm(self, m: Migration, disk: PlannedDisk) -> None:
         """Nothing: its job's last event comes when the image has let go of its backing."""
 
-    async def detach(self, m: Migration) -> None:
+    async def carries(self, m: Migration, disk: PlannedDisk) -> bool:
+        """Say no: QEMU has the image itself."""
+        return False
+
+    async def detach(self, m: Migration, disk: PlannedDisk) -> None:
         """Delete the nodes that lead to A, which the overlay has let go of."""
-        node, limits = m.plan.destination.node, m.plan.limits
-        for name in (f"{node}-backing", f"{node}-export"):
-            await m.during(close_node(m.monitor_b, name), limits.command, "closing the export on B")
-        m.report.moment(Moment.PIVOTED)
+        for name in (f"{disk.drive}-backing", f"{disk.drive}-export"):
+            closing = close_node(m.monitor_b, name)
+            await m.during(closing, m.plan.limits.command, "closing the export on B")
+
+    async def end(self, m: Migration, disk: PlannedDisk) -> None:
+        """Nothing was started."""
 
 
 async def close_node(vm: Vm, node: str) -> None:

@@ -10,6 +10,7 @@ from recipes.engines.overlay_engine import OverlayEngine
 from recipes.errors import MigrationError
 from recipes.hosts.images import image_facts
 from recipes.migrate.runtime import Migration
+from recipes.plans.disks import PlannedDisk
 
 
 class Unattended(OverlayEngine):
@@ -18,13 +19,11 @@ class Unattended(OverlayEngine):
     def __init__(self, layout: str) -> None:
         self.layout = layout
 
-    async def confirm(self, m: Migration) -> None:
+    async def confirm(self, m: Migration, disk: PlannedDisk) -> None:
         """See that the image needs no backing any more."""
-        image = m.plan.destination.image
-        if "backing-filename" in await image_facts(m.host_b, image, m.plan.limits.command):
+        if "backing-filename" in await image_facts(m.host_b, disk.target, m.plan.limits.command):
             tool = m.host_b.tool("nbd-overlay")
-            raise MigrationError(f"{image} is not complete: it has a backing, {tool} info says")
+            raise MigrationError(f"{disk.target} is not complete: it has a backing, {tool} info says")
 
-    async def detach(self, m: Migration) -> None:
-        """End nbd-overlay: there is no guest that would have to pivot."""
-        await self.end_overlay(m)
+    async def detach(self, m: Migration, disk: PlannedDisk) -> None:
+        """Nothing: there is no guest that would have to pivot."""

@@ -12,7 +12,8 @@ NAME is the device's path as LVM writes paths: /dev/vg-a/lv is dev-vg--a-lv.
 from __future__ import annotations
 
 import posixpath
-from pathlib import PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from recipes.hosts.host import Host
 
@@ -34,3 +35,29 @@ def name_of(image: str) -> str:
     """Return a path as the name of one file; no two paths have the same."""
     parts = posixpath.normpath(image).strip("/").split("/")
     return "-".join(part.replace("-", "--") for part in parts)
+
+
+class Places:
+    """Where what belongs to the images of a migration is kept; for each its host is asked once."""
+
+    def __init__(self, directory: str, images: Sequence[Sequence[str]], limit: float) -> None:
+        """``directory`` is the plan's log.directory; ``images`` are those of each host."""
+        self._directory = directory
+        self._images = images
+        self._limit = limit
+        self._known: dict[tuple[Host, str], Path] = {}
+
+    async def place(self, host: Host, image: str, suffix: str) -> Path:
+        """Return where log and pid file of what belongs to an image are, without ``.log`` and ``.pid``."""
+        if (host, image) not in self._known:
+            directory = self._directory or await place_of(host, image, self._limit)
+            self._known[host, image] = Path(directory)
+        return self._known[host, image] / f"{self._stem(image)}.{suffix}"
+
+    def _stem(self, image: str) -> str:
+        """Return the image's name; in a directory that several share, one that no other has."""
+        name = Path(image).name
+        shared = any(
+            image in side and [Path(each).name for each in side].count(name) > 1 for side in self._images
+        )
+        return name_of(image) if shared and self._directory else name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _UNSAFE_IN_A_LINE = re.compile(r"[^\x20-\x7e\xa1-\ud7ff\uf900-\uffef\U00010000-\U0010fffd]|  |^ | $")
 """What would break the line, could not be seen, or is lost where a message's spaces are put in order."""
@@ -14,6 +14,12 @@ _UNSAFE_IN_A_LINE = re.compile(r"[^\x20-\x7e\xa1-\ud7ff\uf900-\uffef\U00010000-\
 def pasted(words: Sequence[str]) -> str:
     """Return the command as one line for bash."""
     return " ".join(map(quoted, words))
+
+
+def listed(words: Iterable[str]) -> str:
+    """Return names in a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def quoted(word: str) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from recipes.hosts.quoting import pasted
+from recipes.hosts.quoting import listed, pasted
 from recipes.migrate.state import Phase, State
 from recipes.qemu.facts import Facts, OnA, OnB
 
@@ -65,8 +65,10 @@ class Action(Enum):
 class Rule:
     """One line of the table.
 
-    ``words`` may name {image}, the guest's disk on A, {overlay}, that on B, and the commands {finish} and
-    {go_on} and {end_a}, which let A's guest go on and end its QEMU.
+    ``words`` may name {image}, the guest's disk on A, {overlay}, that on B, {missing}, that on B of which A
+    has a part, and the commands {finish} and {go_on} and {end_a}, which let A's guest go on and end its QEMU.
+    Where there are several disks, {image} and {missing} are those that are not complete; the other words in
+    braces agree with how many there are.
     """
 
     name: str
@@ -100,15 +102,17 @@ _LEFT = "the guest was left on A, but look at it"
 _DONE = "the guest and its disk are on B; nothing is left to do"
 UNKNOWN = "it is not known where the guest is"
 _STAYS = (
-    "the guest is on B and stays there; until {overlay} is complete, keep {image} and A's server; to "
-    "complete it: {finish}"
+    "the guest is on B and stays there; until {missing} {is} complete, keep {image} and A's server; to "
+    "complete {it}: {finish}"
 )
 _STOPPED = (
-    "the guest has stopped; its disk is {overlay} on B together with {image} on A, which is still served: "
-    "keep both; to start the guest again and complete its disk: {finish} --boot; to complete the disk "
-    "without it: {finish}"
+    "the guest has stopped; its {disk} {are} {overlay} on B together with {image} on A, which {is} still "
+    "served: keep {both}; to start the guest again and complete its {disk}: {finish} --boot; to complete the "
+    "{disk} without it: {finish}"
 )
-_WHOLE = "its disk, {overlay} on B, is complete and needs nothing on A; to clear away what is left: {finish}"
+_WHOLE = (
+    "its {disk}, {overlay} on B, {are} complete and {need} nothing on A; to clear away what is left: {finish}"
+)
 
 RULES: tuple[Rule, ...] = (
     # Over.
@@ -237,6 +241,21 @@ def asks_b(phase: Phase, wish: Wish, a: OnA) -> bool:
 
 def told(words: str, state: State) -> str:
     """Put the names of a migration into a rule's words."""
-    disk = state.disks[0]
     go_on, end_a = (pasted(["nbd-migrate", "qmp", state.plan.source.qmp, each]) for each in ("cont", "quit"))
-    return words.format(image=disk.source, overlay=disk.target, finish=state.finish, go_on=go_on, end_a=end_a)
+    disks = state.disks
+    missing = [disk for disk in disks if not disk.complete] or disks
+    several, some = len(disks) > 1, len(missing) > 1
+    return words.format(
+        image=listed(disk.source for disk in missing),
+        overlay=listed(disk.target for disk in disks),
+        missing=listed(disk.target for disk in missing),
+        disk="disks" if several else "disk",
+        are="are" if several else "is",
+        need="need" if several else "needs",
+        both="all of them" if several else "both",
+        it="them" if some else "it",
+        finish=state.finish,
+        go_on=go_on,
+        end_a=end_a,
+        **{"is": "are" if some else "is"},
+    )

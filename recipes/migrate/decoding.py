@@ -37,10 +37,16 @@ def _decoded(kind: Any, value: Any) -> Any:
 
 
 def _record(kind: Any, given: dict[str, Any]) -> Any:
-    hints, wanted = get_type_hints(kind), {field.name for field in dataclasses.fields(kind)}
-    if wanted != set(given):
-        raise ValueError(f"{', '.join(sorted(wanted ^ set(given)))} of {kind.__name__}")
+    hints, wanted = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+    # What has a default may be younger than what was written.
+    missing = {name for name in wanted.keys() - given.keys() if _is_required(wanted[name])}
+    if wrong := missing | given.keys() - wanted.keys():
+        raise ValueError(f"{', '.join(sorted(wrong))} of {kind.__name__}")
     return kind(**{name: _decoded(hints[name], each) for name, each in given.items()})
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _of(kind: type[T], value: object) -> T:

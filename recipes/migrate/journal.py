@@ -117,12 +117,13 @@ def known() -> Iterator[State]:
 
 
 def of_destination(plan: Plan) -> list[State]:
-    """Return the migrations that make the same image on the same host as this plan."""
-    there = plan.destination
+    """Return the migrations that make an image that this plan makes, on the same host."""
+    targets = {disk.target for disk in plan.disks}
     return [
         state
         for state in known()
-        if (state.plan.destination.image, state.plan.destination.shell) == (there.image, there.shell)
+        if state.plan.destination.shell == plan.destination.shell
+        and targets & {disk.target for disk in state.plan.disks}
     ]
 
 

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.hosts.images import holds_something
 from recipes.hosts.quoting import pasted
 from recipes.migrate.state import State
+from recipes.plans.disks import PlannedDisk
+from recipes.plans.plan import Plan
 
 
 def but(where: str, *left: str) -> str:
@@ -15,9 +18,24 @@ def but(where: str, *left: str) -> str:
     return "; but ".join(dict.fromkeys([where, *left]))
 
 
-def discarding(host: Host, state: State) -> list[str]:
+async def any_holds_something(host: Host, plan: Plan) -> bool:
+    """Tell whether anything of the guest's disks is in their images on B; raises MigrationError where that is
+    not told.
+    """
+    for disk in plan.disks:
+        if await holds_something(host, disk.target, plan.limits.command):
+            return True
+    return False
+
+
+def made(state: State) -> list[PlannedDisk]:
+    """Return the disks of which something was made on B, or may have been."""
+    return [disk for disk in state.plan.disks if {*disk.beside} & {*state.made}]
+
+
+def discarding(host: Host, disk: PlannedDisk) -> list[str]:
     """Return the command for B that removes the image if it holds nothing: it may be the guest's."""
-    return [host.tool("nbd-overlay"), "discard", state.plan.destination.image]
+    return [host.tool("nbd-overlay"), "discard", disk.target]
 
 
 async def remove_made(host: Host, state: State, limit: float) -> list[str]:
@@ -25,13 +43,13 @@ async def remove_made(host: Host, state: State, limit: float) -> list[str]:
 
     It does not raise: where the guest is does not depend on it.
     """
-    if not state.made:
-        return []
-    image = state.plan.destination.image
-    left = await _remove(host, discarding(host, state), limit)
-    others = [path for path in state.made if path not in (image, f"{image}.map")]
-    if others and not left:
-        left += await _remove(host, ["rm", "-f", "--", *others], limit)
+    left = []
+    for disk in made(state):
+        kept = await _remove(host, discarding(host, disk), limit)
+        others = [path for path in (disk.overlay_socket, disk.overlay_monitor) if path in state.made]
+        if others and not kept:
+            kept = await _remove(host, ["rm", "-f", "--", *others], limit)
+        left += kept
     return left
 
 

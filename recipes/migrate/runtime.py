@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.hosts.places import place_of
+from recipes.hosts.places import Places
 from recipes.migrate.guard import Guard
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
-from recipes.migrate.state import NAMES, OVER, Disk, Phase, Process, Role, State
+from recipes.migrate.state import OVER, PER_DISK, Phase, Process, Role, State, called
+from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 from recipes.processes.children import Child, Children
 from recipes.qemu.vm import RefusedGuestError, Vm, VmGoneError
@@ -60,7 +61,7 @@ class Migration:
 
     a, b       the monitors of the two QEMUs; b from step 3 on
     owned      the processes end with this one in any case: they are never released
-    overlay_monitor  nbd-overlay's, where that is the engine
+    overlay_monitors  those of nbd-overlay, by the drives of their disks, where that is the engine
     unattended the disk is completed without its guest
     guest_end  how B's QEMU has ended after the cut-over, when it was noticed
     cleared    everything is done that there is to do, whatever has become of the guest
@@ -85,10 +86,11 @@ class Migration:
         self.guest_end: GuestEnd | None = None
         self.owned = owned
         self.host_a, self.host_b = hosts
-        self.overlay_monitor: Vm | None = None
+        self.overlay_monitors: dict[str, Vm] = {}
         self.unattended = self.cleared = False
-        self._started: dict[Role, Child] = {}
-        self._places: dict[tuple[Host, str], Path] = {}
+        self._started: dict[tuple[Role, str], Child] = {}
+        images = [disk.image for disk in self.disks], [disk.target for disk in self.disks]
+        self._places = Places(self.plan.log.directory, images, self.plan.limits.command)
         self._needed: dict[str, asyncio.Task[str]] = {}
         self._guard = guard
         if guard:
@@ -107,10 +109,23 @@ class Migration:
         return self.state.plan
 
     @property
-    def disk(self) -> Disk:
-        """Return the guest's disk."""
-        [disk] = self.state.disks
-        return disk
+    def disks(self) -> tuple[PlannedDisk, ...]:
+        """Return the guest's disks, at least one."""
+        return self.plan.disks
+
+    @property
+    def pending(self) -> tuple[PlannedDisk, ...]:
+        """Return the disks that still need A."""
+        return self.state.pending
+
+    @property
+    def size(self) -> int:
+        """Return the size of all disks together in bytes."""
+        return sum(disk.size for disk in self.state.disks)
+
+    def about(self, disk: PlannedDisk) -> str:
+        """Return what sets a disk apart from others in a message; nothing where it is the only one."""
+        return f" of {disk.drive}" if len(self.disks) > 1 else ""
 
     @property
     def finish(self) -> str:
@@ -157,9 +172,18 @@ class Migration:
                 raise MigrationError(f"{told}: {remedy}") from error
             self.report.note(f"the journal cannot be written: {told}")
 
-    def child(self, role: Role) -> Child | None:
+    def child(self, role: Role, drive: str = "") -> Child | None:
         """Return the process in a role, if one was started or taken over."""
-        return self._started.get(role)
+        return self._started.get((role, drive))
+
+    def called(self, role: Role, drive: str = "") -> str:
+        """Return what messages call the process in a role."""
+        return called(role, self.plan, drive)
+
+    def roles(self, *roles: Role) -> list[tuple[Role, str]]:
+        """Return these roles, each with the drive of a disk where there is one process for each."""
+        drives = [disk.drive for disk in self.disks]
+        return [(role, drive) for role in roles for drive in (drives if role in PER_DISK else [""])]
 
     @property
     def server(self) -> Child | None:
@@ -171,10 +195,9 @@ class Migration:
         """Return recipes.qemu.fence on A."""
         return self.child(Role.FENCE)
 
-    @property
-    def overlay(self) -> Child | None:
-        """Return nbd-overlay on B."""
-        return self.child(Role.OVERLAY)
+    def overlay(self, disk: PlannedDisk) -> Child | None:
+        """Return nbd-overlay on B for a disk."""
+        return self.child(Role.OVERLAY, disk.drive)
 
     @property
     def qemu(self) -> Child | None:
@@ -263,19 +286,23 @@ class Migration:
         """Return what was needed and has ended, and how."""
         return (f"{name} {end.result()}" for name, end in self._needed.items() if end.done())
 
-    async def start(self, role: Role, argv: list[str], *, ready: bool = False) -> Child:
+    async def start(self, role: Role, argv: list[str], *, ready: bool = False, drive: str = "") -> Child:
         """Start a process whose log lies in the plan's log directory, or else where places.py says.
 
         With ``ready``, ``READY`` in the command line stands for the file that it makes when it is ready.
+        ``drive`` is that of its disk, where there is one process for each.
         """
-        child = await self.run(NAMES[role], role, role.value, argv, ready=ready)
-        self._started[role] = child
-        self.record(processes=self.state.with_process(Process(role, child.pid, child.mark)).processes)
+        child = await self.run(self.called(role, drive), role, argv, ready=ready, drive=drive)
+        self._started[role, drive] = child
+        process = Process(role, child.pid, child.mark, drive)
+        self.record(processes=self.state.with_process(process).processes)
         return child
 
-    async def run(self, name: str, role: Role, suffix: str, argv: list[str], *, ready: bool = False) -> Child:
+    async def run(
+        self, name: str, role: Role, argv: list[str], *, ready: bool = False, drive: str = ""
+    ) -> Child:
         """Start a process as ``start`` does, under another name, without keeping it."""
-        host, base = self._host_of(role), await self._base(role, suffix)
+        host, base = self._host_of(role), await self._base(role, drive)
         ready_file = base.with_name(f"{base.name}.pid") if ready else None
         words = [str(ready_file) if word == READY else word for word in argv]
         log = base.with_name(f"{base.name}.log")
@@ -288,46 +315,39 @@ class Migration:
         released = not self.owned
         return await self.children.start(name, host, log, words, ready=ready_file, released=released)
 
-    async def adopt(self, role: Role) -> Child | None:
+    async def adopt(self, role: Role, drive: str = "") -> Child | None:
         """Take over a process that an earlier command has started; None if it lives no more."""
-        host, base = self._host_of(role), await self._base(role, role.value)
-        child = await self.children.adopt(NAMES[role], host, base.with_name(f"{base.name}.pid"))
+        host, base = self._host_of(role), await self._base(role, drive)
+        name = self.called(role, drive)
+        child = await self.children.adopt(name, host, base.with_name(f"{base.name}.pid"))
         if child is not None:
-            self._started[role] = child
+            self._started[role, drive] = child
         return child
 
-    async def adopt_known(self, role: Role) -> Child | None:
+    async def adopt_known(self, role: Role, drive: str = "") -> Child | None:
         """Take over the process that is written down, and no other; None if it lives no more."""
-        known = self.state.process(role)
+        known = self.state.process(role, drive)
         if known is None:
             return None
-        host, base = self._host_of(role), await self._base(role, role.value)
-        log = base.with_name(f"{base.name}.log")
-        child = await self.children.adopt_process(NAMES[role], host, known.pid, known.mark, log)
+        host, base = self._host_of(role), await self._base(role, drive)
+        log, name = base.with_name(f"{base.name}.log"), self.called(role, drive)
+        child = await self.children.adopt_process(name, host, known.pid, known.mark, log)
         if child is not None:
-            self._started[role] = child
+            self._started[role, drive] = child
         return child
 
     def _host_of(self, role: Role) -> Host:
         return self.host_a if role in (Role.SERVER, Role.FENCE) else self.host_b
 
-    async def _base(self, role: Role, suffix: str) -> Path:
-        there = self.plan.source if role in (Role.SERVER, Role.FENCE) else self.plan.destination
-        return await self.place(self._host_of(role), there.image, suffix)
-
-    def remove_later(self, *paths: str) -> None:
-        """From now on this was made on B, or may have been, and is removed when the guest stays on A."""
-        self.record(made=paths)
+    async def _base(self, role: Role, drive: str) -> Path:
+        """What is there for all disks has its place beside the first one."""
+        disk = next((each for each in self.disks if each.drive == drive), self.disks[0])
+        image = disk.image if role in (Role.SERVER, Role.FENCE) else disk.target
+        return await self.place(self._host_of(role), image, role.value)
 
     async def place(self, host: Host, image: str, suffix: str) -> Path:
-        """Return where log and pid file of what belongs to an image are, without ``.log`` and ``.pid``.
-
-        The image's host is asked once.
-        """
-        if (host, image) not in self._places:
-            directory = self.plan.log.directory or await place_of(host, image, self.plan.limits.command)
-            self._places[host, image] = Path(directory)
-        return self._places[host, image] / f"{Path(image).name}.{suffix}"
+        """Return where log and pid file of what belongs to an image are, without ``.log`` and ``.pid``."""
+        return await self._places.place(host, image, suffix)
 
     def release(self) -> None:
         """The children carry the guest, or may in a moment: from now on they live on when we end.
@@ -360,14 +380,13 @@ class Migration:
 
     def _living(self) -> list[Child]:
         """Return the children that are there."""
-        children = (self.server, self.fence, self.qemu, self.overlay)
-        return [each for each in children if each and each.running]
+        return [each for each in self._started.values() if each.running]
 
     async def close(self) -> None:
         """Stop watching, and leave the monitors to others."""
         for name in list(self._needed):
             self.no_longer_need(name)
-        for monitor in (self.a, self.b, self.overlay_monitor):
+        for monitor in (self.a, self.b, *self.overlay_monitors.values()):
             if monitor:
                 await monitor.disconnect()
 

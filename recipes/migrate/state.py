@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Self
 
+from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
+from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 
 VERSION = 1
@@ -76,13 +78,23 @@ class Role(Enum):
     """On B."""
 
 
+PER_DISK = frozenset({Role.OVERLAY})
+"""Roles of which there is one process for each disk."""
+
 NAMES = {
     Role.SERVER: "the server on A",
     Role.FENCE: "the fence on A",
     Role.OVERLAY: "nbd-overlay on B",
     Role.QEMU: "B's QEMU",
 }
-"""What messages call the processes."""
+"""What messages call the processes of a migration of one disk."""
+
+
+def called(role: Role, plan: Plan, drive: str = "") -> str:
+    """Return what messages call a process: of several disks' processes each by its disk's drive."""
+    if role in PER_DISK and len(plan.disks) > 1:
+        return NAMES[role].replace(" on ", f" of {drive} on ")
+    return NAMES[role]
 
 
 @dataclass(frozen=True)
@@ -98,11 +110,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class Process:
-    """A process that was started: its id on its host, and what its command line has and no other's."""
+    """A process that was started: its id on its host, and what its command line has and no other's.
+
+    ``disk`` is the drive of the one that it is for; empty: it is for all of them, or for the only one.
+    """
 
     role: Role
     pid: int
     mark: str
+    disk: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,14 +179,29 @@ class State:
         """
         return self.is_clear and self.phase in OVER | BEFORE
 
-    def process(self, role: Role) -> Process | None:
-        """Return the process in a role, if one was started."""
-        return next((each for each in self.processes if each.role is role), None)
+    def disk(self, planned: PlannedDisk) -> Disk:
+        """Return how far a disk of the plan has come."""
+        return next(each for each in self.disks if each.target == planned.target)
+
+    @property
+    def pending(self) -> tuple[PlannedDisk, ...]:
+        """Return the disks that still need A."""
+        return tuple(each for each in self.plan.disks if not self.disk(each).complete)
+
+    def with_complete(self, planned: PlannedDisk) -> tuple[Disk, ...]:
+        """Return the disks, of which this one is complete now."""
+        return tuple(
+            replace(each, complete=True) if each.target == planned.target else each for each in self.disks
+        )
+
+    def process(self, role: Role, drive: str = "") -> Process | None:
+        """Return the process in a role, for a disk where there is one for each, if one was started."""
+        return next((each for each in self.processes if each.role is role and each.disk in ("", drive)), None)
 
     def with_process(self, process: Process) -> Self:
         """Return the state with a process that takes the place of the one in the same role."""
-        others = tuple(each for each in self.processes if each.role is not process.role)
-        return replace(self, processes=(*others, process))
+        old = self.process(process.role, process.disk)
+        return replace(self, processes=(*(each for each in self.processes if each is not old), process))
 
     def to_json(self) -> str:
         """Return the state on one line."""
@@ -187,10 +218,12 @@ class State:
             if values.pop("version") != VERSION:
                 raise MigrationError("the state of a migration was written by another version of nbd-migrate")
             state = decoded(cls, values)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MigrationError(f"not a state of a migration: {error}") from error
-        if not state.disks or not 0 <= state.time < LATEST or not 0 <= state.arrived < LATEST:
-            raise MigrationError("not a state of a migration: it has no disk, or its times are none")
+        if [disk.target for disk in state.disks] != [disk.target for disk in state.plan.disks]:
+            raise MigrationError("not a state of a migration: its disks are not those of its plan")
+        if not 0 <= state.time < LATEST or not 0 <= state.arrived < LATEST:
+            raise MigrationError("not a state of a migration: its times are none")
         return state
 
 

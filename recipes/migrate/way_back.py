@@ -14,7 +14,6 @@ from nbdserve.common.clock import now
 from nbdserve.common.errors import ConnectError
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.hosts.images import holds_something
 from recipes.migrate.decide import (
     AS_BEFORE,
     BACK,
@@ -28,7 +27,7 @@ from recipes.migrate.decide import (
     decide,
     told,
 )
-from recipes.migrate.leftovers import but
+from recipes.migrate.leftovers import any_holds_something, but
 from recipes.migrate.state import Phase, Role, State
 from recipes.processes.child import lives
 from recipes.qemu.destination import ARRIVE
@@ -90,7 +89,7 @@ class Hands(ABC):
                 return OnB.SILENT
             if state.phase in BEFORE_IMAGE:
                 return OnB.NONE
-            holds = await holds_something(host, plan.destination.image, plan.limits.command)
+            holds = await any_holds_something(host, plan)
         except MigrationError as error:
             self.why = str(error)
             return OnB.SILENT

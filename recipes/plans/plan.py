@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import posixpath
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import parse_mode
-from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT, check_socket_path
+from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, is_ipv6, parse_uri
 from overlay.backing.defaults import CONNECTIONS
+from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
 
 Command = tuple[str, ...]
 
@@ -33,10 +33,10 @@ MAY_BE_ZERO = ("reconnect_delay", "restarts", "speed")
 
 @dataclass(frozen=True)
 class Source:
-    """The guest as it runs now, on host A."""
+    """The guest as it runs now, on host A; ``image`` and ``node`` are those of its only disk."""
 
     qmp: str
-    image: str
+    image: str = ""
     node: str = ""
     shell: Command = ()
     bin: str = ""
@@ -44,12 +44,11 @@ class Source:
     def check(self) -> None:
         """Raise UsageError if a value cannot be right."""
         check_monitor("source.qmp", self.qmp)
-        check_absolute("source.image", self.image)
 
 
 @dataclass(frozen=True)
 class Export:
-    """Where A serves its disk: an ``nbd://HOST:PORT/NAME`` or ``nbd+unix:///NAME?socket=PATH`` URI."""
+    """Where A serves its disks: an ``nbd://HOST:PORT/NAME`` or ``nbd+unix:///NAME?socket=PATH`` URI."""
 
     uri: str
 
@@ -74,32 +73,22 @@ class Export:
 class Destination:
     """The guest as it is going to run, on host B.
 
-    ``qemu`` is its command line without the migrated disk, without ``-incoming`` and without ``-qmp``: these
-    three are added. Its ``-device`` refers to the disk as ``node`` and says ``rerror=stop,werror=stop``.
-    ``owner`` (USER, USER:GROUP or :GROUP) and ``mode`` (octal) are those of the image and of the sockets to
-    it, for a QEMU that runs as another user.
+    ``qemu`` is its command line without the migrated disks, without ``-incoming`` and without ``-qmp``: these
+    three are added. Its ``-device`` refers to a disk by its drive and says ``rerror=stop,werror=stop``.
+    ``owner`` (USER, USER:GROUP or :GROUP) and ``mode`` (octal) are those of the images and of the sockets to
+    them, for a QEMU that runs as another user. ``image`` and ``node`` are target and drive of its only disk.
     """
 
     qemu: Command
-    image: str
     qmp: str
     migration: str
-    node: str = "disk0"
+    image: str = ""
+    node: str = ""
     shell: Command = ()
     bin: str = ""
     engine: str = "overlay"
     owner: str = ""
     mode: str = ""
-
-    @property
-    def overlay_socket(self) -> str:
-        """Return where nbd-overlay serves the disk to B's QEMU."""
-        return f"{self.image}.nbd"
-
-    @property
-    def overlay_monitor(self) -> str:
-        """Return nbd-overlay's own QMP socket."""
-        return f"{self.image}.qmp"
 
     def ownership(self, option: str) -> list[str]:
         """Return the words that make something B's QEMU's: ``OPTIONowner`` and ``OPTIONmode`` with their
@@ -113,30 +102,15 @@ class Destination:
         check_monitor("destination.qmp", self.qmp)
         if self.engine not in ("qemu", "overlay"):
             raise UsageError(f"destination.engine: {self.engine!r} is neither qemu nor overlay")
-        if self.engine == "overlay" and len(os.fsencode(self.overlay_monitor)) > SOCKET_PATH_LIMIT:
-            raise UsageError(
-                f"destination.image: {self.image!r} is too long for the sockets beside it; choose one "
-                f"with which {self.overlay_monitor!r} has at most {SOCKET_PATH_LIMIT} bytes"
-            )
-        check_absolute("destination.image", self.image)
         if self.mode:
             parse_mode(self.mode, "destination.mode")
         if self.owner and not re.fullmatch(r"[^\s:]*(:[^\s:]+)?", self.owner):
             raise UsageError(f"destination.owner: {self.owner!r} is not usable: write USER or USER:GROUP")
-        if is_among_devices(self.image):
-            raise UsageError(
-                f"destination.image: {self.image!r} is among the devices; name a file in a file system"
-            )
         if not self.qemu:
             raise UsageError("destination.qemu: give the QEMU command line of host B")
         for option in ("incoming", "qmp", "daemonize", "S"):
             if {f"-{option}", f"--{option}"}.intersection(self.qemu):
                 raise UsageError(f"destination.qemu: leave -{option} out, that is taken care of here")
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,19}", self.node):
-            raise UsageError(
-                f"destination.node: {self.node!r} is not usable: up to 20 letters, digits and ._- that begin "
-                "with a letter, as in the -device of the disk"
-            )
         kind, _, rest = self.migration.partition(":")
         if not ((kind == "unix" and rest.startswith("/")) or (kind == "tcp" and is_host_and_port(rest))):
             raise UsageError(
@@ -194,7 +168,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Finish:
-    """What happens at the end to the source's image: it is kept where it is, or moved to ``move_aside``."""
+    """What happens at the end to the source's image: it is kept where it is, or moved to ``move_aside``.
+
+    Where there are several, that is a directory, in which each keeps its name.
+    """
 
     move_aside: str = ""
 
@@ -229,14 +206,70 @@ class Plan:
     limits: Limits = field(default_factory=Limits)
     finish: Finish = field(default_factory=Finish)
     log: Log = field(default_factory=Log)
+    disk: tuple[PlannedDisk, ...] = ()
+    """As the file has them; ``disks`` is what counts."""
 
     def __post_init__(self) -> None:
-        for section in fields(self):
-            getattr(self, section.name).check()
+        for section in (self.source, self.export, self.destination, self.limits, self.finish, self.log):
+            section.check()
         if self.source.qmp == self.destination.qmp:
             raise UsageError(f"destination.qmp: {self.destination.qmp} is the source's monitor")
-        if self.finish.move_aside and self.finish.move_aside == self.source.image:
-            raise UsageError("finish.move_aside: this is the image's own path")
+        self._check_disks()
+
+    def _check_disks(self) -> None:
+        there = {
+            "source.image": self.source.image,
+            "source.node": self.source.node,
+            "destination.image": self.destination.image,
+            "destination.node": self.destination.node,
+        }
+        for name, value in there.items():
+            if self.disk and value:
+                raise UsageError(f"{name}: with [[disk]] say it there, once for each disk")
+        for disk in self.disks:
+            disk.check({key: self.called(key) for key in SHORTHAND}, sockets=self.by_overlay)
+            if self.by_overlay and self.destination.qmp in disk.beside:
+                taken = f"{self.destination.qmp} is where nbd-overlay has a file of {disk.target}"
+                raise UsageError(f"destination.qmp: {taken}")
+        check_together(self.disks)
+        for disk in self.disks:
+            if posixpath.normpath(self.moved_to(disk)) == posixpath.normpath(disk.image):
+                raise UsageError("finish.move_aside: this is the image's own path")
+        names = [posixpath.basename(disk.image) for disk in self.disks]
+        if self.finish.move_aside and len(set(names)) < len(names):
+            raise UsageError(
+                "finish.move_aside: two images have the same name, and cannot both be moved to "
+                f"{self.finish.move_aside}; leave it out, or give one another name"
+            )
+
+    @property
+    def by_overlay(self) -> bool:
+        """Tell whether nbd-overlay has the disks on B until they are complete."""
+        return self.destination.engine == "overlay"
+
+    @property
+    def disks(self) -> tuple[PlannedDisk, ...]:
+        """Return the disks that move, at least one."""
+        here, there = self.source, self.destination
+        return self.disk or (PlannedDisk(here.image, there.image, there.node or "disk0", here.node),)
+
+    def called(self, key: str) -> str:
+        """Return what the operator calls a key of a disk, in this plan."""
+        return f"disk.{key}" if self.disk else SHORTHAND[key]
+
+    def export_of(self, disk: PlannedDisk) -> NbdUri:
+        """Return where A serves a disk: several have export names of their own."""
+        address = self.export.address
+        if len(self.disks) == 1:
+            return address
+        return replace(address, export=f"{address.export}-{disk.drive}" if address.export else disk.drive)
+
+    def moved_to(self, disk: PlannedDisk) -> str:
+        """Return where A's image of a disk goes in the end; empty where it stays."""
+        aside = self.finish.move_aside
+        if not aside or len(self.disks) == 1:
+            return aside
+        return posixpath.join(aside, posixpath.basename(disk.image))
 
 
 def is_host_and_port(text: str) -> bool:
@@ -256,15 +289,3 @@ def check_monitor(where: str, address: str) -> None:
         check_socket_path(address, where)
     elif not is_host_and_port(address):
         raise UsageError(f"{where}: {address!r} is not usable: write a socket's absolute path or HOST:PORT")
-
-
-def is_among_devices(path: str) -> bool:
-    """Tell whether an absolute path is below /dev, but for /dev/shm, which is for files."""
-    parts = posixpath.normpath(path).strip("/").split("/")
-    return parts[0] == "dev" and parts[1:2] != ["shm"]
-
-
-def check_absolute(where: str, path: str) -> None:
-    """Raise UsageError unless the path is absolute."""
-    if not path.startswith("/"):
-        raise UsageError(f"{where}: {path!r} must be an absolute path")

@@ -19,6 +19,12 @@ qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is starte
 owner = "libvirt-qemu:kvm"                who that QEMU runs as, if not who starts it; mode: of its files
 migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOST:PORT" or "unix:PATH"
 
+[[disk]]                                  in the place of source.image and node, destination.image and node;
+image = "/var/lib/images/vm.raw"          once for each disk that moves: where it is on A,
+target = "/var/lib/images/vm.raw"         the image that is made on B,
+drive = "disk0"                           the block node that a -device there refers to,
+node = "disk0"                            and A's block node or device, as above
+
 [limits]                                  seconds, unless said otherwise; see Limits
 [finish]                                  see Finish
 [log]
@@ -38,6 +44,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nbdserve.common.errors import UsageError
+from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Command, Plan
 
 _MOST_BITS = 1000
@@ -79,13 +86,28 @@ def build(document: Mapping[str, Any], overrides: Mapping[str, Mapping[str, obje
     for name in document:
         if name not in sections:
             raise UsageError(f"[{name}]: no such section; there are {', '.join(sections)}")
-    made = {}
+    made: dict[str, Any] = {"disk": disks_of(document.get("disk", []))}
     for name, kind in sections.items():
+        if name in made:
+            continue
         values = document.get(name, {})
         if not isinstance(values, Mapping):
             raise UsageError(f"{name}: write it as a section, [{name}]")
         made[name] = section_of(kind, name, {**values, **overrides.get(name, {})})
     return Plan(**made)
+
+
+def disks_of(tables: object) -> tuple[PlannedDisk, ...]:
+    """Make the disks of what TOML has for [[disk]]."""
+    if not isinstance(tables, list) or not all(isinstance(each, Mapping) for each in tables):
+        raise UsageError("disk: write it as [[disk]], once for each disk")
+    found = []
+    for number, values in enumerate(tables, start=1):
+        try:
+            found.append(section_of(PlannedDisk, "disk", values))
+        except UsageError as error:
+            raise UsageError(f"{error}, in [[disk]] number {number}") from error
+    return tuple(found)
 
 
 def section_of(kind: type, section: str, values: Mapping[str, object]) -> Any:

@@ -1,6 +1,6 @@
-"""The fence: a process that keeps every QEMU from opening an image for writing, for as long as it lives.
+"""The fence: a process that keeps every QEMU from opening images for writing, for as long as it lives.
 
-    nbd-migrate fence READY IMAGE [--free]     makes the file READY when the fence stands; SIGTERM ends it
+    nbd-migrate fence READY IMAGE... [--free]  makes the file READY when the fence stands; SIGTERM ends it
 
 It must not stand before the source's QEMU has reported ``completed``. Measured on 7.2: when the switch-over
 fails, the source takes its image back to go on with the guest; a fence refuses that, and QEMU aborts
@@ -17,6 +17,7 @@ import os
 import signal
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nbdserve.backends.imagelocks import EXCLUSIVE, ImageLocks, Permission
@@ -25,30 +26,37 @@ from nbdserve.common.errors import ImageError
 from nbdserve.service.pid_file import PidFile
 
 
-def fence(image: str, ready: Path, *, free: bool = False) -> int:
+def fence(images: Sequence[str], ready: Path, *, free: bool = False) -> int:
     """Hold the fence until SIGTERM or SIGINT.
 
-    With ``free`` it refuses an image that somebody writes to already. Raises ImageError for that, or if the
+    With ``free`` it refuses an image that somebody writes to already. Raises ImageError for that, or if an
     image cannot be locked, OperatorError if ``ready`` is a living process's.
     """
     ended = {signal.SIGTERM, signal.SIGINT}
     # Blocked first, so that a signal that comes early is not lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, ended)
     with PidFile(ready) as pid_file:
-        # Without O_NONBLOCK a FIFO would be waited for.
-        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise ImageError(f"{image}: neither a file nor a block device, so it is no disk to fence")
-        locks = ImageLocks(fd, image)
-        if free:
-            locks.hold(Permission.NONE, EXCLUSIVE)
-        locks.fence()
+        for image in images:
+            _hold(image, free=free)
         pid_file.publish()
         signal.sigwait(ended)
     return program.EXIT_DONE
 
 
+def _hold(image: str, *, free: bool) -> None:
+    """Take the locks of an image; they last as long as its file descriptor, which is never closed."""
+    # Without O_NONBLOCK a FIFO would be waited for.
+    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ImageError(f"{image}: neither a file nor a block device, so it is no disk to fence")
+    locks = ImageLocks(fd, image)
+    if free:
+        locks.hold(Permission.NONE, EXCLUSIVE)
+    locks.fence()
+
+
 if __name__ == "__main__":
-    path, disk, *options = sys.argv[1:]
-    sys.exit(program.run("nbd-migrate", lambda: fence(disk, Path(path), free="--free" in options)))
+    path, *words = sys.argv[1:]
+    disks = [word for word in words if word != "--free"]
+    sys.exit(program.run("nbd-migrate", lambda: fence(disks, Path(path), free="--free" in words)))

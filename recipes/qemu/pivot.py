@@ -12,7 +12,7 @@ Each step is seen in QEMU's own state, so whoever comes after an orchestrator th
 commands goes on where it was:
 
     blockdev-add       the local file is a node
-    blockdev-mirror    a job of the name JOB
+    blockdev-mirror    a job whose name begins with the node's
     job-complete       the guest's device is on the local node: the guest is independent of the NBD socket
     blockdev-del       the NBD node is closed
 """
@@ -28,9 +28,6 @@ from nbdserve.common.clock import now
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
 from recipes.qemu.vm import CommandError, Vm
-
-JOB = "pivot"
-"""The mirror's name."""
 
 LOOK = 0.05
 """Seconds between two looks at a state that no event announces."""
@@ -54,6 +51,11 @@ class Pivot:
     def local(self) -> str:
         """Return the node of the local file."""
         return f"{self.node}-local"
+
+    @property
+    def job(self) -> str:
+        """Return the mirror's name, which no pivot of another disk has."""
+        return f"{self.node}-mirror"
 
     @property
     def filter(self) -> str:
@@ -97,7 +99,7 @@ async def _mirror(vm: Vm, what: Pivot) -> None:
         )
     if await _job(vm, what) is None:
         arguments = {
-            "job-id": JOB,
+            "job-id": what.job,
             "device": what.node,
             "target": what.local,
             "filter-node-name": what.filter,
@@ -108,28 +110,28 @@ async def _mirror(vm: Vm, what: Pivot) -> None:
     deadline = now() + what.limit
     while (job := await _job(vm, what)) is not None and job["status"] in ("created", "running"):
         if now() > deadline:
-            raise MigrationError(f"the job {JOB} was not ready within {what.limit:g} s")
+            raise MigrationError(f"the job {what.job} was not ready within {what.limit:g} s")
         await asyncio.sleep(LOOK)
     if job is None:
-        raise MigrationError(f"the job {JOB} has ended before it was ready")
+        raise MigrationError(f"the job {what.job} has ended before it was ready")
 
 
 async def _switch(vm: Vm, what: Pivot) -> None:
     """Complete the job. From here on only the guest's device tells where its disk is."""
     job = await _job(vm, what)
     if job is not None and job["status"] == "ready":
-        await vm.call("job-complete", {"id": JOB}, limit=what.limit)
+        await vm.call("job-complete", {"id": what.job}, limit=what.limit)
     deadline = now() + what.limit
     while await _job(vm, what) is not None:
         if now() > deadline:
             raise MigrationError(
-                f"the job {JOB} did not complete within {what.limit:g} s; run this step again"
+                f"the job {what.job} did not complete within {what.limit:g} s; run this step again"
             )
         await asyncio.sleep(LOOK)
     if not await _has_moved(vm, what):
         await undisturbed(_withdraw(vm, what))
         raise MigrationError(
-            f"the job {JOB} failed, the guest still uses {what.node}; see the log of B's QEMU"
+            f"the job {what.job} failed, the guest still uses {what.node}; see the log of B's QEMU"
         )
 
 
@@ -160,7 +162,7 @@ async def _withdraw(vm: Vm, what: Pivot) -> None:
     with suppress(MigrationError):
         if await _job(vm, what) is not None:
             # Without force a mirror that is ready would take this for the wish to complete.
-            await vm.call("block-job-cancel", {"device": JOB, "force": True}, limit=what.limit)
+            await vm.call("block-job-cancel", {"device": what.job, "force": True}, limit=what.limit)
         deadline = now() + what.limit
         while await _job(vm, what) is not None and now() < deadline:
             await asyncio.sleep(LOOK)
@@ -186,4 +188,4 @@ async def _nodes(vm: Vm, what: Pivot) -> dict[str, dict[str, Any]]:
 
 async def _job(vm: Vm, what: Pivot) -> dict[str, Any] | None:
     jobs: list[dict[str, Any]] = await vm.call("query-jobs", {}, limit=what.limit)
-    return next((each for each in jobs if each["id"] == JOB), None)
+    return next((each for each in jobs if each["id"] == what.job), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish, decide, told
 from recipes.migrate.runtime import Migration
+from recipes.plans.disks import PlannedDisk
 from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.steps.export import server_command
 
@@ -20,17 +21,16 @@ async def server_away(m: Migration) -> str:
 
 async def server_hangs(m: Migration) -> str:
     """Return what to do where A's server is there, but nothing comes."""
-    log = await m.place(m.host_a, m.plan.source.image, "nbdserve")
+    log = await m.place(m.host_a, m.disks[0].image, "nbdserve")
     return f"look at A's disk, at the network and at {log}.log on A; then: {m.finish}"
 
 
-async def bad_source(m: Migration) -> str:
+async def bad_source(m: Migration, disk: PlannedDisk) -> str:
     """Return what to do where A's disk itself fails."""
-    image = m.plan.source.image
-    log = await m.place(m.host_a, image, "nbdserve")
+    log = await m.place(m.host_a, m.disks[0].image, "nbdserve")
     return (
         f"everything else can be copied; {log}.log on A, the server's log, names the places that cannot be "
-        f"read: make them readable in {image}; then: {m.finish}"
+        f"read: make them readable in {disk.image}; then: {m.finish}"
     )
 
 
@@ -44,23 +44,24 @@ async def no_space(m: Migration, missing: int) -> str:
     return f"{missing} bytes of the disk are still to come; when there is room: {m.finish}"
 
 
-async def overlay_dead(m: Migration) -> str:
+async def overlay_dead(m: Migration, disk: PlannedDisk) -> str:
     """nbd-overlay does not stay."""
-    log = await m.place(m.host_b, m.plan.destination.image, "overlay")
+    log = await m.place(m.host_b, disk.target, "overlay")
     return f"see in {log}.log on B why, and mend that; then: {m.finish}"
 
 
-async def overlay_silent(m: Migration) -> str:
+async def overlay_silent(m: Migration, disk: PlannedDisk) -> str:
     """nbd-overlay is there, but does not answer."""
-    if m.overlay is None:
+    overlay = m.overlay(disk)
+    if overlay is None:
         return f"see what it waits for; then: {m.finish}"
-    kill = pasted(m.host_b.argv(["kill", "-9", str(m.overlay.pid)]))
+    kill = pasted(m.host_b.argv(["kill", "-9", str(overlay.pid)]))
     return f"see what it waits for; to kill it loses nothing that was written: {kill}; then: {m.finish}"
 
 
 async def qemu_silent(m: Migration) -> str:
     """Return what to do where B's QEMU does not answer."""
-    log = await m.place(m.host_b, m.plan.destination.image, "qemu")
+    log = await m.place(m.host_b, m.disks[0].target, "qemu")
     return f"see what it waits for, {log}.log on B may say it; then: {m.finish}"
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from nbdserve.qmp.client import EventListener
 from recipes.errors import MigrationError
+from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Arrival, Phase, Role
@@ -37,7 +38,7 @@ async def cut_over(m: Migration) -> str:
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
         # From here on only the two QEMUs count: a server that dies is started again while streaming.
-        for name in ("the server on A", "nbd-overlay on B", "the guard"):
+        for name in ("the guard", *(m.called(*each) for each in m.roles(Role.SERVER, Role.OVERLAY))):
             m.no_longer_need(name)
         # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
         await m.release_for_sure()
@@ -107,27 +108,27 @@ async def arriving(b: Vm) -> None:
 
 
 async def fence_source(m: Migration) -> None:
-    """Keep everybody from writing to the old disk, and end the QEMU that could go on with the old guest.
+    """Keep everybody from writing to the old disks, and end the QEMU that could go on with the old guest.
 
     The guest runs on B already, so what fails here is told and does not stop the disk from following it.
     """
-    image, limits = m.plan.source.image, m.plan.limits
+    images, limits = [disk.image for disk in m.disks], m.plan.limits
     try:
         if m.fence is None or not m.fence.running:
-            command = m.host_a.own("fence", READY, image)
+            command = m.host_a.own("fence", READY, *images)
             fence = await m.start(Role.FENCE, command, ready=True)
             await fence.ready(limits.start)
         else:
             await m.fence.ready(limits.start)
     except MigrationError as error:
-        m.report.note(f"no fence: {error}; do not let anyone open {image} on A")
+        m.report.note(f"no fence: {error}; do not let anyone open {listed(images)} on A")
     try:
         with suppress(VmGoneError):
             status = await m.a.execute("query-status")
             if status["running"] or status["status"] in NOT_OURS:
                 m.report.note(
                     f"A's QEMU was not ended, as it has a guest ({status['status']}) that this migration has "
-                    f"not sent; never let one run on {image}"
+                    f"not sent; never let one run on {listed(images)}"
                 )
                 return
             await m.a.execute("quit")

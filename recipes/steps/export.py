@@ -1,13 +1,16 @@
-"""Step 1: A serves its disk, and B sees that it is the right one."""
+"""Step 1: A serves its disks, and B sees that they are the right ones."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
+from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role
+from recipes.plans.disks import PlannedDisk
 from recipes.processes.children import Child
 
 SECTOR = 512
@@ -15,12 +18,15 @@ SECTOR = 512
 
 
 async def export(m: Migration) -> str:
-    """Step 1: serve the source's disk, and see from B that it is the right one."""
+    """Step 1: serve the source's disks, and see from B that they are the right ones."""
     m.enter(Phase.EXPORT)
     server = await start_server(m)
     m.need("the server on A", server.wait())
-    await m.during(check_export(m), m.plan.limits.connect, "reaching the export from B")
-    return f"{m.plan.source.image} ({m.disk.size} bytes) is {m.plan.export.address}, process {server.pid}"
+    await check_exports(m, m.disks)
+    are = "are" if len(m.disks) > 1 else "is"
+    disks = listed(f"{disk.image} ({m.state.disk(disk).size} bytes)" for disk in m.disks)
+    exports = listed(str(m.plan.export_of(disk)) for disk in m.disks)
+    return f"{disks} {are} {exports}, process {server.pid}"
 
 
 async def start_server(m: Migration) -> Child:
@@ -33,28 +39,44 @@ async def start_server(m: Migration) -> Child:
 
 async def server_command(m: Migration) -> list[str]:
     """Return the server's command line, with its pid file where whoever ends it later looks for that."""
-    image = m.plan.source.image
-    pid_file = f"{await m.place(m.host_a, image, 'nbdserve')}.pid"
+    pid_file = f"{await m.place(m.host_a, m.disks[0].image, 'nbdserve')}.pid"
     address = m.plan.export.address
     where = ["-b", address.host, "-p", str(address.port)]
     if address.socket:
         # It is on one host with B's QEMU, which may have to connect there again.
         where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]
-    options = ["-r", "-f", "raw", *replies, "-x", address.export, *where, "--pid-file", pid_file]
-    return [m.host_a.tool("nbdserve"), *options, image]
+    options = [*replies, *where, "--pid-file", pid_file]
+    if len(m.disks) == 1:
+        what = ["-f", "raw", "-x", address.export, *options, m.disks[0].image]
+    else:
+        what = [*options, *(word for disk in m.disks for word in ("--export", export_option(m, disk)))]
+    return [m.host_a.tool("nbdserve"), "-r", *what]
 
 
-async def check_export(m: Migration) -> None:
+def export_option(m: Migration, disk: PlannedDisk) -> str:
+    """Return what nbdserve's --export is told of a disk."""
+    name, image = m.plan.export_of(disk).export.replace("=", "=="), disk.image.replace(",", ",,")
+    return f"{name}={image},format=raw"
+
+
+async def check_exports(m: Migration, disks: Sequence[PlannedDisk]) -> None:
+    """Check the exports of these disks, each in its time."""
+    for disk in disks:
+        checking = check_export(m, disk)
+        await m.during(checking, m.plan.limits.connect, f"reaching the export{m.about(disk)} from B")
+
+
+async def check_export(m: Migration, disk: PlannedDisk) -> None:
     """Refuse an export that B does not reach, that is another disk, or that could make QEMU copy garbage."""
-    uri = str(m.plan.export.address)
+    uri = str(m.plan.export_of(disk))
     answer = await m.host_b.run(*m.host_b.own("probe", uri), limit=m.plan.limits.connect)
     facts = json.loads(answer)
-    size = m.disk.size
+    size = m.state.disk(disk).size
     if facts["size"] != size and -(-facts["size"] // SECTOR) * SECTOR == size:
         raise MigrationError(
-            f"source.image: {m.plan.source.image} has {facts['size']} bytes, no multiple of {SECTOR}; "
-            f"lengthen it on A, the guest will not notice: truncate --size {size} {m.plan.source.image}"
+            f"{m.plan.called('image')}: {disk.image} has {facts['size']} bytes, no multiple of {SECTOR}; "
+            f"lengthen it on A, the guest will not notice: truncate --size {size} {disk.image}"
         )
     if facts["size"] != size:
         raise MigrationError(

@@ -17,16 +17,25 @@ async def launch(m: Migration) -> str:
     """Step 3: start the QEMU on B that waits for the guest."""
     destination, limits = m.plan.destination, m.plan.limits
     m.enter(Phase.LAUNCH)
-    await engine_for(m).prepare(m)
-    disk = blockdev_options(engine_for(m).nodes(m.plan))
-    argv = [*destination.qemu, *disk, "-incoming", "defer", "-qmp", monitor_option(destination.qmp)]
+    engine = engine_for(m)
+    for disk in m.disks:
+        await engine.prepare(m, disk)
+    nodes = [node for disk in m.disks for node in engine.nodes(m.plan, disk)]
+    argv = [
+        *destination.qemu,
+        *blockdev_options(nodes),
+        "-incoming",
+        "defer",
+        "-qmp",
+        monitor_option(destination.qmp),
+    ]
     qemu = await m.start(Role.QEMU, argv)
     m.need("B's QEMU", qemu.wait())
     try:
         m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
     except MigrationError as error:
         raise explain_start(m, error) from error
-    await m.during(check_device(m.plan, m.b), limits.command, "looking at B's disk")
+    await m.during(check_devices(m.plan, m.b), limits.command, "looking at B's disks")
     await m.during(check_machine(m.a, m.b), limits.command, "comparing B's machine with A's")
     await m.during(check_rights(m), limits.command, "looking at what B's QEMU may do")
     listen = m.b.execute("migrate-incoming", uri=destination.migration)
@@ -40,14 +49,19 @@ def monitor_option(address: str) -> str:
     return f"{kind}:{address.replace(',', ',,')},server=on,wait=off"
 
 
-async def check_device(plan: Plan, b: Vm) -> None:
-    """Insist that B's guest has the disk, and waits when the export is away instead of seeing I/O errors."""
-    node = plan.destination.node
+async def check_devices(plan: Plan, b: Vm) -> None:
+    """Insist that B's guest has each disk, and waits when the export is away instead of seeing I/O errors."""
+    for disk in plan.disks:
+        await check_device(disk.drive, b)
+
+
+async def check_device(node: str, b: Vm) -> None:
+    """Insist on that of one disk."""
     devices = [each for each in await b.execute("query-block") if "qdev" in each]
     using = [each["qdev"] for each in devices if each.get("inserted", {}).get("node-name") == node]
     if not using:
         raise MigrationError(
-            f"destination.qemu: no -device has drive={node}, so the guest would have no disk"
+            f"destination.qemu: no -device has drive={node}, so the guest would not have this disk"
         )
     for name in ("rerror", "werror"):
         try:

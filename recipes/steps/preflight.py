@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from nbdserve.common.errors import ConnectError, UsageError
+from nbdserve.common.sizes import format_size
 from recipes.engines.choice import engine_of
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
+from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 from recipes.qemu.source import HOLDS, UNDER_WAY, cancelling, migration_status
 from recipes.qemu.vm import Vm, connect, is_somebody
 
 
-async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> int:
-    """Check the hosts and the running guest; return the size of its disk in bytes.
+async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...]:
+    """Check the hosts and the running guest; return the sizes of its disks in bytes.
 
     Raises UsageError when the plan does not fit what is found, MigrationError when something is missing.
     """
     await check_guest(a, plan.source.qmp)
-    size = await disk_size(plan, a)
+    sizes = await disk_sizes(plan, a)
     await check_tools(plan, host_a, host_b)
-    await check_destination(plan, host_b)
+    await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
+    for disk in plan.disks:
+        await check_target(plan, disk, host_b)
+    await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
+    await check_space(plan, host_a, host_b)
+    if await answers(plan.destination.qmp, plan.limits.connect):
+        raise MigrationError(
+            f"destination.qmp: something answers at {plan.destination.qmp} already; end it or choose another"
+        )
     if plan.finish.move_aside:
-        await check_move(plan, host_a)
-    return size
+        for disk in plan.disks:
+            await check_move(plan, disk, host_a)
+    return sizes
 
 
 async def check_guest(a: Vm, address: str) -> None:
@@ -47,14 +59,22 @@ async def check_guest(a: Vm, address: str) -> None:
         )
 
 
-async def disk_size(plan: Plan, a: Vm) -> int:
-    """Size in bytes of the planned disk, which must be a raw image that A's QEMU has open."""
-    wanted, node = plan.source.image, plan.source.node
+async def disk_sizes(plan: Plan, a: Vm) -> tuple[int, ...]:
+    """Sizes in bytes of the planned disks, each of which must be a raw image that A's QEMU has open."""
     devices = {each["device"]: each.get("inserted", {}) for each in await a.execute("query-block")}
-    name = devices.get(node, {}).get("node-name", node)
     nodes: list[dict[str, Any]] = await a.execute("query-named-block-nodes", flat=True)
+    return tuple(disk_size(plan, disk, devices, nodes) for disk in plan.disks)
+
+
+def disk_size(
+    plan: Plan, disk: PlannedDisk, devices: Mapping[str, Any], nodes: Sequence[dict[str, Any]]
+) -> int:
+    """Size in bytes of one of them, found in what A's QEMU has."""
+    wanted, node = disk.image, disk.node
+    # The devices of -blockdev have no name.
+    name = devices.get(node, {}).get("node-name", node) if node else ""
     if name and all(each["node-name"] != name for each in nodes):
-        raise UsageError(f"source.node: A's QEMU has no block node or device {node!r}")
+        raise UsageError(f"{plan.called('node')}: A's QEMU has no block node or device {node!r}")
     # The file's own node is named too; only the format's tells what is in the file.
     formats = [
         each for each in nodes if each["file"] == wanted and each["drv"] not in ("file", "host_device")
@@ -62,21 +82,23 @@ async def disk_size(plan: Plan, a: Vm) -> int:
     if name:
         formats = [each for each in formats if each["node-name"] == name]
     if not formats:
-        raise UsageError(unknown_image(wanted, node, nodes))
+        raise UsageError(unknown_image(plan, disk, nodes))
     if formats[0]["drv"] != "raw":
         raise UsageError(
-            f"source.image: {wanted} is {formats[0]['drv']}; only raw images can be exported while in use"
+            f"{plan.called('image')}: {wanted} is {formats[0]['drv']}; only raw images can be exported "
+            "while in use"
         )
     if formats[0]["ro"]:
-        raise UsageError(f"source.image: {wanted} is read-only in A's QEMU; it needs no migration")
+        raise UsageError(f"{plan.called('image')}: {wanted} is read-only in A's QEMU; it needs no migration")
     return int(formats[0]["image"]["virtual-size"])
 
 
-def unknown_image(wanted: str, node: str, nodes: list[dict[str, Any]]) -> str:
+def unknown_image(plan: Plan, disk: PlannedDisk, nodes: Sequence[dict[str, Any]]) -> str:
     """Say that A's QEMU does not have this image, and what it has instead."""
     known = {each["file"]: each["node-name"] for each in nodes if each["drv"] not in ("file", "host_device")}
     names = ", ".join(f"{file} ({name})" for file, name in known.items())
-    reason = f"source.image: {wanted} is not the file of {node or 'any disk'} in A's QEMU"
+    image, of = plan.called("image"), disk.node or "any disk"
+    reason = f"{image}: {disk.image} is not the file of {of} in A's QEMU"
     if any(not file.startswith(("/", "json:")) for file in known):
         # Relative to a working directory that the monitor does not tell.
         remedy = "which cannot be found from here; start the guest with absolute paths"
@@ -96,27 +118,60 @@ async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
                 raise MigrationError(f"there is no {program} on {host.name}; install it there")
 
 
-async def check_destination(plan: Plan, host_b: Host) -> None:
+async def check_apart(plan: Plan, host: Host, paths: Sequence[str], key: str) -> None:
+    """No two disks may be one, whatever links lead there."""
+    if len(paths) == 1:
+        return
+    found = (await host.run("sh", "-c", _IDENTITIES, "sh", *paths, limit=plan.limits.command)).splitlines()
+    for number, identity in enumerate(found):
+        if identity in found[:number]:
+            other = paths[found.index(identity)]
+            raise MigrationError(
+                f"{plan.called(key)}: {other} and {paths[number]} are the same on {host.name}"
+            )
+
+
+_IDENTITIES = (
+    'for p; do if test -b "$p"; then stat -L -c "device %t:%T" -- "$p"; '
+    'elif test -e "$p"; then stat -L -c "inode %d:%i" -- "$p"; else readlink -m -- "$p"; fi; done'
+)
+"""Says of each path, on a line, what no other file has."""
+
+
+async def check_space(plan: Plan, host_a: Host, host_b: Host) -> None:
+    """What A's images hold now must have room on B; of a block device it is not known how much that is."""
+    limit = plan.limits.command
+    images = [disk.image for disk in plan.disks]
+    directories = [str(PurePosixPath(disk.target).parent) for disk in plan.disks]
+    held = await host_a.run("stat", "-L", "--format=%b %B", "--", *images, limit=limit)
+    free = await host_b.run("stat", "-f", "--format=%i %a %S", "--", *directories, limit=limit)
+    needed: dict[str, int] = {}
+    for image, there, directory in zip(held.splitlines(), free.splitlines(), directories, strict=True):
+        blocks, block = image.split()
+        file_system, left, size = there.split()
+        needed[file_system] = needed.get(file_system, 0) + int(blocks) * int(block)
+        if needed[file_system] > (room := int(left) * int(size)):
+            raise MigrationError(
+                f"{plan.called('target')}: {format_size(room)} are left in {directory} on B, and "
+                f"A's images hold {format_size(needed[file_system])} at least; make room"
+            )
+
+
+async def check_target(plan: Plan, disk: PlannedDisk, host_b: Host) -> None:
     """Nothing of what is made on B may be there."""
-    image, monitor = plan.destination.image, plan.destination.qmp
+    image, key = disk.target, plan.called("target")
     limit = plan.limits.command
     if not await host_b.test("-d", str(PurePosixPath(image).parent), limit):
-        raise MigrationError(f"destination.image: there is no directory for {image} on B")
+        raise MigrationError(f"{key}: there is no directory for {image} on B")
     if await host_b.test("-b", image, limit):
-        raise MigrationError(
-            f"destination.image: {image} is a block device on B; name a file, as its map lies beside it"
-        )
-    for path in engine_of(plan).files(plan):
+        raise MigrationError(f"{key}: {image} is a block device on B; name a file, as its map lies beside it")
+    for path in engine_of(plan).files(disk):
         if await in_the_way(host_b, path, limit):
             discard = pasted(host_b.argv([host_b.tool("nbd-overlay"), "discard", image]))
             raise MigrationError(
-                f"destination.image: {path} exists on B; remove it if it is left from an interrupted run, an "
+                f"{key}: {path} exists on B; remove it if it is left from an interrupted run, an "
                 f"overlay that holds nothing, and no other, with: {discard}"
             )
-    if await answers(monitor, plan.limits.connect):
-        raise MigrationError(
-            f"destination.qmp: something answers at {monitor} already; end it or choose another"
-        )
 
 
 async def in_the_way(host: Host, path: str, limit: float) -> bool:
@@ -128,9 +183,9 @@ async def in_the_way(host: Host, path: str, limit: float) -> bool:
     return (await host.run("sh", "-c", script, "sh", path, limit=limit)).strip() == "yes"
 
 
-async def check_move(plan: Plan, host_a: Host) -> None:
+async def check_move(plan: Plan, disk: PlannedDisk, host_a: Host) -> None:
     """The image's new place must be free, and on the same file system, so that moving is one instant."""
-    image, target = plan.source.image, plan.finish.move_aside
+    image, target = disk.image, plan.moved_to(disk)
     limit = plan.limits.command
     if await host_a.test("-b", image, limit):
         raise MigrationError(f"finish.move_aside: {image} is a block device on A, which stays; leave it out")

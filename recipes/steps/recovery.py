@@ -8,19 +8,17 @@ is paused (state ``io-error``), and so is the job, with nothing lost. QEMU goes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from nbdserve.common.clock import now
+from recipes.engines.jobs import Jobs
 from recipes.errors import MigrationError
+from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import AdvisedError, Migration
-from recipes.qemu.vm import CommandError, Vm
+from recipes.plans.disks import PlannedDisk
+from recipes.qemu.vm import CommandError
 from recipes.steps import advice
-from recipes.steps.export import check_export, start_server
-
-JOB = "stream"
-"""The block job's name."""
+from recipes.steps.export import check_exports, start_server
 
 LOOK = 0.5
 """Seconds between two looks at the job."""
@@ -36,24 +34,21 @@ DIAGNOSIS = 3.0
 
 
 class Recovery:
-    """What brings guest and job back, on one export."""
+    """What brings the guest and the jobs back, on one server."""
 
-    def __init__(self, m: Migration, jobs: Vm) -> None:
-        """``jobs`` is the monitor that the stream is told to: B's QEMU, or nbd-overlay."""
+    def __init__(self, m: Migration, jobs: Jobs) -> None:
         self._m = m
-        self.jobs = jobs
+        self._jobs = jobs
         self._limits = m.plan.limits
-        # A monitor can be blocked while a node waits for its connection.
-        self._patience = self._limits.command + self._limits.reconnect_delay
         self._restarts = 0
 
     async def recover(self, trouble: str, *, old: bool = False) -> None:
-        """Bring the export back, then guest and job, until they hold; MigrationError says what to do.
+        """Bring the server back, then guest and jobs, until they hold; MigrationError says what to do.
 
         ``old`` is trouble of an earlier run, whose cause may have gone since.
         """
         self._m.record(recoveries=self._m.state.recoveries + 1)
-        if not old and await self._is_full():
+        if not old:
             await self._refuse_full()
         self._m.report.note(f"{trouble}; the guest waits")
         seen = await self._size_of_log()
@@ -80,15 +75,13 @@ class Recovery:
         )
 
     async def bring_export_back(self) -> None:
-        """See that the right disk is served again, starting the server where it has ended."""
+        """See that the right disks are served again, starting the server where it has ended."""
         deadline = now() + self._limits.recover
         while True:
             try:
                 if self.server_has_ended:
                     await self._restart()
-                await self._m.during(
-                    check_export(self._m), self._limits.connect, "reaching the export from B"
-                )
+                await check_exports(self._m, [job.disk for job in self._jobs.running])
                 return
             except MigrationError as error:
                 spent = self.server_has_ended and self._restarts >= self._limits.restarts
@@ -110,39 +103,45 @@ class Recovery:
         return self._m.server is not None and not self._m.server.running
 
     async def _push(self) -> bool:
-        """Let the guest and the job go on where an error has paused them; True when there was no need to."""
-        guest, job = await self.guest_waits(), await self.job_waits()
-        with suppress(CommandError):
-            if guest:
-                await self.execute("cont", self._m.monitor_b)
-            if job:
-                await self.execute("block-job-resume", given={"device": JOB})
-        return not guest and not job
+        """Let guest and jobs go on where an error has paused them; True when there was no need to."""
+        guest, jobs = await self.guest_waits(), await self._jobs.waiting()
+        if guest:
+            with suppress(CommandError):
+                await self._jobs.execute(self._m.monitor_b, "cont")
+        for job in jobs:
+            with suppress(CommandError):
+                await self._jobs.execute(job.vm, "block-job-resume", {"device": job.name})
+        return not guest and not jobs
 
     async def _diagnose(self, seen: int) -> None:
-        """Raise MigrationError where it is not the export that keeps the guest or the job from going on.
+        """Raise MigrationError where it is not the server that keeps the guest or a job from going on.
 
         ``seen`` is how many bytes of the server's log are older than this interruption.
         """
-        if await self._is_full():
-            await self._refuse_full()
-        if self.jobs is not self._m.b:
-            told = await self.execute("query-overlay")
-            connected = any(source["connected"] for source in told["sources"])
-            if told["phase"] == "failed" and connected:
-                await self._refuse_failed_job(str(told["error"]))
+        await self._refuse_full()
+        for job in self._jobs.running:
+            if job.vm is not self._m.b:
+                told = await self._jobs.execute(job.vm, "query-overlay")
+                connected = any(source["connected"] for source in told["sources"])
+                if told["phase"] == "failed" and connected:
+                    await self._refuse_failed_job(job.disk, str(told["error"]))
         failures = [line for line in (await self._new_in_log(seen)).splitlines() if _FAILS in line]
         if failures:
-            why = f"{self._m.plan.source.image} on A cannot be read: {failures[-1].strip()}"
-            raise await self.advised(why, await advice.bad_source(self._m))
+            disk = self._disk_in(failures[-1])
+            why = f"{disk.image} on A cannot be read: {failures[-1].strip()}"
+            raise await self.advised(why, await advice.bad_source(self._m, disk))
 
-    async def _refuse_failed_job(self, error: str) -> None:
+    def _disk_in(self, line: str) -> PlannedDisk:
+        """Return the disk that a line of the server's log is about."""
+        names = {f"export {self._m.plan.export_of(disk).export!r}:": disk for disk in self._m.disks}
+        return next((disk for name, disk in names.items() if name in line), self._m.disks[0])
+
+    async def _refuse_failed_job(self, disk: PlannedDisk, error: str) -> None:
         """Raise MigrationError for what nbd-overlay says, though it is connected to A: a disk has failed."""
-        m = self._m
         if _OF_SOURCE in error:
-            why, remedy = f"{m.plan.source.image} on A: {error}", await advice.bad_source(m)
+            why, remedy = f"{disk.image} on A: {error}", await advice.bad_source(self._m, disk)
         else:
-            why, remedy = f"{m.plan.destination.image} on B: {error}", await advice.bad_destination(m)
+            why, remedy = f"{disk.target} on B: {error}", await advice.bad_destination(self._m)
         raise await self.advised(why, remedy)
 
     async def _size_of_log(self) -> int:
@@ -151,7 +150,7 @@ class Recovery:
         It is 0 if nobody knows.
         """
         with suppress(MigrationError, ValueError):
-            log = await self._m.place(self._m.host_a, self._m.plan.source.image, "nbdserve")
+            log = await self._m.place(self._m.host_a, self._m.disks[0].image, "nbdserve")
             size = self._m.host_a.run("stat", "-c", "%s", "--", f"{log}.log", limit=self._limits.command)
             return int(await size)
         return 0
@@ -159,7 +158,7 @@ class Recovery:
     async def _new_in_log(self, seen: int) -> str:
         """Return what the server on A has logged since; nothing where that cannot be seen."""
         with suppress(MigrationError):
-            log = await self._m.place(self._m.host_a, self._m.plan.source.image, "nbdserve")
+            log = await self._m.place(self._m.host_a, self._m.disks[0].image, "nbdserve")
             tail = ("tail", "-c", f"+{seen + 1}", "--", f"{log}.log")
             return await self._m.host_a.run(*tail, limit=self._limits.command)
         return ""
@@ -170,42 +169,21 @@ class Recovery:
         """
         if self._m.b is None:
             return False
-        return bool((await self.execute("query-status", self._m.b))["status"] == "io-error")
-
-    async def job_waits(self) -> bool:
-        """Tell whether the job is paused."""
-        job = await self.job()
-        return job is not None and job["status"] == "paused"
-
-    async def _is_full(self) -> bool:
-        """Tell whether the guest or the job waits for space on B, not for A."""
-        node, devices = self._m.plan.destination.node, []
-        if self._m.b:
-            devices = [
-                each
-                for each in await self.execute("query-block", self._m.b)
-                if each.get("inserted", {}).get("node-name") == node
-            ]
-        job = await self.job()
-        return any(each.get("io-status") == "nospace" for each in (*devices, *([job] if job else [])))
+        return bool((await self._jobs.execute(self._m.b, "query-status"))["status"] == "io-error")
 
     async def _refuse_full(self) -> None:
-        job = await self.job()
-        missing = job["len"] - job["offset"] if job else self._m.disk.size
-        why = f"there is no space left for {self._m.plan.destination.image} on B; make room"
-        raise await self.advised(why, await advice.no_space(self._m, missing))
-
-    async def job(self) -> dict[str, Any] | None:
-        """Return the block job, or None when it has ended."""
-        jobs: list[dict[str, Any]] = await self.execute("query-block-jobs")
-        return next((job for job in jobs if job["device"] == JOB), None)
-
-    async def execute(
-        self, command: str, vm: Vm | None = None, given: Mapping[str, object] | None = None
-    ) -> Any:
-        """Execute a command, on the job's monitor unless another is given."""
-        work = (vm or self.jobs).call(command, given or {}, limit=self._patience)
-        return await self._m.during(work, self._patience * 2, command)
+        """Raise MigrationError where the guest or a job waits for space on B, not for A."""
+        b, full = self._m.b, set()
+        for each in await self._jobs.execute(b, "query-block") if b else []:
+            if each.get("io-status") == "nospace":
+                full.add(each.get("inserted", {}).get("node-name"))
+        for job in self._jobs.all:
+            info = None if job.done else await self._jobs.query(job)
+            if info is not None:
+                job.note(info)
+            if job.disk.drive in full or (info or {}).get("io-status") == "nospace":
+                why = f"there is no space left for {job.disk.target} on B; make room"
+                raise await self.advised(why, await advice.no_space(self._m, job.bytes_missing))
 
     async def advised(self, reason: str, remedy: str) -> AdvisedError:
         """Return one line for an operator who must take over, to be raised."""
@@ -213,11 +191,13 @@ class Recovery:
         if self._m.b:
             state = "unknown"
             with suppress(MigrationError):
-                state = (await self.execute("query-status", self._m.b))["status"]
-        image, there = self._m.plan.source.image, self._m.plan.destination
+                state = (await self._jobs.execute(self._m.b, "query-status"))["status"]
+        disks = "disks are" if len(self._m.disks) > 1 else "disk is"
+        targets = listed(disk.target for disk in self._m.disks)
+        images = listed(disk.image for disk in self._m.pending or self._m.disks)
         return AdvisedError(
             f"{reason}; the guest on B (state {state}) waits as soon as it needs what is missing, and "
-            f"nothing is lost: its disk is {there.image} on B together with {image} on A; {remedy}"
+            f"nothing is lost: its {disks} {targets} on B together with {images} on A; {remedy}"
         )
 
 

@@ -25,19 +25,20 @@ _USER = (
 
 async def check_rights(m: Migration) -> None:
     """Raise MigrationError, which says what to write, where B's QEMU has no right to what it needs later."""
-    for what, node in engine_for(m).needed_later(m.plan).items():
-        name = f"{m.plan.destination.node}-access"
-        try:
-            await m.monitor_b.call("blockdev-add", {"node-name": name, **node})
-        except CommandError as error:
-            raise MigrationError(await _complaint(m, what, error.reason)) from error
-        await m.monitor_b.execute("blockdev-del", node_name=name)
+    for disk in m.disks:
+        name = f"{disk.drive}-access"
+        for what, node in engine_for(m).needed_later(m.plan, disk).items():
+            try:
+                await m.monitor_b.call("blockdev-add", {"node-name": name, **node})
+            except CommandError as error:
+                raise MigrationError(await _complaint(m, what, error.reason)) from error
+            await m.monitor_b.execute("blockdev-del", node_name=name)
 
 
 def explain_start(m: Migration, error: MigrationError) -> MigrationError:
     """Return why B's QEMU has not started, with what to write where it was not let to its disk."""
     why, there = str(error), m.plan.destination
-    ours = any(path in why for path in engine_for(m).files(m.plan))
+    ours = any(path in why for disk in m.disks for path in engine_for(m).files(disk))
     if ours and "Permission denied" in why and not there.owner:
         return MigrationError(f"{why}; if it runs as another user, write that as owner in [destination]")
     return error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
+from recipes.hosts.quoting import listed
+from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase
 from recipes.steps.causes import WANTED
@@ -19,7 +21,7 @@ async def shut_down(m: Migration) -> str:
 
 async def clear_source(m: Migration) -> str:
     """End what there still is on A, and put its disk out of reach."""
-    limits, image, target = m.plan.limits, m.plan.source.image, m.plan.finish.move_aside
+    limits, images = m.plan.limits, listed(disk.image for disk in m.disks)
     if m.server:
         await m.server.stop(limits.stop)
         if m.server.status:
@@ -29,8 +31,9 @@ async def clear_source(m: Migration) -> str:
             f"the disk is complete on B, but A's QEMU does not end; kill it before the fence (process "
             f"{m.fence.pid if m.fence else 'none'} on A) and never let its guest go on"
         )
-    if target:
-        await move_aside(m, image, target)
+    if m.plan.finish.move_aside:
+        for disk in m.disks:
+            await move_aside(m, disk.image, m.plan.moved_to(disk))
     if m.fence:
         await m.fence.stop(limits.stop)
     known = m.guest_end
@@ -40,19 +43,33 @@ async def clear_source(m: Migration) -> str:
     m.cleared = True
     if m.guest_end and not (m.guest_end.good and m.guest_end.reason in ("", *WANTED)):
         raise MigrationError(end_told(m.guest_end))
-    end = f"{image} was moved to {target}" if target else f"{image} is out of date: never start a guest on it"
+    was, are, it = ("were", "are", "them") if len(m.disks) > 1 else ("was", "is", "it")
+    if m.plan.finish.move_aside:
+        end = f"{images} {was} moved to {m.plan.finish.move_aside}"
+    else:
+        end = f"{images} {are} out of date: never start a guest on {it}"
     return f"the server and A's QEMU have ended; {end}"
 
 
 async def detach(m: Migration) -> None:
-    """Part B's QEMU from all that is not its own file; where it has ended there is nothing to part."""
+    """Part B's QEMU from all that is not its own files; where it has ended there is nothing to part."""
     try:
-        await engine_for(m).detach(m)
+        for disk in m.disks:
+            await engine_for(m).detach(m, disk)
+        if not m.unattended:
+            m.report.moment(Moment.PIVOTED)
+        await end_what_carried(m)
     except MigrationError:
-        if not await m.guest_has_ended():
+        if m.unattended or not await m.guest_has_ended():
             raise
         await go_without_guest(m)
-        await engine_for(m).detach(m)
+        await end_what_carried(m)
+
+
+async def end_what_carried(m: Migration) -> None:
+    """End what the guest does not use any more."""
+    for disk in m.disks:
+        await engine_for(m).end(m, disk)
 
 
 async def move_aside(m: Migration, image: str, target: str) -> None:

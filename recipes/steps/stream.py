@@ -2,196 +2,189 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable
+import asyncio
 from dataclasses import replace
 from typing import Any
 
-from nbdserve.common.clock import now
-from nbdserve.qmp.client import EventListener
 from recipes.engines.choice import engine_for
+from recipes.engines.jobs import Job, Jobs, News, heard
 from recipes.errors import MigrationError
-from recipes.migrate.progress import Progress
+from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase
+from recipes.plans.disks import PlannedDisk
 from recipes.qemu.vm import Vm, VmGoneError, VmSilentError
 from recipes.steps import advice
-from recipes.steps.recovery import JOB, LOOK, Recovery
+from recipes.steps.recovery import LOOK, Recovery
 from recipes.steps.without_guest import go_without_guest
-
-RATE_WINDOW = 5.0
-"""Seconds over which the rate is averaged."""
 
 
 async def stream(m: Migration) -> str:
-    """Step 5: until every block is in the overlay, and on stable storage there."""
+    """Step 5: until every block of every disk is in its overlay, and on stable storage there."""
     m.enter(Phase.STREAM)
     try:
-        await Stream(m, await engine_for(m).monitor(m)).run()
+        await Stream(m).run()
     except MigrationError:
-        # A guest that has shut down needs its disk no less than before; one whose QEMU died may be started
+        # A guest that has shut down needs its disks no less than before; one whose QEMU died may be started
         # again at once, on what is there.
         if not (await m.guest_has_ended() and m.guest_end and m.guest_end.good):
             raise
         await go_without_guest(m)
-        await Stream(m, await engine_for(m).monitor(m)).run()
-    await engine_for(m).confirm(m)
-    # From here on nothing on A is needed: make sure that a power failure on B does not change that.
-    image, limit = m.plan.destination.image, m.plan.limits.stall
-    await m.during(
-        m.host_b.run("sync", "--", image, limit=limit), limit, f"writing {image} to stable storage"
-    )
+        await Stream(m).run()
+    # From here on nothing on A is needed.
     whole = tuple(replace(disk, complete=True) for disk in m.state.disks)
     m.enter(Phase.COMPLETE, disks=whole, window=m.since_arrival)
     again = f", interrupted {m.state.recoveries} times" if m.state.recoveries else ""
-    return f"every block of {m.disk.size} bytes is in {image}{again}"
-
-
-class Meter:
-    """How fast something moves, and since when it does not."""
-
-    def __init__(self, clock: Callable[[], float] | None = None) -> None:
-        """``clock`` is what stillness is measured by; by default the one that never stops."""
-        self._clock = clock or time.monotonic
-        self._moved = self._clock()
-        self._samples = deque([(time.monotonic(), 0)])
-
-    def note(self, done: int) -> None:
-        """Note how many bytes are done now."""
-        time_now = time.monotonic()
-        if done != self._samples[-1][1]:
-            self._moved = self._clock()
-        self._samples.append((time_now, done))
-        while time_now - self._samples[0][0] > RATE_WINDOW:
-            self._samples.popleft()
-
-    @property
-    def rate(self) -> float:
-        """Return bytes per second of late."""
-        (begin, first), (end, last) = self._samples[0], self._samples[-1]
-        return (last - first) / (end - begin) if end > begin else 0.0
-
-    @property
-    def still(self) -> float:
-        """Return seconds without any movement."""
-        return self._clock() - self._moved
+    are = "are" if len(m.disks) > 1 else "is"
+    return f"every block of {m.size} bytes {are} in {listed(disk.target for disk in m.disks)}{again}"
 
 
 class Stream:
-    """The block job on B, and the export that feeds it."""
+    """The block jobs on B, and the server that feeds them."""
 
-    def __init__(self, m: Migration, jobs: Vm) -> None:
-        """``jobs`` is the monitor that the stream is told to: B's QEMU, or nbd-overlay."""
+    def __init__(self, m: Migration) -> None:
         self._m = m
         self._limits = m.plan.limits
-        self._recovery = Recovery(m, jobs)
+        self._jobs = Jobs(m)
+        self._recovery = Recovery(m, self._jobs)
         self._restarts = 0
-        self._meter = Meter(now)
-
-    @property
-    def _jobs(self) -> Vm:
-        return self._recovery.jobs
+        self._settling: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Stream to the end; MigrationError says what to do when that cannot be reached."""
-        while True:
-            try:
-                await self._stream()
-                return
-            except VmGoneError as error:
-                if self._jobs is self._m.b or (self._m.b and not self._m.b.connected):
-                    raise
-                await self._restart_overlay(error)
-            except VmSilentError as error:
-                of_overlay = self._jobs is not self._m.b and str(error).startswith(self._jobs.name)
-                remedy = advice.overlay_silent if of_overlay else advice.qemu_silent
-                raise await self._recovery.advised(str(error), await remedy(self._m)) from error
+        await self._jobs.find()
+        try:
+            while True:
+                try:
+                    await self._stream()
+                    return
+                except VmGoneError as error:
+                    for job in await self._lost(error):
+                        await self._restart_overlay(job, error)
+                except VmSilentError as error:
+                    raise await self._recovery.advised(str(error), await self._silent(error)) from error
+        finally:
+            for task in self._settling:
+                task.cancel()
 
-    async def _restart_overlay(self, error: VmGoneError) -> None:
+    async def _lost(self, error: VmGoneError) -> list[Job]:
+        """Return the jobs whose nbd-overlay has died; raises the error where it is B's QEMU, or nobody."""
+        vms = {*self._jobs.monitors, *([self._m.b] if self._m.b else [])}
+        ends = [asyncio.ensure_future(vm.gone()) for vm in vms]
+        try:
+            await asyncio.wait(ends, timeout=self._limits.stop, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+        lost = [job for job in self._jobs.all if not job.vm.connected]
+        if not lost or (self._m.b and not self._m.b.connected):
+            raise error
+        return lost
+
+    async def _silent(self, error: VmSilentError) -> str:
+        """Return what to do about a monitor that does not answer."""
+        for job in self._jobs.all:
+            if job.vm is not self._m.b and str(error).startswith((f"{job.vm.name} ", f"{job.vm.name}:")):
+                return await advice.overlay_silent(self._m, job.disk)
+        return await advice.qemu_silent(self._m)
+
+    async def _restart_overlay(self, job: Job, error: VmGoneError) -> None:
         """nbd-overlay has died: start it again, unless that was done too often or cannot be done."""
         why: MigrationError = error
         if self._restarts < self._limits.restarts:
             self._restarts += 1
             self._m.record(recoveries=self._m.state.recoveries + 1)
-            self._m.report.note(f"{error}; it is started again, and the guest waits")
+            self._m.report.note(f"{job.vm.name} has ended; it is started again, and the guest waits")
             try:
-                self._recovery.jobs = await engine_for(self._m).monitor(self._m)
+                job.vm = await engine_for(self._m).monitor(self._m, job.disk)
                 return
             except MigrationError as refusal:
                 if await self._m.guest_has_ended():
                     raise
                 why = refusal
-        raise await self._recovery.advised(str(why), await advice.overlay_dead(self._m)) from why
+        raise await self._recovery.advised(str(why), await advice.overlay_dead(self._m, job.disk)) from why
 
     async def _stream(self) -> None:
-        """Start the job, and follow it to its end. VmGoneError when what streams has died."""
-        device = engine_for(self._m).streamed(self._m.plan)
-        with self._jobs.events("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR") as news:
-            speed = self._limits.speed
-            waits = self._waits
-            if await self._recovery.job() is None:
-                start = {"job-id": JOB, "device": device, "speed": speed, "on-error": "stop"}
-                await self._recovery.execute("block-stream", given=start)
-                waits = self._recovery.guest_waits
-            if await waits():
+        """Start the jobs, and follow them to their ends. VmGoneError when what streams has died."""
+        with heard(self._jobs.monitors) as news:
+            older = await self._jobs.start()
+            if await self._recovery.guest_waits() or {*older} & {*await self._jobs.waiting()}:
                 # Of a job that was there before, and of a guest that waited before, nobody tells why.
                 await self._recovery.recover("guest or stream were interrupted before", old=True)
-            while not await self._advance(await self._next(news)):
-                pass
+            while self._jobs.running or self._settling:
+                await self._advance(await self._next(news))
 
-    async def _next(self, news: EventListener) -> dict[str, Any]:
-        """Return the next event, or an empty one when it is time to look at the job."""
-        try:
-            # Its own limit is the short one, however busy this machine is.
-            return await self._m.during(self._jobs.next_event(news, LOOK, "an event"), LOOK * 100, "an event")
-        except VmSilentError:
-            return {}
+    async def _next(self, news: News) -> list[tuple[Vm, dict[str, Any]]]:
+        """Return the next events, or none when it is time to look at the jobs."""
+        # Its own limit is the short one, however busy this machine is.
+        told = await self._m.during(news.next(LOOK, *self._settling), LOOK * 100, "an event")
+        for task in [task for task in self._settling if task.done()]:
+            self._settling.remove(task)
+            task.result()
+        return told
 
-    async def _advance(self, event: dict[str, Any]) -> bool:
-        """React to an event; True when the stream is complete."""
-        if event.get("event") == "BLOCK_JOB_COMPLETED":
-            if event.get("error") or event["offset"] != event["len"]:
-                why = f"the stream failed: {event.get('error', 'too short')}"
-                raise await self._recovery.advised(why, await advice.server_hangs(self._m))
-            return True
-        trouble = await self._trouble(event)
-        if trouble:
+    async def _advance(self, told: list[tuple[Vm, dict[str, Any]]]) -> None:
+        """React to what was told, or look at the jobs."""
+        for vm, event in told:
+            job = self._jobs.called(vm, event.get("device"))
+            if event["event"] == "BLOCK_JOB_COMPLETED" and job and not job.done:
+                await self._complete(job, event)
+        if not self._jobs.running:
+            return
+        if trouble := await self._trouble(told):
             await self._recovery.recover(trouble)
         else:
             await self._look()
-        return False
 
-    async def _trouble(self, event: dict[str, Any]) -> str:
+    async def _complete(self, job: Job, event: dict[str, Any]) -> None:
+        """Take a job's end for what it is."""
+        if event.get("error") or event["offset"] != event["len"]:
+            why = f"the stream{self._m.about(job.disk)} failed: {event.get('error', 'too short')}"
+            raise await self._recovery.advised(why, await advice.server_hangs(self._m))
+        job.done = True
+        self._settling.add(asyncio.create_task(self._settle(job.disk)))
+        if self._limits.speed:
+            await self._jobs.share_speed()
+
+    async def _settle(self, disk: PlannedDisk) -> None:
+        """See that the image is whole, and that a power failure on B does not change that."""
+        m, limit = self._m, self._limits.stall
+        await engine_for(m).confirm(m, disk)
+        syncing = m.host_b.run("sync", "--", disk.target, limit=limit)
+        await m.during(syncing, limit, f"writing {disk.target} to stable storage")
+        if len(m.pending) > 1:
+            # That of the last one begins a phase.
+            m.record(disks=m.state.with_complete(disk))
+
+    async def _trouble(self, told: list[tuple[Vm, dict[str, Any]]]) -> str:
         """Return what is wrong, if anything."""
-        server = self._m.server
+        server, b = self._m.server, self._m.b
         if server and self._recovery.server_has_ended:
             return f"{server.name} {await server.wait()}"
-        ours = (self._m.plan.destination.node, JOB)
-        told = event.get("node-name") in ours or event.get("device") in ours
+        of_disks = [event for vm, event in told if self._is_ours(vm, event)]
         # Of the guest's errors another monitor than the job's tells.
-        if not told and self._jobs is self._m.b:
+        if not of_disks and all(vm is b for vm in self._jobs.monitors):
             return ""
         # An event may be older than the last recovery.
-        if not await self._waits():
+        if not (await self._recovery.guest_waits() or await self._jobs.waiting()):
             return ""
-        who = "B's QEMU" if self._m.b else "nbd-overlay"
+        event = of_disks[0] if of_disks else {}
+        who = "B's QEMU" if b else "nbd-overlay"
         return f"{who} cannot {event.get('operation', 'go on')} ({event.get('reason', 'the stream')})"
 
-    async def _waits(self) -> bool:
-        """Tell whether an error has paused the guest or the job."""
-        return await self._recovery.guest_waits() or await self._recovery.job_waits()
+    def _is_ours(self, vm: Vm, event: dict[str, Any]) -> bool:
+        """Tell whether an event is about a disk, and an error."""
+        if event["event"] == "BLOCK_JOB_COMPLETED":
+            return False
+        names = (event.get("node-name"), event.get("device"))
+        return any(self._jobs.of_device(vm, name) for name in names)
 
     async def _look(self) -> None:
-        """Report how far the job is; MigrationError when it has not moved for too long."""
-        job = await self._recovery.job()
-        if job is None:
-            return
-        self._meter.note(job["offset"])
-        window = self._m.since_arrival
-        progress = Progress(job["offset"], job["len"], self._meter.rate, window)
+        """Report how far the jobs are; MigrationError when one has not moved for too long."""
+        progress = await self._jobs.look()
         self._m.report.progress(progress)
         self._m.journal.note_progress(progress)
-        if self._meter.still > self._limits.stall:
-            why = f"the stream has not moved for {self._limits.stall:g} s"
-            raise await self._recovery.advised(why, await advice.server_hangs(self._m))
+        for job in self._jobs.running:
+            if job.meter.still > self._limits.stall:
+                why = f"the stream{self._m.about(job.disk)} has not moved for {self._limits.stall:g} s"
+                raise await self._recovery.advised(why, await advice.server_hangs(self._m))

@@ -88,11 +88,11 @@ def test_a_bad_sector_on_a_is_called_that(tmp_path: Path, engine: str) -> None:
 
 @contextmanager
 def small_disk(directory: Path) -> Iterator[Path]:
-    """A file system in which B's disk has no room."""
+    """A file system in which B's disk has room, until somebody takes it."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     directory.mkdir()
-    check("mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", directory)
+    check("mount", "-t", "tmpfs", "-o", "size=120M", "tmpfs", directory)
     try:
         yield directory
     finally:
@@ -106,7 +106,10 @@ def test_a_full_disk_on_b_is_called_that(tmp_path: Path, engine: str) -> None:
     with small_disk(tmp_path / "small") as small, scene(directory, engine) as stage:
         stage.overlay = small / stage.overlay.name
         stage.change("destination", image=str(stage.overlay))
+        stage.change("limits", speed=8 * MIB)
         with stage.run() as run:
+            run.wait_for_line(" of 64 MiB", SECONDS)
+            check("mount", "-o", "remount,size=24M", small)
             last = last_line(run)
         assert f"there is no space left for {stage.overlay} on B; make room; the guest on B" in last
         assert "bytes of the disk are still to come" in last

@@ -81,7 +81,7 @@ def test_one_look_at_both_hosts_finds_what_does_not_fit(stage: Scene, tmp_path: 
             "nvme,serial=1,drive=disk0",
             "the -device of disk0 has no rerror: use virtio-blk",
         ),
-        ("virtio-rng-pci", "no -device has drive=disk0, so the guest would have no disk"),
+        ("virtio-rng-pci", "no -device has drive=disk0, so the guest would not have this disk"),
         ("virtio-blk-pci,drive=disk7", "B's QEMU ended with code 1: qemu-system-x86_64: "),
     ],
 )

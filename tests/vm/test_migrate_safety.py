@@ -357,6 +357,15 @@ def test_a_destination_without_space_pauses_the_guest_and_says_so(stage: Scene, 
         stage.change("destination", image=str(small / "b.qed"))
         with stage.run() as run:
             assert run.wait(30.0) == 1
+        assert f"24 MiB are left in {small} on B, and A's images hold 64 MiB at least" in run.output()
+        assert not stage.started()
+        # Somebody else takes what there was.
+        check("mount", "-o", "remount,size=80M", small)
+        stage.change("limits", speed=8 << 20)
+        with stage.run() as run:
+            run.wait_for_line(" of 64 MiB")
+            check("mount", "-o", "remount,size=24M", small)
+            assert run.wait(60.0) == 1
         assert f"there is no space left for {small / 'b.qed'} on B; make room" in run.output()
         check("mount", "-o", "remount,size=80M", small)
         with monitor(stage.monitor_b) as b:

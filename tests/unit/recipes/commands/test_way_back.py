@@ -269,8 +269,9 @@ def watching(directory: Path, *processes: Process) -> Iterator[Watch]:
     there = dataclasses.replace(journal.state.plan.destination, image=str(directory / "b.raw"))
     limits = dataclasses.replace(journal.state.plan.limits, command=60.0)
     plan = dataclasses.replace(journal.state.plan, destination=there, limits=limits)
+    disks = tuple(dataclasses.replace(disk, target=there.image) for disk in journal.state.disks)
     made = (there.image, f"{there.image}.map")
-    journal.append(dataclasses.replace(journal.state, plan=plan, processes=processes, made=made))
+    journal.append(dataclasses.replace(journal.state, plan=plan, disks=disks, processes=processes, made=made))
     found = Watch(Orders(str(journal.directory), journal.fd, journal.lock.fd, owned=False))
     (directory / "b.raw").write_bytes(b"guest" * 1024)
     yield found

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from recipes.hosts.host import Host
-from recipes.hosts.places import name_of, place_of
+from recipes.hosts.places import Places, name_of, place_of
 from tests.support.loops import loop_device
 
 
@@ -33,3 +33,13 @@ def test_what_belongs_to_a_file_is_beside_it_and_to_a_device_in_the_systems_plac
         nobody = ("setpriv", "--reuid=65534", "--clear-groups", "env", "-u", "XDG_STATE_HOME", "HOME=/home/n")
         assert place(Host("A", nobody), device).startswith("/home/n/.local/state/nbd-migrate/dev-loop")
         assert place(Host("A", (*nobody, "XDG_STATE_HOME=/s")), device).startswith("/s/nbd-migrate/dev-loop")
+
+
+def test_in_one_directory_for_all_no_two_disks_have_the_same_log() -> None:
+    images = ("/system/disk.raw", "/data/disk.raw", "/data/other.raw"), ("/b/disk.raw",)
+    places = Places("/var/log/vm", images, 30.0)
+    found = [asyncio.run(places.place(Host("A"), image, "fence")) for side in images for image in side]
+    assert [path.name for path in found] == [
+        *("system-disk.raw.fence", "data-disk.raw.fence", "other.raw.fence", "disk.raw.fence"),
+    ]
+    assert {str(path.parent) for path in found} == {"/var/log/vm"}

@@ -8,9 +8,9 @@ import os
 
 import pytest
 
+from recipes.engines.jobs import Meter
 from recipes.migrate.console import JsonReport, PlainReport, TerminalReport, describe
 from recipes.migrate.progress import Moment, Outcome, Progress, Report, Step, StepResult
-from recipes.steps.stream import Meter
 
 MIB = 1 << 20
 HALFWAY = Progress(done=512 * MIB, total=1024 * MIB, rate=64.0 * MIB, window=9.6)
@@ -100,7 +100,7 @@ def test_nothing_is_said_about_the_end_of_a_stream_that_stands_still() -> None:
 
 def test_the_rate_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("recipes.steps.stream.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("recipes.engines.jobs.time.monotonic", lambda: clock[0])
     meter = Meter()
     for _ in range(10):
         clock[0] += 1.0

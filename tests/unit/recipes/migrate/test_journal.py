@@ -20,6 +20,7 @@ from recipes.migrate.journal import Journal, check_name, usable_name
 from recipes.migrate.lock import JournalBusyError
 from recipes.migrate.progress import Progress
 from recipes.migrate.state import Arrival, Disk, Phase, Process, Role, State
+from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Destination, Export, Plan, Source
 
 PLAN = Plan(
@@ -50,6 +51,42 @@ def test_a_state_comes_back_as_it_was_written() -> None:
     assert "\n" not in FULL.to_json()
 
 
+WRITTEN_BEFORE = (
+    '{"version":1,"name":"vm","plan":{"source":{"qmp":"/run/a.qmp","image":"/a.raw","node":"","shell":["ssh",'
+    '"a.example"],"bin":""},"export":{"uri":"nbd://192.0.2.1/vm"},"destination":{"qemu":["qemu","-m","2G"],'
+    '"image":"/b.raw","qmp":"/run/b.qmp","migration":"tcp:192.0.2.2:4444","node":"disk0","shell":[],"bin":"",'
+    '"engine":"overlay","owner":"","mode":""},"limits":{"connect":10.0,"command":15.0,"start":30.0,"migrate":'
+    '3600.0,"switch_over":60.0,"stall":300.0,"recover":60.0,"stop":30.0,"reconnect_delay":10,'
+    '"reconnect_timeout":60.0,"restarts":5,"connections":3,"speed":0},"finish":{"move_aside":""},"log":'
+    '{"directory":""}},"phase":"stream","disks":[{"source":"/a.raw","target":"/b.raw","size":1073741824,'
+    '"complete":false}],"processes":[{"role":"overlay","pid":4711,"mark":"/b.raw.overlay.pid"}],'
+    '"capabilities":["events"],"made":[],"finish":"","arrival":null,"arrived":1000.5,"window":0.0,'
+    '"recoveries":2,"time":0.0}'
+)
+"""A line from before plans had several disks."""
+
+
+def test_a_journal_from_before_there_were_several_disks_means_what_it_meant() -> None:
+    state = State.from_json(WRITTEN_BEFORE)
+    [disk] = state.plan.disks
+    assert disk == PlannedDisk("/a.raw", "/b.raw", "disk0")
+    assert state.pending == (disk,)
+    old = state.process(Role.OVERLAY, disk.drive)
+    assert old == Process(Role.OVERLAY, 4711, "/b.raw.overlay.pid")
+    new = Process(Role.OVERLAY, 4712, "/b.raw.overlay.pid", disk.drive)
+    assert state.with_process(new).processes == (new,)
+    assert State.from_json(state.to_json()) == state
+
+
+def test_processes_of_several_disks_are_told_apart() -> None:
+    first, second = (Process(Role.OVERLAY, pid, "mark", f"disk{pid}") for pid in (1, 2))
+    again = replace(first, pid=3)
+    state = FULL.with_process(first).with_process(second).with_process(again)
+    assert state.process(Role.OVERLAY, "disk1") == again
+    assert state.process(Role.OVERLAY, "disk2") == second
+    assert state.process(Role.QEMU) == FULL.processes[0]
+
+
 @pytest.mark.parametrize("line", ["", "{}", "[]", "null", '{"version": 1}', '{"version": 2}', "{", "\0"])
 def test_what_is_no_state_is_refused_in_one_line(line: str) -> None:
     with pytest.raises(MigrationError) as caught:
@@ -73,12 +110,13 @@ def changed(**values: object) -> str:
     "line",
     [
         "[" * 100000,
+        changed(disks=[]),
+        changed(disks__0__target="/c.raw"),
         changed(time="x"),
         changed(time=1e300),
         changed(time=-1),
         changed(time=True),
         changed(arrived=1e300),
-        changed(disks=[]),
         changed(disks__0__size="x"),
         changed(disks__0__complete=1),
         changed(plan__destination__shell=5),

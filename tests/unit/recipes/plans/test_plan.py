@@ -38,7 +38,7 @@ def plan_of(tmp_path: Path, text: str) -> Plan:
 def test_a_plan_needs_no_more_than_what_cannot_be_guessed(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, MINIMAL)
     assert plan.source.shell == ()
-    assert plan.destination.node == "disk0"
+    assert [(disk.drive, disk.node) for disk in plan.disks] == [("disk0", "")]
     assert plan.export.address.port == 10809
     assert (plan.limits.speed, plan.limits.connections, plan.destination.engine) == (0, 3, "overlay")
     assert plan.finish.move_aside == ""
@@ -291,3 +291,86 @@ def test_an_owner_may_be_a_user_a_group_or_both(tmp_path: Path) -> None:
         there = plan_of(tmp_path, f'{MINIMAL}owner = "{owner}"\nmode = "0660"\n').destination
         assert there.ownership("--x-") == ["--x-owner", owner, "--x-mode", "0660"]
     assert plan_of(tmp_path, MINIMAL).destination.ownership("--") == []
+
+
+DISKS = """
+[source]
+qmp = "/run/a.qmp"
+[export]
+uri = "nbd://192.0.2.1/vm"
+[destination]
+qemu = ["qemu-system-x86_64"]
+qmp = "/run/b.qmp"
+migration = "tcp:192.0.2.2:4444"
+[[disk]]
+image = "/images/system.raw"
+target = "/b/system.raw"
+drive = "disk0"
+[[disk]]
+image = "/dev/vg/data"
+target = "/b/data.raw"
+drive = "disk1"
+node = "data"
+"""
+
+
+def test_a_plan_may_have_several_disks(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, DISKS)
+    first, second = plan.disks
+    assert (first.image, first.target, first.drive, first.node) == (
+        *("/images/system.raw", "/b/system.raw", "disk0", ""),
+    )
+    assert (second.image, second.node) == ("/dev/vg/data", "data")
+    assert [str(plan.export_of(disk)) for disk in plan.disks] == [
+        "nbd://192.0.2.1:10809/vm-disk0",
+        "nbd://192.0.2.1:10809/vm-disk1",
+    ]
+    assert plan_of(tmp_path, as_toml(plan)) == plan
+
+
+def test_a_single_disk_is_exported_under_the_name_of_the_uri(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, DISKS[: DISKS.rindex("[[disk]]")])
+    [disk] = plan.disks
+    assert plan.export_of(disk) == plan.export.address
+    assert plan_of(tmp_path, MINIMAL).disks[0].target == "/images/vm.qed"
+
+
+def test_several_images_are_moved_into_a_directory(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, DISKS + '[finish]\nmove_aside = "/old"\n')
+    assert [plan.moved_to(disk) for disk in plan.disks] == ["/old/system.raw", "/old/data"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("/dev/vg/data", "/images//system.raw", "disk.image: /images/system.raw is that of two disks"),
+        ("/b/data.raw", "/b/system.raw", "disk.target: /b/system.raw is that of two disks"),
+        ("disk1", "disk0", "disk.drive: disk0 is that of two disks"),
+        ("disk1", "disk0-local", "disk.drive: disk0-local is what a node beside disk0 is called"),
+        ("/b/data.raw", "/b/system.raw.map", "is where nbd-overlay has a file of /b/system.raw"),
+        ("/b/data.raw", "/dev/vg/data", "disk.target: '/dev/vg/data' is among the devices"),
+        ("/b/data.raw", "data.raw", "disk.target: 'data.raw' must be an absolute path"),
+        ("/dev/vg/data", "data", "disk.image: 'data' must be an absolute path"),
+        ('drive = "disk1"', "", "disk.drive: this is missing, in [[disk]] number 2"),
+        ('node = "data"', 'noode = "data"', "disk.noode: no such key"),
+        ('node = "data"', "node = 7", "disk.node: a string is wanted, not 7, in [[disk]] number 2"),
+        ("/run/b.qmp", "/b/data.raw.qmp", "destination.qmp: /b/data.raw.qmp is where nbd-overlay has"),
+        ("[export]", 'image = "/x"\n[export]', "source.image: with [[disk]] say it there"),
+        ("migration", 'node = "x"\nmigration', "destination.node: with [[disk]] say it there"),
+    ],
+)
+def test_what_is_wrong_with_several_disks_is_said(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_of(tmp_path, DISKS.replace(old, new))
+    assert complaint in str(caught.value)
+
+
+def test_a_disk_is_a_table_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"disk: write it as \[\[disk\]\], once for each disk"):
+        plan_of(tmp_path, "disk = 3\n" + MINIMAL)
+
+
+def test_images_of_one_name_are_not_moved_into_one_directory(tmp_path: Path) -> None:
+    text = DISKS.replace("/dev/vg/data", "/other/system.raw") + '[finish]\nmove_aside = "/old"\n'
+    with pytest.raises(UsageError, match="two images have the same name, and cannot both be moved to /old"):
+        plan_of(tmp_path, text)

@@ -1,0 +1,219 @@
+"""The block jobs that stream the disks, one for each, on one monitor or on several."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from nbdserve.common.clock import now
+from nbdserve.qmp.client import EventListener
+from recipes.engines.choice import engine_for
+from recipes.migrate.progress import Progress
+from recipes.migrate.runtime import Migration
+from recipes.plans.disks import PlannedDisk
+from recipes.qemu.vm import CommandError, Vm, VmSilentError
+
+RATE_WINDOW = 5.0
+"""Seconds over which the rate is averaged."""
+
+EVENTS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR")
+
+
+class Meter:
+    """How fast something moves, and since when it does not."""
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        """``clock`` is what stillness is measured by; by default the one that never stops."""
+        self._clock = clock or time.monotonic
+        self._moved = self._clock()
+        self._samples = deque([(time.monotonic(), 0)])
+
+    def note(self, done: int) -> None:
+        """Note how many bytes are done now."""
+        time_now = time.monotonic()
+        if done != self._samples[-1][1]:
+            self._moved = self._clock()
+        self._samples.append((time_now, done))
+        while time_now - self._samples[0][0] > RATE_WINDOW:
+            self._samples.popleft()
+
+    @property
+    def rate(self) -> float:
+        """Return bytes per second of late."""
+        (begin, first), (end, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (end - begin) if end > begin else 0.0
+
+    @property
+    def still(self) -> float:
+        """Return seconds without any movement."""
+        return self._clock() - self._moved
+
+
+class Job:
+    """The block job of one disk.
+
+    name   the job's
+    device what block-stream is told
+    vm     the monitor that it is told to: B's QEMU, or the disk's nbd-overlay
+    done   every block of the disk is local
+    """
+
+    def __init__(self, m: Migration, disk: PlannedDisk, vm: Vm) -> None:
+        self.disk = disk
+        self.name, self.device = engine_for(m).streamed(m.plan, disk)
+        self.vm = vm
+        self.done = m.state.disk(disk).complete
+        self.meter = Meter(now)
+        self.offset, self.length = 0, m.state.disk(disk).size
+
+    @property
+    def bytes_done(self) -> int:
+        """Return how many bytes are local, as far as was told."""
+        return self.length if self.done else min(self.offset, self.length)
+
+    @property
+    def bytes_missing(self) -> int:
+        """Return how many are not."""
+        return self.length - self.bytes_done
+
+    def note(self, info: Mapping[str, Any]) -> None:
+        """Note how far it is, by what query-block-jobs says."""
+        self.offset, self.length = info["offset"], info["len"]
+        self.meter.note(self.offset)
+
+
+class Jobs:
+    """Those of a migration, in the order of its disks."""
+
+    def __init__(self, m: Migration) -> None:
+        self._m = m
+        self.all: list[Job] = []
+        # A monitor can be blocked while a node waits for its connection.
+        self.patience = m.plan.limits.command + m.plan.limits.reconnect_delay
+        self._meter = Meter()
+        self._most = 0
+
+    async def find(self) -> None:
+        """Connect to the monitor of each disk that is not complete, or whose nbd-overlay a guest needs."""
+        engine = engine_for(self._m)
+        for disk in self._m.disks:
+            if disk in self._m.pending or await engine.carries(self._m, disk):
+                self.all.append(Job(self._m, disk, await engine.monitor(self._m, disk)))
+
+    @property
+    def running(self) -> list[Job]:
+        """Return those that have not come to their end."""
+        return [job for job in self.all if not job.done]
+
+    @property
+    def monitors(self) -> list[Vm]:
+        """Return the monitors that they are on, each once."""
+        return list(dict.fromkeys(job.vm for job in self.all))
+
+    def called(self, vm: Vm, name: object) -> Job | None:
+        """Return the job of this name on a monitor."""
+        return next((job for job in self.all if job.vm is vm and job.name == name), None)
+
+    def of_device(self, vm: Vm, name: object) -> Job | None:
+        """Return the job that an event is about which names a job, or a node that a device refers to."""
+        ours = (job for job in self.all if job.vm is vm and name in (job.name, job.disk.drive))
+        return next(ours, None)
+
+    async def execute(self, vm: Vm, command: str, given: Mapping[str, object] | None = None) -> Any:
+        """Execute a command on a monitor."""
+        work = vm.call(command, given or {}, limit=self.patience)
+        return await self._m.during(work, self.patience * 2, command)
+
+    async def query(self, job: Job) -> dict[str, Any] | None:
+        """Return what the monitor says of a job, or None when it has ended."""
+        jobs: list[dict[str, Any]] = await self.execute(job.vm, "query-block-jobs")
+        return next((each for each in jobs if each["device"] == job.name), None)
+
+    async def start(self) -> list[Job]:
+        """Start those that are not there, each with its share of the speed; return those that were there."""
+        older = []
+        for job in self.running:
+            if await self.query(job) is not None:
+                older.append(job)
+                continue
+            given = {"job-id": job.name, "device": job.device, "speed": self.share, "on-error": "stop"}
+            await self.execute(job.vm, "block-stream", given)
+        if older:
+            await self.share_speed()
+        return older
+
+    @property
+    def share(self) -> int:
+        """Return the speed of each of those that run, in bytes per second; 0 is no limit."""
+        speed = self._m.plan.limits.speed
+        return max(1, speed // max(1, len(self.running))) if speed else 0
+
+    async def share_speed(self) -> None:
+        """Divide the speed that the plan allows among those that run."""
+        for job in self.running:
+            # It may have come to its end.
+            with suppress(CommandError):
+                given = {"device": job.name, "speed": self.share}
+                await self.execute(job.vm, "block-job-set-speed", given)
+
+    async def waiting(self) -> list[Job]:
+        """Return those that an error has paused."""
+        found = []
+        for job in self.running:
+            info = await self.query(job)
+            if info is not None and info["status"] == "paused":
+                found.append(job)
+        return found
+
+    async def look(self) -> Progress:
+        """Look how far they are; of all disks together this is never less than before."""
+        for job in self.running:
+            if (info := await self.query(job)) is not None:
+                job.note(info)
+        known = {job.disk.drive for job in self.all}
+        whole = sum(self._m.state.disk(disk).size for disk in self._m.disks if disk.drive not in known)
+        self._most = max(self._most, whole + sum(job.bytes_done for job in self.all))
+        total = max(self._most, whole + sum(job.length for job in self.all))
+        self._meter.note(self._most)
+        return Progress(self._most, total, self._meter.rate, self._m.since_arrival)
+
+
+class News:
+    """What the monitors tell of the jobs and the disks, whichever says it first."""
+
+    def __init__(self, listeners: Mapping[Vm, EventListener]) -> None:
+        self._listeners = listeners
+
+    async def next(self, seconds: float, *others: asyncio.Task[None]) -> list[tuple[Vm, dict[str, Any]]]:
+        """Return what is told within so many seconds, or until one of the ``others`` is done.
+
+        Raises VmGoneError when one of the monitors has hung up.
+        """
+        waits = {
+            asyncio.ensure_future(vm.next_event(listener, seconds, "an event")): vm
+            for vm, listener in self._listeners.items()
+        }
+        try:
+            await asyncio.wait({*waits, *others}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            # One that is cancelled takes no event with it.
+            ends = await asyncio.gather(*waits, return_exceptions=True)
+        told = [(vm, end) for vm, end in zip(waits.values(), ends, strict=True) if isinstance(end, dict)]
+        for end in ends:
+            quiet = isinstance(end, dict | VmSilentError | asyncio.CancelledError)
+            if isinstance(end, BaseException) and not quiet and not told:
+                raise end
+        return told
+
+
+@contextmanager
+def heard(monitors: list[Vm]) -> Iterator[News]:
+    """Listen to these monitors."""
+    with ExitStack() as stack:
+        yield News({vm: stack.enter_context(vm.events(*EVENTS)) for vm in monitors})

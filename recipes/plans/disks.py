@@ -1,0 +1,115 @@
+"""One disk that moves, as it is planned: what is checked of it, and what lies beside it on B."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nbdserve.common.errors import UsageError
+from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
+
+OF_DRIVE = ("export", "backing", "overlay", "access", "local", "pivot")
+"""What block nodes of B's QEMU are called beside a drive: DRIVE-export, and so on."""
+
+SHORTHAND = {
+    "image": "source.image",
+    "node": "source.node",
+    "target": "destination.image",
+    "drive": "destination.node",
+}
+"""The keys of a plan's only disk where it has no [[disk]]."""
+
+
+@dataclass(frozen=True)
+class PlannedDisk:
+    """A disk of the guest.
+
+    image   on A: a raw file or a block device
+    target  on B: where it ends as a file
+    drive   the block node of B's QEMU that the -device there refers to
+    node    A's block node or device; empty: found by the image's name
+    """
+
+    image: str
+    target: str
+    drive: str
+    node: str = ""
+
+    @property
+    def map(self) -> str:
+        """Return where nbd-overlay keeps what is local already."""
+        return f"{self.target}.map"
+
+    @property
+    def overlay_socket(self) -> str:
+        """Return where nbd-overlay serves the disk to B's QEMU."""
+        return f"{self.target}.nbd"
+
+    @property
+    def overlay_monitor(self) -> str:
+        """Return nbd-overlay's own QMP socket."""
+        return f"{self.target}.qmp"
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Return the target, and each path that nbd-overlay uses beside it."""
+        return (self.target, self.map, self.overlay_socket, self.overlay_monitor)
+
+    def check(self, keys: dict[str, str], *, sockets: bool) -> None:
+        """Raise UsageError if a value cannot be right; ``keys`` are what the operator calls them."""
+        for key, path in (("image", self.image), ("target", self.target)):
+            if not path:
+                raise UsageError(f"{keys[key]}: this is missing")
+        if sockets and len(os.fsencode(self.overlay_monitor)) > SOCKET_PATH_LIMIT:
+            raise UsageError(
+                f"{keys['target']}: {self.target!r} is too long for the sockets beside it; choose one "
+                f"with which {self.overlay_monitor!r} has at most {SOCKET_PATH_LIMIT} bytes"
+            )
+        check_absolute(keys["image"], self.image)
+        check_absolute(keys["target"], self.target)
+        if is_among_devices(self.target):
+            raise UsageError(
+                f"{keys['target']}: {self.target!r} is among the devices; name a file in a file system"
+            )
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,19}", self.drive):
+            raise UsageError(
+                f"{keys['drive']}: {self.drive!r} is not usable: up to 20 letters, digits and ._- that begin "
+                "with a letter, as in the -device of the disk"
+            )
+
+
+def check_together(disks: Sequence[PlannedDisk]) -> None:
+    """Raise UsageError where two disks are one, or would be in each other's way."""
+    for key in ("image", "target", "drive", "node"):
+        values = [getattr(disk, key) for disk in disks if getattr(disk, key)]
+        same = [posixpath.normpath(value) for value in values] if key in ("image", "target") else values
+        twice = next((value for n, value in enumerate(same) if value in same[:n]), None)
+        if twice is not None:
+            raise UsageError(f"disk.{key}: {twice} is that of two disks")
+    taken = {path: disk for disk in disks for path in disk.beside[1:]}
+    for disk in disks:
+        if disk.target in taken:
+            other = taken[disk.target].target
+            raise UsageError(f"disk.target: {disk.target} is where nbd-overlay has a file of {other}")
+    nodes = {f"{disk.drive}-{suffix}": disk for disk in disks for suffix in OF_DRIVE}
+    for disk in disks:
+        if disk.drive in nodes:
+            raise UsageError(
+                f"disk.drive: {disk.drive} is what a node beside {nodes[disk.drive].drive} is called; "
+                "choose another"
+            )
+
+
+def is_among_devices(path: str) -> bool:
+    """Tell whether an absolute path is below /dev, but for /dev/shm, which is for files."""
+    parts = posixpath.normpath(path).strip("/").split("/")
+    return parts[0] == "dev" and parts[1:2] != ["shm"]
+
+
+def check_absolute(where: str, path: str) -> None:
+    """Raise UsageError unless the path is absolute."""
+    if not path.startswith("/"):
+        raise UsageError(f"{where}: {path!r} must be an absolute path")

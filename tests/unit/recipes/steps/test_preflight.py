@@ -1,0 +1,85 @@
+"""What is refused of several disks together, before anything starts."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from recipes.errors import MigrationError
+from recipes.hosts.host import Host
+from recipes.plans.disks import PlannedDisk
+from recipes.plans.plan import Destination, Export, Plan, Source
+from recipes.steps.preflight import check_apart, check_space
+from tests.support.loops import loop_device
+
+GIB = 1 << 30
+
+
+def plan_of(*images: str) -> Plan:
+    """A plan for these images."""
+    return Plan(
+        Source(qmp="/a.qmp"),
+        Export(uri="nbd://127.0.0.1/vm"),
+        Destination(qemu=("qemu",), qmp="/b.qmp", migration="unix:/m"),
+        disk=tuple(PlannedDisk(image, f"/b/{n}.raw", f"disk{n}") for n, image in enumerate(images)),
+    )
+
+
+class Answering:
+    """A host whose stat says this."""
+
+    name = "B"
+
+    def __init__(self, *lines: str) -> None:
+        self._lines = lines
+
+    async def run(self, *command: str, limit: float) -> str:
+        return "".join(f"{line}\n" for line in self._lines)
+
+
+def check(held: tuple[str, ...], free: tuple[str, ...]) -> None:
+    """Compare what is held on A, in blocks, with what is free on B: file system, blocks, size of a block."""
+    plan = plan_of(*(f"/{number}.raw" for number in range(len(held))))
+    asyncio.run(check_space(plan, cast(Host, Answering(*held)), cast(Host, Answering(*free))))
+
+
+def test_disks_that_fit_each_by_itself_may_be_too_much_for_one_file_system() -> None:
+    half = f"{GIB // 512 * 6 // 10} 512"
+    with pytest.raises(
+        MigrationError, match=r"disk.target: 1 GiB are left in /b on B, and A's images hold 1.2"
+    ):
+        check((half, half), ("fs1 262144 4096", "fs1 262144 4096"))
+    check((half, half), ("fs1 262144 4096", "fs2 262144 4096"))
+
+
+def test_a_sparse_image_needs_no_more_than_it_holds() -> None:
+    check((f"{GIB // 512} 512", "0 512"), ("fs1 262144 4096", "fs1 262144 4096"))
+
+
+def test_two_names_of_one_image_are_found_behind_links(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.raw", tmp_path / "second.raw"
+    first.write_bytes(bytes(1 << 20))
+    second.hardlink_to(first)
+    plan = plan_of(str(first), str(second))
+    with pytest.raises(MigrationError, match=rf"disk.image: {first} and {second} are the same on A"):
+        asyncio.run(check_apart(plan, Host("A"), [str(first), str(second)], "image"))
+    # Nor does it matter that there is nothing yet.
+    (tmp_path / "here").symlink_to(tmp_path)
+    paths = [str(tmp_path / "new.raw"), str(tmp_path / "here" / "new.raw")]
+    with pytest.raises(MigrationError, match=r"disk.target: .* are the same on B"):
+        asyncio.run(check_apart(plan, Host("B"), paths, "target"))
+    asyncio.run(check_apart(plan, Host("B"), [str(first), str(tmp_path / "new.raw")], "target"))
+
+
+def test_two_nodes_of_one_device_are_one_disk(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+    link = tmp_path / "lv"
+    with loop_device(image) as device:
+        link.symlink_to(device)
+        plan = plan_of(str(device), str(link))
+        with pytest.raises(MigrationError, match="are the same on A"):
+            asyncio.run(check_apart(plan, Host("A"), [str(device), str(link)], "image"))
