@@ -88,12 +88,14 @@ MILLIONS := 20
 soak: setup
 	$(BIN)/python -m tests.soak --millions $(MILLIONS)
 
-# ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run, ENGINE is qemu or overlay.
+# ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run, ENGINE is qemu or overlay, DISKS
+# how many the guest has, up to three.
 ROUNDS := 50
 SEED := $(shell echo $$RANDOM$$RANDOM)
 ENGINE := overlay
+DISKS := 1
 chaos: setup
-	$(BIN)/python -m tests.vm.chaos $(ROUNDS) $(SEED) $(ENGINE)
+	$(BIN)/python -m tests.vm.chaos --disks $(DISKS) $(ROUNDS) $(SEED) $(ENGINE)
 
 docs: setup
 	$(BIN)/python -m tests.support.manual docs/commands.md

@@ -149,6 +149,12 @@ class ManyDisks(Scene):
                     wrong.append(f"{disk.drive}: sector {at // SECTOR}: {content[:16].hex()}")
         return wrong
 
+    def wrong_sectors(self, *, interrupted: bool = False) -> list[int]:
+        """How many sectors are wrong on the first disk, the second, and so on; nothing where none is."""
+        wrong = self.verdict()
+        counts = [sum(each.startswith(f"{disk.drive}:") for each in wrong) for disk in self.disks]
+        return counts if wrong else []
+
     def _is_right(self, index: int, sector: int, content: bytes, before: bytes, counter: int | None) -> bool:
         if sector not in RECORDS:
             return content == before

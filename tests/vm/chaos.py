@@ -1,10 +1,10 @@
-"""``python -m tests.vm.chaos [ROUNDS [SEED [ENGINE]]]``: migrations in which some process is killed.
+"""``python -m tests.vm.chaos [--disks N] [ROUNDS [SEED [ENGINE]]]``: a process is killed in each migration.
 
-Each round moves a real guest and kills one process, chosen with the moment from the seed: a part of the
-time that a migration takes on this machine. Whatever happens, the guest must be on one side and work, or
-the message must say that it has ended because its QEMU was killed; its disk must hold nothing but what was
-there and what it wrote; no process may be left that nobody needs. Then the same plan runs again, or ``nbd-
-migrate finish`` does what is left, and must come to its end.
+Each round moves a real guest, with one disk or with up to three, and kills one process, chosen with the
+moment from the seed: a part of the time that a migration takes on this machine. Whatever happens, the guest
+must be on one side and work, or the message must say that it has ended because its QEMU was killed; its disks
+must hold nothing but what was there and what it wrote; no process may be left that nobody needs. Then the
+same plan runs again, or ``nbd-migrate finish`` does what is left, and must come to its end.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.many_disks import many_disks
 from tests.support.pasting import pasted_well
 from tests.support.processes import wait_until
 from tests.support.vms import Role, Scene, monitor, scene
@@ -29,26 +30,28 @@ from tests.support.vms import Role, Scene, monitor, scene
 LIMIT = 90.0
 """Seconds in which a migration must have ended, one way or the other."""
 
-VICTIMS = [role for role in Role if role not in (Role.FENCE, Role.B_AGAIN)]
+VICTIMS: list[Role] = [role for role in Role if role not in (Role.FENCE, Role.B_AGAIN, Role.ONE_OVERLAY)]
+SIZES = (32 << 20, 8 << 20, 16 << 20)
 
 
 @contextmanager
-def quick_scene(directory: Path, engine: str) -> Iterator[Scene]:
-    """A guest whose disk is copied in a second or so, and that is not long without its server."""
+def quick_scene(directory: Path, engine: str, disks: int) -> Iterator[Scene]:
+    """A guest whose disks are copied in a second or so, and that is not long without its server."""
     # By this name its guards are found.
     home = f"{directory}.state"
     os.environ["XDG_STATE_HOME"] = home
     try:
-        with scene(directory, engine) as stage:
+        made = scene(directory, engine) if disks == 1 else many_disks(directory, engine, SIZES[:disks])
+        with made as stage:
             stage.change("limits", speed=64 << 20, reconnect_delay=2)
             yield stage
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def play(directory: Path, engine: str, victim: Role, delay: float) -> str:
+def play(directory: Path, engine: str, disks: int, victim: Role, delay: float) -> str:
     """One round; returns what became of it. AssertionError when something is not as it must be."""
-    with quick_scene(directory, engine) as stage:
+    with quick_scene(directory, engine, disks) as stage:
         with stage.run() as run:
             time.sleep(delay)
             # What dies after the migration has ended is not the migration's business.
@@ -71,7 +74,7 @@ def judge(stage: Scene, victim: Role | None, status: int, said: str) -> str:
     if on_b:
         return judge_destination(stage, status, said)
     # What holds the disk of a guest that has arrived stays.
-    kept = {Role.FENCE, Role.SERVER, Role.OVERLAY, Role.SUPERVISOR_OF_OVERLAY}
+    kept = {Role.FENCE, Role.SERVER, Role.OVERLAY, Role.ONE_OVERLAY, Role.SUPERVISOR_OF_OVERLAY}
     wait_until(lambda: not stage.started() - kept, "what was started has ended", 15.0)
     if on_a:
         assert status != 0, said
@@ -123,9 +126,12 @@ def runs(stage: Scene, host: str) -> bool:
         return qemu.state == "running"
 
 
-def undisturbed(engine: str) -> float:
+def undisturbed(engine: str, disks: int) -> float:
     """How many seconds a migration takes here and now."""
-    with tempfile.TemporaryDirectory(prefix="nbd-chaos-") as name, quick_scene(Path(name), engine) as stage:
+    with (
+        tempfile.TemporaryDirectory(prefix="nbd-chaos-") as name,
+        quick_scene(Path(name), engine, disks) as stage,
+    ):
         began = time.monotonic()
         with stage.run() as run:
             assert run.wait(LIMIT) == 0, run.output()
@@ -134,19 +140,25 @@ def undisturbed(engine: str) -> float:
 
 def main(arguments: list[str]) -> int:
     """Play the rounds, one line each; the exit code says whether all went as they must."""
+    disks = 1
+    if arguments[:1] == ["--disks"]:
+        disks, arguments = int(arguments[1]), arguments[2:]
     rounds = int(arguments[0]) if arguments else 20
     seed = int(arguments[1]) if len(arguments) > 1 else random.randrange(1 << 32)
     engine = arguments[2] if len(arguments) > 2 else "overlay"
-    victims = [role for role in VICTIMS if engine == "overlay" or "OVERLAY" not in role.name]
+    victims: list[Role] = [role for role in VICTIMS if engine == "overlay" or "OVERLAY" not in role.name]
     chance = random.Random(seed)
-    span = undisturbed(engine)
-    print(f"chaos: {rounds} rounds, seed {seed}, engine {engine}; undisturbed {span:.1f} s", flush=True)
+    if engine == "overlay" and disks > 1:
+        victims = [*victims, Role.ONE_OVERLAY]
+    span = undisturbed(engine, disks)
+    what = f"{rounds} rounds, seed {seed}, engine {engine}, disks {disks}"
+    print(f"chaos: {what}; undisturbed {span:.1f} s", flush=True)
     failures = 0
     for number in range(rounds):
         victim, delay = chance.choice(victims), chance.uniform(0.02, 1.0) * span
         with tempfile.TemporaryDirectory(prefix="nbd-chaos-") as name:
             try:
-                outcome = play(Path(name), engine, victim, delay)
+                outcome = play(Path(name), engine, disks, victim, delay)
             except AssertionError as error:
                 failures += 1
                 outcome = f"FAILED: {error}"
