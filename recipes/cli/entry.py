@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from nbdserve.cli.entry import enter
@@ -11,6 +12,11 @@ def main() -> int:
     """Run the console script."""
 
     def imported() -> Callable[[], int]:
+        from recipes.cli.small import find
+
+        alone = find(sys.argv[1:])
+        if alone:
+            return alone
         from recipes.cli.main import main
 
         return main

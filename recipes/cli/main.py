@@ -1,4 +1,4 @@
-"""``nbd-migrate``: run a migration, show one, and the small programs that recipes and supervisors call."""
+"""``nbd-migrate``: run a migration, and show one. What recipes and supervisors call is in small.py."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from pathlib import Path
 from nbdserve.common import clock, program, sizes
 from nbdserve.common.errors import UsageError
 from nbdserve.common.uri import is_ipv6
-from recipes.cli import journal_commands, pivot_command, plan_command, probe, qmp_command
+from recipes.cli import journal_commands, pivot_command, plan_command, small
 from recipes.cli.journal_commands import until_signal
+from recipes.cli.small import PROGRAM
 from recipes.commands.finish import finish
 from recipes.commands.run import migrate
 from recipes.demo import run as demo
-from recipes.discovery import process, route
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import choose_report
 from recipes.migrate.journal import check_name
 from recipes.plans.plan import Plan, is_host_and_port
 from recipes.plans.planfile import load
-from recipes.processes import attach, supervisor
-from recipes.qemu import fence
-
-PROGRAM = "nbd-migrate"
 
 MIGRATION_PORT = "4444"
 """TCP port for the RAM where ``--to`` names none."""
@@ -48,15 +44,9 @@ Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run nbd-migrate with these arguments, or the process's; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Their arguments are another command's, which argparse must not look at.
-    if words[:1] == ["supervisor"] and len(words) > 3:
-        return supervisor.main(words[1:])
-    if words[:1] == ["attach"] and len(words) == 2:
-        return attach.main(words[1:])
-    if words[:1] in (["supervisor"], ["attach"]) and not {"-h", "--help"} & set(words):
-        needs = "LOG READY COMMAND" if words[0] == "supervisor" else "LOG"
-        program.complain(PROGRAM, f"{words[0]} needs {needs}: see nbd-migrate --help")
-        return program.EXIT_USAGE
+    alone = small.find(words)
+    if alone:
+        return alone()
     return program.run(PROGRAM, lambda: dispatch(words))
 
 
@@ -91,24 +81,6 @@ def make_parser() -> program.Parser:
     move = subcommands.add_parser("pivot", help="let QEMU use a complete image instead of nbd-overlay")
     pivot_command.configure(move)
     move.set_defaults(body=pivot_command.main)
-    qmp = subcommands.add_parser("qmp")
-    qmp_command.configure(qmp)
-    qmp.set_defaults(body=qmp_command.main)
-    raise_fence = subcommands.add_parser("fence")
-    raise_fence.add_argument("ready", metavar="READY", type=Path)
-    raise_fence.add_argument("images", metavar="IMAGE", nargs="+")
-    raise_fence.add_argument("--free", action="store_true")
-    raise_fence.set_defaults(body=lambda given: fence.fence(given.images, given.ready, free=given.free))
-    seen = subcommands.add_parser("probe")
-    seen.add_argument("uri", metavar="URI")
-    seen.set_defaults(body=lambda given: probe.probe(given.uri))
-    of_guest = subcommands.add_parser("process")
-    of_guest.add_argument("source", metavar="MONITOR|PID")
-    of_guest.set_defaults(body=lambda given: process.main(given.source))
-    reached = subcommands.add_parser("route")
-    reached.add_argument("other", metavar="ADDRESS")
-    reached.add_argument("port", metavar="PORT", type=program.port)
-    reached.set_defaults(body=lambda given: route.main(given.other, given.port))
     return parser
 
 

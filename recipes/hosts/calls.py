@@ -7,8 +7,8 @@ before the first is a login's greeting; where there is none, the prefix has fail
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import secrets
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -51,7 +51,7 @@ class Call:
         self._way = way
         self._command = command
         self._what = f"{command[0]} on {way.name}"
-        self._mark = secrets.token_hex(8)
+        self._mark = os.urandom(8).hex()
         self._output = bytearray()
         self._errors = bytearray()
 

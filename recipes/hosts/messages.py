@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +25,7 @@ class Beginning:
     def __init__(self, way: Way, supervisor: Sequence[str]) -> None:
         self._way = way
         self._supervisor = supervisor
-        self._mark = secrets.token_hex(8)
+        self._mark = os.urandom(8).hex()
         self._greeted = not way.shell
         self._greeting = ""
 

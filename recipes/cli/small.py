@@ -1,0 +1,74 @@
+"""The commands that a migration starts by the dozen: for recipes, for supervisors, and on the other host.
+
+Each is imported alone: to start Python and import all of nbd-migrate takes 0.2 s of a processor, one of these
+a quarter to a half of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nbdserve.common import program
+
+PROGRAM = "nbd-migrate"
+
+NEEDS = {"supervisor": "LOG READY COMMAND", "attach": "LOG"}
+
+
+def find(words: list[str]) -> Callable[[], int] | None:
+    """Return what runs the small command of these words; None when they are another's, or ask for help."""
+    match words:
+        # Their arguments are another command's, which argparse must not look at.
+        case ["supervisor", _, _, _, *_]:
+            from recipes.processes import supervisor
+
+            return lambda: supervisor.main(words[1:])
+        case ["attach", _]:
+            from recipes.processes import attach
+
+            return lambda: attach.main(words[1:])
+        case ["supervisor" | "attach" as name, *rest] if not {"-h", "--help"} & set(rest):
+            return lambda: _refuse(f"{name} needs {NEEDS[name]}: see nbd-migrate --help")
+        case ["qmp" | "fence" | "probe" | "process" | "route" as name, *rest]:
+            return lambda: program.run(PROGRAM, lambda: _run(name, rest))
+        case _:
+            return None
+
+
+def _refuse(message: str) -> int:
+    program.complain(PROGRAM, message)
+    return program.EXIT_USAGE
+
+
+def _run(name: str, rest: list[str]) -> int:
+    parser = program.Parser(prog=f"{PROGRAM} {name}")
+    if name == "qmp":
+        from recipes.cli import qmp_command
+
+        qmp_command.configure(parser)
+        return qmp_command.main(parser.parse_args(rest))
+    if name == "fence":
+        from recipes.qemu import fence
+
+        parser.add_argument("ready", metavar="READY", type=Path)
+        parser.add_argument("images", metavar="IMAGE", nargs="+")
+        parser.add_argument("--free", action="store_true")
+        given = parser.parse_args(rest)
+        return fence.fence(given.images, given.ready, free=given.free)
+    if name == "process":
+        from recipes.discovery import process
+
+        parser.add_argument("source", metavar="MONITOR|PID")
+        return process.main(parser.parse_args(rest).source)
+    if name == "route":
+        from recipes.discovery import route
+
+        parser.add_argument("other", metavar="ADDRESS")
+        parser.add_argument("port", metavar="PORT", type=program.port)
+        given = parser.parse_args(rest)
+        return route.main(given.other, given.port)
+    from recipes.cli import probe
+
+    parser.add_argument("uri", metavar="URI")
+    return probe.probe(parser.parse_args(rest).uri)
