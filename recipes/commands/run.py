@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, closing, suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from recipes.plans.plan import Plan
 from recipes.plans.reaching import hosts, source_monitor
 from recipes.processes.children import Children
 from recipes.qemu.source import capabilities_on
-from recipes.qemu.vm import Vm
+from recipes.qemu.vm import Vm, VmGoneError
 from recipes.steps import preflight
 from recipes.steps.create import create_overlay
 from recipes.steps.cutover import cut_over
@@ -70,7 +70,8 @@ async def migrate(
     async with AsyncExitStack() as stack:
         a = await source_monitor(plan)
         stack.push_async_callback(a.disconnect)
-        name = check_name(name) if name else await name_of(a, plan)
+        with nothing_started():
+            name = check_name(name) if name else await name_of(a, plan)
         if base is None:
             refuse_another(name, plan)
             if has_left_something(name):
@@ -94,14 +95,16 @@ async def migrate_from(
 ) -> Outcome:
     """Run the six steps from the first one on, with a journal of which nothing is needed any more."""
     places = await hosts(plan)
-    sizes = await preflight.check(plan, a, *places)
+    with nothing_started():
+        sizes = await preflight.check(plan, a, *places)
+        capabilities = await capabilities_on(a)
     state = State(
         journal.directory.name,
         plan,
         disks=tuple(
             Disk(disk.image, disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)
         ),
-        capabilities=tuple(await capabilities_on(a)),
+        capabilities=tuple(capabilities),
         finish=finish or f"nbd-migrate resume {journal.directory.name}",
     )
     write(journal, state)
@@ -118,6 +121,16 @@ async def migrate_from(
     m = Migration(journal, places, report, ours, guard, a, owned=owned)
     stack.push_async_callback(m.close)
     return await run(m)
+
+
+@contextmanager
+def nothing_started() -> Iterator[None]:
+    """Say what the end of A's QEMU means in the meantime: MigrationError."""
+    try:
+        yield
+    except VmGoneError as error:
+        told = "before anything was started, and with it the guest; its disk is untouched"
+        raise MigrationError(f"{error} {told}") from error
 
 
 async def name_of(a: Vm, plan: Plan) -> str:
