@@ -125,6 +125,6 @@ def linux_disks(engine: str = "overlay") -> Iterator[LinuxDisks]:
     with short_directory() as directory:
         made = LinuxDisks(directory, engine)
         with Process(made.source_qemu(), directory / "a.log") as machine, stopped_with(made):
-            machine.wait_for(lambda: made.guest_on_a.ready, "the guest finds its disks", seconds=120)
-            asyncio.run(made.guest_on_a.reach(48, 120))
+            machine.wait_for(lambda: made.guest_on_a.ready, "the guest finds its disks", seconds=60)
+            asyncio.run(made.guest_on_a.reach(48, 600))
             yield made
