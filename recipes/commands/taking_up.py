@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import shlex
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from nbdserve.common.errors import ConnectError
 from recipes.commands.retreat import OwnHands
 from recipes.errors import MigrationError
+from recipes.hosts.calls import HostError
+from recipes.hosts.host import Host
 from recipes.hosts.interruption import completed
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish
@@ -24,6 +27,9 @@ from recipes.qemu.destination import look
 from recipes.qemu.facts import OnB
 from recipes.qemu.vm import EndedVm
 
+SLOW = 2.0
+"""Seconds after which it is said what a host is asked that does not answer."""
+
 
 class TakenUpHands(OwnHands):
     """What can be done by who was not there.
@@ -31,6 +37,10 @@ class TakenUpHands(OwnHands):
     Only processes that this migration has written down are ended, when it is their turn, so that a host that
     is away keeps nobody from what is to be done on the other.
     """
+
+    def __init__(self, m: Migration) -> None:
+        super().__init__(m)
+        self._lost: dict[Host, HostError] = {}
 
     @property
     def saw_the_end(self) -> bool:
@@ -41,7 +51,10 @@ class TakenUpHands(OwnHands):
         """Ask B's QEMU, connected to anew; where there is none, whether a guest has run there."""
         m = self._m
         found = await look(m.plan.destination.qmp, limit or m.plan.limits.connect)
-        return found if found is not OnB.NONE else await self.without_b(m.host_b, m.state)
+        if found is not OnB.NONE:
+            return found
+        with self._asking(m.host_b, "what has become of B's QEMU"):
+            return await self.without_b(m.host_b, m.state)
 
     def lost(self, words: str, state: State) -> str:
         """Say what is not known, too."""
@@ -64,7 +77,30 @@ class TakenUpHands(OwnHands):
 
     async def child(self, role: Role, drive: str = "") -> Child | None:
         """Return the process in a role that is written down, if it still lives."""
-        return await super().child(role, drive) or await self._m.adopt_known(role, drive)
+        child = await super().child(role, drive)
+        if child is not None or self._m.state.process(role, drive) is None:
+            return child
+        host = self._m.host_of(role)
+        if host in self._lost:
+            # It is as it was a moment ago, and each question takes its time.
+            raise self._lost[host]
+        try:
+            with self._asking(host, f"whether {self._m.called(role, drive)} is still there"):
+                return await self._m.adopt_known(role, drive)
+        except HostError as error:
+            self._lost[host] = error
+            raise
+
+    @contextmanager
+    def _asking(self, host: Host, question: str) -> Iterator[None]:
+        """Say what is waited for, and for how long, where the answer does not come at once."""
+        limit, way = self._m.plan.limits.command, f" by '{shlex.join(host.shell)}'" if host.shell else ""
+        words = f"asking host {host.name}{way} {question}; it has {limit:g} s to answer (limits.command)"
+        later = asyncio.get_running_loop().call_later(SLOW, self._m.report.note, words)
+        try:
+            yield
+        finally:
+            later.cancel()
 
 
 @dataclass

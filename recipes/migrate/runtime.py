@@ -302,7 +302,7 @@ class Migration:
         self, name: str, role: Role, argv: list[str], *, ready: bool = False, drive: str = ""
     ) -> Child:
         """Start a process as ``start`` does, under another name, without keeping it."""
-        host, base = self._host_of(role), await self._base(role, drive)
+        host, base = self.host_of(role), await self._base(role, drive)
         ready_file = base.with_name(f"{base.name}.pid") if ready else None
         words = [str(ready_file) if word == READY else word for word in argv]
         log = base.with_name(f"{base.name}.log")
@@ -317,9 +317,10 @@ class Migration:
 
     async def adopt(self, role: Role, drive: str = "") -> Child | None:
         """Take over a process that an earlier command has started; None if it lives no more."""
-        host, base = self._host_of(role), await self._base(role, drive)
+        host, base = self.host_of(role), await self._base(role, drive)
         name = self.called(role, drive)
-        child = await self.children.adopt(name, host, base.with_name(f"{base.name}.pid"))
+        pid_file, limit = base.with_name(f"{base.name}.pid"), self.plan.limits.command
+        child = await self.children.adopt(name, host, pid_file, limit)
         if child is not None:
             self._started[role, drive] = child
         return child
@@ -329,21 +330,23 @@ class Migration:
         known = self.state.process(role, drive)
         if known is None:
             return None
-        host, base = self._host_of(role), await self._base(role, drive)
+        host, base = self.host_of(role), await self._base(role, drive)
         log, name = base.with_name(f"{base.name}.log"), self.called(role, drive)
-        child = await self.children.adopt_process(name, host, known.pid, known.mark, log)
+        limit = self.plan.limits.command
+        child = await self.children.adopt_process(name, host, known.pid, known.mark, log, limit)
         if child is not None:
             self._started[role, drive] = child
         return child
 
-    def _host_of(self, role: Role) -> Host:
+    def host_of(self, role: Role) -> Host:
+        """Return the host of a process."""
         return self.host_a if role in (Role.SERVER, Role.FENCE) else self.host_b
 
     async def _base(self, role: Role, drive: str) -> Path:
         """What is there for all disks has its place beside the first one."""
         disk = next((each for each in self.disks if each.drive == drive), self.disks[0])
         image = disk.image if role in (Role.SERVER, Role.FENCE) else disk.target
-        return await self.place(self._host_of(role), image, role.value)
+        return await self.place(self.host_of(role), image, role.value)
 
     async def place(self, host: Host, image: str, suffix: str) -> Path:
         """Return where log and pid file of what belongs to an image are, without ``.log`` and ``.pid``."""

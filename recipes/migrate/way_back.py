@@ -84,7 +84,7 @@ class Hands(ABC):
         """
         known, plan = state.process(Role.QEMU), state.plan
         try:
-            if known and await lives(host, known.pid, known.mark):
+            if known and await lives(host, known.pid, known.mark, plan.limits.command):
                 self.why = "B's QEMU is there, but nobody listens at its monitor"
                 return OnB.SILENT
             if state.phase in BEFORE_IMAGE:

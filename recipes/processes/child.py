@@ -47,9 +47,12 @@ RELEASE, LEAVE = b"release\n", b"leave\n"
 """What a supervisor is told; see recipes/processes/supervisor.py."""
 
 
-async def lives(host: Host, pid: int, mark: str) -> bool:
-    """Tell whether a process with this mark is there on a host. Raises MigrationError if that is not said."""
-    said = await host.run("sh", "-c", LOOK, "sh", str(pid), mark, limit=COMMAND)
+async def lives(host: Host, pid: int, mark: str, limit: float) -> bool:
+    """Tell whether a process with this mark is there on a host.
+
+    Raises MigrationError if that is not said within ``limit`` seconds.
+    """
+    said = await host.run("sh", "-c", LOOK, "sh", str(pid), mark, limit=limit)
     return said.strip() == "lives"
 
 

@@ -101,22 +101,24 @@ class Children:
         )
         return self._follow(child, speaking.messages)
 
-    async def adopt(self, name: str, host: Host, pid_file: Path) -> Child | None:
+    async def adopt(self, name: str, host: Host, pid_file: Path, limit: float = COMMAND) -> Child | None:
         """Return the process of this name that an earlier run has started and released.
 
         It is None if the process lives no more.
 
         Its command line must name its pid file: an id alone may be anybody's. Raises MigrationError when the
-        host does not say.
+        host does not say within ``limit`` seconds.
         """
-        found = await host.run("sh", "-c", _FIND, "sh", str(pid_file), limit=COMMAND)
+        found = await host.run("sh", "-c", _FIND, "sh", str(pid_file), limit=limit)
         if not found.strip():
             return None
         return await self._adopted(name, host, int(found), str(pid_file), pid_file.with_suffix(".log"))
 
-    async def adopt_process(self, name: str, host: Host, pid: int, mark: str, log: Path) -> Child | None:
+    async def adopt_process(
+        self, name: str, host: Host, pid: int, mark: str, log: Path, limit: float = COMMAND
+    ) -> Child | None:
         """Return the same, of a process whose id and mark were written down."""
-        if not await lives(host, pid, mark):
+        if not await lives(host, pid, mark, limit):
             return None
         return await self._adopted(name, host, pid, mark, log)
 
