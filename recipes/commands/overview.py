@@ -17,6 +17,7 @@ from recipes.migrate.console import describe
 from recipes.migrate.leftovers import discarding, made
 from recipes.migrate.progress import Progress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
+from recipes.steps import advice
 
 LOOK = 1.0
 """Seconds between two looks of ``status --watch``."""
@@ -84,6 +85,8 @@ def lines(name: str) -> list[str]:
     for disk in state.disks:
         whole = "complete" if disk.complete else "not complete"
         told.append(f"disk: {disk.source} on A, {disk.target} on B, {format_size(disk.size)}, {whole} on B")
+    if state.paused and state.phase not in BEFORE:
+        told.append(advice.paused(state))
     if (moving := progress(name, state)) is not None:
         told.append(f"stream: {describe(moving)}")
     if state.recoveries:

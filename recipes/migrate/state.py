@@ -147,6 +147,8 @@ class State:
     finish: str = ""
     """What the operator types to do what is left when the guest is on B."""
     arrival: Arrival | None = None
+    paused: bool = False
+    """Somebody had paused the guest on A, and so it came to B."""
     arrived: float = 0.0
     """When the guest became B's; 0 before."""
     window: float = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish, decide, told
 from recipes.migrate.runtime import Migration
+from recipes.migrate.state import State
 from recipes.plans.disks import PlannedDisk
 from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.steps.export import server_command
@@ -63,6 +64,12 @@ async def qemu_silent(m: Migration) -> str:
     """Return what to do where B's QEMU does not answer."""
     log = await m.place(m.host_b, m.disks[0].target, "qemu")
     return f"see what it waits for, {log}.log on B may say it; then: {m.finish}"
+
+
+def paused(state: State) -> str:
+    """Return what is to be known of a guest that came to B as somebody had paused it on A."""
+    go_on = pasted(["nbd-migrate", "qmp", state.plan.destination.qmp, "cont"])
+    return f"the guest came to B paused, as it was on A; its disk follows all the same; to let it run: {go_on}"
 
 
 def after_cut_over(m: Migration) -> str:

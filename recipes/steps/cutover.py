@@ -15,9 +15,13 @@ from recipes.migrate.state import Arrival, Phase, Role
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.source import LOOK, WANTED, set_capabilities
 from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError
+from recipes.steps import advice
 
 NOT_OURS = ("inmigrate", "prelaunch")
 """States of query-status of a QEMU in which nothing has run yet."""
+
+PAUSED = "paused"
+"""The state of query-status of a guest that was told to stop; an error brings another one."""
 
 
 async def cut_over(m: Migration) -> str:
@@ -89,6 +93,15 @@ async def arrive(m: Migration, arrival: Arrival | None) -> None:
     m.no_longer_need("A's QEMU")
     await m.during(arriving(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)
+    await tell_if_paused(m)
+
+
+async def tell_if_paused(m: Migration) -> None:
+    """Say of a guest that somebody had paused that it is so on B, too: nobody else lets it go on."""
+    with suppress(MigrationError):
+        if (await m.monitor_b.execute("query-status"))["status"] == PAUSED:
+            m.report.note(advice.paused(m.state))
+            m.record(paused=True)
 
 
 async def is_there(b: Vm) -> bool:
