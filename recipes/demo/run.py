@@ -24,7 +24,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.interruption import interruptible
 from recipes.migrate.console import choose_report
 from recipes.migrate.progress import Moment, Outcome, Progress, Report, Step, StepResult
-from recipes.plans.plan import Limits
+from recipes.plans.limits import Limits
 from recipes.processes.children import Child, Children
 
 BOOT_LIMIT = 300.0  # seconds until the guest must have found its disk

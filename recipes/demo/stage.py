@@ -15,7 +15,8 @@ from recipes.demo import initramfs, kernel
 from recipes.demo.disk import Original
 from recipes.demo.guest import NODE, Guest
 from recipes.demo.records import cells_on
-from recipes.plans.plan import Destination, Export, Finish, Limits, Log, Plan, Source
+from recipes.plans.limits import Limits
+from recipes.plans.plan import Destination, Export, Finish, Log, Plan, Source
 
 SPARE = 256 << 20  # bytes of disk space beside the image and its copy
 INSPECT_LIMIT = 120.0  # seconds

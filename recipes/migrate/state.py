@@ -15,6 +15,7 @@ from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
 from recipes.plans.disks import PlannedDisk
+from recipes.plans.limits import GONE
 from recipes.plans.plan import Plan
 
 VERSION = 1
@@ -219,6 +220,8 @@ class State:
             values = json.loads(line)
             if values.pop("version") != VERSION:
                 raise MigrationError("the state of a migration was written by another version of nbd-migrate")
+            for limit in GONE:
+                values["plan"]["limits"].pop(limit, None)
             state = decoded(cls, values)
         except (UsageError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MigrationError(f"not a state of a migration: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import posixpath
 import re
 from dataclasses import dataclass, field, fields, replace
@@ -11,24 +10,11 @@ from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import parse_mode
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, is_ipv6, parse_uri
-from overlay.backing.defaults import CONNECTIONS
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
+from recipes.plans.hooks import Hooks
+from recipes.plans.limits import Limits
 
 Command = tuple[str, ...]
-
-MAX_WAIT = 1_000_000
-"""The longest wait in seconds, some eleven days."""
-
-MOST = {
-    "speed": ((1 << 63) - 1, "bytes per second"),
-    "connections": (64, "connections"),
-    "restarts": (MAX_WAIT, "restarts"),
-    "reconnect_timeout": (86400, "seconds"),
-}
-"""The largest value of a limit where that is not MAX_WAIT seconds, as QEMU and nbd-overlay have it."""
-
-MAY_BE_ZERO = ("reconnect_delay", "restarts", "speed")
-"""The limits that may be 0."""
 
 
 @dataclass(frozen=True)
@@ -121,52 +107,6 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The longest waits, in seconds, and what bounds the stream.
-
-    connect          until a monitor or an export accepts a connection
-    command          one QMP command
-    start            until a process that was started is ready
-    migrate          sending the RAM while the guest runs
-    switch_over      sending the rest while the guest stands still
-    stall            streaming without one byte of progress
-    recover          until a guest that waits for the export goes on, once the export is back
-    stop             until a process that was told to end has ended
-    reconnect_delay  how long B's QEMU holds a guest's request while the export is away (whole seconds)
-    reconnect_timeout  how long nbd-overlay holds what it is asked for while the export is away or silent
-    restarts         how often a server that died while streaming is started again (a number)
-    connections      that nbd-overlay makes to the export (a number)
-    speed            bandwidth of the stream in bytes per second; 0 is no limit
-    """
-
-    connect: float = 10.0
-    command: float = 15.0
-    start: float = 30.0
-    migrate: float = 3600.0
-    switch_over: float = 60.0
-    stall: float = 300.0
-    recover: float = 60.0
-    stop: float = 30.0
-    reconnect_delay: int = 10
-    reconnect_timeout: float = 60.0
-    restarts: int = 5
-    connections: int = CONNECTIONS
-    speed: int = 0
-
-    def check(self) -> None:
-        """Raise UsageError for a negative limit, a wait of no time at all, and what is out of all range."""
-        for each in fields(self):
-            value = getattr(self, each.name)
-            most, unit = MOST.get(each.name, (MAX_WAIT, "seconds"))
-            if math.isnan(value):
-                raise UsageError(f"limits.{each.name}: nan is not a number of {unit}")
-            if value < 0 or (value == 0 and each.name not in MAY_BE_ZERO):
-                raise UsageError(f"limits.{each.name}: {value} is too small")
-            if value > most:
-                raise UsageError(f"limits.{each.name}: {value} is too large: at most {most} {unit}")
-
-
-@dataclass(frozen=True)
 class Finish:
     """What happens at the end to the source's image: it is kept where it is, or moved to ``move_aside``.
 
@@ -205,13 +145,15 @@ class Plan:
     destination: Destination
     limits: Limits = field(default_factory=Limits)
     finish: Finish = field(default_factory=Finish)
+    hooks: Hooks = field(default_factory=Hooks)
     log: Log = field(default_factory=Log)
     disk: tuple[PlannedDisk, ...] = ()
     """As the file has them; ``disks`` is what counts."""
 
     def __post_init__(self) -> None:
-        for section in (self.source, self.export, self.destination, self.limits, self.finish, self.log):
-            section.check()
+        for section in fields(self):
+            if section.name != "disk":
+                getattr(self, section.name).check()
         if self.source.qmp == self.destination.qmp:
             raise UsageError(f"destination.qmp: {self.destination.qmp} is the source's monitor")
         self._check_disks()

@@ -27,6 +27,7 @@ node = "disk0"                            and A's block node or device, as above
 
 [limits]                                  seconds, unless said otherwise; see Limits
 [finish]                                  see Finish
+[hooks]                                   command lines, see Hooks
 [log]
 directory = "/var/log/nbd-migrate"        where what is started writes, on A and B; default: see places.py
 
@@ -45,6 +46,7 @@ from typing import Any, get_type_hints
 
 from nbdserve.common.errors import UsageError
 from recipes.plans.disks import PlannedDisk
+from recipes.plans.limits import GONE
 from recipes.plans.plan import Command, Plan
 
 _MOST_BITS = 1000
@@ -115,6 +117,8 @@ def section_of(kind: type, section: str, values: Mapping[str, object]) -> Any:
     assert is_dataclass(kind)
     hints = get_type_hints(kind)
     for key in values:
+        if section == "limits" and key in GONE:
+            raise UsageError(f"{section}.{key}: there is no such limit any more: {GONE[key]}; leave it out")
         if key not in hints:
             raise UsageError(f"{section}.{key}: no such key; there are {', '.join(hints)}")
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nbdserve.common.clock import now
@@ -141,6 +142,25 @@ async def has_left(a: Vm) -> bool:
 async def migration_status(a: Vm) -> str:
     """Return the state that query-migrate tells; empty when there was no migration."""
     return str((await a.execute("query-migrate")).get("status", ""))
+
+
+@dataclass(frozen=True)
+class RamSent:
+    """How far the RAM is, as A's QEMU says: its migration's state, bytes, and how often it began anew."""
+
+    status: str
+    sent: int
+    missing: int
+    total: int
+    rounds: int
+
+
+async def ram_sent(a: Vm, limit: float) -> RamSent:
+    """Ask A's QEMU how far the RAM is; all zeros while it does not say so."""
+    facts = await a.execute("query-migrate", limit=limit)
+    ram = facts.get("ram", {})
+    told = (int(ram.get(key, 0)) for key in ("transferred", "remaining", "total", "dirty-sync-count"))
+    return RamSent(str(facts.get("status", "")), *told)
 
 
 async def capabilities_on(vm: Vm) -> list[str]:

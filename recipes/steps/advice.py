@@ -69,7 +69,7 @@ async def qemu_silent(m: Migration) -> str:
 def paused(state: State) -> str:
     """Return what is to be known of a guest that came to B as somebody had paused it on A."""
     go_on = pasted(["nbd-migrate", "qmp", state.plan.destination.qmp, "cont"])
-    return f"the guest came to B paused, as it was on A; its disk follows all the same; to let it run: {go_on}"
+    return f"the guest came to B paused, as it was on A; its disk follows; to let it run: {go_on}"
 
 
 def after_cut_over(m: Migration) -> str:

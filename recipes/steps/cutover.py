@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any
 
+from nbdserve.common.clock import now
 from nbdserve.qmp.client import EventListener
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
@@ -13,12 +17,15 @@ from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Arrival, Phase, Role
 from recipes.qemu.destination import ARRIVE
-from recipes.qemu.source import LOOK, WANTED, set_capabilities
-from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError
+from recipes.qemu.source import LOOK, WANTED, ram_sent, set_capabilities
+from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError, VmSilentError
 from recipes.steps import advice
 
 NOT_OURS = ("inmigrate", "prelaunch")
 """States of query-status of a QEMU in which nothing has run yet."""
+
+RAM_LOOK = 0.5
+"""Seconds between two looks how far the RAM is."""
 
 PAUSED = "paused"
 """The state of query-status of a guest that was told to stop; an error brings another one."""
@@ -38,7 +45,7 @@ async def cut_over(m: Migration) -> str:
         except CommandError:
             m.enter(Phase.LAUNCH)
             raise
-        await m.during(reaching("pre-switchover", a, news), m.plan.limits.migrate, "sending the RAM")
+        await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
         # From here on only the two QEMUs count: a server that dies is started again while streaming.
@@ -73,10 +80,40 @@ async def reaching(state: str, a: Vm, news: EventListener) -> None:
             raise RefusedGuestError(f"A's QEMU says that the migration is {event['status']}: {reason}")
 
 
+async def as_long_as_bytes_move(m: Migration, work: Coroutine[Any, Any, None], what: str) -> None:
+    """Wait for ``work`` as long as A's QEMU sends something, and everything needed lives.
+
+    Raises MigrationError: whose end it was, or that nothing has moved for ``limits.silence``.
+    """
+    waits = [asyncio.ensure_future(work), asyncio.ensure_future(silence(m))]
+    try:
+        await m.during(asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED), math.inf, what)
+        if not waits[0].done():
+            waits[1].result()
+            limit = m.plan.limits.silence
+            raise MigrationError(f"{what} has come to a halt: no byte has moved for {limit:g} s")
+        waits[0].result()
+    finally:
+        for each in waits:
+            each.cancel()
+
+
+async def silence(m: Migration) -> None:
+    """Follow how A's QEMU sends its guest; return when nothing has moved for ``limits.silence``."""
+    limit, seen, moved = m.plan.limits.silence, None, now()
+    while now() - moved < limit:
+        # While it writes what is left QEMU answers nobody.
+        with suppress(VmSilentError):
+            sent = await ram_sent(m.a, limit)
+            if sent != seen:
+                seen, moved = sent, now()
+        await asyncio.sleep(RAM_LOOK)
+
+
 async def switch_over(m: Migration, news: EventListener) -> Arrival | None:
     """Wait for the source's ``completed``: from then on the guest is B's. Return what A's QEMU says of it."""
     try:
-        await m.during(reaching("completed", m.a, news), m.plan.limits.switch_over, "the switch-over")
+        await as_long_as_bytes_move(m, reaching("completed", m.a, news), "the switch-over")
         facts = await m.a.execute("query-migrate")
         return Arrival(facts["downtime"], facts["total-time"], facts["ram"]["transferred"])
     except MigrationError:

@@ -13,7 +13,8 @@ from recipes.errors import MigrationError
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
 from recipes.migrate.state import Disk, Phase, Process, Role, State
-from recipes.plans.plan import Destination, Export, Limits, Plan, Source
+from recipes.plans.limits import Limits
+from recipes.plans.plan import Destination, Export, Plan, Source
 
 PREFIX = ("sh", "-c", "exec sleep 1000")
 SECONDS = 3.0

@@ -17,7 +17,8 @@ from recipes.demo.disk import Original
 from recipes.demo.guest import Guest, Memory
 from recipes.demo.records import cells_on, extents, newest
 from recipes.plans.disks import PlannedDisk
-from recipes.plans.plan import Destination, Export, Limits, Plan, Source
+from recipes.plans.limits import Limits
+from recipes.plans.plan import Destination, Export, Plan, Source
 from tests.support.disks import MIB
 from tests.support.guests import short_directory
 from tests.support.processes import Process

@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-from recipes.plans.plan import Destination, Export, Finish, Limits, Plan, Source
+from recipes.plans.limits import Limits
+from recipes.plans.plan import Destination, Export, Finish, Plan, Source
 from tests.support import versions
 from tests.support.boot_sector import SECTOR, boot_sector, is_record
 from tests.support.disks import MIB, random_bytes

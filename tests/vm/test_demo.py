@@ -20,7 +20,7 @@ from recipes.demo.stage import Stage
 from recipes.demo.verdict import Phases, Verdict
 from recipes.hosts.host import Host
 from recipes.migrate.progress import Report
-from recipes.plans.plan import Limits
+from recipes.plans.limits import Limits
 from recipes.processes.children import Children
 from recipes.processes.supervisor import GRACE
 from tests.support.guests import MIB, flip, short_directory, staged

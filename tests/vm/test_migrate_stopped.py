@@ -96,5 +96,5 @@ def test_a_guest_does_not_go_to_a_qemu_that_might_end_with_the_orchestrator(tmp_
 
 def forgive_little(stage: Scene) -> None:
     """Give everything that the orchestrator waits for LIMIT seconds."""
-    names = ("connect", "command", "start", "migrate", "switch_over", "stall", "recover", "stop")
+    names = ("connect", "command", "start", "silence", "stall", "recover", "stop")
     stage.change("limits", **dict.fromkeys(names, LIMIT), speed=16 << 20)

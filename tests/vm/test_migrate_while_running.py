@@ -56,7 +56,7 @@ def test_a_guest_that_was_paused_on_a_is_said_to_be_paused_on_b(stage: TwoMonito
         throttle(stage, 1 << 30)
         assert migration.wait(SECONDS) == 0
     cont = (
-        "the guest came to B paused, as it was on A; its disk follows all the same; to let it run: "
+        "the guest came to B paused, as it was on A; its disk follows; to let it run: "
         f"nbd-migrate qmp {stage.monitor_b} cont"
     )
     assert cont in migration.output()

@@ -22,7 +22,7 @@ GONE = EndedVm("A's QEMU")
 
 def state_of(directory: Path, phase: Phase, content: bytes, address: str = "/a") -> State:
     """A migration that has come to this phase, with this in B's image."""
-    state = begun(directory, address, phase).state
+    state = begun(directory, address, phase, command=60.0).state
     assert state
     (directory / "b.raw").write_bytes(content)
     there = replace(state.plan.destination, image=str(directory / "b.raw"))

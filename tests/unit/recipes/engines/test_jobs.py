@@ -12,7 +12,8 @@ from recipes.engines.jobs import Job, Jobs
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Disk, Phase, State
 from recipes.plans.disks import PlannedDisk
-from recipes.plans.plan import Destination, Export, Limits, Plan, Source
+from recipes.plans.limits import Limits
+from recipes.plans.plan import Destination, Export, Plan, Source
 from recipes.qemu.vm import CommandError, Vm
 
 MIB = 1 << 20

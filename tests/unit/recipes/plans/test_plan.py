@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from nbdserve.common.errors import UsageError
-from recipes.plans.plan import Limits, Plan
+from recipes.plans.limits import GONE, Limits
+from recipes.plans.plan import Plan
 from recipes.plans.planfile import build, load
 from tests.support.vms import as_toml
 
@@ -46,9 +47,9 @@ def test_a_plan_needs_no_more_than_what_cannot_be_guessed(tmp_path: Path) -> Non
 
 def test_a_plan_survives_being_written_and_read(tmp_path: Path) -> None:
     plan = plan_of(
-        tmp_path, MINIMAL + '[limits]\nspeed = 1000\nmigrate = 5\n[finish]\nmove_aside = "/images/old"\n'
+        tmp_path, MINIMAL + '[limits]\nspeed = 1000\nsilence = 5\n[finish]\nmove_aside = "/images/old"\n'
     )
-    assert plan.limits.migrate == 5.0
+    assert plan.limits.silence == 5.0
     assert plan_of(tmp_path, as_toml(plan)) == plan
 
 
@@ -66,6 +67,12 @@ def test_nbd_overlay_is_not_asked_for_what_it_would_refuse(
 ) -> None:
     with pytest.raises(UsageError, match=complaint):
         plan_of(tmp_path, f"{MINIMAL}[limits]\n{limit}\n")
+
+
+@pytest.mark.parametrize("limit", GONE)
+def test_a_limit_that_is_no_more_is_refused_with_what_there_is_instead(tmp_path: Path, limit: str) -> None:
+    with pytest.raises(UsageError, match=rf"limits\.{limit}: .* any more.*limits\.silence .*; leave it out$"):
+        plan_of(tmp_path, f"{MINIMAL}[limits]\n{limit} = 60\n")
 
 
 def test_a_link_local_address_names_its_interface(tmp_path: Path) -> None:
