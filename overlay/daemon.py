@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from nbdserve.common.errors import ImageError
 from overlay.backing.failover import Sources
+from overlay.backing.seed import Seed
 from overlay.engine import Overlay
 from overlay.fill.checkpoint import Checkpoints
 from overlay.fill.job import Job, Phase
 from overlay.fill.progress import Progress
+from overlay.fill.seeding import Seeding
 from overlay.fill.streamer import Streamer
 from overlay.formats.image import Image
 from overlay.options import Options
@@ -22,7 +24,7 @@ _LOG = logging.getLogger("nbd-overlay")
 class Daemon:
     """One overlay at work. Owns the image and the sources; the Overlay is closed with its export."""
 
-    def __init__(self, image: Image, sources: Sources, options: Options) -> None:
+    def __init__(self, image: Image, sources: Sources, options: Options, seed: Seed | None = None) -> None:
         self.image = image
         self.sources = sources
         self.options = options
@@ -30,7 +32,11 @@ class Daemon:
         self.overlay = Overlay(
             image, sources, keep=options.keep, armed=options.armed, on_activation=self._activated
         )
-        self.streamer = Streamer(image, sources, self.overlay.fetcher, self.job, self._finished, self._is_due)
+        self._seed = seed
+        seeding = None if seed is None else Seeding(seed, image, sources)
+        self.streamer = Streamer(
+            image, sources, self.overlay.fetcher, self.job, self._finished, self._is_due, seeding
+        )
         self.streamer.limit.speed = options.speed
         self.progress = Progress(image)
         self.window_began: float | None = None
@@ -56,6 +62,8 @@ class Daemon:
         self.sources.close()
         self.streamer.close()
         self._checkpoints.close()
+        if self._seed is not None:
+            self._seed.close()
 
     @property
     def finished(self) -> bool:

@@ -29,6 +29,8 @@ class Options:
     keep: bool = True
     """Copy-on-read."""
     stream: bool = False
+    seed: Path | None = None
+    """A copy that this host has: what is equal there is not fetched for streaming."""
     speed: int = 0
     """Bytes a second at which to stream; 0 means no limit."""
     armed: bool = False

@@ -69,6 +69,7 @@ def _images(given: argparse.Namespace) -> ImageOptions:
         fence=given.fence,
         detect_zeroes=DetectZeroes(given.detect_zeroes),
         caching=Caching(given.cache),
+        block_hashes=given.block_hashes,
         aio=given.aio,
         patience=given.reconnect_timeout,
     )
@@ -185,6 +186,9 @@ def _add_export_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--aio", choices=("threads", "native", "io_uring"), help="passed to qemu-nbd; raw images need none"
+    )
+    group.add_argument(
+        "--block-hashes", action="store_true", help="tell hashes of blocks to nbd-overlay serve --seed"
     )
     group.add_argument(
         "-A", "--allocation-depth", action="store_true", help="always told, as far as it is known"

@@ -43,6 +43,8 @@ class ImageOptions:
     """Whether QEMUs are kept from opening them for writing."""
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     caching: Caching = Caching.WRITEBACK
+    block_hashes: bool = False
+    """Whether clients are told hashes of their blocks."""
     aio: str | None = None
     """How qemu-nbd does its input and output, where it does."""
     patience: float = 10.0

@@ -41,7 +41,7 @@ def open_export(wanted: ExportOptions, how: ImageOptions, identifier: str | None
     else:
         backend = _open_formatted(wanted.source, wanted.format, wanted, how)
     try:
-        return Export(wanted.name, backend, wanted.description, identifier)
+        return Export(wanted.name, backend, wanted.description, identifier, block_hashes=how.block_hashes)
     except BaseException:
         backend.close()
         raise
@@ -52,7 +52,7 @@ def describe(wanted: ExportOptions, how: ImageOptions) -> Offer:
     assert isinstance(wanted.source, Path)
     backend = _open_raw(wanted.source, wanted, how, locked=False)
     try:
-        return Export(wanted.name, backend, wanted.description).offer
+        return Export(wanted.name, backend, wanted.description, block_hashes=how.block_hashes).offer
     finally:
         backend.close()
 

@@ -13,6 +13,7 @@ from nbdserve.common.errors import OperatorError, ProtocolError, UsageError, rea
 from nbdserve.common.threads import promised
 from nbdserve.exports.lookups import TooLateError
 from nbdserve.exports.shelf import PATIENCE, Looks, Shelf
+from nbdserve.protocol.block_hashes import BLOCK_HASHES
 from nbdserve.protocol.constants import MAX_STRING, TransmissionFlags
 from nbdserve.protocol.offers import Offer
 from nbdserve.transmission.traffic import Traffic
@@ -33,10 +34,17 @@ class Export:
     """One disk under one name.
 
     ``identifier`` is what the monitor calls it; the name if none is given. The backend belongs to the export.
+    ``block_hashes`` offers the hashes of its blocks as a meta context.
     """
 
     def __init__(
-        self, name: str, backend: Backend, description: str = "", identifier: str | None = None
+        self,
+        name: str,
+        backend: Backend,
+        description: str = "",
+        identifier: str | None = None,
+        *,
+        block_hashes: bool = False,
     ) -> None:
         for text in (name, description):
             try:
@@ -61,7 +69,7 @@ class Export:
             flags=_transmission_flags(backend),
             description=description,
             block_sizes=backend.block_sizes,
-            contexts=backend.contexts,
+            contexts=tuple(dict.fromkeys((*backend.contexts, *[BLOCK_HASHES] * block_hashes))),
         )
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nbdserve.backends.base import Backend, Buffer
+from nbdserve.protocol.block_hashes import BLOCK_HASHES, hash_runs
 from nbdserve.protocol.constants import Command, CommandFlags, NbdError, ReplyFlags
 from nbdserve.protocol.extents import Extent, descriptors
 from nbdserve.protocol.framing import Framing, Request
@@ -175,7 +176,12 @@ class Commands:
         longest = self._framing.longest_extent
 
         def look_up(context: str) -> list[Extent]:
-            extents = self._backend.extents(request.offset, request.length, context)
+            if context == BLOCK_HASHES:
+                extents = hash_runs(
+                    request.offset, request.length, self._backend.size, self._backend.read_into
+                )
+            else:
+                extents = self._backend.extents(request.offset, request.length, context)
             return descriptors(extents, limit=limit, longest=longest)
 
         # All are looked up before the first is sent, so that an error stands alone.

@@ -65,6 +65,12 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         help="whether what guests read is kept (default: on)",
     )
     add("--stream", action="store_true", help="copy the whole disk in the background")
+    add(
+        "--seed",
+        type=Path,
+        metavar="FILE",
+        help="a raw older copy: only what differs is streamed, if the source is nbdserve --block-hashes",
+    )
     add("--speed", metavar="SIZE", help="bytes per second at which to stream, at most (default: no limit)")
     mode = parser.add_mutually_exclusive_group().add_argument
     mode("--armed", action="store_true", help="keep nothing until the guest is here")
@@ -117,6 +123,7 @@ def read_options(given: argparse.Namespace) -> Options:
         backings=parse_backings(given.backing),
         keep=given.copy_on_read == "on",
         stream=given.stream,
+        seed=given.seed,
         speed=0 if given.speed is None else parse_size(given.speed, "--speed"),
         armed=given.armed,
         pre_copy=given.pre_copy,

@@ -20,9 +20,11 @@ from nbdserve.service.notify import ServiceManager
 from nbdserve.service.pid_file import PidFile
 from nbdserve.service.server import Server
 from overlay.backing.failover import Sources
+from overlay.backing.seed import Seed
 from overlay.daemon import Daemon
+from overlay.formats.flat.create import map_path
 from overlay.formats.image import Image
-from overlay.formats.open import open_image
+from overlay.formats.open import open_image, real_path
 from overlay.options import Options
 
 PROGRAM = "nbd-overlay"
@@ -65,10 +67,14 @@ def _put_together(options: Options) -> Daemon:
     image = open_image(options.image, writable=True, layout=options.layout)
     try:
         sources = _sources(image, options)
+        seed = None
+        if options.seed is not None:
+            path = real_path(options.image)
+            seed = Seed(options.seed, path, map_path(path))
     except BaseException:
         image.close()
         raise
-    return Daemon(image, sources, options)
+    return Daemon(image, sources, options, seed)
 
 
 def _sources(image: Image, options: Options) -> Sources:

@@ -43,6 +43,7 @@ def text(told: Status) -> str:
         ("job", _job(told)),
         ("guest", _guest(told)),
         ("copied", _copied(told)),
+        ("seed", _seed(told)),
         ("misses", _misses(told)),
         *(("source", _source(source, told["complete"])) for source in told["sources"]),
     ]
@@ -218,6 +219,13 @@ def _copied(told: Status) -> str:
         f"{format_size(told['copied'])}: {format_size(told['streamed'])} streamed, "
         f"{format_size(told['fetched'])} for the guest{ahead}"
     )
+
+
+def _seed(told: Status) -> str:
+    if told["seed"] is None:
+        return ""
+    trouble = f", not used any further: {told['seed-trouble']}" if told["seed-trouble"] else ""
+    return f"{told['seed']}: {format_size(told['seeded'])} taken{trouble}"
 
 
 def _misses(told: Status) -> str:

@@ -26,6 +26,7 @@ from overlay.fill.fetch import Fetcher, Refusal
 from overlay.fill.flow import Flow, Read, Share
 from overlay.fill.job import Interrupted, Job, Phase
 from overlay.fill.pacing import QUIET_STEP, RateLimit, Window
+from overlay.fill.seeding import Seeding
 from overlay.formats.image import Image
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -55,6 +56,7 @@ class Streamer:
         job: Job,
         finished: Callable[[], None],
         is_due: Callable[[], bool] = lambda: True,
+        seeding: Seeding | None = None,
     ) -> None:
         self.window = Window()
         self.limit = RateLimit()
@@ -69,6 +71,7 @@ class Streamer:
         self._job = job
         self._finished = finished
         self._is_due = is_due
+        self.seeding = seeding
         self._news = threading.Event()
         """Something has become absent, or the image may be finished."""
         self._hints: deque[int] = deque(maxlen=_HINTS)
@@ -132,6 +135,8 @@ class Streamer:
         """Go over the disk until nothing is absent; OSError when it cannot go on."""
         self.has_surveyed, self._losing_since, self._rests = False, None, False
         self._mark_zeros()
+        if self.seeding is not None:
+            self.seeding.run(self._session, self._job.pause_point)
         self.has_surveyed = True
         self._fetcher.copied.restart()
         while True:

@@ -35,10 +35,15 @@ class Collector(PrometheusCollector):
 
     def _copying(self) -> Iterator[Metric]:
         daemon = self._daemon
-        fetched = daemon.overlay.fetcher.fetched
+        fetched, seeding = daemon.overlay.fetcher.fetched, daemon.streamer.seeding
         for name, what, value in (
             ("copied_bytes", "Bytes that became local by copying", daemon.overlay.fetcher.copied.total),
             ("streamed_bytes", "Bytes that streaming received", daemon.streamer.streamed),
+            (
+                "seeded_bytes",
+                "Bytes that became local from the seed",
+                0 if seeding is None else seeding.bytes,
+            ),
             ("fetched_bytes", "Bytes received because a client missed them, or might soon", fetched.bytes),
             ("fetched_ahead_bytes", "Bytes of these that no client had asked for yet", fetched.ahead),
             ("misses", "Requests of clients that waited for a source", fetched.misses),
