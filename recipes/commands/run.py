@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nbdserve.common.errors import OperatorError
+from recipes.checks.both_hosts import check_hosts
+from recipes.checks.space import Need
 from recipes.commands.abort import abort
 from recipes.commands.retreat import retreat
 from recipes.errors import MigrationError
@@ -97,6 +99,9 @@ async def migrate_from(
     places = await hosts(plan)
     with nothing_started():
         sizes = await preflight.check(plan, a, *places)
+        needs = [Need(disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)]
+        async for warning in check_hosts(plan, needs, a, *places):
+            report.note(warning)
         capabilities = await capabilities_on(a)
     state = State(
         journal.directory.name,

@@ -160,8 +160,6 @@ def refuse(guest: guests.Guest, derived: Derived) -> None:
     reasons = list(derived.refused)
     if not reasons and not derived.disks:
         reasons.append("it has no disk that could move; a guest without one needs no nbd-migrate")
-    if len(derived.disks) > 1:
-        reasons.append(f"it has {len(derived.disks)} disks, and only one can move yet")
     if reasons:
         raise MigrationError(f"the guest {guest.name or 'on A'} cannot be moved: {'; and '.join(reasons)}")
 

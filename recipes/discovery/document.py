@@ -56,6 +56,15 @@ def write(draft: Draft) -> str:
     for line in _heading(draft):
         document.add(tomlkit.comment(_one_line(line)) if line else tomlkit.nl())
     document["source"] = _source(draft)
+    disks = tomlkit.aot()
+    for found, target in zip(draft.derived.disks, draft.targets, strict=True):
+        disk = tomlkit.table()
+        disk["image"] = _text(found.image, f"{format_size(found.size)}, {found.device}")
+        disk["node"] = _text(found.node)
+        disk["target"] = _text(target)
+        disk["drive"] = _text(found.drive)
+        disks.append(disk)
+    document["disk"] = disks
     export = tomlkit.table()
     export["uri"] = _text(draft.export, "where A serves its disks, and B finds them")
     document["export"] = export
@@ -89,9 +98,6 @@ def _source(draft: Draft) -> Table:
     table["qmp"] = _text(draft.source.qmp, "the monitor of A's QEMU")
     if draft.source.host:
         table["host"] = _text(draft.source.host)
-    [disk] = draft.derived.disks
-    table["image"] = _text(disk.image, f"{format_size(disk.size)}, {disk.device}")
-    table["node"] = _text(disk.node)
     return table
 
 
@@ -101,8 +107,6 @@ def _destination(draft: Draft) -> Table:
         table["host"] = _text(draft.destination.host)
     table["qmp"] = _text(draft.destination.qmp, "the monitor of B's QEMU")
     table["migration"] = _text(draft.migration, "where B's QEMU waits for the RAM")
-    table["image"] = _text(draft.targets[0])
-    table["node"] = _text(draft.derived.disks[0].drive)
     if draft.derived.user:
         table["owner"] = _text(draft.derived.user, "who B's QEMU becomes, as A's")
     table["qemu"] = _command_line(draft.derived)

@@ -32,6 +32,7 @@ FOLDERS = {
         "qemu",
         "plans",
         "discovery",
+        "checks",
         "migrate",
         "engines",
         "steps",

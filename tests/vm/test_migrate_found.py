@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import versions
+from tests.support.many_disks import ManyDisks
 from tests.support.processes import Process, run, wait_until
 from tests.support.vms import NBD_MIGRATE, QEMU, Role, Scene, monitor, running
 
@@ -53,6 +55,35 @@ class Found(Scene):
         """``nbd-migrate run`` without a plan's file."""
         argv = [str(NBD_MIGRATE), "run", "--source", source, "--to-dir", str(self.target), *options]
         return Process(argv, self.directory / "run.log")
+
+
+class FoundWithThree(ManyDisks):
+    """A guest whose three disks were each started in another way."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.there = directory / "there"
+        self.there.mkdir()
+        self.disks = [
+            dataclasses.replace(disk, target=self.there / disk.image.name, moved=disk.image)
+            for disk in self.disks
+        ]
+        self.monitor_b = directory / "a.moved.qmp"
+        (directory / "b.serial").symlink_to(directory / "a.moved.serial")
+
+    def source_qemu(self) -> list[str]:
+        """A's command line; the BIOS numbers the disk without a bootindex last."""
+        first, second, third = (disk.image for disk in self.disks)
+        return [
+            *QEMU,
+            *("-drive", f"file={third},if=virtio,format=raw", "-device", "virtio-scsi-pci"),
+            *("-blockdev", f"driver=raw,node-name=first,file.driver=file,file.filename={first}"),
+            *("-device", json.dumps({"driver": "virtio-blk-pci", "drive": "first", "bootindex": 0})),
+            *("-drive", f"file={second},if=none,id=second,format=raw"),
+            *("-device", "scsi-hd,drive=second,bootindex=1"),
+            *("-serial", f"file:{self.directory / 'a.serial'}"),
+            *("-qmp", f"unix:{self.monitor_a},server=on,wait=off"),
+        ]
 
 
 def with_config(directory: Path) -> tuple[str, ...]:
@@ -158,6 +189,15 @@ def test_a_guest_moves_without_a_plan_however_it_was_started(stage: Found) -> No
         assert disk["inserted"]["file"] == str(stage.overlay)
     stage.quit_b()
     assert stage.wrong_sectors() == []
+
+
+def test_all_disks_of_a_guest_are_found_and_move_together(tmp_path: Path) -> None:
+    stage = FoundWithThree(tmp_path)
+    with running(stage):
+        argv = [str(NBD_MIGRATE), "run", "--source", str(stage.monitor_a), "--to-dir", str(stage.there)]
+        with Process(argv, tmp_path / "run.log") as moving:
+            assert moving.wait(60.0) == 0, moving.output()
+        stage.assert_moved()
 
 
 @pytest.mark.parametrize("stage", ["-drive if=virtio"], indirect=True)

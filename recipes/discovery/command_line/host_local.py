@@ -71,7 +71,9 @@ def needed(option: Option) -> Iterator[Local]:
     elif name in SHORT:
         yield from _of_device(of_short(value), name)
     elif name == "chardev":
-        yield from _of_device(of_chardev(option.arguments), name)
+        # One that connects again and again may be there later.
+        if not {"reconnect", "reconnect-ms"}.intersection(option.arguments.values):
+            yield from _of_device(of_chardev(option.arguments), name)
     elif name in ("netdev", "nic", "net"):
         yield from _of_network(option)
     elif name in KEYED:
@@ -80,7 +82,7 @@ def needed(option: Option) -> Iterator[Local]:
 
 
 def _of_device(device: Chardev, name: str) -> Iterator[Local]:
-    if device.path and not device.made and device.backend != "pty":
+    if device.path and not device.made and device.backend not in ("pty", "pipe"):
         yield Local(Kind.FILE, device.path, name)
 
 

@@ -110,7 +110,6 @@ def test_proxmox_line_keeps_all_but_the_disk_the_monitor_and_the_daemon() -> Non
     assert "-pidfile /var/run/qemu-server/100.pid" in options
     assert "-machine pc-i440fx-7.2" in options
     assert [str(each) for each in made.local] == [
-        "the file /var/run/qmeventd.sock of -chardev",
         "the file /var/lib/qemu-server/pve-bridge of -netdev",
     ]
 

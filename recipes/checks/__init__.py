@@ -1,0 +1,1 @@
+"""What is looked at on both hosts before anything is started."""

@@ -1,0 +1,38 @@
+"""All that is looked at on both hosts before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from recipes.checks.clocks import check_clocks
+from recipes.checks.local_files import check_local
+from recipes.checks.machine_types import check_qemu
+from recipes.checks.processor import check_processor
+from recipes.checks.space import Need, check_space
+from recipes.checks.started import started
+from recipes.hosts.host import Host
+from recipes.plans.plan import Plan
+from recipes.qemu.vm import Vm
+
+
+async def check_hosts(
+    plan: Plan, needs: Sequence[Need], a: Vm, host_a: Host, host_b: Host
+) -> AsyncIterator[str]:
+    """Look at both hosts; yield what may go wrong, a sentence each.
+
+    Raises MigrationError, one line with its remedy, for what cannot go well.
+    """
+    limit = plan.limits.command
+    qemu = started(plan.destination.qemu)
+    sockets = [plan.destination.qmp] if plan.destination.qmp.startswith("/") else []
+    kind, _, path = plan.destination.migration.partition(":")
+    sockets += [path] if kind == "unix" else []
+    await check_local(host_b, qemu, sockets, limit)
+    for warning in await check_qemu(a, host_b, qemu, limit):
+        yield warning
+    for warning in await check_processor(host_a, host_b, qemu, limit):
+        yield warning
+    for warning in await check_space(needs, host_b, limit):
+        yield warning
+    for warning in await check_clocks(host_a, host_b, limit):
+        yield warning

@@ -1,0 +1,117 @@
+"""What is wrong with two hosts is one line with its remedy; what may be wrong is told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from recipes.checks.clocks import check_clocks
+from recipes.checks.local_files import check_local
+from recipes.checks.machine_types import check_qemu
+from recipes.checks.processor import check_processor
+from recipes.checks.space import Need, check_space
+from recipes.checks.started import started
+from recipes.errors import MigrationError
+from tests.unit.recipes.checks.hosts import Told, ToldVm
+
+TYPES = """Supported machines are:
+pc                   Standard PC (i440FX + PIIX, 1996) (alias of pc-i440fx-7.2)
+pc-i440fx-7.2        Standard PC (i440FX + PIIX, 1996) (default)
+"""
+
+
+def vm(major: int, minor: int, kind: str = "pc-i440fx-7.2-machine") -> ToldVm:
+    """A's QEMU of this version."""
+    return ToldVm(
+        {
+            "query-version": {"qemu": {"major": major, "minor": minor, "micro": 1}},
+            "query-memory-size-summary": {"base-memory": 1},
+            "query-cpus-fast": [{}],
+            "qom-get": kind,
+        }
+    )
+
+
+B = Told("B", answers={"--version": "QEMU emulator version 7.2.22 (Debian)", "-machine help": TYPES})
+
+
+def test_a_program_is_found_behind_what_stands_before_it() -> None:
+    made = started(["sudo", "-u", "vm", "/usr/bin/qemu-system-x86_64", "-m", "1"])
+    assert made.program == ("sudo", "-u", "vm", "/usr/bin/qemu-system-x86_64")
+    assert made.command is not None
+    assert made.command.last("m") == "1"
+    wrapper = started(["wrapper", "-m", "1"])
+    assert (wrapper.program, wrapper.command) == ((), None)
+    assert asyncio.run(check_qemu(vm(7, 2), B, wrapper, 1)) == []
+    assert started(["kvm", "-frob"]).command is None
+
+
+def test_a_machine_type_that_b_does_not_know_is_refused_and_an_older_qemu_is_told() -> None:
+    qemu = started(["qemu-system-x86_64"])
+    assert asyncio.run(check_qemu(vm(7, 2), B, qemu, 1)) == []
+    [warning] = asyncio.run(check_qemu(vm(10, 0), B, qemu, 1))
+    assert warning.startswith("B's QEMU 7.2 is older than A's 10.0")
+    reason = r"on B \(QEMU 7.2\) does not know the machine type pc-i440fx-10.0 of A's \(QEMU 10.0\); install"
+    with pytest.raises(MigrationError, match=reason):
+        asyncio.run(check_qemu(vm(10, 0, "pc-i440fx-10.0-machine"), B, qemu, 1))
+
+
+GIB = 1 << 30
+
+
+def test_disks_that_may_outgrow_what_b_has_are_told_together() -> None:
+    def told(free: int, *sizes: int) -> list[str]:
+        b = Told("B", answers={"stat": f"abc {free // 4096} 4096\n" * len(sizes)})
+        needs = [Need(f"/there/{number}", size) for number, size in enumerate(sizes)]
+        return asyncio.run(check_space(needs, b, 1))
+
+    assert told(3 * GIB, 2 * GIB) == []
+    [warning] = told(3 * GIB, 2 * GIB, 2 * GIB)
+    assert warning.startswith("/there on B: 3 GiB are free, and the disks may grow to 4 GiB")
+
+
+def test_clocks_that_differ_are_told() -> None:
+    def told(ahead: float) -> list[str]:
+        a, b = (
+            Told(name, answers={"date": str(time.time() + by)}) for name, by in (("A", 0.0), ("B", ahead))
+        )
+        return asyncio.run(check_clocks(a, b, 1))
+
+    assert told(0.0) == []
+    assert told(100.0)[0].startswith("B's clock is 100 s ahead of A's")
+    assert told(-100.0)[0].startswith("B's clock is 100 s behind A's")
+
+
+def test_a_guest_that_has_its_hosts_processor_is_told_what_b_lacks() -> None:
+    a = Told("A", answers={"cpuinfo": "processor: 0\nflags\t\t: fpu avx vmx\n"})
+    b = Told("B", answers={"cpuinfo": "flags\t\t: fpu\n"}, paths=frozenset({"/dev/kvm"}))
+    host = started(["qemu-system-x86_64", "-enable-kvm", "-cpu", "host,+x"])
+    [warning] = asyncio.run(check_processor(a, b, host, 1))
+    assert "(-cpu host,+x), and B's lacks avx, vmx:" in warning
+    named = started(["qemu-system-x86_64", "-accel", "kvm", "-cpu", "Skylake-Client"])
+    assert asyncio.run(check_processor(a, b, named, 1)) == []
+    with pytest.raises(MigrationError, match="B has no /dev/kvm"):
+        asyncio.run(check_processor(a, a, named, 1))
+    for other in (["-accel", "tcg"], ["-machine", "pc,accel=kvm:tcg"], []):
+        assert asyncio.run(check_processor(a, a, started(["qemu-system-x86_64", *other]), 1)) == []
+
+
+def test_what_b_has_not_is_named() -> None:
+    words = ["qemu-system-x86_64", "-kernel", "/boot/k", "-serial", "file:/log/x", "-nic", "bridge,br=br7"]
+    have = {"/boot/k", "/sys/class/net/br7", "/log", "/run"}
+
+    def check(*missing: str) -> None:
+        b = Told("B", paths=frozenset(have - {*missing}))
+        asyncio.run(check_local(b, started(words), ["/run/b.qmp"], 1))
+
+    check()
+    for missing, reason in (
+        ("/boot/k", "B has not the file /boot/k of -kernel; make it there"),
+        ("/sys/class/net/br7", "B has not the bridge br7 of -nic"),
+        ("/log", "no directory for /log/x on B; make it: mkdir -p /log"),
+        ("/run", "no directory for /run/b.qmp on B; make it: mkdir -p /run"),
+    ):
+        with pytest.raises(MigrationError, match=reason):
+            check(missing)
