@@ -35,8 +35,7 @@ async def stream(m: Migration) -> str:
     whole = tuple(replace(disk, complete=True) for disk in m.state.disks)
     m.enter(Phase.COMPLETE, disks=whole, window=m.since_arrival)
     again = f", interrupted {m.state.recoveries} times" if m.state.recoveries else ""
-    are = "are" if len(m.disks) > 1 else "is"
-    return f"every block of {m.size} bytes {are} in {listed(disk.target for disk in m.disks)}{again}"
+    return f"every block of {m.size} bytes is in {listed(disk.target for disk in m.disks)}{again}"
 
 
 class Stream:
@@ -66,6 +65,8 @@ class Stream:
         finally:
             for task in self._settling:
                 task.cancel()
+            # What one has failed with is of no account any more.
+            await asyncio.gather(*self._settling, return_exceptions=True)
 
     async def _lost(self, error: VmGoneError) -> list[Job]:
         """Return the jobs whose nbd-overlay has died; raises the error where it is B's QEMU, or nobody."""
