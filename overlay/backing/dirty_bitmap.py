@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future
-from itertools import accumulate
+from itertools import accumulate, compress
 
 from nbdserve.client import Client, connect
 from nbdserve.client.pipeline import STATUS_LIMIT
@@ -63,8 +63,8 @@ def _told(client: Client, context: str, offset: int, length: int, future: Future
     while True:
         status = future.result()
         lengths, flags = status[0::2], status[1::2]
-        places = accumulate(lengths, initial=offset)
-        found += [(place, part) for place, part, dirty in zip(places, lengths, flags, strict=False) if dirty]
+        # There may be very many, while a guest waits.
+        found += compress(zip(accumulate(lengths, initial=offset), lengths, strict=False), flags)
         offset += sum(lengths)
         if offset >= end:
             break

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import itemgetter
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -244,7 +245,9 @@ class Image(ABC):
         """Require that ranges may be changed: else OSError, EROFS or EINVAL."""
         self._check_change(0, 0)
         # There may be very many, while a guest waits.
-        if ranges and (min(map(min, ranges)) < 0 or max(map(sum, ranges)) > self.size):
+        if ranges and (
+            min(ranges)[0] < 0 or min(map(itemgetter(1), ranges)) < 0 or max(map(sum, ranges)) > self.size
+        ):
             for each in ranges:
                 self._check_range(*each)
 

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from operator import itemgetter
 
 from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import promised
@@ -184,7 +185,7 @@ class Control:
             self._daemon.invalidate(ranges)
         except (OSError, OperatorError) as error:
             raise CommandError(reason_of(error)) from error
-        return {"ranges": len(ranges), "bytes": sum(length for _, length in ranges)}
+        return {"ranges": len(ranges), "bytes": sum(map(itemgetter(1), ranges))}
 
     def _block_job(self) -> dict[str, object]:
         """QEMU's BlockJobInfo."""
