@@ -171,10 +171,15 @@ class MonitorClient:
 
 
 async def connect(
-    address: str | tuple[str, int], *, name: str, limit: float, listeners: Iterable[EventListener] = ()
+    address: str | tuple[str, int] | socket.socket,
+    *,
+    name: str,
+    limit: float,
+    listeners: Iterable[EventListener] = (),
 ) -> MonitorClient:
     """Connect to the monitor at a Unix socket's path, or at a host and a port, within ``limit`` seconds.
 
+    A socket is one whose other end is a monitor already, and is the connection's from now on.
     ``listeners`` are told of events from the very beginning, so that none is missed. Raises SilentError when
     somebody is there and says nothing (QueuedError: not even takes the connection), UnreachableError
     otherwise.

@@ -17,6 +17,7 @@ from recipes.cli.journal_commands import until_signal
 from recipes.cli.small import PROGRAM
 from recipes.commands.finish import finish
 from recipes.commands.run import migrate
+from recipes.connections.address import is_ssh
 from recipes.demo import run as demo
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import choose_report
@@ -33,6 +34,7 @@ For recipes and for the other host of a migration:
   nbd-migrate fence READY IMAGE...           keep every QEMU from writing to the images
   nbd-migrate probe URI                      what this host sees of an export
   nbd-migrate supervisor LOG READY COMMAND   run a process that ends with our standard input
+  nbd-migrate bridge MONITOR                 pass a monitor of this host on to standard input and output
   nbd-migrate attach LOG                     speak with the supervisor of a process that was released
   nbd-migrate process MONITOR|PID            what this host knows of a guest's QEMU
   nbd-migrate route ADDRESS PORT             how this host is reached from another, and a port that is free
@@ -124,7 +126,12 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
     if optional:
         source += "; without PLAN.toml also the process id of its QEMU"
     parser.add_argument("--source", metavar="QMP|PID" if optional else "QMP", help=source)
-    parser.add_argument("--to", metavar="HOST[:PORT]", help="where B listens for the RAM (port 4444)")
+    parser.add_argument("--from", dest="from_host", metavar="HOST", help="host A: ssh://[USER@]HOST[:PORT]")
+    parser.add_argument(
+        "--to",
+        metavar="HOST",
+        help="host B: ssh://[USER@]HOST[:PORT]; or HOST[:PORT], where it listens for the RAM (port 4444)",
+    )
     parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
     parser.add_argument(
@@ -184,10 +191,10 @@ def finish_command(given: argparse.Namespace) -> str:
     """Return what the operator types to do the rest of this plan, as one line for a shell."""
     program = sys.argv[0] if Path(sys.argv[0]).name == PROGRAM else PROGRAM
     words = [PROGRAM if shutil.which(PROGRAM) == program else str(Path(program).absolute()), "finish"]
-    for name in ("source", "to", "speed", "move_aside", "engine"):
-        value = getattr(given, name)
+    options = (("source", given.source), ("from", given.from_host), ("to", given.to), ("speed", given.speed))
+    for name, value in (*options, ("move-aside", given.move_aside), ("engine", given.engine)):
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", value]
+            words += [f"--{name}", value]
     return pasted([*words, str(given.plan.absolute())])
 
 
@@ -198,7 +205,11 @@ def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
         found["source"]["qmp"] = given.source
     if given.engine is not None:
         found["destination"]["engine"] = given.engine
-    if given.to is not None:
+    if given.from_host is not None:
+        found["source"]["host"] = given.from_host
+    if given.to is not None and is_ssh(given.to):
+        found["destination"]["host"] = given.to
+    elif given.to is not None:
         host = f"[{given.to}]" if is_ipv6(given.to) else given.to
         address = given.to if is_host_and_port(given.to) else f"{host}:{MIGRATION_PORT}"
         found["destination"]["migration"] = f"tcp:{address}"

@@ -13,7 +13,7 @@ from nbdserve.common import program
 
 PROGRAM = "nbd-migrate"
 
-NEEDS = {"supervisor": "LOG READY COMMAND", "attach": "LOG"}
+NEEDS = {"supervisor": "LOG READY COMMAND", "attach": "LOG", "bridge": "MONITOR"}
 
 
 def find(words: list[str]) -> Callable[[], int] | None:
@@ -28,7 +28,11 @@ def find(words: list[str]) -> Callable[[], int] | None:
             from recipes.processes import attach
 
             return lambda: attach.main(words[1:])
-        case ["supervisor" | "attach" as name, *rest] if not {"-h", "--help"} & set(rest):
+        case ["bridge", address] if not address.startswith("-"):
+            from recipes.connections import bridge
+
+            return lambda: bridge.main([address])
+        case ["supervisor" | "attach" | "bridge" as name, *rest] if not {"-h", "--help"} & set(rest):
             return lambda: _refuse(f"{name} needs {NEEDS[name]}: see nbd-migrate --help")
         case ["qmp" | "fence" | "probe" | "process" | "route" as name, *rest]:
             return lambda: program.run(PROGRAM, lambda: _run(name, rest))

@@ -10,23 +10,24 @@ from itertools import chain, count
 from pathlib import Path
 
 from nbdserve.common.errors import ConnectError, UsageError
+from recipes.connections.monitors import monitor_of
 from recipes.engines.overlay_engine import monitor_name
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.images import image_facts
-from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Action, Wish, decide
 from recipes.migrate.journal import Journal, actor, names, of_destination, usable_name
 from recipes.migrate.leftovers import any_holds_something
 from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Disk, Phase, Role, State
+from recipes.plans.by_hand import asking, cancelling
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
-from recipes.plans.reaching import hosts, source_monitor
+from recipes.plans.reaching import hosts, monitor_b, source_monitor
 from recipes.processes.children import Children
 from recipes.qemu.facts import Facts, OnA, OnB
-from recipes.qemu.source import HOLDS, cancelling, guest_on_a, has_left, migration_status
+from recipes.qemu.source import HOLDS, guest_on_a, has_left, migration_status
 from recipes.qemu.vm import EndedVm, Vm, connect, nobody_listens
 
 
@@ -35,12 +36,12 @@ async def found(
 ) -> Migration:
     """Find everything that there is of the migration, before anything is done, and write down what it is."""
     complete = journal.state is not None and journal.state.complete
-    a = await source(plan, report, sure=sure, complete=complete)
+    places = await stack.enter_async_context(hosts(plan))
+    a = await source(plan, places[0], report, sure=sure, complete=complete)
     stack.push_async_callback(a.disconnect)
-    b = await destination(plan, a)
+    b = await destination(plan, places[1], a)
     if b:
         stack.push_async_callback(b.disconnect)
-    places = await hosts(plan)
     disks = [await look_at(plan, disk, places[1], b) for disk in plan.disks]
     if not sure and journal.state is not None:
         await refuse_unless_on_b(journal.state, a, b, places[1])
@@ -74,13 +75,13 @@ async def refuse_unless_on_b(state: State, a: Vm, b: Vm | None, host_b: Host) ->
         )
 
 
-async def source(plan: Plan, report: Report, *, sure: bool, complete: bool) -> Vm:
+async def source(plan: Plan, host: Host, report: Report, *, sure: bool, complete: bool) -> Vm:
     """Return A's QEMU, whose guest has left, or has ended; MigrationError when the guest is there.
 
     Where the disk is complete nothing is needed of A, which may be away for good.
     """
     try:
-        a = await source_monitor(plan)
+        a = await source_monitor(plan, host)
     except ConnectError as error:
         if complete:
             report.note(f"A's QEMU was not ended, if it is still there: {error}")
@@ -98,20 +99,19 @@ async def source(plan: Plan, report: Report, *, sure: bool, complete: bool) -> V
     await a.disconnect()
     remedy = "run the plan again"
     if migration == HOLDS:
-        remedy = f"it stands still before the switch-over, and goes on with: {cancelling(plan.source.qmp)}"
+        remedy = f"it stands still before the switch-over, and goes on with: {cancelling(plan.source)}"
     raise MigrationError(f"the guest is on A, in state {state}, and there is nothing to finish: {remedy}")
 
 
-async def destination(plan: Plan, a: Vm) -> Vm | None:
+async def destination(plan: Plan, host: Host, a: Vm) -> Vm | None:
     """Return B's QEMU, which has the guest; None when it has ended.
 
     Raises MigrationError when it waits for the guest.
     """
     limits = plan.limits
+    where = monitor_b(plan, host)
     try:
-        b = await connect(
-            "B's QEMU", plan.destination.qmp, limit=limits.connect, command_limit=limits.command
-        )
+        b = await connect("B's QEMU", where, limit=limits.connect, command_limit=limits.command)
     except ConnectError as error:
         if not nobody_listens(error):
             raise
@@ -127,7 +127,7 @@ async def destination(plan: Plan, a: Vm) -> Vm | None:
             raise MigrationError(
                 "A's QEMU has sent its guest, and B's still waits for one: there is nothing to finish yet"
             )
-        quit_b = pasted(["nbd-migrate", "qmp", plan.destination.qmp, "quit"])
+        quit_b = asking(plan.destination, "quit")
         raise MigrationError(
             "the guest never came to B, and A's QEMU has ended: there is nothing to finish; end B's QEMU "
             f"with {quit_b}, and start the guest on A"
@@ -207,7 +207,7 @@ async def take_over(m: Migration) -> None:
         try:
             # Also without a pid file.
             m.overlay_monitors[disk.drive] = await connect(
-                *(monitor_name(m, disk), disk.overlay_monitor),
+                *(monitor_name(m, disk), monitor_of(m.host_b, disk.overlay_monitor)),
                 limit=limits.connect,
                 command_limit=limits.command,
             )

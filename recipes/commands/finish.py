@@ -23,6 +23,7 @@ from recipes.migrate.progress import Report, Step
 from recipes.migrate.runtime import READY, Migration, gone
 from recipes.migrate.state import Phase, Role
 from recipes.plans.plan import Plan
+from recipes.plans.reaching import monitor_b
 from recipes.steps.cutover import fence_source
 from recipes.steps.export import check_exports, start_server
 from recipes.steps.launch import check_devices, monitor_option
@@ -136,6 +137,7 @@ async def start_guest(m: Migration) -> None:
     argv = [*destination.qemu, *blockdev_options(nodes), "-qmp", monitor_option(destination.qmp)]
     qemu = await m.start(Role.QEMU, argv)
     m.need("B's QEMU", qemu.wait())
-    m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
+    where = monitor_b(m.plan, m.host_b)
+    m.b = await m.during(reached("B's QEMU", where, m.plan), limits.start, "starting B's QEMU")
     await m.during(check_devices(m.plan, m.b), limits.command, "looking at B's disks")
     m.report.note(f"the guest was started again on B, process {qemu.pid}")

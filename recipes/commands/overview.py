@@ -10,13 +10,13 @@ from typing import Any
 
 from nbdserve.common.sizes import format_size
 from recipes.errors import MigrationError
-from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 from recipes.migrate import journal
 from recipes.migrate.console import describe
 from recipes.migrate.leftovers import discarding, made
 from recipes.migrate.progress import Progress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
+from recipes.plans.reaching import host_of
 from recipes.steps import advice
 
 LOOK = 1.0
@@ -110,9 +110,9 @@ def left_behind(state: State) -> list[str]:
     """Return a phrase for each thing that a migration has started or made, and that may still be there."""
     plan = state.plan
     told = [f"{called(each.role, plan, each.disk)}: process {each.pid}" for each in state.processes]
-    host = Host("B", plan.destination.shell, plan.destination.bin)
+    host = host_of("B", plan.destination)
     for disk in made(state):
-        discard = pasted(host.argv(discarding(host, disk)))
+        discard = pasted(host.typed(discarding(host, disk)))
         told.append(f"{disk.target} on B; this removes it, if it holds nothing: {discard}")
     if not state.made and state.phase not in BEFORE | OVER:
         for each in state.disks:

@@ -12,7 +12,7 @@ from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
 from recipes.migrate.state import Phase, State
-from recipes.plans.reaching import source_monitor
+from recipes.plans.reaching import hosts, source_monitor
 
 
 async def resume(name: str, report: Report, *, boot: bool = False) -> None:
@@ -48,6 +48,7 @@ async def start_over(name: str, state: State, report: Report) -> None:
     plan = state.plan
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(closing(Journal.begin(name)))
-        a = await source_monitor(plan)
+        places = await stack.enter_async_context(hosts(plan))
+        a = await source_monitor(plan, places[0])
         stack.push_async_callback(a.disconnect)
-        await migrate_from(plan, report, journal, a, stack, None, state.finish)
+        await migrate_from(plan, report, journal, places, a, stack, None, state.finish)

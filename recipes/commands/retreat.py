@@ -11,6 +11,7 @@ from recipes.migrate.leftovers import remove_made
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role, State, entered
 from recipes.migrate.way_back import Hands, WayBack
+from recipes.plans.reaching import monitor_a
 from recipes.processes.children import Child
 from recipes.qemu.destination import answer_of
 from recipes.qemu.facts import OnB
@@ -63,8 +64,8 @@ class OwnHands(Hands):
         m = self._m
         if m.a.connected:
             return m.a
-        address, limits = m.plan.source.qmp, m.plan.limits
-        again = await connect_again("A's QEMU", address, limit=limits.connect, command_limit=limits.command)
+        where, limits = monitor_a(m.plan, m.host_a), m.plan.limits
+        again = await connect_again("A's QEMU", where, limit=limits.connect, command_limit=limits.command)
         if again is not None:
             m.a = again
             self.said.append("its QEMU's monitor had hung up, and was connected to again")

@@ -16,6 +16,7 @@ from recipes.checks.space import Need
 from recipes.commands.abort import abort
 from recipes.commands.retreat import retreat
 from recipes.errors import MigrationError
+from recipes.hosts.host import Host
 from recipes.hosts.interruption import undisturbed
 from recipes.migrate.guard import start_guard
 from recipes.migrate.journal import Journal, check_name, last, of_destination, usable_name
@@ -24,7 +25,7 @@ from recipes.migrate.runtime import FINISH, AdvisedError, Migration
 from recipes.migrate.state import OVER, Disk, Phase, State
 from recipes.migrate.watch import Orders
 from recipes.plans.plan import Plan
-from recipes.plans.reaching import hosts, source_monitor
+from recipes.plans.reaching import find_commands, hosts, source_monitor
 from recipes.processes.children import Children
 from recipes.qemu.source import capabilities_on
 from recipes.qemu.vm import Vm, VmGoneError
@@ -70,7 +71,9 @@ async def migrate(
     goes to ``report.note`` instead.
     """
     async with AsyncExitStack() as stack:
-        a = await source_monitor(plan)
+        places = await stack.enter_async_context(hosts(plan))
+        plan, places = await find_commands(plan, *places)
+        a = await source_monitor(plan, places[0])
         stack.push_async_callback(a.disconnect)
         with nothing_started():
             name = check_name(name) if name else await name_of(a, plan)
@@ -80,23 +83,23 @@ async def migrate(
                 # A monitor has one client.
                 await a.disconnect()
                 await abort(name, report)
-                a = await source_monitor(plan)
+                a = await source_monitor(plan, places[0])
                 stack.push_async_callback(a.disconnect)
         journal = stack.enter_context(closing(Journal.begin(name, base)))
-        return await migrate_from(plan, report, journal, a, stack, children, finish)
+        return await migrate_from(plan, report, journal, places, a, stack, children, finish)
 
 
 async def migrate_from(
     plan: Plan,
     report: Report,
     journal: Journal,
+    places: tuple[Host, Host],
     a: Vm,
     stack: AsyncExitStack,
     children: Children | None,
     finish: str,
 ) -> Outcome:
     """Run the six steps from the first one on, with a journal of which nothing is needed any more."""
-    places = await hosts(plan)
     with nothing_started():
         sizes = await preflight.check(plan, a, *places)
         needs = [Need(disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)]
@@ -116,7 +119,9 @@ async def migrate_from(
     ours = await stack.enter_async_context(Children()) if children is None else children
     owned = children is not None
     try:
-        guard = await start_guard(Orders(str(journal.directory), journal.fd, journal.lock.fd, owned))
+        control = next((host.control for host in places if host.control), "")
+        orders = Orders(str(journal.directory), journal.fd, journal.lock.fd, owned, control)
+        guard = await start_guard(orders)
     except BaseException:
         # Nothing was started.
         with suppress(OSError):

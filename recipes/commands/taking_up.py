@@ -14,14 +14,14 @@ from recipes.errors import MigrationError
 from recipes.hosts.calls import HostError
 from recipes.hosts.host import Host
 from recipes.hosts.interruption import completed
-from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role, State
 from recipes.migrate.way_back import GRACE, Verdict, WayBack
-from recipes.plans.reaching import hosts, source_monitor
+from recipes.plans.by_hand import asking
+from recipes.plans.reaching import hosts, monitor_b, source_monitor
 from recipes.processes.children import Child, Children
 from recipes.qemu.destination import look
 from recipes.qemu.facts import OnB
@@ -50,7 +50,7 @@ class TakenUpHands(OwnHands):
     async def destination(self, limit: float | None) -> OnB:
         """Ask B's QEMU, connected to anew; where there is none, whether a guest has run there."""
         m = self._m
-        found = await look(m.plan.destination.qmp, limit or m.plan.limits.connect)
+        found = await look(monitor_b(m.plan, m.host_b), limit or m.plan.limits.connect)
         if found is not OnB.NONE:
             return found
         with self._asking(m.host_b, "what has become of B's QEMU"):
@@ -70,10 +70,9 @@ class TakenUpHands(OwnHands):
         m = self._m
         await super().end_destination()
         # Its process may have been a prefix, as sudo, that ends alone.
-        if await look(m.plan.destination.qmp, m.plan.limits.connect) is not OnB.NONE:
-            raise MigrationError(
-                f"B's QEMU may still be there: its monitor at {m.plan.destination.qmp} does not refuse"
-            )
+        where = monitor_b(m.plan, m.host_b)
+        if await look(where, m.plan.limits.connect) is not OnB.NONE:
+            raise MigrationError(f"B's QEMU may still be there: its monitor at {where} does not refuse")
 
     async def child(self, role: Role, drive: str = "") -> Child | None:
         """Return the process in a role that is written down, if it still lives."""
@@ -140,11 +139,11 @@ class TakenUp:
 def by_hand(state: State) -> str:
     """Return what the operator does where nobody but him can know what is right."""
     queries = [
-        pasted(["nbd-migrate", "qmp", address, query])
-        for address, query in (
-            (state.plan.source.qmp, "query-migrate"),
-            (state.plan.source.qmp, "query-status"),
-            (state.plan.destination.qmp, "query-status"),
+        asking(there, query)
+        for there, query in (
+            (state.plan.source, "query-migrate"),
+            (state.plan.source, "query-status"),
+            (state.plan.destination, "query-status"),
         )
     ]
     return (
@@ -161,13 +160,12 @@ async def taken_up(name: str, report: Report) -> AsyncIterator[TakenUp]:
         if journal.state is None:
             raise MigrationError(f"{name}: nothing was begun")
         plan = journal.state.plan
-        places = await hosts(plan)
-        try:
-            a = await source_monitor(plan)
-        except ConnectError:
-            # It is looked for again before anything is decided.
-            a = EndedVm("A's QEMU")
-        async with Children() as children:
+        async with hosts(plan) as places, Children() as children:
+            try:
+                a = await source_monitor(plan, places[0])
+            except ConnectError:
+                # It is looked for again before anything is decided.
+                a = EndedVm("A's QEMU")
             m = Migration(journal, places, report, children, None, a, owned=False)
             m.no_longer_need("A's QEMU")
             try:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import ClassVar
 
 from nbdserve.common.errors import ConnectError
+from recipes.connections.monitors import MonitorAt
 from recipes.migrate.runtime import Migration
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
@@ -89,12 +90,12 @@ class Engine(ABC):
         """Step 6: end what nobody uses any more."""
 
 
-async def reached(name: str, address: str, plan: Plan) -> Vm:
+async def reached(name: str, where: MonitorAt, plan: Plan) -> Vm:
     """Connect to a monitor as soon as it is there; the time limit is the caller's."""
     limits = plan.limits
     while True:
         with suppress(ConnectError):
-            return await connect(name, address, limit=limits.connect, command_limit=limits.command)
+            return await connect(name, where, limit=limits.connect, command_limit=limits.command)
         await asyncio.sleep(LOOK)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+from recipes.connections.monitors import monitor_of
 from recipes.engines.interface import JOB, Engine, reached
 from recipes.errors import MigrationError
-from recipes.hosts.quoting import pasted
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Role
+from recipes.plans.by_hand import on_host
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 from recipes.processes.children import Child
@@ -93,7 +94,9 @@ class OverlayEngine(Engine):
                 await self._start(m, disk)
             name = monitor_name(m, disk)
             monitor = await m.during(
-                reached(name, disk.overlay_monitor, m.plan), m.plan.limits.start, f"reaching {name}'s monitor"
+                reached(name, monitor_of(m.host_b, disk.overlay_monitor), m.plan),
+                m.plan.limits.start,
+                f"reaching {name}'s monitor",
             )
             m.overlay_monitors[disk.drive] = monitor
         await monitor.execute("overlay-activate")
@@ -123,7 +126,8 @@ class OverlayEngine(Engine):
                 raise
             again = ["nbd-migrate", "pivot", "--qmp", destination.qmp, "--node", disk.drive, disk.target]
             raise MigrationError(
-                f"{error}; until B's QEMU uses the file itself leave nbd-overlay running; try {pasted(again)}"
+                f"{error}; until B's QEMU uses the file itself leave nbd-overlay running; try "
+                f"{on_host(destination, again)}"
             ) from error
 
     async def end(self, m: Migration, disk: PlannedDisk) -> None:

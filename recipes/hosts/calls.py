@@ -47,9 +47,11 @@ def unreachable(way: Way, said: str, otherwise: str) -> HostError:
 class Call:
     """A command that runs on a host, for one run()."""
 
-    def __init__(self, way: Way, command: Sequence[str]) -> None:
+    def __init__(self, way: Way, command: Sequence[str], given: str = "") -> None:
+        """``given`` is what the command reads from its standard input."""
         self._way = way
         self._command = command
+        self._given = given.encode()
         self._what = f"{command[0]} on {way.name}"
         self._mark = os.urandom(8).hex()
         self._output = bytearray()
@@ -65,7 +67,7 @@ class Call:
         try:
             process = await spawn(
                 self._way.argv(framed),
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE if self._given else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
@@ -76,6 +78,7 @@ class Call:
             asyncio.create_task(_collect(stream, into))
             for stream, into in ((process.stdout, self._output), (process.stderr, self._errors))
         ]
+        readers.append(asyncio.create_task(_give(process.stdin, self._given)))
         try:
             async with asyncio.timeout(limit):
                 code = await process.wait()
@@ -138,6 +141,15 @@ def cannot_start(way: Way, what: str, error: OSError) -> MigrationError:
     """Return the error that the first word of a command line is no program of this host."""
     reason = f"{what}: {error.filename}: {error.strerror}"
     return HostError(f"{reason}; install that on this host") if way.shell else MigrationError(reason)
+
+
+async def _give(stream: asyncio.StreamWriter | None, data: bytes) -> None:
+    if stream:
+        # Who has ended reads nothing more; its exit code says why.
+        with suppress(ConnectionError):
+            stream.write(data)
+            await stream.drain()
+        stream.close()
 
 
 async def _collect(stream: asyncio.StreamReader | None, into: bytearray) -> None:

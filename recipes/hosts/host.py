@@ -16,6 +16,7 @@ from recipes.hosts.way import Way
 PROGRAMS = {
     "supervisor": "recipes.processes.supervisor",
     "attach": "recipes.processes.attach",
+    "bridge": "recipes.connections.bridge",
     "fence": "recipes.qemu.fence",
     "guard": "recipes.migrate.guard",
     "probe": "recipes.cli.probe",
@@ -27,9 +28,16 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Host(Way):
-    """Where commands run: a way there, and ``bin``, the directory of our own commands there, or nothing."""
+    """Where commands run, and a way there.
+
+    bin      the directory of our own commands there, or nothing
+    address  ``ssh://...``: its monitors are reached over this way, too; otherwise they are where we run
+    control  the directory of the sockets by which a connection to it is shared, or nothing
+    """
 
     bin: str = ""
+    address: str = ""
+    control: str = ""
 
     async def prepared(self, limit: float) -> Host:
         """Return the same host, whose ssh asks nothing and waits at most ``limit`` seconds for a
@@ -50,13 +58,13 @@ class Host(Way):
             return [self.tool("nbd-migrate"), name, *arguments]
         return module(name, *arguments)
 
-    async def run(self, *command: str, limit: float) -> str:
-        """Run a short command there and return what it printed.
+    async def run(self, *command: str, limit: float, given: str = "") -> str:
+        """Run a short command there and return what it printed; ``given`` is its standard input.
 
         Raises HostError where the host cannot be reached, MigrationError with the command's last line when it
         fails, cannot be started, or takes longer than ``limit`` seconds; then it is killed.
         """
-        return await Call(self, command).run(limit)
+        return await Call(self, command, given).run(limit)
 
     async def has(self, command: str, limit: float) -> bool:
         """Tell whether a command of this name can be run there; raises HostError."""

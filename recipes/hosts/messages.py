@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from recipes.hosts.calls import MISSING
 from recipes.hosts.ssh import explain
@@ -19,6 +19,13 @@ _FRAME = 'echo; echo "$0"; exec "$@"'
 """Becomes the command "$@" behind a line with the mark "$0"."""
 
 
+class Lines(Protocol):
+    """What is read line by line, as an asyncio.StreamReader; an empty line is the end."""
+
+    async def readline(self) -> bytes:
+        """Return the next line with its end."""
+
+
 class Beginning:
     """The beginning of a supervisor behind a prefix: a login may greet first, up to a mark."""
 
@@ -29,12 +36,17 @@ class Beginning:
         self._greeted = not way.shell
         self._greeting = ""
 
+    @property
+    def arrived(self) -> bool:
+        """Tell whether the host was reached, as far as it has been read."""
+        return self._greeted
+
     def argv(self) -> list[str]:
         """Return the supervisor's command line, with the prefix."""
         framed = ["sh", "-c", _FRAME, self._mark, *self._supervisor] if self._way.shell else self._supervisor
         return self._way.argv(framed)
 
-    async def first(self, messages: asyncio.StreamReader) -> dict[str, Any]:
+    async def first(self, messages: Lines) -> dict[str, Any]:
         """Return the first message; an empty one when there is none."""
         while line := await messages.readline():
             if self._greeted and (message := message_in(line)):

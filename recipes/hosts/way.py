@@ -16,11 +16,13 @@ class Way:
     name     of the host, "A" or "B", as messages call it
     shell    prefix of every command: nothing for this host, ``ip netns exec NAME``, ``ssh HOST`` ...
     options  more options for the prefix's ssh
+    shared   those by which it shares a connection (recipes/connections/sharing.py)
     """
 
     name: str
     shell: tuple[str, ...] = ()
     options: tuple[str, ...] = field(default=(), kw_only=True)
+    shared: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def remote(self) -> bool:
@@ -29,6 +31,13 @@ class Way:
 
     def argv(self, command: Sequence[str]) -> list[str]:
         """Return the command with the prefix, quoted once for each remote shell that would split it again."""
+        return [*ssh.with_options(self.shell, (*self.options, *self.shared)), *self._quoted(command)]
+
+    def typed(self, command: Sequence[str]) -> list[str]:
+        """Return the same as an operator types it, who is asked and waits as he likes."""
+        return [*self.shell, *self._quoted(command)]
+
+    def _quoted(self, command: Sequence[str]) -> Sequence[str]:
         for _ in range(ssh.sessions(self.shell)):
             command = [shlex.join(command)]
-        return [*ssh.with_options(self.shell, self.options), *command]
+        return command

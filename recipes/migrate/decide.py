@@ -22,8 +22,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from recipes.hosts.quoting import listed, pasted
+from recipes.hosts.quoting import listed
 from recipes.migrate.state import Phase, State
+from recipes.plans.by_hand import asking
 from recipes.qemu.facts import Facts, OnA, OnB
 
 PREPARING = frozenset({Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH})
@@ -241,7 +242,7 @@ def asks_b(phase: Phase, wish: Wish, a: OnA) -> bool:
 
 def told(words: str, state: State) -> str:
     """Put the names of a migration into a rule's words."""
-    go_on, end_a = (pasted(["nbd-migrate", "qmp", state.plan.source.qmp, each]) for each in ("cont", "quit"))
+    go_on, end_a = (asking(state.plan.source, each) for each in ("cont", "quit"))
     disks = state.disks
     missing = [disk for disk in disks if not disk.complete] or disks
     several, some = len(disks) > 1, len(missing) > 1

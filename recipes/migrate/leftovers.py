@@ -57,6 +57,6 @@ async def _remove(host: Host, argv: Sequence[str], limit: float) -> list[str]:
     try:
         await host.run(*argv, limit=limit)
     except MigrationError as error:
-        command = pasted(host.argv(argv))
+        command = pasted(host.typed(argv))
         return [f"what was made on {host.name} is still there ({error}): remove it: {command}"]
     return []

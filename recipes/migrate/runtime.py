@@ -397,4 +397,4 @@ class Migration:
 async def gone(vm: Vm) -> str:
     """Wait until a QEMU that is not our child has ended."""
     await vm.gone()
-    return "has ended"
+    return vm.end

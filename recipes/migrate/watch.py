@@ -24,7 +24,7 @@ from recipes.migrate.leftovers import remove_made
 from recipes.migrate.state import NAMES, Phase, Role, State, entered
 from recipes.migrate.way_back import GRACE as SWITCH_OVER
 from recipes.migrate.way_back import Hands, Verdict, WayBack
-from recipes.plans.reaching import hosts
+from recipes.plans.reaching import hosts, monitor_a, monitor_b
 from recipes.processes.speaking import stream
 from recipes.qemu.destination import look
 from recipes.qemu.facts import OnA, OnB
@@ -49,12 +49,14 @@ class Orders:
     journal  the directory of the journal, and ``file`` its file descriptor
     lock     file descriptor of its lock, which the guard shares
     owned    the children end with the orchestrator in any case
+    control  the directory of the connections that it shares with the hosts, or nothing
     """
 
     journal: str
     file: int
     lock: int
     owned: bool
+    control: str = ""
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Watch(Hands):
         self.children: list[Watched] = []
         self._journal: Journal | None = None
         self._a: Vm | None = None
+        self._hosts = (HERE, HERE)
 
     def listen(self, channel: socket.socket) -> bool:
         """Take messages; True when the orchestrator has died, False when it has dismissed us."""
@@ -104,6 +107,10 @@ class Watch(Hands):
         except MigrationError as error:
             raise self._nobody_knows(str(error)) from error
         self._journal.lock.sign()
+        async with hosts(state.plan, self.orders.control) as self._hosts:
+            return await self._act(state)
+
+    async def _act(self, state: State) -> str:
         way = WayBack(self, state, wish=Wish.GO_BACK, grace=SWITCH_OVER)
         try:
             verdict = await way.go()
@@ -133,19 +140,15 @@ class Watch(Hands):
             await self._a.disconnect()
             self._a = None
         limit = self.state.plan.limits.connect
-        self._a = await connect_again(
-            "A's QEMU", self.state.plan.source.qmp, limit=limit, command_limit=limit
-        )
+        where = monitor_a(self.state.plan, self._hosts[0])
+        self._a = await connect_again("A's QEMU", where, limit=limit, command_limit=limit)
         return self._a
 
     async def destination(self, limit: float | None) -> OnB:
         """Ask B's QEMU."""
         plan = self.state.plan
-        found = await look(plan.destination.qmp, limit or plan.limits.connect)
-        if found is not OnB.NONE:
-            return found
-        _, host_b = await hosts(plan)
-        return await self.without_b(host_b, self.state)
+        found = await look(monitor_b(plan, self._hosts[1]), limit or plan.limits.connect)
+        return found if found is not OnB.NONE else await self.without_b(self._hosts[1], self.state)
 
     async def end_destination(self) -> None:
         """End B's QEMU."""
@@ -158,8 +161,7 @@ class Watch(Hands):
             await self._end()
         except MigrationError as error:
             left.append(str(error))
-        _, host_b = await hosts(self.state.plan)
-        return left + await remove_made(host_b, self.state, self.state.plan.limits.command)
+        return left + await remove_made(self._hosts[1], self.state, self.state.plan.limits.command)
 
     def enter(self, phase: Phase, *, cleared: bool = False) -> None:
         """Write it down; the way back does not depend on it."""

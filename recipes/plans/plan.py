@@ -10,6 +10,7 @@ from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import parse_mode
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, is_ipv6, parse_uri
+from recipes.connections.address import check_host
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
 from recipes.plans.hooks import Hooks
 from recipes.plans.limits import Limits
@@ -24,11 +25,13 @@ class Source:
     qmp: str
     image: str = ""
     node: str = ""
+    host: str = ""
     shell: Command = ()
     bin: str = ""
 
     def check(self) -> None:
         """Raise UsageError if a value cannot be right."""
+        check_place("source", self.host, self.shell)
         check_monitor("source.qmp", self.qmp)
 
 
@@ -70,6 +73,7 @@ class Destination:
     migration: str
     image: str = ""
     node: str = ""
+    host: str = ""
     shell: Command = ()
     bin: str = ""
     engine: str = "overlay"
@@ -85,6 +89,7 @@ class Destination:
 
     def check(self) -> None:
         """Raise UsageError if a value cannot be right."""
+        check_place("destination", self.host, self.shell)
         check_monitor("destination.qmp", self.qmp)
         if self.engine not in ("qemu", "overlay"):
             raise UsageError(f"destination.engine: {self.engine!r} is neither qemu nor overlay")
@@ -154,7 +159,7 @@ class Plan:
         for section in fields(self):
             if section.name != "disk":
                 getattr(self, section.name).check()
-        if self.source.qmp == self.destination.qmp:
+        if (self.source.qmp, self.source.host) == (self.destination.qmp, self.destination.host):
             raise UsageError(f"destination.qmp: {self.destination.qmp} is the source's monitor")
         self._check_disks()
 
@@ -223,6 +228,16 @@ def is_host_and_port(text: str) -> bool:
     if match is None or not 0 < int(match[2]) < 65536:
         return False
     return match[1] is None or is_ipv6(match[1])
+
+
+def check_place(section: str, host: str, shell: Command) -> None:
+    """Raise UsageError unless this is an address of a host, a prefix, or neither, which is this machine."""
+    if host:
+        check_host(f"{section}.host", host)
+    if host and shell:
+        raise UsageError(
+            f"{section}.shell: {section}.host says already how commands get there; leave one out"
+        )
 
 
 def check_monitor(where: str, address: str) -> None:

@@ -4,8 +4,9 @@
 qmp = "/run/vm/a.qmp"                     QMP address of its QEMU: a socket's path, or "HOST:PORT"
 image = "/var/lib/images/vm.raw"          its disk, raw, as host A sees it
 node = "disk0"                            its block node or device; default: found by the image's name
-shell = ["ssh", "a.example"]              prefix of every command that must run on A; default: this host
-bin = "/opt/nbd-migrate/bin"              where A has nbdserve; default: beside this command, or A's PATH
+host = "ssh://root@a.example:22"          host A; default: this host
+shell = ["sudo"]                          or a prefix of every command that must run on A
+bin = "/opt/nbd-migrate/bin"              where A has nbdserve; default: A's PATH, or where this command is
 
 [export]
 uri = "nbd://192.0.2.1:10809/vm"          where A serves the disk and B finds it; or "nbd+unix:///vm?socket=/run/x"

@@ -1,21 +1,66 @@
-"""The two hosts of a plan, as its prefixes lead to them, and the monitor of its guest."""
+"""The two hosts of a plan, and the monitors of its guest."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from recipes.connections import installed
+from recipes.connections.monitors import MonitorAt, monitor_of
+from recipes.connections.sharing import sharing
 from recipes.hosts.host import Host
-from recipes.plans.plan import Plan
+from recipes.plans.plan import Destination, Plan, Source
 from recipes.qemu.vm import Vm, connect
 
 
-async def hosts(plan: Plan) -> tuple[Host, Host]:
-    """Return hosts A and B, whose ssh asks nothing and waits for a limited time."""
-    source, destination, limit = plan.source, plan.destination, plan.limits.command
-    a, b = Host("A", source.shell, source.bin), Host("B", destination.shell, destination.bin)
+@asynccontextmanager
+async def hosts(plan: Plan, control: str = "") -> AsyncIterator[tuple[Host, Host]]:
+    """Give hosts A and B, whose ssh asks nothing and waits for a limited time.
+
+    One connection to each is shared as long as the block lasts; ``control`` is the directory of those of a
+    process that was killed (Host.control).
+    """
     # Less than the limit of a command, so that ssh itself says what it waited for.
-    return await a.prepared(limit * 2 / 3), await b.prepared(limit * 2 / 3)
+    limit = plan.limits.command * 2 / 3
+    a = await host_of("A", plan.source).prepared(limit)
+    b = await host_of("B", plan.destination).prepared(limit)
+    async with sharing(a, b, directory=control) as (a, b):
+        yield a, b
 
 
-async def source_monitor(plan: Plan) -> Vm:
+async def find_commands(plan: Plan, a: Host, b: Host) -> tuple[Plan, tuple[Host, Host]]:
+    """Return the plan with where our commands are on those hosts that have an address, and the hosts.
+
+    Raises HostError where one cannot be reached, MigrationError where it does not have them.
+    """
+    found, limit = [], plan.limits.command
+    for host, section in ((a, "source"), (b, "destination")):
+        look = host.address and not host.bin
+        found.append(await installed.find_commands(host, f"{section}.bin", limit) if look else host.bin)
+    source, destination = replace(plan.source, bin=found[0]), replace(plan.destination, bin=found[1])
+    there = replace(plan, source=source, destination=destination)
+    return there, (replace(a, bin=found[0]), replace(b, bin=found[1]))
+
+
+def host_of(name: str, there: Source | Destination) -> Host:
+    """Return the host of one side of a plan."""
+    shell = ("ssh", there.host) if there.host else there.shell
+    return Host(name, shell, there.bin, there.host)
+
+
+def monitor_a(plan: Plan, host: Host) -> MonitorAt:
+    """Return where the monitor of A's QEMU is."""
+    return monitor_of(host, plan.source.qmp)
+
+
+def monitor_b(plan: Plan, host: Host) -> MonitorAt:
+    """Return where the monitor of B's QEMU is."""
+    return monitor_of(host, plan.destination.qmp)
+
+
+async def source_monitor(plan: Plan, host: Host) -> Vm:
     """Return a connection to A's QEMU. Raises ConnectError."""
     limits = plan.limits
-    return await connect("A's QEMU", plan.source.qmp, limit=limits.connect, command_limit=limits.command)
+    where = monitor_a(plan, host)
+    return await connect("A's QEMU", where, limit=limits.connect, command_limit=limits.command)

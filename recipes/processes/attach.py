@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from nbdserve.common import standard_streams
+from recipes.connections.bridge import pass_on
 from recipes.processes.named_socket import connect, socket_beside
-
-PIECE = 1 << 16
-"""Bytes that are passed on at once."""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,20 +37,8 @@ def main(arguments: list[str]) -> int:
         with suppress(OSError):
             os.write(1, json.dumps({"failed": f"{path}: {error.strerror or error}"}).encode() + b"\n")
         return 1
-    # Who has gone is noticed by the end of what he says.
-    with supervisor, suppress(OSError):
-        poll = select.poll()
-        poll.register(0, select.POLLIN)
-        poll.register(supervisor, select.POLLIN)
-        while True:
-            for fd, _ in poll.poll():
-                data = os.read(fd, PIECE)
-                if not data:
-                    return 0
-                if fd:
-                    os.write(1, data)
-                else:
-                    supervisor.sendall(data)
+    with supervisor:
+        pass_on(supervisor)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nbdserve.common.errors import ConnectError
+from recipes.connections.monitors import MonitorAt
 from recipes.qemu.facts import OnB
 from recipes.qemu.vm import Vm, VmGoneError, VmSilentError, connect_again
 
@@ -10,10 +11,10 @@ ARRIVE = 20.0
 """Seconds until the guest must run on B, once everything of it is there."""
 
 
-async def look(address: str, limit: float) -> OnB:
+async def look(where: MonitorAt, limit: float) -> OnB:
     """Ask B's QEMU once."""
     try:
-        b = await connect_again("B's QEMU", address, limit=limit, command_limit=limit)
+        b = await connect_again("B's QEMU", where, limit=limit, command_limit=limit)
     except ConnectError:
         return OnB.SILENT
     if b is None:

@@ -31,7 +31,6 @@ from typing import Any
 
 from nbdserve.common.clock import now
 from recipes.errors import MigrationError
-from recipes.hosts.quoting import pasted
 from recipes.qemu.facts import OnA
 from recipes.qemu.vm import CommandError, Vm
 
@@ -85,13 +84,6 @@ async def guest_on_a(a: Vm) -> OnA:
     if found["running"]:
         return {"completed": OnA.RUNS_TOO, "": OnA.ANOTHER}.get(status, OnA.RUNS)
     return OnA.STANDS
-
-
-def cancelling(address: str) -> str:
-    """Return the command that lets a guest run on that stands still before the switch-over, for the
-    operator.
-    """
-    return pasted(["nbd-migrate", "qmp", address, "migrate_cancel"])
 
 
 async def resume(a: Vm, *, ours: bool = False, limit: float = RESUME) -> str:

@@ -11,6 +11,7 @@ from nbdserve.common.clock import now
 from nbdserve.common.errors import ConnectError
 from nbdserve.qmp import client as qmp
 from nbdserve.qmp.client import EventListener, MonitorClient
+from recipes.connections.monitors import MonitorAt, Passage, passage
 from recipes.errors import MigrationError
 
 AGAIN = 0.1
@@ -40,12 +41,22 @@ class CommandError(MigrationError):
 class Vm:
     """A connection to a QEMU's monitor, made by connect()."""
 
-    def __init__(self, client: MonitorClient, limit: float, ends: EventListener | None = None) -> None:
-        """``limit`` is that of each command, in seconds; ``ends`` has heard SHUTDOWN from the beginning."""
+    def __init__(
+        self,
+        client: MonitorClient,
+        limit: float,
+        ends: EventListener | None = None,
+        way: Passage | None = None,
+    ) -> None:
+        """``limit`` is that of each command, in seconds; ``ends`` has heard SHUTDOWN from the beginning.
+
+        ``way`` is what leads to the monitor.
+        """
         self.name = client.name
         self._client = client
         self._limit = limit
         self._ends = ends
+        self._way = way
 
     async def execute(self, command: str, *, limit: float | None = None, **arguments: object) -> Any:
         """Execute a QMP command and return its value, as call() does; ``_`` in a keyword stands for ``-``."""
@@ -58,7 +69,7 @@ class Vm:
         Waits ``limit`` seconds, or else the limit given to connect(). Raises CommandError when QEMU refuses,
         VmGoneError when it ends, VmSilentError when it does not answer.
         """
-        with _as_migration_errors():
+        with self._as_migration_errors():
             return await self._client.execute(command, given, limit=self._limit if limit is None else limit)
 
     def events(self, *names: str) -> AbstractContextManager[EventListener]:
@@ -70,7 +81,7 @@ class Vm:
 
         Raises VmGoneError, or VmSilentError with ``what`` did not happen.
         """
-        with _as_migration_errors():
+        with self._as_migration_errors():
             return await self._client.next_event(listener, limit=limit, what=what)
 
     @property
@@ -91,9 +102,31 @@ class Vm:
         """Wait until the monitor has hung up, which it does when its QEMU ends."""
         await self._client.gone()
 
+    @property
+    def end(self) -> str:
+        """Return in words what it means that the monitor has hung up."""
+        if self._way and self._way.process:
+            return "has ended, or the connection to its host is lost"
+        return "has ended"
+
+    @contextmanager
+    def _as_migration_errors(self) -> Iterator[None]:
+        """Turn what the monitor's client raises into failures of a migration."""
+        try:
+            yield
+        except qmp.RefusedError as error:
+            raise CommandError(str(error), error.reason) from error
+        except qmp.GoneError as error:
+            raise VmGoneError(f"{self.name} {self.end}") from error
+        except qmp.MonitorError as error:
+            # It may be there, whatever it says.
+            raise VmSilentError(str(error)) from error
+
     async def disconnect(self) -> None:
         """Leave the monitor to others. Never fails."""
         await self._client.close(limit=self._limit)
+        if self._way:
+            await self._way.close()
 
 
 class EndedVm(Vm):
@@ -101,7 +134,7 @@ class EndedVm(Vm):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._ends = None
+        self._ends = self._way = None
 
     async def call(self, command: str, given: Mapping[str, object], *, limit: float | None = None) -> Any:
         """Raise VmGoneError."""
@@ -119,30 +152,38 @@ class EndedVm(Vm):
         """Do nothing."""
 
 
-async def connect(name: str, address: str, *, limit: float, command_limit: float) -> Vm:
-    """Connect to the monitor at ``address``: a socket's path, or HOST:PORT.
+async def connect(name: str, where: MonitorAt | str, *, limit: float, command_limit: float) -> Vm:
+    """Connect to a monitor, or to the one at this address on this machine.
 
     Raises ConnectError, one line, when nobody answers there within ``limit`` seconds. ``command_limit`` is
     the limit of each command, in seconds.
     """
     # From the beginning, so that no end is missed.
     ends = EventListener("SHUTDOWN")
-    target = address if address.startswith("/") else host_and_port(address)
+    way: Passage | None = None
     try:
-        client = await qmp.connect(target, name=name, limit=limit, listeners=[ends])
-    except qmp.QueuedError as error:
-        raise ConnectError(
-            f"{name}: its monitor at {address} lets nobody in within {limit:g} s, as others wait for it "
-            "already; end them, and who is connected to it"
-        ) from error
-    except qmp.SilentError as error:
-        raise ConnectError(
-            f"{name}: its monitor at {address} accepts but does not answer within {limit:g} s; "
-            "is another client connected to it?"
-        ) from error
-    except qmp.UnreachableError as error:
-        raise ConnectError(f"{name}: no monitor at {address}: {error.reason}") from error
-    return Vm(client, command_limit, ends)
+        way = await passage(MonitorAt(where) if isinstance(where, str) else where, name, limit)
+        client = await qmp.connect(way.target, name=name, limit=limit, listeners=[ends])
+    except BaseException as error:
+        if way:
+            await way.close()
+        if isinstance(error, qmp.QueuedError):
+            raise ConnectError(
+                f"{name}: its monitor at {where} lets nobody in within {limit:g} s, as others wait for it "
+                "already; end them, and who is connected to it"
+            ) from error
+        if isinstance(error, qmp.SilentError):
+            raise ConnectError(
+                f"{name}: its monitor at {where} accepts but does not answer within {limit:g} s; "
+                "is another client connected to it?"
+            ) from error
+        if isinstance(error, qmp.UnreachableError):
+            raise ConnectError(f"{name}: no monitor at {where}: {error.reason}") from error
+        if isinstance(error, MigrationError):
+            told = str(error)
+            raise ConnectError(told if told.startswith(name) else f"{name}: {told}") from error
+        raise
+    return Vm(client, command_limit, ends, way)
 
 
 def nobody_listens(error: ConnectError) -> bool:
@@ -155,7 +196,9 @@ def is_somebody(error: ConnectError) -> bool:
     return isinstance(error.__cause__, qmp.SilentError)
 
 
-async def connect_again(name: str, address: str, *, limit: float, command_limit: float) -> Vm | None:
+async def connect_again(
+    name: str, where: MonitorAt | str, *, limit: float, command_limit: float
+) -> Vm | None:
     """Connect to a monitor that has hung up; None when its QEMU has ended.
 
     Raises ConnectError when nobody knows after ``limit`` seconds.
@@ -163,7 +206,7 @@ async def connect_again(name: str, address: str, *, limit: float, command_limit:
     deadline = now() + limit
     while True:
         try:
-            return await connect(name, address, limit=limit, command_limit=command_limit)
+            return await connect(name, where, limit=limit, command_limit=command_limit)
         except ConnectError as error:
             if nobody_listens(error):
                 return None
@@ -171,23 +214,3 @@ async def connect_again(name: str, address: str, *, limit: float, command_limit:
                 raise
         # One that is about to end may accept, and hang up.
         await asyncio.sleep(AGAIN)
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """Take ``HOST:PORT`` apart; an IPv6 host may stand in brackets."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-@contextmanager
-def _as_migration_errors() -> Iterator[None]:
-    """Turn what a monitor's client raises into failures of a migration."""
-    try:
-        yield
-    except qmp.RefusedError as error:
-        raise CommandError(str(error), error.reason) from error
-    except qmp.GoneError as error:
-        raise VmGoneError(str(error)) from error
-    except qmp.MonitorError as error:
-        # It may be there, whatever it says.
-        raise VmSilentError(str(error)) from error

@@ -9,6 +9,7 @@ from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish, decide, told
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import State
+from recipes.plans.by_hand import asking
 from recipes.plans.disks import PlannedDisk
 from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.steps.export import server_command
@@ -16,7 +17,7 @@ from recipes.steps.export import server_command
 
 async def server_away(m: Migration) -> str:
     """Return what to do where A's server cannot be brought back from here."""
-    runs = pasted(m.host_a.argv([*await server_command(m), "--fork"]))
+    runs = pasted(m.host_a.typed([*await server_command(m), "--fork"]))
     return f"see that this runs on A: {runs}; then: {m.finish}"
 
 
@@ -56,7 +57,7 @@ async def overlay_silent(m: Migration, disk: PlannedDisk) -> str:
     overlay = m.overlay(disk)
     if overlay is None:
         return f"see what it waits for; then: {m.finish}"
-    kill = pasted(m.host_b.argv(["kill", "-9", str(overlay.pid)]))
+    kill = pasted(m.host_b.typed(["kill", "-9", str(overlay.pid)]))
     return f"see what it waits for; to kill it loses nothing that was written: {kill}; then: {m.finish}"
 
 
@@ -68,7 +69,7 @@ async def qemu_silent(m: Migration) -> str:
 
 def paused(state: State) -> str:
     """Return what is to be known of a guest that came to B as somebody had paused it on A."""
-    go_on = pasted(["nbd-migrate", "qmp", state.plan.destination.qmp, "cont"])
+    go_on = asking(state.plan.destination, "cont")
     return f"the guest came to B paused, as it was on A; its disk follows; to let it run: {go_on}"
 
 

@@ -8,6 +8,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role
 from recipes.plans.plan import Plan
+from recipes.plans.reaching import monitor_b
 from recipes.qemu.machine import check_machine
 from recipes.qemu.vm import CommandError, Vm
 from recipes.steps.rights import check_rights, explain_start
@@ -32,7 +33,8 @@ async def launch(m: Migration) -> str:
     qemu = await m.start(Role.QEMU, argv)
     m.need("B's QEMU", qemu.wait())
     try:
-        m.b = await m.during(reached("B's QEMU", destination.qmp, m.plan), limits.start, "starting B's QEMU")
+        where = monitor_b(m.plan, m.host_b)
+        m.b = await m.during(reached("B's QEMU", where, m.plan), limits.start, "starting B's QEMU")
     except MigrationError as error:
         raise explain_start(m, error) from error
     await m.during(check_devices(m.plan, m.b), limits.command, "looking at B's disks")

@@ -8,13 +8,17 @@ from typing import Any
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
+from recipes.connections.installed import check_version
+from recipes.connections.monitors import MonitorAt
 from recipes.engines.choice import engine_of
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
+from recipes.plans.by_hand import cancelling
 from recipes.plans.disks import PlannedDisk
-from recipes.plans.plan import Plan
-from recipes.qemu.source import HOLDS, UNDER_WAY, cancelling, migration_status
+from recipes.plans.plan import Plan, Source
+from recipes.plans.reaching import monitor_b
+from recipes.qemu.source import HOLDS, UNDER_WAY, migration_status
 from recipes.qemu.vm import Vm, connect, is_somebody
 
 
@@ -23,7 +27,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
 
     Raises UsageError when the plan does not fit what is found, MigrationError when something is missing.
     """
-    await check_guest(a, plan.source.qmp)
+    await check_guest(a, plan.source)
     sizes = await disk_sizes(plan, a)
     await check_tools(plan, host_a, host_b)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
@@ -31,9 +35,10 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
         await check_target(plan, disk, host_b)
     await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
     await check_space(plan, host_a, host_b)
-    if await answers(plan.destination.qmp, plan.limits.connect):
+    where = monitor_b(plan, host_b)
+    if await answers(where, plan.limits.connect):
         raise MigrationError(
-            f"destination.qmp: something answers at {plan.destination.qmp} already; end it or choose another"
+            f"destination.qmp: something answers at {where} already; end it or choose another"
         )
     if plan.finish.move_aside:
         for disk in plan.disks:
@@ -41,13 +46,13 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     return sizes
 
 
-async def check_guest(a: Vm, address: str) -> None:
+async def check_guest(a: Vm, source: Source) -> None:
     """The guest must be running, and not be migrating."""
     status = await a.execute("query-status")
     if await migration_status(a) == HOLDS:
         raise MigrationError(
             "the guest on A stands still before the switch-over of a migration that nobody continues; it "
-            f"goes on with: {cancelling(address)}"
+            f"goes on with: {cancelling(source)}"
         )
     if not status["running"]:
         raise MigrationError(
@@ -107,7 +112,7 @@ def unknown_image(plan: Plan, disk: PlannedDisk, nodes: Sequence[dict[str, Any]]
 
 
 async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
-    """What is started there must exist."""
+    """What is started there must exist, and be of this version."""
     limit = plan.limits.command
     for host, programs in (
         (host_a, [host_a.tool("nbdserve")]),
@@ -116,6 +121,8 @@ async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
         for program in (*programs, host.own("supervisor")[0]):
             if not await host.has(program, limit):
                 raise MigrationError(f"there is no {program} on {host.name}; install it there")
+        if host.remote:
+            await check_version(host, limit)
 
 
 async def check_apart(plan: Plan, host: Host, paths: Sequence[str], key: str) -> None:
@@ -167,7 +174,7 @@ async def check_target(plan: Plan, disk: PlannedDisk, host_b: Host) -> None:
         raise MigrationError(f"{key}: {image} is a block device on B; name a file, as its map lies beside it")
     for path in engine_of(plan).files(disk):
         if await in_the_way(host_b, path, limit):
-            discard = pasted(host_b.argv([host_b.tool("nbd-overlay"), "discard", image]))
+            discard = pasted(host_b.typed([host_b.tool("nbd-overlay"), "discard", image]))
             raise MigrationError(
                 f"{key}: {path} exists on B; remove it if it is left from an interrupted run, an "
                 f"overlay that holds nothing, and no other, with: {discard}"
@@ -201,10 +208,10 @@ async def check_move(plan: Plan, disk: PlannedDisk, host_a: Host) -> None:
         )
 
 
-async def answers(address: str, limit: float) -> bool:
+async def answers(where: MonitorAt, limit: float) -> bool:
     """Tell whether a monitor, or anything else, accepts connections there."""
     try:
-        vm = await connect("", address, limit=limit, command_limit=limit)
+        vm = await connect("", where, limit=limit, command_limit=limit)
     except ConnectError as error:
         # Somebody who accepts but says nothing is somebody, too.
         return is_somebody(error)

@@ -28,6 +28,7 @@ FOLDERS = {
     "recipes": (
         "",
         "hosts",
+        "connections",
         "processes",
         "qemu",
         "plans",

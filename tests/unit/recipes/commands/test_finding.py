@@ -57,8 +57,8 @@ def test_a_complete_disk_needs_no_a_that_can_be_reached(tmp_path: Path) -> None:
         def note(self, text: str) -> None:
             told.append(text)
 
-    found = asyncio.run(source(plan, Telling(), sure=True, complete=True))
+    found = asyncio.run(source(plan, Host("A"), Telling(), sure=True, complete=True))
     assert isinstance(found, EndedVm)
     assert told[0].startswith("A's QEMU was not ended, if it is still there: ")
     with pytest.raises(ConnectError):
-        asyncio.run(source(plan, Telling(), sure=True, complete=False))
+        asyncio.run(source(plan, Host("A"), Telling(), sure=True, complete=False))

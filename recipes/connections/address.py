@@ -1,0 +1,46 @@
+"""The address of a host: ``ssh://[user@]host[:port]``, as OpenSSH itself takes it for a destination.
+
+What it does not say (user, port, key, jump hosts) is what the operator's ssh configuration says of the host.
+"""
+
+from __future__ import annotations
+
+import re
+
+from nbdserve.common.errors import UsageError
+from nbdserve.common.uri import is_ipv6
+
+SCHEME = "ssh://"
+
+_ADDRESS = re.compile(
+    r"ssh://(?:([^\s@:/?#%-][^\s@:/?#%]*)@)?(?:\[([^\]\s]+)\]|([^\s@:/?#%\[\]-][^\s@:/?#%\[\]]*))(?::([0-9]+))?/?"
+)
+
+
+def is_ssh(text: str) -> bool:
+    """Tell whether this is meant to be such an address."""
+    return text.startswith(SCHEME)
+
+
+def check_host(where: str, text: str) -> None:
+    """Raise UsageError unless this is the address of a host; ``where`` is what the message begins with."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or (match[2] and not is_ipv6(match[2])):
+        raise UsageError(
+            f"{where}: {text!r} is not usable: write ssh://[USER@]HOST[:PORT], with an IPv6 HOST in brackets"
+        )
+    if match[4] and not 0 < int(match[4]) < 65536:
+        raise UsageError(f"{where}: {text!r}: {match[4]} is no port; write one of 1 to 65535")
+
+
+def host_in(text: str) -> str:
+    """Return the host's name, or its address, in an address that has been checked."""
+    match = _ADDRESS.fullmatch(text)
+    assert match
+    return match[2] or match[3]
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Take ``HOST:PORT`` apart; an IPv6 host may stand in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
