@@ -28,7 +28,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.process_group import end_group
 from recipes.hosts.spawn import spawn
 
-PERSIST = 60
+PERSIST = 20
 """Seconds for which a connection stays that nobody uses."""
 
 EXIT = 5.0

@@ -11,7 +11,7 @@ ARRIVE = 20.0
 """Seconds until the guest must run on B, once everything of it is there."""
 
 
-async def look(where: MonitorAt, limit: float) -> OnB:
+async def look(where: MonitorAt | str, limit: float) -> OnB:
     """Ask B's QEMU once."""
     try:
         b = await connect_again("B's QEMU", where, limit=limit, command_limit=limit)

@@ -6,14 +6,16 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+from nbdserve.common.errors import ConnectError
 from recipes.engines.choice import engine_for
 from recipes.engines.jobs import Job, Jobs, News, heard
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
-from recipes.migrate.runtime import Migration
+from recipes.migrate.runtime import Migration, gone
 from recipes.migrate.state import Phase
 from recipes.plans.disks import PlannedDisk
-from recipes.qemu.vm import Vm, VmGoneError, VmSilentError
+from recipes.plans.reaching import monitor_b
+from recipes.qemu.vm import Vm, VmGoneError, VmSilentError, connect_again
 from recipes.steps import advice
 from recipes.steps.recovery import LOOK, Recovery
 from recipes.steps.without_guest import go_without_guest
@@ -46,7 +48,7 @@ class Stream:
         self._limits = m.plan.limits
         self._jobs = Jobs(m)
         self._recovery = Recovery(m, self._jobs)
-        self._restarts = 0
+        self._restarts = self._ways = 0
         self._settling: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -58,15 +60,51 @@ class Stream:
                     await self._stream()
                     return
                 except VmGoneError as error:
+                    if await self._found_way_again():
+                        continue
                     for job in await self._lost(error):
                         await self._restart_overlay(job, error)
                 except VmSilentError as error:
                     raise await self._recovery.advised(str(error), await self._silent(error)) from error
+                except MigrationError:
+                    if not await self._found_way_again():
+                        raise
         finally:
             for task in self._settling:
                 task.cancel()
             # What one has failed with is of no account any more.
             await asyncio.gather(*self._settling, return_exceptions=True)
+
+    async def _found_way_again(self) -> bool:
+        """Tell whether it was the connection to B that was lost, and not who is there; then it is made again.
+
+        It carries all monitors there. The processes live on by themselves.
+        """
+        m, limits = self._m, self._limits
+        b = m.b
+        if b is None or b.connected or not m.host_b.address or self._ways >= limits.restarts:
+            return False
+        self._ways += 1
+        where = monitor_b(m.plan, m.host_b)
+        try:
+            again = await connect_again("B's QEMU", where, limit=limits.recover, command_limit=limits.command)
+        except ConnectError:
+            return False
+        if again is None:
+            return False
+        m.b = again
+        await b.disconnect()
+        m.no_longer_need("B's QEMU")
+        m.need("B's QEMU", m.qemu.wait() if m.qemu else gone(again))
+        m.record(recoveries=m.state.recoveries + 1)
+        m.report.note("the connection to B was lost, and is there again")
+        for job in self._jobs.all:
+            if job.vm is b:
+                job.vm = again
+            elif not job.vm.connected:
+                await m.overlay_monitors.pop(job.disk.drive).disconnect()
+                job.vm = await engine_for(m).monitor(m, job.disk)
+        return True
 
     async def _lost(self, error: VmGoneError) -> list[Job]:
         """Return the jobs whose nbd-overlay has died; raises the error where it is B's QEMU, or nobody."""
