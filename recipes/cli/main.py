@@ -97,9 +97,6 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
     )
-    parser.add_argument(
-        "--channel", choices=["tcp"], default="tcp", help="disk and RAM on a connection each (the default)"
-    )
     parser.add_argument("--name", type=check_name, help="the migration's name; else the guest's")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
     parser.add_argument("--check", action="store_true", help="only check the plan's file; touch no host")
@@ -131,6 +128,11 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
         "--to",
         metavar="HOST",
         help="host B: ssh://[USER@]HOST[:PORT]; or HOST[:PORT], where it listens for the RAM (port 4444)",
+    )
+    parser.add_argument(
+        "--channel",
+        metavar="KIND",
+        help="tls (the default): disk and RAM encrypted, with certificates for this migration; or plain",
     )
     parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
@@ -191,8 +193,9 @@ def finish_command(given: argparse.Namespace) -> str:
     """Return what the operator types to do the rest of this plan, as one line for a shell."""
     program = sys.argv[0] if Path(sys.argv[0]).name == PROGRAM else PROGRAM
     words = [PROGRAM if shutil.which(PROGRAM) == program else str(Path(program).absolute()), "finish"]
-    options = (("source", given.source), ("from", given.from_host), ("to", given.to), ("speed", given.speed))
-    for name, value in (*options, ("move-aside", given.move_aside), ("engine", given.engine)):
+    options = (("source", given.source), ("from", given.from_host), ("to", given.to))
+    more = (("channel", given.channel), ("speed", given.speed))
+    for name, value in (*options, *more, ("move-aside", given.move_aside), ("engine", given.engine)):
         if value is not None:
             words += [f"--{name}", value]
     return pasted([*words, str(given.plan.absolute())])
@@ -200,11 +203,14 @@ def finish_command(given: argparse.Namespace) -> str:
 
 def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
     """Return the options that stand for keys of the plan, by section."""
-    found: dict[str, dict[str, object]] = {"source": {}, "destination": {}, "limits": {}, "finish": {}}
+    sections = ("source", "destination", "channel", "limits", "finish")
+    found: dict[str, dict[str, object]] = {section: {} for section in sections}
     if given.source is not None:
         found["source"]["qmp"] = given.source
     if given.engine is not None:
         found["destination"]["engine"] = given.engine
+    if given.channel is not None:
+        found["channel"]["kind"] = given.channel
     if given.from_host is not None:
         found["source"]["host"] = given.from_host
     if given.to is not None and is_ssh(given.to):

@@ -17,6 +17,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.leftovers import but
 from recipes.migrate.progress import Report
+from recipes.migrate.state import Phase
 from recipes.qemu.facts import OnA
 
 
@@ -31,6 +32,11 @@ async def abort(name: str, report: Report) -> None:
         verdict = await migration.decide(Wish.GO_BACK)
         said = verdict.where
         touched = "nothing was touched" if migration.state.phase is before else "B's QEMU was ended"
+        if migration.state.phase is Phase.DONE and not migration.state.is_clear:
+            if left := await migration.clear():
+                raise MigrationError(but(said, *left))
+            report.note(f"{said}; what was left of it is cleared away")
+            return
         if verdict.action is Action.KEEP_B:
             raise MigrationError(f"it is too late, and {touched}: {said}")
         if verdict.action is Action.KEEP:

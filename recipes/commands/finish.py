@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
 
 from nbdserve.common.errors import OperatorError
+from recipes.channel import tls
 from recipes.commands.finding import found, journal_of
 from recipes.commands.retreat import where_on_b
 from recipes.commands.run import go_through
@@ -134,7 +135,8 @@ async def start_guest(m: Migration) -> None:
             nodes += engine.nodes(m.plan, disk)
         else:
             nodes.append(engine.complete_node(disk))
-    argv = [*destination.qemu, *blockdev_options(nodes), "-qmp", monitor_option(destination.qmp)]
+    objects = tls.qemu_options(m, reads_disk=engine.read_by_qemu and not m.complete)
+    argv = [*destination.qemu, *objects, *blockdev_options(nodes), "-qmp", monitor_option(destination.qmp)]
     qemu = await m.start(Role.QEMU, argv)
     m.need("B's QEMU", qemu.wait())
     where = monitor_b(m.plan, m.host_b)

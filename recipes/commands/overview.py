@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nbdserve.common.sizes import format_size
+from recipes.certificates import placing
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import pasted
 from recipes.migrate import journal
 from recipes.migrate.console import describe
-from recipes.migrate.leftovers import discarding, made
+from recipes.migrate.leftovers import certificates_of, discarding, made
 from recipes.migrate.progress import Progress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
 from recipes.plans.reaching import host_of
@@ -118,6 +119,9 @@ def left_behind(state: State) -> list[str]:
         for each in state.disks:
             until = "" if each.complete else f", and {each.source} on A until that is complete"
             told.append(f"the guest's disk, which is to be kept: {each.target} on B{until}")
+    for there, directory in certificates_of(host_of("A", plan.source), host, state):
+        remove = pasted(there.typed(placing.removing(directory)))
+        told.append(f"the keys of this migration, {directory} on {there.name}; this removes them: {remove}")
     return [f"left: {each}" for each in told]
 
 

@@ -18,7 +18,7 @@ from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import Phase, Role, State
+from recipes.migrate.state import OVER, Role, State
 from recipes.migrate.way_back import GRACE, Verdict, WayBack
 from recipes.plans.by_hand import asking
 from recipes.plans.reaching import hosts, monitor_b, source_monitor
@@ -128,11 +128,11 @@ class TakenUp:
 
     async def clear(self) -> list[str]:
         """Try once more to clear away what was left of a migration that is over."""
-        if self.state.phase not in (Phase.TAKEN_BACK, Phase.LOST) or self.state.is_clear:
+        if self.state.phase not in OVER or self.state.is_clear:
             return []
         left = await TakenUpHands(self.m).clear()
         if not left:
-            self.m.record(made=(), processes=())
+            self.m.record(made=(), processes=(), certificates=None)
         return left
 
 

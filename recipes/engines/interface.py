@@ -32,6 +32,8 @@ class Engine(ABC):
 
     layout: str
     structured_replies: ClassVar[bool]
+    read_by_qemu: ClassVar[bool] = False
+    """Whether it is B's QEMU that connects to the export."""
 
     @abstractmethod
     def files(self, disk: PlannedDisk) -> list[str]:

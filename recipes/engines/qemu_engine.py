@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from recipes.channel.tls import DISK_ID
 from recipes.engines.interface import JOB, LOOK, Engine
 from recipes.migrate.runtime import Migration
 from recipes.plans.disks import PlannedDisk
@@ -17,6 +18,7 @@ class QemuEngine(Engine):
     layout = "qed"
     # QEMU (7.2 and 10.0) takes a block status that fails for the end of the disk and stores garbage.
     structured_replies = False
+    read_by_qemu = True
 
     def files(self, disk: PlannedDisk) -> list[str]:
         """Return the image."""
@@ -29,6 +31,7 @@ class QemuEngine(Engine):
         the image's header names, with a reconnect-delay, and can be closed when it is not needed any more.
         """
         node, seconds, address = disk.drive, plan.limits.reconnect_delay, plan.export_of(disk)
+        secure = {"tls-creds": DISK_ID} if plan.disk_over_tls else {}
         return [
             {
                 "node-name": f"{node}-export",
@@ -38,6 +41,7 @@ class QemuEngine(Engine):
                 "read-only": True,
                 "reconnect-delay": seconds,
                 "open-timeout": seconds,
+                **secure,
             },
             {"node-name": f"{node}-backing", "driver": "raw", "read-only": True, "file": f"{node}-export"},
             {

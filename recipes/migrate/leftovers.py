@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recipes.certificates import placing
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.images import holds_something
@@ -51,6 +52,25 @@ async def remove_made(host: Host, state: State, limit: float) -> list[str]:
             kept = await _remove(host, ["rm", "-f", "--", *others], limit)
         left += kept
     return left
+
+
+async def remove_certificates(host_a: Host, host_b: Host, state: State, limit: float) -> list[str]:
+    """Remove the certificates of a migration from both hosts; return a phrase for each that is left."""
+    left = []
+    for host, directory in certificates_of(host_a, host_b, state):
+        try:
+            await placing.remove(host, directory, limit)
+        except MigrationError as error:
+            command = pasted(host.typed(placing.removing(directory)))
+            what = f"the keys of this migration are still on {host.name}"
+            left.append(f"{what} ({error}): remove them: {command}")
+    return left
+
+
+def certificates_of(host_a: Host, host_b: Host, state: State) -> list[tuple[Host, str]]:
+    """Return where they are, or may be."""
+    made = state.certificates
+    return [] if made is None else [(host_a, made.a), (host_b, made.b)]
 
 
 async def _remove(host: Host, argv: Sequence[str], limit: float) -> list[str]:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Self
 
 from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
+from recipes.plans.channel import PLAIN
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.limits import GONE
 from recipes.plans.plan import Plan
+from recipes.qemu.credentials import Parameters
 
 VERSION = 1
 """Of the journal's lines; another is refused."""
@@ -123,6 +125,14 @@ class Process:
 
 
 @dataclass(frozen=True)
+class Certificates:
+    """Directories on A and on B with what was made for this migration; empty: none."""
+
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
 class Arrival:
     """What A's QEMU says of a migration that is complete: milliseconds, and bytes sent."""
 
@@ -143,6 +153,9 @@ class State:
     processes: tuple[Process, ...] = ()
     capabilities: tuple[str, ...] = ()
     """Migration capabilities that were on at A before."""
+    certificates: Certificates | None = None
+    parameters: Parameters = field(default_factory=Parameters)
+    """The migration parameters of A before, of those that say how to use TLS."""
     made: tuple[str, ...] = ()
     """Paths on B of what was made there, or may have been; none once the guest is B's."""
     finish: str = ""
@@ -172,7 +185,7 @@ class State:
     @property
     def is_clear(self) -> bool:
         """Tell whether nothing that was started or made is left, as far as is known."""
-        return not self.processes and not self.made
+        return not self.processes and not self.made and self.certificates is None
 
     @property
     def gives_way(self) -> bool:
@@ -222,6 +235,8 @@ class State:
                 raise MigrationError("the state of a migration was written by another version of nbd-migrate")
             for limit in GONE:
                 values["plan"]["limits"].pop(limit, None)
+            # Before there was anything else, all went as it was.
+            values["plan"].setdefault("channel", {"kind": PLAIN})
             state = decoded(cls, values)
         except (UsageError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MigrationError(f"not a state of a migration: {error}") from error
@@ -235,7 +250,7 @@ class State:
 def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
     """Return the state at the beginning of a phase; ``cleared``: nothing is left of what was made."""
     if cleared:
-        return replace(state, phase=phase, made=(), processes=())
+        return replace(state, phase=phase, made=(), processes=(), certificates=None)
     return replace(state, phase=phase)
 
 

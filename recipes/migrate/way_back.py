@@ -30,6 +30,7 @@ from recipes.migrate.decide import (
 from recipes.migrate.leftovers import any_holds_something, but
 from recipes.migrate.state import Phase, Role, State
 from recipes.processes.child import lives
+from recipes.qemu.credentials import drop_credentials
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.qemu.source import UNDER_WAY_ON_A, HasLeftError, guest_on_a, restore_capabilities, resume
@@ -266,7 +267,10 @@ class WayBack:
     async def _restore(self, a: Vm) -> None:
         try:
             await restore_capabilities(a, self._state.capabilities)
+            if self._state.certificates and self._state.plan.ram_over_tls:
+                await drop_credentials(a, self._state.parameters)
         except VmGoneError:
             raise
         except MigrationError as error:
-            self._hands.said.append(f"the migration capabilities of A's QEMU are not as they were: {error}")
+            what = "the migration capabilities and parameters of A's QEMU"
+            self._hands.said.append(f"{what} are not as they were: {error}")

@@ -11,6 +11,7 @@ from nbdserve.common.ownership import parse_mode
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, is_ipv6, parse_uri
 from recipes.connections.address import check_host
+from recipes.plans.channel import TLS, Channel
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
 from recipes.plans.hooks import Hooks
 from recipes.plans.limits import Limits
@@ -148,6 +149,7 @@ class Plan:
     source: Source
     export: Export
     destination: Destination
+    channel: Channel = field(default_factory=Channel)
     limits: Limits = field(default_factory=Limits)
     finish: Finish = field(default_factory=Finish)
     hooks: Hooks = field(default_factory=Hooks)
@@ -217,6 +219,23 @@ class Plan:
         if not aside or len(self.disks) == 1:
             return aside
         return posixpath.join(aside, posixpath.basename(disk.image))
+
+    @property
+    def disk_over_tls(self) -> bool:
+        """Tell whether the disk goes to B over TLS."""
+        return self.channel.kind == TLS and self.export.address.socket is None
+
+    @property
+    def ram_over_tls(self) -> bool:
+        """Tell whether the RAM does."""
+        return self.channel.kind == TLS and self.destination.migration.startswith("tcp:")
+
+    @property
+    def ram_host(self) -> str:
+        """Return the name or address of B to which the RAM goes; empty for a Unix socket."""
+        if not self.destination.migration.startswith("tcp:"):
+            return ""
+        return self.destination.migration.removeprefix("tcp:").rpartition(":")[0].strip("[]")
 
 
 def is_host_and_port(text: str) -> bool:

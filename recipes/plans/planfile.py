@@ -26,6 +26,9 @@ target = "/var/lib/images/vm.raw"         the image that is made on B,
 drive = "disk0"                           the block node that a -device there refers to,
 node = "disk0"                            and A's block node or device, as above
 
+[channel]
+kind = "tls"                              how disk and RAM get to B: "tls" (the default), or "plain"
+
 [limits]                                  seconds, unless said otherwise; see Limits
 [finish]                                  see Finish
 [hooks]                                   command lines, see Hooks

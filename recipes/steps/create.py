@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from recipes.channel import tls
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import completed
@@ -25,7 +26,7 @@ async def create_overlay(m: Migration) -> str:
 
 async def create(m: Migration, disk: PlannedDisk) -> None:
     """Create the image of one disk."""
-    uri, limit, before = str(m.plan.export_of(disk)), m.plan.limits.start, m.state.made
+    uri, limit, before = str(tls.disk_uri(m, disk)), m.plan.limits.start, m.state.made
     size, engine = m.state.disk(disk).size, engine_for(m)
     argv = [m.host_b.tool("nbd-overlay"), "create", "--backing", uri, "--size", str(size)]
     argv += ["--layout", engine.layout, *m.plan.destination.ownership("--"), disk.target]

@@ -11,6 +11,7 @@ from typing import Any
 
 from nbdserve.common.clock import now
 from nbdserve.qmp.client import EventListener
+from recipes.channel import tls
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment
@@ -37,6 +38,9 @@ async def cut_over(m: Migration) -> str:
     # Without return-path the source would report success even if the destination could not load the guest.
     await set_capabilities(b, ("events", "return-path"))
     await set_capabilities(a, WANTED)
+    await tls.send_ram(m)
+    # One that is kept waiting by who has connected to it would keep A's waiting, and its guest with it.
+    await m.during(b.execute("query-status"), m.plan.limits.command, "B's QEMU")
     with a.events("MIGRATION") as news:
         # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
         m.enter(Phase.MIGRATE)
@@ -45,6 +49,7 @@ async def cut_over(m: Migration) -> str:
         except CommandError:
             m.enter(Phase.LAUNCH)
             raise
+        await m.during(reaching("active", a, news), m.plan.limits.command, "A's QEMU connecting to B's")
         await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
@@ -61,6 +66,7 @@ async def cut_over(m: Migration) -> str:
     await arrive(m, arrived)
     await fence_source(m)
     m.guard.dismiss()
+    await tls.forget_ram(m)
     arrival = m.state.arrival
     if arrival is None:
         return "the guest runs on B"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from recipes.channel import plain, tls
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
@@ -32,6 +33,7 @@ async def export(m: Migration) -> str:
 async def start_server(m: Migration) -> Child:
     """Start nbdserve on A and wait until it is ready."""
     limit = m.plan.limits.start
+    await tls.make_certificates(m)
     server = await m.start(Role.SERVER, await server_command(m), ready=True)
     await m.during(server.ready(limit), limit, "starting the server on A")
     return server
@@ -46,7 +48,8 @@ async def server_command(m: Migration) -> list[str]:
         # It is on one host with B's QEMU, which may have to connect there again.
         where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]
-    options = [*replies, *where, "--pid-file", pid_file]
+    secure = [*tls.server_options(m), *await plain.server_options(m)]
+    options = [*replies, *where, *secure, "--pid-file", pid_file]
     if len(m.disks) == 1:
         what = ["-f", "raw", "-x", address.export, *options, m.disks[0].image]
     else:
@@ -70,7 +73,8 @@ async def check_exports(m: Migration, disks: Sequence[PlannedDisk]) -> None:
 async def check_export(m: Migration, disk: PlannedDisk) -> None:
     """Refuse an export that B does not reach, that is another disk, or that could make QEMU copy garbage."""
     uri = str(m.plan.export_of(disk))
-    answer = await m.host_b.run(*m.host_b.own("probe", uri), limit=m.plan.limits.connect)
+    probe = m.host_b.own("probe", str(tls.disk_uri(m, disk)))
+    answer = await m.host_b.run(*probe, limit=m.plan.limits.connect)
     facts = json.loads(answer)
     size = m.state.disk(disk).size
     if facts["size"] != size and -(-facts["size"] // SECTOR) * SECTOR == size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from recipes.channel import tls
 from recipes.engines.choice import engine_for
 from recipes.engines.interface import blockdev_options, reached
 from recipes.errors import MigrationError
@@ -24,6 +25,7 @@ async def launch(m: Migration) -> str:
     nodes = [node for disk in m.disks for node in engine.nodes(m.plan, disk)]
     argv = [
         *destination.qemu,
+        *tls.qemu_options(m, reads_disk=engine.read_by_qemu),
         *blockdev_options(nodes),
         "-incoming",
         "defer",
@@ -40,6 +42,7 @@ async def launch(m: Migration) -> str:
     await m.during(check_devices(m.plan, m.b), limits.command, "looking at B's disks")
     await m.during(check_machine(m.a, m.b), limits.command, "comparing B's machine with A's")
     await m.during(check_rights(m), limits.command, "looking at what B's QEMU may do")
+    await m.during(tls.expect_ram(m), limits.command, "telling B's QEMU about TLS")
     listen = m.b.execute("migrate-incoming", uri=destination.migration)
     await m.during(listen, limits.command, "listening for the RAM")
     return f"process {qemu.pid} waits at {destination.migration}"

@@ -208,7 +208,7 @@ async def check_move(plan: Plan, disk: PlannedDisk, host_a: Host) -> None:
         )
 
 
-async def answers(where: MonitorAt, limit: float) -> bool:
+async def answers(where: MonitorAt | str, limit: float) -> bool:
     """Tell whether a monitor, or anything else, accepts connections there."""
     try:
         vm = await connect("", where, limit=limit, command_limit=limit)

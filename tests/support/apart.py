@@ -26,6 +26,9 @@ from tests.support.vms import NBD_MIGRATE, ROOT, Scene, running
 
 ADDRESSES = {"a": "10.99.0.1", "b": "10.99.0.2", "c": "10.99.0.3"}
 TOOLS = str(Path(sys.executable).parent)
+LONG = 240.0
+"""Seconds for a migration, each of whose steps is some commands over ssh."""
+
 MONITOR = "127.0.0.1:4001"
 """Of both QEMUs, each on its own loopback."""
 
@@ -76,8 +79,8 @@ def network() -> Iterator[Network]:
 class ApartScene(Scene):
     """A guest on A, a plan to move it to B by addresses of ssh, and the ssh of the operator on C."""
 
-    def __init__(self, directory: Path, net: Network, runtime: Path) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: Path, net: Network, runtime: Path, engine: str) -> None:
+        super().__init__(directory, engine)
         self.net = net
         self.runtime = runtime
         self.change("source", qmp=MONITOR, host=f"ssh://root@{ADDRESSES['a']}")
@@ -90,7 +93,7 @@ class ApartScene(Scene):
             qemu=(*self.plan.destination.qemu, "-chardev", second, "-mon", "chardev=second,mode=control"),
             migration=f"tcp:{ADDRESSES['b']}:4444",
         )
-        self.change("limits", connect=30.0, command=30.0)
+        self.change("limits", connect=60.0, command=60.0)
 
     def source_qemu(self) -> list[str]:
         """A's command line."""
@@ -124,12 +127,12 @@ class ApartScene(Scene):
 
     def nothing_is_left_of_ssh(self) -> None:
         """No connection is there any more, nor a directory for one."""
-        wait_until(lambda: not self.connections(), "the connections are closed", 20.0)
+        wait_until(lambda: not self.connections(), "the connections are closed", 60.0)
         wait_until(lambda: not list(self.runtime.iterdir()), "their directory is removed", 20.0)
 
 
 @contextmanager
-def apart(directory: Path, *lines: str) -> Iterator[ApartScene]:
+def apart(directory: Path, *lines: str, engine: str = "overlay") -> Iterator[ApartScene]:
     """Run the guest on A; ``lines`` are more ones of both sshd_configs."""
     if not SSHD.exists():
         pytest.skip("there is no sshd")
@@ -139,7 +142,7 @@ def apart(directory: Path, *lines: str) -> Iterator[ApartScene]:
         for host in ("a", "b"):
             stack.enter_context(server(directory, net, host, lines))
         runtime = stack.enter_context(short_directory())
-        stage = ApartScene(directory, net, runtime)
+        stage = ApartScene(directory, net, runtime, engine)
         stack.enter_context(running(stage, *net.on("a")))
         yield stage
 

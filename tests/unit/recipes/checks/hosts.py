@@ -17,7 +17,7 @@ class Told(Host):
     answers: Mapping[str, str] = field(default_factory=dict)
     paths: frozenset[str] = frozenset()
 
-    async def run(self, *command: str, limit: float) -> str:
+    async def run(self, *command: str, limit: float, given: str = "") -> str:
         """What the first entry that fits says."""
         line = " ".join(command)
         return next(answer for words, answer in self.answers.items() if words in line)

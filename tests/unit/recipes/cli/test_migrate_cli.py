@@ -70,6 +70,7 @@ def test_every_option_stands_for_a_key_of_the_plan() -> None:
     assert overrides(make_parser().parse_args(words)) == {
         "source": {"qmp": "/run/a"},
         "destination": {},
+        "channel": {},
         "limits": {"speed": 50 << 20},
         "finish": {"move_aside": "/images/old"},
     }

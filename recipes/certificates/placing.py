@@ -1,0 +1,61 @@
+"""Certificates on a host: a directory that only their user can enter, as QEMU and nbdserve look for them.
+
+    ca-cert.pem                        of the authority
+    server-cert.pem, server-key.pem    of this host, as a server
+    client-cert.pem, client-key.pem    and as a client: names of the same files
+
+They travel on the standard input of a shell there, so that no command line and no log has them.
+"""
+
+from __future__ import annotations
+
+from recipes.certificates.authority import Identity
+from recipes.hosts.host import Host
+
+NAMES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem")
+"""All that there is in the directory."""
+
+_REMOVE = """
+if test -d "$1" && ! test -L "$1"; then
+cd -- "$1" && rm -f -- NAMES && cd / && rmdir -- "$1";
+fi
+""".replace("NAMES", " ".join(NAMES))
+"""Removes the directory $1 if it is there; what is not ours in it stays, and is an error."""
+
+_PLACE = f"""
+umask 077;
+{{ {_REMOVE.strip()}; }} && mkdir -- "$1" && cd -- "$1" || exit;
+out=; while IFS= read -r line; do
+case "$line" in
+*.pem) out=$line;;
+*) printf "%s\\n" "$line" >> "$out" || exit;;
+esac;
+done;
+ln -s server-cert.pem client-cert.pem && ln -s server-key.pem client-key.pem || exit;
+if test -n "$2"; then chown -- "$2" ca-cert.pem server-cert.pem server-key.pem . || exit; fi
+"""
+"""Makes the directory $1 for the user $2, or for whoever runs this; a line with a file's name begins it."""
+
+
+async def place(
+    host: Host, directory: str, authority: str, identity: Identity, owner: str, limit: float
+) -> None:
+    """Write an identity to a host, in place of what an earlier attempt has left in this directory.
+
+    ``owner`` (USER, USER:GROUP) is who has to read it besides root; empty: who runs commands there. Raises
+    MigrationError as Host.run() does.
+    """
+    files = zip(NAMES, (authority, identity.certificate, identity.key), strict=False)
+    given = "".join(f"{name}\n{content}" for name, content in files)
+    script = " ".join(_PLACE.split("\n"))
+    await host.run("sh", "-c", script, "sh", directory, owner, limit=limit, given=given)
+
+
+async def remove(host: Host, directory: str, limit: float) -> None:
+    """Remove the directory with what place() has written; it may not be there. Raises as Host.run() does."""
+    await host.run("sh", "-c", " ".join(_REMOVE.split("\n")), "sh", directory, limit=limit)
+
+
+def removing(directory: str) -> list[str]:
+    """Return the command for the host that removes it, for an operator."""
+    return ["rm", "-r", "--", directory]

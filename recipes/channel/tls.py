@@ -1,0 +1,143 @@
+"""Disk and RAM over TLS: certificates for both hosts, and what each end is told to use them.
+
+Each end verifies the other: the disk's server on A and the RAM's on B take nobody without a certificate of
+this migration, and their clients nobody else for the host that the plan names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable
+from dataclasses import replace
+
+from nbdserve.common.uri import NbdUri, Tls, TlsType
+from recipes.certificates.authority import issue
+from recipes.certificates.placing import place
+from recipes.errors import MigrationError
+from recipes.hosts.calls import HostError
+from recipes.hosts.host import Host
+from recipes.hosts.places import place_of
+from recipes.migrate.leftovers import remove_certificates
+from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Certificates
+from recipes.plans.disks import PlannedDisk
+from recipes.qemu.credentials import (
+    ID,
+    Parameters,
+    drop_credentials,
+    parameters_of,
+    use_credentials,
+    use_object,
+)
+from recipes.qemu.vm import CommandError
+
+DISK_ID = "nbd-migrate-disk"
+"""Of the object of a QEMU that reads the disk itself."""
+
+
+async def make_certificates(m: Migration) -> None:
+    """Give both hosts what they need, unless that is there or not wanted."""
+    plan = m.plan
+    if not (plan.disk_over_tls or plan.ram_over_tls) or m.state.certificates:
+        return
+    source, target, limit = plan.disks[0].image, plan.disks[0].target, plan.limits.command
+    made = Certificates(await _beside(m.host_a, source, limit), await _beside(m.host_b, target, limit))
+    m.record(certificates=made)
+    disk_host = plan.export.address.host if plan.disk_over_tls else ""
+    issued = issue([disk_host or "a"], [plan.ram_host or "b"])
+    await _place(m.host_a, place(m.host_a, made.a, issued.authority, issued.a, await _owner_a(m), limit))
+    await _place(m.host_b, place(m.host_b, made.b, issued.authority, issued.b, plan.destination.owner, limit))
+
+
+async def _beside(host: Host, image: str, limit: float) -> str:
+    """Return the directory for what belongs to an image: its QEMU can enter the one in which the image is."""
+    directory = await place_of(host, image, limit)
+    return str(directory / f"{image.rpartition('/')[2]}.tls")
+
+
+async def _owner_a(m: Migration) -> str:
+    """Return who A's QEMU runs as; nothing where that is not known, or needs no rights of its own."""
+    if not m.plan.ram_over_tls:
+        return ""
+    try:
+        look = m.host_a.own("process", m.plan.source.qmp)
+        answer = json.loads(await m.host_a.run(*look, limit=m.plan.limits.command))
+    except HostError:
+        raise
+    except MigrationError:
+        # Another's process, perhaps: then its QEMU says whether it may read what is ours.
+        return ""
+    return str(answer["user"])
+
+
+async def _place(host: Host, placing: Awaitable[None]) -> None:
+    try:
+        await placing
+    except MigrationError as error:
+        raise MigrationError(
+            f"the certificates of this migration cannot be kept on {host.name}: {error}"
+        ) from error
+
+
+def disk_uri(m: Migration, disk: PlannedDisk) -> NbdUri:
+    """Return the export of a disk as B connects to it."""
+    address = m.plan.export_of(disk)
+    if not m.plan.disk_over_tls or m.state.certificates is None:
+        return address
+    return replace(address, tls=Tls(TlsType.CERTIFICATES, certificates=m.state.certificates.b))
+
+
+def server_options(m: Migration) -> list[str]:
+    """Return the words for A's server."""
+    if not m.plan.disk_over_tls or m.state.certificates is None:
+        return []
+    return ["--tls-certificates", m.state.certificates.a, "--tls-require", "--tls-verify-peer"]
+
+
+def qemu_options(m: Migration, *, reads_disk: bool) -> list[str]:
+    """Return the words for B's QEMU, which may read the disk itself."""
+    if not (reads_disk and m.plan.disk_over_tls) or m.state.certificates is None:
+        return []
+    return ["-object", json.dumps({"id": DISK_ID, **use_object("client", m.state.certificates.b)})]
+
+
+async def expect_ram(m: Migration) -> None:
+    """Have B's QEMU, before it listens, take the RAM over TLS only."""
+    if m.plan.ram_over_tls and m.state.certificates:
+        await _told(use_credentials(m.monitor_b, "server", m.state.certificates.b), "B")
+
+
+async def send_ram(m: Migration) -> None:
+    """Have A's QEMU send the RAM over TLS, to B only; what was set there is written down before."""
+    if m.plan.ram_over_tls and m.state.certificates:
+        m.record(parameters=await parameters_of(m.a))
+        hostname = m.plan.ram_host.partition("%")[0]
+        await _told(use_credentials(m.a, "client", m.state.certificates.a, hostname), "A")
+
+
+async def _told(telling: Awaitable[None], host: str) -> None:
+    try:
+        await telling
+    except CommandError as error:
+        raise MigrationError(
+            f"{host}'s QEMU cannot use the certificates of this migration: {error.reason}"
+        ) from error
+
+
+async def forget_ram(m: Migration) -> None:
+    """The RAM is there: B's QEMU needs its credentials no more. What fails here is only told."""
+    if not (m.plan.ram_over_tls and m.state.certificates):
+        return
+    try:
+        await drop_credentials(m.monitor_b, Parameters())
+    except MigrationError as error:
+        m.report.note(f"B's QEMU still has the object {ID} of its migration: {error}")
+
+
+async def remove_all(m: Migration) -> None:
+    """Nothing needs the certificates any more. What cannot be removed is told, and stays in the journal."""
+    left = await remove_certificates(m.host_a, m.host_b, m.state, m.plan.limits.command)
+    for each in left:
+        m.report.note(f"{each}; or later: nbd-migrate abort {m.state.name}")
+    if not left and m.state.certificates:
+        m.record(certificates=None)

@@ -1,0 +1,117 @@
+"""The certificates of one migration between nbdserve and its clients, on a host whose shell places them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdserve.common import clock
+from recipes.certificates.authority import Issued, issue
+from recipes.certificates.placing import NAMES, place, remove
+from recipes.errors import MigrationError
+from recipes.hosts.host import Host
+from tests.support.disks import MIB, random_bytes
+from tests.support.processes import Argument, Process, run
+from tests.support.servers import NBDSERVE, free_tcp_address
+
+HERE = Host("A")
+SECONDS = 120.0
+"""For anything, on a busy machine."""
+NBD_MIGRATE = Path(NBDSERVE).with_name("nbd-migrate")
+
+
+@pytest.fixture
+def issued() -> Issued:
+    """One migration's."""
+    return issue(["127.0.0.1"], ["b.example"])
+
+
+def placed(directory: Path, name: str, issued: Issued, owner: str = "") -> Path:
+    """The directory of ``a`` or ``b``."""
+    where = directory / f"{name}.tls"
+    clock.run(place(HERE, str(where), issued.authority, getattr(issued, name), owner, SECONDS))
+    return where
+
+
+@pytest.fixture
+def port(tmp_path: Path, issued: Issued) -> Iterator[int]:
+    """A server as a migration starts it."""
+    image, address = tmp_path / "disk.raw", free_tcp_address()
+    image.write_bytes(random_bytes(MIB))
+    where = ("-b", address.host, "-p", str(address.port), "-x", "vm")
+    trust = ("--tls-certificates", str(placed(tmp_path, "a", issued)), "--tls-require", "--tls-verify-peer")
+    with Process([NBDSERVE, "-r", "-f", "raw", *where, *trust, image], tmp_path / "nbdserve.log") as server:
+        server.wait_for_line("serving")
+        yield address.port
+
+
+def probed(port: int, scheme: str = "nbds", certificates: Argument = "", host: str = "127.0.0.1") -> int:
+    """How it ends when somebody looks at the export."""
+    query = f"?tls-type=x509&tls-certificates={certificates}" if certificates else ""
+    return run(NBD_MIGRATE, "probe", f"{scheme}://{host}:{port}/vm{query}").returncode
+
+
+def test_host_b_alone_gets_the_export(tmp_path: Path, issued: Issued, port: int) -> None:
+    assert probed(port, certificates=placed(tmp_path, "b", issued)) == 0
+    assert probed(port, "nbd") == 1
+    assert probed(port) == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    assert probed(port, certificates=placed(other, "b", issue(["127.0.0.1"], ["b.example"]))) == 1
+
+
+def test_host_b_takes_nobody_for_a_by_another_address(tmp_path: Path, issued: Issued, port: int) -> None:
+    assert probed(port, certificates=placed(tmp_path, "b", issued), host="localhost") == 1
+
+
+def test_files_are_for_their_user_alone_and_go_without_a_trace(tmp_path: Path, issued: Issued) -> None:
+    for _ in range(2):
+        where = placed(tmp_path, "a", issued)
+    assert {each.name for each in where.iterdir()} == set(NAMES)
+    assert where.stat().st_mode & 0o7777 == 0o700
+    assert {each.stat().st_mode & 0o7777 for each in where.iterdir()} == {0o600}
+    assert (where / "client-key.pem").read_text() == issued.a.key
+    assert (where / "server-cert.pem").read_text() == issued.a.certificate
+    for _ in range(2):
+        clock.run(remove(HERE, str(where), SECONDS))
+        assert not where.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
+def test_they_are_given_to_the_user_of_a_qemu(tmp_path: Path, issued: Issued) -> None:
+    where, nobody = placed(tmp_path, "b", issued, "nobody"), pwd.getpwnam("nobody").pw_uid
+    assert {each.stat().st_uid for each in (where, *where.iterdir())} == {nobody}
+
+
+def test_what_is_not_of_a_migration_is_neither_removed_nor_written_to(tmp_path: Path, issued: Issued) -> None:
+    where = placed(tmp_path, "a", issued)
+    (where / "mine").write_text("x")
+    with pytest.raises(MigrationError, match="not empty"):
+        clock.run(remove(HERE, str(where), SECONDS))
+    with pytest.raises(MigrationError, match="not empty"):
+        placed(tmp_path, "a", issued)
+    assert (where / "mine").read_text() == "x"
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (tmp_path / "b.tls").symlink_to(other)
+    with pytest.raises(MigrationError, match="File exists"):
+        placed(tmp_path, "b", issued)
+    assert list(other.iterdir()) == []
+
+
+def test_no_command_line_and_no_message_has_a_key(tmp_path: Path, issued: Issued) -> None:
+    seen = tmp_path / "seen"
+    spy = tmp_path / "spy"
+    spy.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {seen}\nexec "$@"\n')
+    spy.chmod(0o755)
+    host = Host("A", (str(spy),))
+    clock.run(place(host, str(tmp_path / "a.tls"), issued.authority, issued.a, "", SECONDS))
+    with pytest.raises(MigrationError) as caught:
+        clock.run(place(host, str(tmp_path / "no" / "a"), issued.authority, issued.a, "", SECONDS))
+    body = issued.a.key.splitlines()[1]
+    assert body not in seen.read_text()
+    assert body not in str(caught.value)

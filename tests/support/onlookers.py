@@ -1,0 +1,67 @@
+"""Who else is on the network: one that listens to a cable, and one that connects to whatever is open.
+
+python -m tests.support.onlookers wire DEVICE FILE       every frame that passes, to FILE
+python -m tests.support.onlookers stranger FILE HOST:PORT [HOST:PORT]
+                                                         what the ports of disk and RAM say, to FILE.0, .1
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+_EVERYTHING = 3
+"""ETH_P_ALL."""
+
+PAUSE = 0.05
+"""Seconds between two visits."""
+
+SECONDS = 1.0
+"""For which a stranger listens."""
+
+
+def wire(device: str, file: Path) -> None:
+    """Keep what passes."""
+    with file.open("wb") as kept, socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as tap:
+        tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 << 20)
+        tap.bind((device, _EVERYTHING))
+        print("listening", flush=True)
+        while True:
+            kept.write(tap.recv(1 << 16))
+
+
+def stranger(file: Path, ports: list[str]) -> None:
+    """Connect again and again, ask for all there is, and keep what comes."""
+    asks = [_asked_of_disk(), b"QEVM" + bytes(64)]
+    print("visiting", flush=True)
+    kept = [file.with_name(f"{file.name}.{number}").open("wb", buffering=0) for number in range(len(ports))]
+    while True:
+        for port, words, into in zip(ports, asks, kept, strict=False):
+            host, _, number = port.rpartition(":")
+            with suppress(OSError), socket.create_connection((host, int(number)), SECONDS) as visit:
+                into.write(b"connected\n")
+                visit.sendall(words)
+                while data := visit.recv(1 << 16):
+                    into.write(data)
+        time.sleep(PAUSE)
+
+
+def _asked_of_disk() -> bytes:
+    """An export's name without any haggling, and a read of its beginning."""
+    name = b"vm"
+    export = struct.pack(">IQII", 1, 0x49484156454F5054, 1, len(name)) + name
+    return export + struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 0, 1 << 20)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    what, *rest = sys.argv[1:]
+    if what == "wire":
+        wire(rest[0], Path(rest[1]))
+    else:
+        stranger(Path(rest[0]), rest[1:])
