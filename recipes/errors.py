@@ -6,6 +6,7 @@ OperatorError                of nbdserve/common/errors.py
     ├── VmGoneError          a QEMU has ended, or its monitor hung up       qemu/vm.py
     ├── VmSilentError        a QEMU did not answer in time                  qemu/vm.py
     ├── CommandError         a QEMU refused a command                       qemu/vm.py
+    ├── ServerAwayError      nobody serves a disk that is to be pivoted            qemu/pivot.py
     ├── RefusedGuestError    a QEMU says that its migration has failed      qemu/vm.py
     └── AdvisedError         the message says already what to do            migrate/runtime.py
 """

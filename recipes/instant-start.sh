@@ -198,7 +198,8 @@ fill &
 filler=$!
 # QEMU keeps our standard input, for a console there.
 "${guest[@]}" \
-    -blockdev "driver=nbd,node-name=disk0,discard=unmap,server.type=unix,server.path=$place/nbd,reconnect-delay=20,open-timeout=20" \
+    -blockdev "driver=nbd,node-name=disk0-socket,discard=unmap,server.type=unix,server.path=$place/nbd,reconnect-delay=20,open-timeout=20" \
+    -blockdev "driver=raw,node-name=disk0,discard=unmap,file=disk0-socket" \
     -qmp "unix:$place/qemu,server=on,wait=off" <&0 &
 machine=$!
 trap 'end_child "$machine"' INT TERM HUP

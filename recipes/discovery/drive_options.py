@@ -25,9 +25,6 @@ from recipes.discovery.guest import Drive, Guest
 NODE = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,19}")
 """What a disk may be called in a plan."""
 
-MOVES_IDE = (10, 0)
-"""The QEMU in which the pivot of an IDE disk was seen not to end in an assertion, as it does in 7.2."""
-
 EMPTY = "an empty drive, as A has it"
 MADE_BY_ITSELF = "the device that A's QEMU has made by itself"
 
@@ -128,7 +125,7 @@ class DriveOptions:
         drive, node = each.drive, each.drive.node
         assert node is not None
         image = image_of(node, self._directory)
-        if fault := complaint(drive, image, self._address, moves_ide=self._guest.version >= MOVES_IDE):
+        if fault := complaint(drive, image, self._address):
             self.refused.append(fault)
             return
         given = each.device.arguments if each.device else made_by_itself(drive)

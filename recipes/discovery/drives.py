@@ -66,11 +66,10 @@ def _by_drive(devices: Sequence[Option], drive: Drive) -> Option | None:
     return next((each for each in devices if each.arguments.text("drive") in names), None)
 
 
-def complaint(drive: Drive, image: str, address: str, *, moves_ide: bool) -> str:
+def complaint(drive: Drive, image: str, address: str) -> str:
     """Say why the medium of a drive cannot move; nothing if it can.
 
-    ``image`` is its file's absolute path, ``address`` that of the monitor; ``moves_ide`` tells whether this
-    QEMU can pivot IDE disks.
+    ``image`` is its file's absolute path, ``address`` that of the monitor.
     """
     node = drive.node
     assert node is not None
@@ -93,8 +92,6 @@ def complaint(drive: Drive, image: str, address: str, *, moves_ide: bool) -> str
         return f"{what} is no file or block device of its own on A"
     if not drive.waits:
         return f"{what} is in a {drive.type}, which cannot wait; virtio-blk, scsi-hd and ide-hd can"
-    if drive.type.startswith("ide") and not moves_ide:
-        return f"{what} is an IDE disk, and QEMU 7.2 ends when such a one pivots; QEMU 10.0 does not"
     return ""
 
 

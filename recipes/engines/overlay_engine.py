@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+from nbdserve.common.clock import now
 from recipes.connections.monitors import monitor_of
 from recipes.engines.interface import JOB, Engine, reached
 from recipes.errors import MigrationError
@@ -14,8 +15,11 @@ from recipes.plans.by_hand import on_host
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 from recipes.processes.children import Child
-from recipes.qemu.pivot import Pivot, pivot
+from recipes.qemu.pivot import Pivot, ServerAwayError, has_moved, pivot, socket_of
 from recipes.qemu.vm import Vm, VmGoneError
+
+_AGAIN = 1.0
+"""Seconds between two attempts to pivot from a server that was away."""
 
 _END = 10.0
 """Seconds in which a process that has hung up is known to have ended."""
@@ -34,17 +38,18 @@ class OverlayEngine(Engine):
         return list(disk.beside)
 
     def nodes(self, plan: Plan, disk: PlannedDisk) -> list[dict[str, object]]:
-        """Return the socket of nbd-overlay."""
-        seconds = plan.limits.reconnect_delay
+        """Return the socket of nbd-overlay, and the raw node that is on the file in the end."""
+        seconds, socket = plan.limits.reconnect_delay, socket_of(disk.drive)
         return [
             {
-                "node-name": disk.drive,
+                "node-name": socket,
                 "driver": "nbd",
                 "server": {"type": "unix", "path": disk.overlay_socket},
                 "reconnect-delay": seconds,
                 "open-timeout": seconds,
                 "discard": "unmap",
-            }
+            },
+            {"node-name": disk.drive, "driver": "raw", "discard": "unmap", "file": socket},
         ]
 
     def needed_later(self, plan: Plan, disk: PlannedDisk) -> dict[str, dict[str, object]]:
@@ -109,16 +114,22 @@ class OverlayEngine(Engine):
 
     async def carries(self, m: Migration, disk: PlannedDisk) -> bool:
         """Tell whether B's QEMU has not pivoted yet."""
-        nodes = await m.b.execute("query-named-block-nodes", flat=True) if m.b else []
-        return any(each["drv"] == "nbd" for each in nodes if each["node-name"] == disk.drive)
+        return m.b is not None and not await has_moved(m.b, disk.drive)
 
     async def detach(self, m: Migration, disk: PlannedDisk) -> None:
         """Let QEMU pivot to the file."""
         destination, limits = m.plan.destination, m.plan.limits
         what = Pivot(disk.drive, disk.target, limits.command + limits.reconnect_delay)
+        deadline = now() + limits.recover
         try:
-            if await uses_overlay(m.monitor_b, disk.drive):
-                await pivot(m.monitor_b, what)
+            # A guest may have booted on the file.
+            while not await has_moved(m.monitor_b, disk.drive):
+                try:
+                    await pivot(m.monitor_b, what)
+                except ServerAwayError:
+                    if now() > deadline:
+                        raise
+                    await self._serve_again(m, disk)
         except VmGoneError:
             raise
         except MigrationError as error:
@@ -129,6 +140,12 @@ class OverlayEngine(Engine):
                 f"{error}; until B's QEMU uses the file itself leave nbd-overlay running; try "
                 f"{on_host(destination, again)}"
             ) from error
+
+    async def _serve_again(self, m: Migration, disk: PlannedDisk) -> None:
+        """See that nbd-overlay serves the disk; QEMU may take a while to connect to it again."""
+        with suppress(MigrationError):
+            await self.monitor(m, disk)
+        await asyncio.sleep(_AGAIN)
 
     async def end(self, m: Migration, disk: PlannedDisk) -> None:
         """End nbd-overlay, which nobody uses any more; CommandError when somebody does."""
@@ -165,12 +182,3 @@ class OverlayEngine(Engine):
 def monitor_name(m: Migration, disk: PlannedDisk) -> str:
     """Return what messages call nbd-overlay's monitor."""
     return f"nbd-overlay{m.about(disk)}"
-
-
-async def uses_overlay(vm: Vm, node: str) -> bool:
-    """Tell whether the guest's disk is, or was before a pivot, nbd-overlay's.
-
-    One may have booted on the file.
-    """
-    nodes = await vm.execute("query-named-block-nodes", flat=True)
-    return all(each["drv"] == "nbd" for each in nodes if each["node-name"] == node)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from nbdserve.common.errors import UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
 
-OF_DRIVE = ("export", "backing", "overlay", "access", "local", "pivot")
+OF_DRIVE = ("export", "backing", "overlay", "access", "local", "socket")
 """What block nodes of B's QEMU are called beside a drive: DRIVE-export, and so on."""
 
 SHORTHAND = {

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import versions
 from tests.support.many_disks import ManyDisks
 from tests.support.processes import Process, run, wait_until
 from tests.support.vms import NBD_MIGRATE, QEMU, Role, Scene, monitor, running
@@ -159,9 +158,6 @@ def guest(directory: Path, way: str) -> Iterator[Found]:
         yield made
 
 
-IDE = pytest.mark.skipif(versions.qemu() < (10, 0), reason="this QEMU ends when an IDE disk pivots")
-
-
 @pytest.mark.parametrize(
     "stage",
     [
@@ -169,8 +165,8 @@ IDE = pytest.mark.skipif(versions.qemu() < (10, 0), reason="this QEMU ends when 
         "JSON",
         "-readconfig",
         "scsi",
-        pytest.param("-hda", marks=IDE),
-        pytest.param("q35 -hda", marks=IDE),
+        "-hda",
+        "q35 -hda",
     ],
     indirect=True,
 )

@@ -129,3 +129,12 @@ def test_the_guest_survives_on_b_when_the_orchestrator_is_killed_while_the_disk_
         assert run.wait(SECONDS) == -signal.SIGKILL
     stage.wait_until_guest_works("b")
     stage.wait_until_only({Role.B, Role.SERVER, Role.OVERLAY, Role.FENCE})
+
+
+def test_an_overlay_that_dies_just_before_the_pivot_is_started_again(stage: Scene) -> None:
+    """QEMU flushes to it before it parts from it."""
+    with stage.run_doomed("SHUTDOWN", Role.OVERLAY) as run:
+        assert run.wait(60.0) == 0, run.output()
+    stage.wait_until_guest_works("b")
+    stage.quit_b()
+    assert stage.wrong_sectors() == []
