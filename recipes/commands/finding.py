@@ -24,7 +24,7 @@ from recipes.migrate.state import Disk, Phase, Role, State
 from recipes.plans.by_hand import asking, cancelling
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
-from recipes.plans.reaching import hosts, monitor_b, source_monitor
+from recipes.plans.reaching import find_commands, hosts, monitor_b, source_monitor
 from recipes.processes.children import Children
 from recipes.qemu.facts import Facts, OnA, OnB
 from recipes.qemu.source import HOLDS, guest_on_a, has_left, migration_status
@@ -37,6 +37,7 @@ async def found(
     """Find everything that there is of the migration, before anything is done, and write down what it is."""
     complete = journal.state is not None and journal.state.complete
     places = await stack.enter_async_context(hosts(plan))
+    plan, places = await find_commands(plan, *places, sure=False)
     a = await source(plan, places[0], report, sure=sure, complete=complete)
     stack.push_async_callback(a.disconnect)
     b = await destination(plan, places[1], a)

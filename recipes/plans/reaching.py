@@ -9,6 +9,7 @@ from dataclasses import replace
 from recipes.connections import installed
 from recipes.connections.monitors import MonitorAt, monitor_of
 from recipes.connections.sharing import sharing
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.plan import Destination, Plan, Source
 from recipes.qemu.vm import Vm, connect
@@ -29,15 +30,22 @@ async def hosts(plan: Plan, control: str = "") -> AsyncIterator[tuple[Host, Host
         yield a, b
 
 
-async def find_commands(plan: Plan, a: Host, b: Host) -> tuple[Plan, tuple[Host, Host]]:
+async def find_commands(plan: Plan, a: Host, b: Host, *, sure: bool = True) -> tuple[Plan, tuple[Host, Host]]:
     """Return the plan with where our commands are on those hosts that have an address, and the hosts.
 
-    Raises HostError where one cannot be reached, MigrationError where it does not have them.
+    Raises HostError where one cannot be reached, MigrationError where it does not have them; unless ``sure``,
+    they are looked for on its PATH then.
     """
     found, limit = [], plan.limits.command
     for host, section in ((a, "source"), (b, "destination")):
-        look = host.address and not host.bin
-        found.append(await installed.find_commands(host, f"{section}.bin", limit) if look else host.bin)
+        found.append(host.bin)
+        if not host.address or host.bin:
+            continue
+        try:
+            found[-1] = await installed.find_commands(host, f"{section}.bin", limit)
+        except MigrationError:
+            if sure:
+                raise
     source, destination = replace(plan.source, bin=found[0]), replace(plan.destination, bin=found[1])
     there = replace(plan, source=source, destination=destination)
     return there, (replace(a, bin=found[0]), replace(b, bin=found[1]))

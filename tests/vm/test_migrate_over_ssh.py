@@ -117,14 +117,16 @@ def test_the_guard_reaches_both_hosts_when_the_orchestrator_is_killed(stage: Apa
     is_on_a_as_before(stage)
 
 
-def test_an_orchestrator_that_is_killed_after_the_cut_over_has_its_work_done_by_resume(
-    stage: ApartScene,
+@pytest.mark.parametrize("command", ["resume", "finish"])
+def test_an_orchestrator_that_is_killed_after_the_cut_over_has_its_work_done_by(
+    stage: ApartScene, command: str
 ) -> None:
     stage.change("limits", speed=4 * MIB)
     with stage.doomed("PROGRESS", "ORCHESTRATOR") as run:
         assert run.wait(LONG) == -signal.SIGKILL
     stage.wait_until_guest_works("b")
-    with stage.migrate("resume", "a", log="resume.log") as again:
+    which = "a" if command == "resume" else str(stage.directory / "plan.toml")
+    with stage.migrate(command, which, log="again.log") as again:
         assert again.wait(LONG) == 0, again.output()
     is_on_b_whole(stage)
 
