@@ -10,12 +10,18 @@ from pathlib import Path
 
 from nbdserve.common import clock, program
 from nbdserve.common.errors import OperatorError, UsageError
-from recipes.discovery.discover import Wanted, discover
+from recipes.connections.address import check_host, is_ssh
+from recipes.discovery.discover import COMMAND, Wanted, discover
 from recipes.discovery.document import Draft, write
-from recipes.hosts.host import Host
 from recipes.hosts.interruption import interruptible
 from recipes.plans.plan import Plan
 from recipes.plans.planfile import build
+from recipes.plans.reaching import looked_at
+
+TO = (
+    "host B: ssh://[USER@]HOST[:PORT]; or HOST[:PORT], an address of this machine at which it listens for "
+    "the RAM; default: this machine"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +36,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="the guest: its monitor, a socket's path or HOST:PORT, or the process id of its QEMU",
     )
-    parser.add_argument("--to", metavar="HOST[:PORT]", help="where B listens for the RAM (port 4444)")
+    parser.add_argument(
+        "--from",
+        dest="from_host",
+        metavar="HOST",
+        help="host A: ssh://[USER@]HOST[:PORT]; default: this machine",
+    )
+    parser.add_argument("--to", metavar="HOST", help=TO)
     configure_places(parser)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
 
@@ -85,6 +97,11 @@ def drafted(given: argparse.Namespace) -> Draft:
 
 
 async def _look(given: argparse.Namespace) -> Draft:
-    wanted = Wanted(given.source, given.to or "", given.to_dir or "", given.export or "")
-    a, b = Host("A"), Host("B")
-    return await discover(wanted, a, b)
+    here, there = given.from_host or "", given.to or ""
+    if here:
+        check_host("--from", here)
+    if is_ssh(there):
+        check_host("--to", there)
+    wanted = Wanted(given.source, there, given.to_dir or "", given.export or "")
+    async with looked_at(here, there if is_ssh(there) else "", COMMAND) as (a, b):
+        return await discover(wanted, a, b)

@@ -10,13 +10,14 @@ from typing import Any
 from nbdserve.common.errors import UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
 from nbdserve.common.uri import NbdUri, is_ipv6
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.plan import is_host_and_port
 
 EXPORT_PORT = 10809
 MIGRATION_PORT = 4444
 
-LIMIT = 15.0
+LIMIT = 30.0
 """Seconds for one question to a host."""
 
 
@@ -31,15 +32,38 @@ class Addresses:
 async def addresses(to: str, host_a: Host, host_b: Host, *, beside: str) -> Addresses:
     """Find them; on one machine they are Unix sockets beside a disk of B.
 
-    Raises MigrationError where one host has no way to the other.
+    ``to`` is what the operator has said of B where that has no address for ssh. Raises MigrationError where
+    one host has no way to the other.
     """
-    if not to:
+    if not to and not host_a.address and not host_b.address:
         return _sockets(beside)
-    address, _, port = to.rpartition(":") if is_host_and_port(to) else (to, "", str(MIGRATION_PORT))
-    address = address.strip("[]")
-    here = await _route(host_a, address, EXPORT_PORT)
+    if is_host_and_port(to):
+        b, _, said = to.rpartition(":")
+        b = b.strip("[]")
+    else:
+        b, said = to or await _address_of_b(host_a, host_b), ""
+    here = await _route(host_a, b, EXPORT_PORT)
+    port = int(said) if said else (await _route(host_b, here["address"], MIGRATION_PORT))["port"]
     export = NbdUri(host=here["address"], port=here["port"], export="disk")
-    return Addresses(str(export), f"tcp:{_in_brackets(address)}:{port}")
+    return Addresses(str(export), f"tcp:{_in_brackets(b)}:{port}")
+
+
+async def _address_of_b(host_a: Host, host_b: Host) -> str:
+    """Return the address of B: that at which ssh reaches it, or which it has towards A."""
+    if host_b.address:
+        return await _reached_at(host_b)
+    return str((await _route(host_b, await _reached_at(host_a), MIGRATION_PORT))["address"])
+
+
+async def _reached_at(host: Host) -> str:
+    """Return the address of a host at which ssh reaches it."""
+    words = (await host.run("printenv", "SSH_CONNECTION", limit=LIMIT)).split()
+    if len(words) != 4:
+        raise MigrationError(
+            f"{host.name} does not tell at which address ssh reaches it ($SSH_CONNECTION); write a plan "
+            "by hand"
+        )
+    return words[2]
 
 
 def _sockets(beside: str) -> Addresses:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
+from recipes.connections.monitors import monitor_of
 from recipes.discovery import guest as guests
 from recipes.discovery.addresses import addresses
 from recipes.discovery.command_line import config_file
@@ -24,10 +25,10 @@ from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.qemu.vm import Vm, connect, nobody_listens
 
-CONNECT = 10.0
+CONNECT = 15.0
 """Seconds until a monitor answers."""
 
-COMMAND = 15.0
+COMMAND = 30.0
 """Seconds for one command on a host, or of a monitor."""
 
 
@@ -36,7 +37,7 @@ class Wanted:
     """What the operator has said.
 
     source    the guest: the address of its monitor, or the id of its process
-    to        an address of B (HOST or HOST:PORT), or nothing: B is this machine
+    to        B: ssh://..., or an address of this machine (HOST or HOST:PORT), or nothing: this machine
     to_dir    the directory of B's disks; empty: as on A
     export    where A serves the disks; empty: as B reaches A
     """
@@ -69,14 +70,15 @@ async def discover(wanted: Wanted, host_a: Host, host_b: Host) -> Draft:
     refuse(running.guest, derived)
     targets = tuple([target_of(disk.image, wanted.to_dir) for disk in derived.disks])
     await refuse_same(derived, targets, host_a, host_b)
-    there = await addresses(wanted.to, host_a, host_b, beside=targets[0])
+    address = "" if host_b.address else wanted.to
+    there = await addresses(address, host_a, host_b, beside=targets[0])
     return Draft(
         guest=running.guest,
         pid=running.process.pid,
         user=running.process.user,
         derived=derived,
-        source=Place(host="", qmp=running.address),
-        destination=Place(host="", qmp=await monitor_on_b(running, host_b, targets[0])),
+        source=Place(host_a.address, running.address),
+        destination=Place(host_b.address, await monitor_on_b(running, host_b, targets[0])),
         targets=targets,
         export=wanted.export or there.export,
         migration=there.migration,
@@ -88,7 +90,7 @@ async def find(source: str, host_a: Host) -> Running:
     answer = await host_a.run(*host_a.own("process", source), limit=COMMAND)
     process = Process(**json.loads(answer))
     command = understood(process)
-    vm, address = await reached(source, process, command)
+    vm, address = await reached(source, process, command, host_a)
     try:
         guest = await guests.look(vm)
     finally:
@@ -118,13 +120,14 @@ def place_of(monitor: Monitor, process: Process) -> str:
     return posixpath.normpath(posixpath.join(process.directory, where))
 
 
-async def reached(source: str, process: Process, command: CommandLine) -> tuple[Vm, str]:
+async def reached(source: str, process: Process, command: CommandLine, host_a: Host) -> tuple[Vm, str]:
     """Connect to the monitor that was named, or to the first that answers of those of a process."""
     named = [] if source.isdecimal() else [source]
     places = named or [where for each in monitors(command) if (where := place_of(each, process))]
     for address in places:
         try:
-            vm = await connect("A's QEMU", address, limit=CONNECT, command_limit=COMMAND)
+            at = monitor_of(host_a, address)
+            vm = await connect("A's QEMU", at, limit=CONNECT, command_limit=COMMAND)
         except ConnectError as error:
             if nobody_listens(error) and address == places[-1]:
                 raise

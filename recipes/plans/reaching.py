@@ -51,6 +51,25 @@ async def find_commands(plan: Plan, a: Host, b: Host, *, sure: bool = True) -> t
     return there, (replace(a, bin=found[0]), replace(b, bin=found[1]))
 
 
+@asynccontextmanager
+async def looked_at(a: str, b: str, limit: float) -> AsyncIterator[tuple[Host, Host]]:
+    """Give hosts A and B by their addresses (empty: this machine), before there is a plan.
+
+    Each command there may take ``limit`` seconds. Raises as find_commands().
+    """
+    made = [
+        await Host(name, ("ssh", address) if address else (), "", address).prepared(limit * 2 / 3)
+        for name, address in (("A", a), ("B", b))
+    ]
+    async with sharing(*made) as shared:
+        found = []
+        for host, section in zip(shared, ("source", "destination"), strict=True):
+            key = f"{section}.bin of a plan"
+            there = await installed.find_commands(host, key, limit) if host.address else ""
+            found.append(replace(host, bin=there))
+        yield found[0], found[1]
+
+
 def host_of(name: str, there: Source | Destination) -> Host:
     """Return the host of one side of a plan."""
     shell = ("ssh", there.host) if there.host else there.shell
