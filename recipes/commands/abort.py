@@ -17,8 +17,9 @@ from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.leftovers import but
 from recipes.migrate.progress import Report
-from recipes.migrate.state import Phase
+from recipes.migrate.state import Hook, Phase
 from recipes.qemu.facts import OnA
+from recipes.running.hooks import tell
 
 
 async def abort(name: str, report: Report) -> None:
@@ -45,6 +46,9 @@ async def abort(name: str, report: Report) -> None:
             raise MigrationError(said)
         if verdict.action is Action.NOTHING and (left := await migration.clear()):
             raise MigrationError(but(said, *left))
+        if Hook.FAILED not in migration.state.hooks_ended:
+            # The guard calls none, and whoever has failed has called it.
+            await tell(migration.m, Hook.FAILED, f"given up by abort: {said}")
         if not migration.state.is_clear:
             raise MigrationError(f"{said}; when that is mended: nbd-migrate abort {name}")
         report.note(said)

@@ -22,9 +22,10 @@ from recipes.hosts.quoting import listed
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report, Step
 from recipes.migrate.runtime import READY, Migration, gone
-from recipes.migrate.state import Phase, Role
+from recipes.migrate.state import Hook, Phase, Role
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import monitor_b
+from recipes.running.hooks import beside, tell, told_of_failure
 from recipes.steps.cutover import fence_source
 from recipes.steps.export import check_exports, start_server
 from recipes.steps.launch import check_devices, monitor_option
@@ -67,12 +68,15 @@ async def finish_with(
     async with AsyncExitStack() as stack:
         stack.enter_context(closing(journal))
         m = await found(journal, plan, report, stack, again=again, sure=sure)
-        try:
-            await take_up(m, boot=boot)
-        except OperatorError as error:
-            raise MigrationError(f"{error}; {await where(m)}") from error
-        await go_through(m, STEPS[m.complete :], where)
-        m.done()
+        async with told_of_failure(m):
+            try:
+                await take_up(m, boot=boot)
+            except OperatorError as error:
+                raise MigrationError(f"{error}; {await where(m)}") from error
+            async with beside(m, Hook.AFTER_CUTOVER):
+                await go_through(m, STEPS[m.complete :], where)
+            m.done()
+        await tell(m, Hook.DONE)
         several, targets = len(plan.disks) > 1, listed(disk.target for disk in plan.disks)
         are, need = ("disks are", "need") if several else ("disk is", "needs")
         report.note(f"done: the guest's {are} {targets} on B, and {need} nothing on A")

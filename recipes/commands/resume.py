@@ -11,8 +11,9 @@ from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
-from recipes.migrate.state import Phase, State
+from recipes.migrate.state import Hook, Phase, State
 from recipes.plans.reaching import hosts, source_monitor
+from recipes.running.hooks import tell
 
 
 async def resume(name: str, report: Report, *, boot: bool = False) -> None:
@@ -24,6 +25,9 @@ async def resume(name: str, report: Report, *, boot: bool = False) -> None:
     async with taken_up(name, report) as migration:
         verdict = await migration.decide(Wish.GO_ON)
         state, said, unwritten = migration.state, verdict.where, migration.m.journal.unwritten
+        if verdict.action is Action.NOTHING and state.phase is Phase.DONE:
+            # The command may have died between the two.
+            await tell(migration.m, Hook.DONE)
     if verdict.action is Action.KEEP:
         raise MigrationError(f"{said}; {by_hand(state)}")
     if verdict.action is Action.START_OVER and unwritten:
@@ -51,4 +55,5 @@ async def start_over(name: str, state: State, report: Report) -> None:
         places = await stack.enter_async_context(hosts(plan))
         a = await source_monitor(plan, places[0])
         stack.push_async_callback(a.disconnect)
-        await migrate_from(plan, report, journal, places, a, stack, None, state.finish)
+        finish, by = state.finish, state.finish_by
+        await migrate_from(plan, report, journal, places, a, stack, None, finish, by)

@@ -22,13 +22,14 @@ from recipes.migrate.guard import start_guard
 from recipes.migrate.journal import Journal, check_name, last, of_destination, usable_name
 from recipes.migrate.progress import Outcome, Report, Step, StepResult
 from recipes.migrate.runtime import FINISH, AdvisedError, Migration
-from recipes.migrate.state import OVER, Disk, Phase, State
+from recipes.migrate.state import OVER, Disk, Hook, Phase, State
 from recipes.migrate.watch import Orders
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import find_commands, hosts, source_monitor
 from recipes.processes.children import Children
 from recipes.qemu.source import capabilities_on
 from recipes.qemu.vm import Vm, VmGoneError
+from recipes.running.hooks import beside, call, tell, told_of_failure
 from recipes.steps import preflight
 from recipes.steps.create import create_overlay
 from recipes.steps.cutover import cut_over
@@ -39,14 +40,25 @@ from recipes.steps.stream import stream
 
 Body = Callable[[Migration], Coroutine[Any, Any, str]]
 
+
+async def migrate_guest(m: Migration) -> str:
+    """Step 4, of which the operator's hook may say no."""
+    await call(m, Hook.BEFORE_CUTOVER)
+    m.refuse_the_dead()
+    return await cut_over(m)
+
+
 STEPS: tuple[tuple[Step, Body], ...] = (
     (Step.EXPORT, export),
     (Step.OVERLAY, create_overlay),
     (Step.LAUNCH, launch),
-    (Step.MIGRATE, cut_over),
+    (Step.MIGRATE, migrate_guest),
     (Step.STREAM, stream),
     (Step.SHUTDOWN, shut_down),
 )
+
+UNTIL_CUTOVER = 4
+"""Steps after which the guest is on B."""
 
 
 async def migrate(
@@ -57,6 +69,7 @@ async def migrate(
     base: Path | None = None,
     children: Children | None = None,
     finish: str = FINISH,
+    finish_by: float = 0.0,
 ) -> Outcome:
     """Run the six steps; return when nothing on host A is needed any more.
 
@@ -64,7 +77,8 @@ async def migrate(
     Without ``children``, the processes started here end with this one until the cut-over, and live on by
     themselves after it, as they carry the guest. With ``children`` (the caller's, as in the demo) they end
     with that block in any case. ``finish`` is the command that does what is left when the guest has come to
-    B, for messages; empty: ``nbd-migrate resume NAME``.
+    B, for messages; empty: ``nbd-migrate resume NAME``. ``finish_by`` (seconds since the epoch) is when the
+    stream is to have ended; 0: at the plan's speed.
 
     Raises UsageError or ConnectError when a check fails before anything was started, MigrationError, whose
     one line says where the guest is and what to do, when a step fails. When the task is cancelled, that line
@@ -86,7 +100,7 @@ async def migrate(
                 a = await source_monitor(plan, places[0])
                 stack.push_async_callback(a.disconnect)
         journal = stack.enter_context(closing(Journal.begin(name, base)))
-        return await migrate_from(plan, report, journal, places, a, stack, children, finish)
+        return await migrate_from(plan, report, journal, places, a, stack, children, finish, finish_by)
 
 
 async def migrate_from(
@@ -98,6 +112,7 @@ async def migrate_from(
     stack: AsyncExitStack,
     children: Children | None,
     finish: str,
+    finish_by: float,
 ) -> Outcome:
     """Run the six steps from the first one on, with a journal of which nothing is needed any more."""
     with nothing_started():
@@ -114,6 +129,7 @@ async def migrate_from(
         ),
         capabilities=tuple(capabilities),
         finish=finish or f"nbd-migrate resume {journal.directory.name}",
+        finish_by=finish_by,
     )
     write(journal, state)
     ours = await stack.enter_async_context(Children()) if children is None else children
@@ -178,9 +194,13 @@ def write(journal: Journal, state: State) -> None:
 
 
 async def run(m: Migration) -> Outcome:
-    """Run the steps of a migration that has been prepared."""
-    results = await go_through(m, STEPS, retreat)
-    m.done()
+    """Run the steps of a migration that has been prepared, and call the operator's hooks."""
+    async with told_of_failure(m):
+        results = await go_through(m, STEPS[:UNTIL_CUTOVER], retreat)
+        async with beside(m, Hook.AFTER_CUTOVER):
+            results += await go_through(m, STEPS[UNTIL_CUTOVER:], retreat)
+        m.done()
+    await tell(m, Hook.DONE)
     arrival = m.state.arrival
     outcome = Outcome(
         steps=tuple(results),

@@ -6,15 +6,18 @@ import dataclasses
 import json
 import sys
 import time
-from typing import TextIO
+from typing import Self, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.progress_bar import ProgressBar
+from rich.text import Text
 
 from nbdserve.common.standard_streams import silence
 from recipes.errors import MigrationError
-from recipes.migrate.progress import Moment, Outcome, Progress, Report, Step, StepResult
+from recipes.migrate.progress import Moment, Outcome, Progress, RamProgress, Report, Step, StepResult
 
 INTERVAL = 5.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -29,7 +32,7 @@ class PlainReport(Report):
         """``out`` is standard output by default."""
         self._out = out or sys.stdout
         self._begin = time.monotonic()
-        self._next_progress = 0.0
+        self._next_progress = self._next_ram = 0.0
 
     def step_started(self, step: Step) -> None:
         self._line(f"step {step.number}  {step.title} ...")
@@ -48,6 +51,13 @@ class PlainReport(Report):
             self._next_progress = time.monotonic() + INTERVAL
             self._line(f"        {describe(progress)}")
 
+    def ram(self, progress: RamProgress) -> None:
+        # What is over in a moment is not worth a line.
+        self._next_ram = self._next_ram or time.monotonic() + INTERVAL
+        if time.monotonic() >= self._next_ram:
+            self._next_ram = time.monotonic() + INTERVAL
+            self._line(f"        {describe_ram(progress)}")
+
     def finished(self, outcome: Outcome) -> None:
         self._line(summary(outcome))
 
@@ -63,7 +73,7 @@ class PlainReport(Report):
 
 
 class TerminalReport(PlainReport):
-    """The same, with a bar while the disk is streamed."""
+    """The same, with a bar while the RAM moves and the disk is streamed."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         super().__init__(out)
@@ -71,15 +81,22 @@ class TerminalReport(PlainReport):
         self._bar: Bar | None = None
 
     def progress(self, progress: Progress) -> None:
+        self._show(progress.done, progress.total, describe(progress))
+
+    def ram(self, progress: RamProgress) -> None:
+        # Of what QEMU sends there is no whole, as the guest goes on changing it.
+        self._show(0, None, describe_ram(progress))
+
+    def _show(self, done: int, total: int | None, text: str) -> None:
         try:
             if self._bar is None:
-                columns = (BarColumn(), TextColumn("{task.description}"))
+                columns = (BarColumn(), TextColumn("{task.description}", markup=False))
                 # Refreshed here: a thread would die, aloud, with a terminal that has hung up.
                 self._bar = Bar(*columns, console=self._console, transient=True, auto_refresh=False)
-                self._bar.add_task("", total=progress.total)
+                self._bar.add_task("", total=total)
                 self._bar.start()
             task = self._bar.task_ids[0]
-            self._bar.update(task, completed=progress.done, description=describe(progress), refresh=True)
+            self._bar.update(task, completed=done, total=total, description=text, refresh=True)
         except OSError:
             silence(self._out)
 
@@ -122,6 +139,35 @@ class JsonReport(PlainReport):
             ) from error
 
 
+class Board:
+    """What is known of a migration, whenever it changes: on a terminal in one place, with a bar."""
+
+    def __init__(self, terminal: TextIO | None) -> None:
+        self._live: Live | None = None
+        if terminal is not None:
+            # Refreshed here, as the bar of a run is.
+            self._live = Live(console=Console(file=terminal), auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, text: str, progress: Progress | None) -> None:
+        """Show this in the place of what was shown."""
+        if self._live is None:
+            print(text, flush=True)
+            return
+        shown: list[RenderableType] = [Text(text)]
+        if progress is not None:
+            shown.append(ProgressBar(progress.total, progress.done, width=60))
+        self._live.update(Group(*shown), refresh=True)
+
+
 def choose_report(*, as_json: bool = False) -> PlainReport:
     """Return the report that suits standard output."""
     if as_json:
@@ -131,10 +177,19 @@ def choose_report(*, as_json: bool = False) -> PlainReport:
 
 def describe(progress: Progress) -> str:
     """Return one line about the stream: bytes, rate, time left, vulnerable window."""
-    left = progress.seconds_left
+    left = progress.left
     return (
         f"{progress.done / MIB:.0f} of {progress.total / MIB:.0f} MiB  {progress.rate / MIB:.1f} MiB/s  "
         f"{'--' if left is None else f'{left:.0f} s'} left  window {progress.window:.0f} s"
+    )
+
+
+def describe_ram(progress: RamProgress) -> str:
+    """Return one line about the RAM."""
+    rounds = f"  round {progress.rounds}" if progress.rounds > 1 else ""
+    return (
+        f"RAM: {progress.sent / MIB:.0f} MiB sent, {progress.missing / MIB:.0f} MiB to go  "
+        f"{progress.rate / MIB:.1f} MiB/s{rounds}"
     )
 
 

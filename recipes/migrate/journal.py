@@ -37,7 +37,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
 from recipes.migrate.lock import NAME as LOCK
 from recipes.migrate.lock import Lock, holder
-from recipes.migrate.progress import Progress
+from recipes.migrate.progress import Progress, RamProgress
 from recipes.migrate.state import OVER, State
 from recipes.plans.plan import Plan
 
@@ -46,6 +46,11 @@ LONGEST_NAME = 40
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _JOURNAL, _PROGRESS, _FRESH = "journal", "progress", "progress.new"
+SAMPLES, SPEED_ASKED, SPEED_TAKEN, HOOKS_LOG = "samples", "speed.asked", "speed.taken", "hooks.log"
+"""Other files of a migration; see recipes/running/."""
+
+_OF_ONE_RUN = (_PROGRESS, _FRESH, SAMPLES, SPEED_ASKED, SPEED_TAKEN)
+"""What must not be taken for another migration's of the same name."""
 
 
 class EmptyJournalError(MigrationError):
@@ -63,6 +68,11 @@ def base_directory() -> Path:
         return Path.home() / ".local/state/nbd-migrate"
     except RuntimeError as error:
         raise UsageError("there is no home directory for the journal: set XDG_STATE_HOME") from error
+
+
+def directory_of(name: str) -> Path:
+    """Return the directory of a migration, which need not be there. Raises UsageError."""
+    return base_directory() / check_name(name)
 
 
 def check_name(name: str) -> str:
@@ -173,19 +183,21 @@ def _regular(path: Path, flags: int) -> int:
 
 @dataclass(frozen=True)
 class Told:
-    """How far the stream was, and when that was told, in seconds since the epoch."""
+    """How far the stream, or before it the RAM, was, and when that was told, in seconds since the epoch."""
 
     time: float
-    progress: Progress
+    progress: Progress | None = None
+    ram: RamProgress | None = None
 
 
 def progress(name: str) -> Told | None:
     """Return how far the stream was when that was told last; None if unknown."""
     try:
         with os.fdopen(_regular(base_directory() / check_name(name) / _PROGRESS, os.O_RDONLY), "rb") as file:
-            return decoded(Told, json.loads(file.read()))
+            told = decoded(Told, json.loads(file.read()))
     except (OSError, ValueError, RecursionError):
         return None
+    return told if told.progress or told.ram else None
 
 
 def actor(name: str) -> int:
@@ -297,15 +309,16 @@ class Journal:
 
     def begin_anew(self) -> None:
         """Forget what was there when the next state is written, and not before."""
-        (self.directory / _PROGRESS).unlink(missing_ok=True)
+        for name in _OF_ONE_RUN:
+            (self.directory / name).unlink(missing_ok=True)
         self._end, self.state = 0, None
 
-    def note_progress(self, progress: Progress) -> None:
-        """Leave word of how far the stream is; unlike a state it may be lost."""
+    def note_progress(self, progress: Progress | None = None, ram: RamProgress | None = None) -> None:
+        """Leave word of how far the stream is, or the RAM; unlike a state it may be lost."""
         path = self.directory / _PROGRESS
         fresh = self.directory / _FRESH
         with suppress(OSError):
-            fresh.write_text(json.dumps(asdict(Told(time.time(), progress))))
+            fresh.write_text(json.dumps(asdict(Told(time.time(), progress, ram))))
             fresh.replace(path)
 
     def close(self) -> None:
@@ -327,7 +340,7 @@ def remove(name: str) -> None:
     with Lock.taken(directory):
         try:
             # The journal as the last: until then it is known.
-            for known in (_PROGRESS, _FRESH, LOCK, _JOURNAL):
+            for known in (*_OF_ONE_RUN, HOOKS_LOG, LOCK, _JOURNAL):
                 (directory / known).unlink(missing_ok=True)
         except OSError as error:
             raise MigrationError(f"{error.filename}: {error.strerror}") from error

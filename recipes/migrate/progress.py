@@ -45,17 +45,31 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the stream is: bytes done, bytes in all, bytes per second, seconds since the cut-over."""
+    """How far the stream is: bytes done, bytes in all, bytes per second, seconds since the cut-over.
+
+    ``left`` are the seconds until the end, None while that is not known, or nothing moves.
+    """
 
     done: int
     total: int
     rate: float
     window: float
+    left: float | None = None
 
     @property
-    def seconds_left(self) -> float | None:
-        """Return seconds until the end at this rate, or None while nothing moves."""
-        return (self.total - self.done) / self.rate if self.rate > 0 else None
+    def missing(self) -> int:
+        """Return how many bytes are to come."""
+        return max(0, self.total - self.done)
+
+
+@dataclass(frozen=True)
+class RamProgress:
+    """How far the RAM is: bytes sent, bytes to go, bytes per second, and how often QEMU has begun anew."""
+
+    sent: int
+    missing: int
+    rate: float
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,9 @@ class Report:
 
     def progress(self, progress: Progress) -> None:
         """The stream has moved on; called about twice a second."""
+
+    def ram(self, progress: RamProgress) -> None:
+        """The RAM has moved on; called about twice a second."""
 
     def finished(self, outcome: Outcome) -> None:
         """The migration is complete."""

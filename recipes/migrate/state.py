@@ -84,6 +84,16 @@ class Role(Enum):
 PER_DISK = frozenset({Role.OVERLAY})
 """Roles of which there is one process for each disk."""
 
+
+class Hook(Enum):
+    """A command of the operator's that a migration calls; the value is its key in the plan."""
+
+    BEFORE_CUTOVER = "before_cutover"
+    AFTER_CUTOVER = "after_cutover"
+    DONE = "done"
+    FAILED = "failed"
+
+
 NAMES = {
     Role.SERVER: "the server on A",
     Role.FENCE: "the fence on A",
@@ -167,6 +177,11 @@ class State:
     """When the guest became B's; 0 before."""
     window: float = 0.0
     """Seconds from then until nothing on A was needed any more; 0 before."""
+    hooks_begun: tuple[Hook, ...] = ()
+    hooks_ended: tuple[Hook, ...] = ()
+    """One that has begun, and has not ended, was interrupted."""
+    finish_by: float = 0.0
+    """When the stream is to have ended, which chooses its speed; 0: the plan's speed counts."""
     recoveries: int = 0
     """How often the stream was interrupted and taken up again."""
     time: float = 0.0
@@ -242,7 +257,7 @@ class State:
             raise MigrationError(f"not a state of a migration: {error}") from error
         if [disk.target for disk in state.disks] != [disk.target for disk in state.plan.disks]:
             raise MigrationError("not a state of a migration: its disks are not those of its plan")
-        if not 0 <= state.time < LATEST or not 0 <= state.arrived < LATEST:
+        if not all(0 <= each < LATEST for each in (state.time, state.arrived, state.finish_by)):
             raise MigrationError("not a state of a migration: its times are none")
         return state
 

@@ -22,6 +22,10 @@ class Hooks:
     done: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
 
+    def command(self, name: str) -> tuple[str, ...]:
+        """Return the command of a hook; nothing where there is none."""
+        return tuple(getattr(self, name))
+
     def check(self) -> None:
         """Raise UsageError for a command without a name."""
         for each in fields(self):

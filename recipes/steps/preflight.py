@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,6 +18,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 from recipes.plans.by_hand import cancelling
 from recipes.plans.disks import PlannedDisk
+from recipes.plans.hooks import Hooks
 from recipes.plans.plan import Plan, Source
 from recipes.plans.reaching import monitor_b
 from recipes.qemu.source import HOLDS, UNDER_WAY, migration_status
@@ -29,6 +32,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     """
     await check_guest(a, plan.source)
     sizes = await disk_sizes(plan, a)
+    check_hooks(plan.hooks)
     await check_tools(plan, host_a, host_b)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
     for disk in plan.disks:
@@ -162,6 +166,14 @@ async def check_space(plan: Plan, host_a: Host, host_b: Host) -> None:
                 f"{plan.called('target')}: {format_size(room)} are left in {directory} on B, and "
                 f"A's images hold {format_size(needed[file_system])} at least; make room"
             )
+
+
+def check_hooks(hooks: Hooks) -> None:
+    """What is called while the migration runs must be there."""
+    for each in fields(hooks):
+        command = hooks.command(each.name)
+        if command and shutil.which(command[0]) is None:
+            raise UsageError(f"hooks.{each.name}: there is no program {command[0]} on this host")
 
 
 async def check_target(plan: Plan, disk: PlannedDisk, host_b: Host) -> None:

@@ -37,6 +37,7 @@ FOLDERS = {
         "checks",
         "migrate",
         "channel",
+        "running",
         "engines",
         "steps",
         "commands",

@@ -1,19 +1,19 @@
-"""What the operator sees of a migration, and how fast a stream is said to be."""
+"""What the operator sees of a migration."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 
 import pytest
 
-from recipes.engines.jobs import Meter
-from recipes.migrate.console import JsonReport, PlainReport, TerminalReport, describe
-from recipes.migrate.progress import Moment, Outcome, Progress, Report, Step, StepResult
+from recipes.migrate.console import Board, JsonReport, PlainReport, TerminalReport, describe, describe_ram
+from recipes.migrate.progress import Moment, Outcome, Progress, RamProgress, Report, Step, StepResult
 
 MIB = 1 << 20
-HALFWAY = Progress(done=512 * MIB, total=1024 * MIB, rate=64.0 * MIB, window=9.6)
+HALFWAY = Progress(done=512 * MIB, total=1024 * MIB, rate=64.0 * MIB, window=9.6, left=8.0)
 RESULT = StepResult(Step.STREAM, 16.04, "every block is local")
 OUTCOME = Outcome(
     steps=(RESULT,),
@@ -79,7 +79,9 @@ def test_a_terminal_that_hangs_up_stops_no_migration(monkeypatch: pytest.MonkeyP
     with open(theirs, "w") as out:
         report = TerminalReport(out)
         report.progress(HALFWAY)
+        report.ram(RamProgress(MIB, MIB, 1.0, 1))
         os.close(ours)
+        report.ram(RamProgress(MIB, MIB, 1.0, 1))
         tell(report)
         report.close()
 
@@ -98,16 +100,51 @@ def test_nothing_is_said_about_the_end_of_a_stream_that_stands_still() -> None:
     assert "0.0 MiB/s  -- left" in describe(Progress(0, MIB, 0.0, 1.0))
 
 
-def test_the_rate_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ram_is_told_with_what_is_to_go_and_how_often_it_began_anew() -> None:
+    ram = RamProgress(sent=100 * MIB, missing=20 * MIB, rate=8.0 * MIB, rounds=1)
+    assert describe_ram(ram) == "RAM: 100 MiB sent, 20 MiB to go  8.0 MiB/s"
+    assert describe_ram(dataclasses.replace(ram, rounds=3)).endswith("  round 3")
+
+
+def test_the_ram_has_no_line_where_it_takes_a_moment_and_none_in_the_place_of_the_stream_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = [100.0]
-    monkeypatch.setattr("recipes.engines.jobs.time.monotonic", lambda: clock[0])
-    meter = Meter()
-    for _ in range(10):
-        clock[0] += 1.0
-        meter.note(int(clock[0] - 100) * 10 * MIB)
-    assert meter.rate == 10 * MIB
-    assert meter.still == 0.0
-    clock[0] += 7.0
-    meter.note(100 * MIB)
-    assert meter.rate == 0.0
-    assert meter.still == 7.0
+    monkeypatch.setattr("recipes.migrate.console.time.monotonic", lambda: clock[0])
+    out, ram = io.StringIO(), RamProgress(sent=100 * MIB, missing=20 * MIB, rate=8.0 * MIB, rounds=1)
+    report = PlainReport(out)
+    for _ in range(9):
+        report.ram(ram)
+        clock[0] += 0.5
+    assert out.getvalue() == ""
+    for _ in range(12):
+        report.ram(ram)
+        clock[0] += 0.5
+    assert out.getvalue().count("RAM: 100 MiB sent") == 2
+    report.progress(HALFWAY)
+    assert out.getvalue().count("512 of 1024 MiB") == 1
+
+
+def test_a_board_shows_the_latest_in_one_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+    with Board(out) as board:
+        board.show("vm: [bold] step 5", HALFWAY)
+        board.show("vm: step 6", None)
+    text = out.getvalue()
+    assert "vm: [bold] step 5" in text
+    assert "━" in text
+    # The cursor goes up before the second one.
+    assert "\x1b[1A" in text.split("step 5")[1]
+
+
+def test_a_board_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Board(None) as board:
+        board.show("vm: step 5", HALFWAY)
+        board.show("vm: step 6", None)
+    assert capsys.readouterr().out == "vm: step 5\nvm: step 6\n"
