@@ -5,17 +5,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
+import sys
+import time
 from collections.abc import Coroutine
+from pathlib import Path
 
 from nbdserve.common import clock, program
 from nbdserve.common.errors import UsageError
-from recipes.commands import overview
+from nbdserve.common.sizes import parse_size
+from recipes.commands import overview, report
 from recipes.commands.abort import abort
 from recipes.commands.resume import resume
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import interruptible
-from recipes.migrate.console import choose_report
+from recipes.migrate import journal
+from recipes.migrate.console import Board, choose_report
 from recipes.migrate.journal import check_name, remove
+from recipes.plans.limits import MOST
+from recipes.running import speed
 
 
 def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
@@ -29,6 +37,29 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
     each.add_argument("--watch", action="store_true", help="go on telling until nobody is at work on it")
     each.add_argument("--json", action="store_true", help="as a JSON object, on one line")
     each.set_defaults(body=show_status)
+    each = subcommands.add_parser("speed", help="change how fast the disk of a running migration is copied")
+    each.description = (
+        "Change what the stream of a migration may take while it runs, and say so once the run has taken it. "
+        "It is written down, and also holds when the migration is resumed. The RAM is not slowed down."
+    )
+    each.add_argument("name", metavar="NAME", type=check_name)
+    each.add_argument("size", metavar="SIZE", nargs="?", help="bytes per second, as in 50M; 0: any")
+    each.add_argument(
+        "--finish-by",
+        metavar="TIME",
+        help="choose the speed by when the stream is to have ended: HH:MM, or a date as 2030-01-31T06:00",
+    )
+    each.set_defaults(body=change_speed)
+    each = subcommands.add_parser("report", help="one page about a migration, or the same as JSON")
+    each.description = (
+        "Write one HTML page about a migration: what came when, bytes, rate over time, downtime, window, and "
+        "how long requests of the guest waited for A. It loads nothing from anywhere, and no host is asked. "
+        "The page needs Matplotlib, as Debian's python3-matplotlib."
+    )
+    each.add_argument("name", metavar="NAME", type=check_name)
+    each.add_argument("--output", metavar="FILE.html", type=Path, help="where to; default: NAME.html, here")
+    each.add_argument("--json", action="store_true", help="the same as a JSON object, on standard output")
+    each.set_defaults(body=write_report)
     each = subcommands.add_parser("resume", help="go on with a migration whose command has died")
     each.description = (
         "Go on with a migration that nobody acts on any more, wherever it had come to. Where the guest is "
@@ -72,25 +103,72 @@ def show_list(given: argparse.Namespace) -> int:
 def show_status(given: argparse.Namespace) -> int:
     """``nbd-migrate status``."""
     if given.watch:
-        overview.watch(given.name, _tell, as_object=given.json)
+        with Board(sys.stdout if sys.stdout.isatty() and not given.json else None) as board:
+            overview.watch(given.name, board.show, as_object=given.json)
         return program.EXIT_DONE
     text = overview.as_json(given.name) if given.json else "\n".join(overview.lines(given.name))
     _tell(text)
     return program.EXIT_DONE
 
 
+class Running:
+    """A migration of which something is asked."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def actor(self) -> int:
+        """Return the process that acts on it."""
+        return journal.actor(self._name)
+
+    def doing(self) -> str:
+        """Return what it does."""
+        return overview.PHASES[journal.last(self._name).phase]
+
+
+def change_speed(given: argparse.Namespace) -> int:
+    """``nbd-migrate speed``."""
+    if (given.size is None) == (given.finish_by is None):
+        raise UsageError("speed: give either SIZE or --finish-by")
+    if given.size is not None:
+        size, most = parse_size(given.size, "SIZE"), MOST["speed"][0]
+        if size > most:
+            raise UsageError(f"SIZE: {size} is too large: at most {most} bytes per second")
+        asked = speed.Asked.new(speed=size)
+    else:
+        asked = speed.Asked.new(finish_by=speed.moment(given.finish_by, "--finish-by", time.time()))
+    if journal.last(given.name).complete:
+        raise MigrationError(f"{given.name}: every block is on B already, so nothing was changed")
+    speed.ask(journal.directory_of(given.name), asked, Running(given.name))
+    _tell(f"{given.name}: the stream's speed: {speed.described(asked.speed, asked.finish_by)}")
+    return program.EXIT_DONE
+
+
+def write_report(given: argparse.Namespace) -> int:
+    """``nbd-migrate report``."""
+    if given.json and given.output:
+        raise UsageError("--json goes to standard output: leave --output out")
+    if given.json:
+        _tell(json.dumps(report.account_of(given.name).to_json()))
+        return program.EXIT_DONE
+    output = given.output or Path(f"{given.name}.html")
+    report.write(given.name, output)
+    _tell(f"{given.name}: {output} is the report")
+    return program.EXIT_DONE
+
+
 def run_resume(given: argparse.Namespace) -> int:
     """``nbd-migrate resume``."""
-    report = choose_report()
-    with contextlib.closing(report):
-        return clock.run(until_signal(resume(given.name, report, boot=given.boot)))
+    told = choose_report()
+    with contextlib.closing(told):
+        return clock.run(until_signal(resume(given.name, told, boot=given.boot)))
 
 
 def run_abort(given: argparse.Namespace) -> int:
     """``nbd-migrate abort``."""
-    report = choose_report()
-    with contextlib.closing(report):
-        return clock.run(until_signal(abort(given.name, report)))
+    told = choose_report()
+    with contextlib.closing(told):
+        return clock.run(until_signal(abort(given.name, told)))
 
 
 async def until_signal(work: Coroutine[object, object, object]) -> int:

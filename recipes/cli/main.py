@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from recipes.migrate.console import choose_report
 from recipes.migrate.journal import check_name
 from recipes.plans.plan import Plan, is_host_and_port
 from recipes.plans.planfile import load
+from recipes.running.speed import moment
 
 MIGRATION_PORT = "4444"
 """TCP port for the RAM where ``--to`` names none."""
@@ -98,6 +100,11 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
         "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
     )
     parser.add_argument("--name", type=check_name, help="the migration's name; else the guest's")
+    parser.add_argument(
+        "--finish-by",
+        metavar="TIME",
+        help="choose the speed by when the stream is to have ended: HH:MM, or a date as 2030-01-31T06:00",
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
     parser.add_argument("--check", action="store_true", help="only check the plan's file; touch no host")
 
@@ -145,8 +152,9 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
 
 def run_plan(given: argparse.Namespace) -> int:
     """``nbd-migrate run``."""
+    finish_by = finishing(given)
     if given.plan is None:
-        return run_found(given)
+        return run_found(given, finish_by)
     for name in ("to_dir", "export"):
         if getattr(given, name) is not None:
             option = f"--{name.replace('_', '-')}"
@@ -157,10 +165,10 @@ def run_plan(given: argparse.Namespace) -> int:
     if given.check:
         print(f"{given.plan}: nothing is wrong with it")
         return program.EXIT_DONE
-    return run_all(plan, given, finish_command(given))
+    return run_all(plan, given, finish_command(given), finish_by)
 
 
-def run_found(given: argparse.Namespace) -> int:
+def run_found(given: argparse.Namespace, finish_by: float) -> int:
     """``nbd-migrate run --source ...``: find out what there is to know, and run that."""
     changed = overrides(given)
     changed["source"].clear()
@@ -169,15 +177,24 @@ def run_found(given: argparse.Namespace) -> int:
     if given.check:
         print("nothing is wrong with the plan that was found")
         return program.EXIT_DONE
-    return run_all(plan, given, "")
+    return run_all(plan, given, "", finish_by)
 
 
-def run_all(plan: Plan, given: argparse.Namespace, finish: str) -> int:
+def run_all(plan: Plan, given: argparse.Namespace, finish: str, finish_by: float) -> int:
     """Run the six steps; ``finish`` is the command that does what an interruption leaves, or nothing."""
     report = choose_report(as_json=given.json)
     with contextlib.closing(report):
-        work = migrate(plan, report, name=given.name or "", finish=finish)
+        work = migrate(plan, report, name=given.name or "", finish=finish, finish_by=finish_by)
         return clock.run(until_signal(work))
+
+
+def finishing(given: argparse.Namespace) -> float:
+    """Return when the stream is to have ended, in seconds since the epoch; 0 if that was not said."""
+    if given.finish_by is None:
+        return 0.0
+    if given.speed is not None:
+        raise UsageError("--finish-by chooses the speed: leave --speed out")
+    return moment(given.finish_by, "--finish-by", time.time())
 
 
 def finish_plan(given: argparse.Namespace) -> int:

@@ -13,11 +13,12 @@ from recipes.certificates import placing
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import pasted
 from recipes.migrate import journal
-from recipes.migrate.console import describe
+from recipes.migrate.console import describe, describe_ram
 from recipes.migrate.leftovers import certificates_of, discarding, made
-from recipes.migrate.progress import Progress
+from recipes.migrate.progress import Progress, RamProgress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
 from recipes.plans.reaching import host_of
+from recipes.running.speed import described
 from recipes.steps import advice
 
 LOOK = 1.0
@@ -90,6 +91,10 @@ def lines(name: str) -> list[str]:
         told.append(advice.paused(state))
     if (moving := progress(name, state)) is not None:
         told.append(f"stream: {describe(moving)}")
+    if (ram := ram_progress(name, state)) is not None:
+        told.append(describe_ram(ram))
+    if state.phase in BEFORE | {Phase.ARRIVED, Phase.STREAM} and (state.plan.limits.speed or state.finish_by):
+        told.append(f"the stream may take {described(state.plan.limits.speed, state.finish_by)}")
     if state.recoveries:
         told.append(f"interrupted and taken up again {state.recoveries} times")
     if state.over:
@@ -133,30 +138,37 @@ def progress(name: str, state: State) -> Progress | None:
     return found.progress
 
 
+def ram_progress(name: str, state: State) -> RamProgress | None:
+    """Return how far the RAM is, as was told last; None where it does not move."""
+    found = journal.progress(name)
+    return None if state.phase is not Phase.MIGRATE or found is None else found.ram
+
+
 def as_json(name: str) -> str:
     """Return everything that is known of one migration, as one JSON object on one line."""
     states = journal.history(name)
     state, pid = states[-1], journal.actor(name)
-    moving = progress(name, state)
+    moving, ram = progress(name, state), ram_progress(name, state)
     values: dict[str, Any] = json.loads(state.to_json())
     values |= {
         "over": state.over,
         "at-work": pid != 0,
         "actor": pid if pid > 0 else None,
         "progress": None if moving is None else dataclasses.asdict(moving),
+        "ram": None if ram is None else dataclasses.asdict(ram),
         "history": [{"phase": each.phase.value, "time": each.time} for each in states],
     }
     return json.dumps(values)
 
 
-def watch(name: str, tell: Callable[[str], None], *, as_object: bool) -> None:
+def watch(name: str, tell: Callable[[str, Progress | None], None], *, as_object: bool) -> None:
     """Tell of a migration whenever something has changed, until it is over or nobody is at work on it."""
     before = ""
     while True:
         at_work = journal.actor(name) != 0
         now = as_json(name) if as_object else "\n".join(lines(name))
         if now != before:
-            tell(now)
+            tell(now, progress(name, journal.last(name)))
             before = now
         if not at_work:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -17,38 +16,24 @@ from recipes.migrate.runtime import Migration
 from recipes.plans.disks import PlannedDisk
 from recipes.qemu.vm import CommandError, Vm, VmSilentError
 
-RATE_WINDOW = 5.0
-"""Seconds over which the rate is averaged."""
-
 EVENTS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_IO_ERROR")
 
 
-class Meter:
-    """How fast something moves, and since when it does not."""
+class Stillness:
+    """Since when something does not move."""
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         """``clock`` is what stillness is measured by; by default the one that never stops."""
         self._clock = clock or time.monotonic
-        self._moved = self._clock()
-        self._samples = deque([(time.monotonic(), 0)])
+        self._moved, self._seen = self._clock(), 0
 
     def note(self, done: int) -> None:
         """Note how many bytes are done now."""
-        time_now = time.monotonic()
-        if done != self._samples[-1][1]:
-            self._moved = self._clock()
-        self._samples.append((time_now, done))
-        while time_now - self._samples[0][0] > RATE_WINDOW:
-            self._samples.popleft()
+        if done != self._seen:
+            self._moved, self._seen = self._clock(), done
 
     @property
-    def rate(self) -> float:
-        """Return bytes per second of late."""
-        (begin, first), (end, last) = self._samples[0], self._samples[-1]
-        return (last - first) / (end - begin) if end > begin else 0.0
-
-    @property
-    def still(self) -> float:
+    def seconds(self) -> float:
         """Return seconds without any movement."""
         return self._clock() - self._moved
 
@@ -67,7 +52,7 @@ class Job:
         self.name, self.device = engine_for(m).streamed(m.plan, disk)
         self.vm = vm
         self.done = m.state.disk(disk).complete
-        self.meter = Meter(now)
+        self.still = Stillness(now)
         self.offset, self.length = 0, m.state.disk(disk).size
 
     @property
@@ -83,7 +68,7 @@ class Job:
     def note(self, info: Mapping[str, Any]) -> None:
         """Note how far it is, by what query-block-jobs says."""
         self.offset, self.length = info["offset"], info["len"]
-        self.meter.note(self.offset)
+        self.still.note(self.offset)
 
 
 class Jobs:
@@ -92,9 +77,10 @@ class Jobs:
     def __init__(self, m: Migration) -> None:
         self._m = m
         self.all: list[Job] = []
+        self.speed = m.plan.limits.speed
+        """Of all of them together, in bytes per second; 0 is no limit."""
         # A monitor can be blocked while a node waits for its connection.
         self.patience = m.plan.limits.command + m.plan.limits.reconnect_delay
-        self._meter = Meter()
         self._most = 0
 
     async def find(self) -> None:
@@ -149,16 +135,20 @@ class Jobs:
     @property
     def share(self) -> int:
         """Return the speed of each of those that run, in bytes per second; 0 is no limit."""
-        speed = self._m.plan.limits.speed
-        return max(1, speed // max(1, len(self.running))) if speed else 0
+        return max(1, self.speed // max(1, len(self.running))) if self.speed else 0
 
     async def share_speed(self) -> None:
-        """Divide the speed that the plan allows among those that run."""
+        """Divide the speed among those that run."""
         for job in self.running:
             # It may have come to its end.
             with suppress(CommandError):
                 given = {"device": job.name, "speed": self.share}
                 await self.execute(job.vm, "block-job-set-speed", given)
+
+    @property
+    def missing(self) -> int:
+        """Return how many bytes are to come, as far as was told."""
+        return sum(job.bytes_missing for job in self.running)
 
     async def waiting(self) -> list[Job]:
         """Return those that an error has paused."""
@@ -178,8 +168,7 @@ class Jobs:
         whole = sum(self._m.state.disk(disk).size for disk in self._m.disks if disk.drive not in known)
         self._most = max(self._most, whole + sum(job.bytes_done for job in self.all))
         total = max(self._most, whole + sum(job.length for job in self.all))
-        self._meter.note(self._most)
-        return Progress(self._most, total, self._meter.rate, self._m.since_arrival)
+        return Progress(self._most, total, 0.0, self._m.since_arrival)
 
 
 class News:

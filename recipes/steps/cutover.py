@@ -14,12 +14,14 @@ from nbdserve.qmp.client import EventListener
 from recipes.channel import tls
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
-from recipes.migrate.progress import Moment
+from recipes.migrate.progress import Moment, RamProgress
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Arrival, Phase, Role
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.source import LOOK, WANTED, ram_sent, set_capabilities
 from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError, VmSilentError
+from recipes.running import speed
+from recipes.running.estimate import Estimate
 from recipes.steps import advice
 
 NOT_OURS = ("inmigrate", "prelaunch")
@@ -106,13 +108,23 @@ async def as_long_as_bytes_move(m: Migration, work: Coroutine[Any, Any, None], w
 
 async def silence(m: Migration) -> None:
     """Follow how A's QEMU sends its guest; return when nothing has moved for ``limits.silence``."""
-    limit, seen, moved = m.plan.limits.silence, None, now()
+    limit, seen, moved, estimate = m.plan.limits.silence, None, now(), Estimate()
+    # Once the guest stands still nothing else is done.
+    tells = m.state.phase is Phase.MIGRATE
     while now() - moved < limit:
         # While it writes what is left QEMU answers nobody.
         with suppress(VmSilentError):
-            sent = await ram_sent(m.a, limit)
-            if sent != seen:
-                seen, moved = sent, now()
+            ram = await ram_sent(m.a, limit)
+            if ram != seen:
+                seen, moved = ram, now()
+            estimate.note(now(), ram.sent, ram.missing)
+            if tells and ram.sent:
+                progress = RamProgress(ram.sent, ram.missing, estimate.rate, ram.rounds)
+                m.report.ram(progress)
+                m.journal.note_progress(ram=progress)
+        # What is asked of the stream counts once that begins.
+        if tells and (asked := speed.write_down(m)):
+            speed.take(m.journal.directory, asked)
         await asyncio.sleep(RAM_LOOK)
 
 

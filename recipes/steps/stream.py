@@ -9,6 +9,7 @@ from typing import Any
 from nbdserve.common.errors import ConnectError
 from recipes.engines.choice import engine_for
 from recipes.engines.jobs import Job, Jobs, News, heard
+from recipes.engines.pace import Pace
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import Migration, gone
@@ -47,6 +48,7 @@ class Stream:
         self._m = m
         self._limits = m.plan.limits
         self._jobs = Jobs(m)
+        self._pace = Pace(m, self._jobs)
         self._recovery = Recovery(m, self._jobs)
         self._restarts = self._ways = 0
         self._settling: set[asyncio.Task[None]] = set()
@@ -54,6 +56,7 @@ class Stream:
     async def run(self) -> None:
         """Stream to the end; MigrationError says what to do when that cannot be reached."""
         await self._jobs.find()
+        self._pace.choose(self._jobs.missing)
         try:
             while True:
                 try:
@@ -182,7 +185,7 @@ class Stream:
             raise await self._recovery.advised(why, await advice.server_hangs(self._m))
         job.done = True
         self._settling.add(asyncio.create_task(self._settle(job.disk)))
-        if self._limits.speed:
+        if self._jobs.speed:
             await self._jobs.share_speed()
 
     async def _settle(self, disk: PlannedDisk) -> None:
@@ -220,10 +223,10 @@ class Stream:
 
     async def _look(self) -> None:
         """Report how far the jobs are; MigrationError when one has not moved for too long."""
-        progress = await self._jobs.look()
+        progress = await self._pace.look()
         self._m.report.progress(progress)
         self._m.journal.note_progress(progress)
         for job in self._jobs.running:
-            if job.meter.still > self._limits.stall:
+            if job.still.seconds > self._limits.stall:
                 why = f"the stream{self._m.about(job.disk)} has not moved for {self._limits.stall:g} s"
                 raise await self._recovery.advised(why, await advice.server_hangs(self._m))

@@ -32,6 +32,8 @@ COMMANDS = (
     ("nbd-migrate", "finish"),
     ("nbd-migrate", "list"),
     ("nbd-migrate", "status"),
+    ("nbd-migrate", "speed"),
+    ("nbd-migrate", "report"),
     ("nbd-migrate", "resume"),
     ("nbd-migrate", "abort"),
     ("nbd-migrate", "cleanup"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,7 +17,9 @@ from recipes.plans.limits import Limits
 from recipes.steps.stream import Stream
 
 
-def test_what_was_under_way_for_a_complete_disk_ends_with_the_stream_and_says_nothing() -> None:
+def test_what_was_under_way_for_a_complete_disk_ends_with_the_stream_and_says_nothing(
+    tmp_path: Path,
+) -> None:
     complaints: list[dict[str, Any]] = []
     ended: list[str] = []
 
@@ -31,7 +34,9 @@ def test_what_was_under_way_for_a_complete_disk_ends_with_the_stream_and_says_no
     async def run() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         plan = SimpleNamespace(limits=Limits())
-        stream = Stream(cast(Migration, SimpleNamespace(plan=plan, disks=(), state=None)))
+        state, journal = SimpleNamespace(finish_by=0.0), SimpleNamespace(directory=tmp_path)
+        m = SimpleNamespace(plan=plan, disks=(), state=state, journal=journal, b=None)
+        stream = Stream(cast(Migration, m))
 
         async def fail() -> None:
             stream._settling |= {asyncio.create_task(settle(fails=fails)) for fails in (True, False)}

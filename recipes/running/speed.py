@@ -1,0 +1,184 @@
+"""How fast a stream may be: what an operator asks of a run, and the speed that ends it in time.
+
+The monitors are the run's, so a wish lies as a small file in the migration's directory, where the run finds
+it when it looks how far it is. It gives the file another name when it has written down what is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from nbdserve.common.errors import UsageError
+from nbdserve.common.sizes import format_size
+from recipes.errors import MigrationError
+from recipes.migrate.decoding import decoded
+from recipes.migrate.journal import SPEED_ASKED, SPEED_TAKEN
+from recipes.migrate.runtime import Migration
+from recipes.migrate.state import LATEST
+from recipes.plans.limits import MOST
+
+ANSWER = 30.0
+"""Seconds in which a run takes what is asked of it; some of its steps look at nothing for a while."""
+
+LOOK = 0.1
+"""Seconds between two looks whether it was taken."""
+
+LEAST = 1 << 16
+"""Bytes per second below which no end in time is worth it."""
+
+HURRY = 1.05
+"""How much faster than it must be a stream is that is to end in time: a guest's own requests come first."""
+
+_LONGEST = 4096
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked: at most ``speed`` bytes per second, where 0 is no limit, or the end by ``finish_by``.
+
+    finish_by  seconds since the epoch; 0: whenever it comes
+    mark       tells it from what is asked later
+    """
+
+    speed: int
+    finish_by: float
+    mark: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.speed <= MOST["speed"][0] or not 0 <= self.finish_by < LATEST:
+            raise ValueError(f"{self.speed}, {self.finish_by}")
+
+    @classmethod
+    def new(cls, *, speed: int = 0, finish_by: float = 0.0) -> Asked:
+        """Return one of our own."""
+        return cls(speed, finish_by, secrets.token_hex(8))
+
+
+class Known(Protocol):
+    """What is to be known of a migration of which something is asked."""
+
+    def actor(self) -> int:
+        """Return the process that acts on it: its id, 0 if nobody does, or less where it is not known."""
+
+    def doing(self) -> str:
+        """Return what it does, for the operator."""
+
+
+def find(directory: Path, name: str = SPEED_ASKED) -> Asked | None:
+    """Return what is asked of the migration in this directory; None where nothing is, or nothing readable."""
+    try:
+        with open(directory / name, "rb", opener=_opened) as file:
+            return decoded(Asked, json.loads(file.read(_LONGEST)))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _opened(path: str, flags: int) -> int:
+    # What is no file of ours must not be waited for.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def write_down(m: Migration) -> Asked | None:
+    """Return what is asked of a running migration, once the journal has it; None where nothing is."""
+    asked = find(m.journal.directory)
+    if asked is None:
+        return None
+    limits = replace(m.plan.limits, speed=asked.speed)
+    m.record(plan=replace(m.plan, limits=limits), finish_by=asked.finish_by)
+    m.report.note(f"the stream's speed was changed: {described(asked.speed, asked.finish_by)}")
+    return asked
+
+
+def described(speed: int, finish_by: float) -> str:
+    """Return what a stream may take, for the operator."""
+    if finish_by:
+        then = datetime.fromtimestamp(finish_by).isoformat(" ", "minutes")
+        return f"as much as it needs to end by {then}"
+    return f"at most {format_size(speed)} per second" if speed else "no limit"
+
+
+def take(directory: Path, asked: Asked) -> None:
+    """Say that this was done; what was asked in the same instant is asked still."""
+    if find(directory) == asked:
+        with suppress(OSError):
+            (directory / SPEED_ASKED).replace(directory / SPEED_TAKEN)
+
+
+def withdraw(directory: Path, asked: Asked) -> None:
+    """Ask it no more."""
+    if find(directory) == asked:
+        with suppress(OSError):
+            (directory / SPEED_ASKED).unlink()
+
+
+def ask(directory: Path, asked: Asked, known: Known, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Ask it, and wait until it was taken.
+
+    Raises MigrationError when nobody is at work, or does not take it: then it is asked no more.
+    """
+    name = directory.name
+    if not known.actor():
+        raise MigrationError(
+            f"nobody is at work on {name}, so nothing was changed: nbd-migrate resume {name} takes it up"
+        )
+    path, fresh = directory / SPEED_ASKED, directory / f"{SPEED_ASKED}.{asked.mark}"
+    try:
+        fresh.write_text(json.dumps(asdict(asked)))
+        fresh.replace(path)
+    except OSError as error:
+        raise MigrationError(f"{path}: {error.strerror}") from error
+    waited = 0.0
+    while find(directory) == asked:
+        if not known.actor():
+            withdraw(directory, asked)
+            raise MigrationError(f"{name}: the run has ended before it took this, so nothing was changed")
+        if waited > ANSWER:
+            withdraw(directory, asked)
+            raise MigrationError(
+                f"{name}: the run has not taken this within {ANSWER:g} s, so nothing was changed; it is at: "
+                f"{known.doing()}; ask again later"
+            )
+        sleep(LOOK)
+        waited += LOOK
+    if find(directory, SPEED_TAKEN) != asked:
+        raise MigrationError(f"{name}: something else was asked meanwhile, which counts")
+
+
+def moment(text: str, option: str, now: float) -> float:
+    """Return the seconds since the epoch of ``HH:MM``, the next time that it is so late here, or of an ISO
+    date with a time.
+
+    Raises UsageError, with the option's name, for anything else, and for what is over.
+    """
+    try:
+        if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", text):
+            hour, minute = map(int, text.split(":"))
+            today = datetime.fromtimestamp(now)
+            then = today.replace(hour=hour, minute=minute, second=0, microsecond=0)
+            if then <= today:
+                then += timedelta(days=1)
+        else:
+            then = datetime.fromisoformat(text)
+        seconds = then.timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(
+            f"{option} {text!r} is no time: write HH:MM, or a date as in 2030-01-31T06:00"
+        ) from error
+    if not now < seconds < LATEST:
+        raise UsageError(f"{option} {text!r} is not to come")
+    return seconds
+
+
+def in_time(missing: int, seconds: float) -> int:
+    """Return the bytes per second at which so many are moved in time; 0, no limit, when that is over."""
+    return max(LEAST, int(missing / seconds * HURRY)) if seconds > 0 else 0
