@@ -69,7 +69,8 @@ if ! why=$(qmp query-status --get status --until 'running|paused|io-error|shutdo
     die "${why#nbd-migrate: }"
 fi
 driver=$(nodes "$NODE.drv" 2>/dev/null) || die "NODE: B's QEMU has no block node $NODE"
-[ "$driver" != nbd ] ||
+socket=$(nodes "$NODE-socket.drv" 2>/dev/null) || socket=
+[[ $driver != nbd && $socket != nbd ]] ||
     die "NODE: $NODE is served by nbd-overlay, which copies: finish that with nbd-migrate finish and the run's plan"
 
 # start_stream: start the job; where every block is local already it has nothing to do.

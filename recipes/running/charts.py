@@ -45,7 +45,7 @@ def draw(account: Account) -> dict[str, str]:
     try:
         import matplotlib
     except ImportError as error:
-        pip = pasted([sys.executable, "-m", "pip", "install", "matplotlib"])
+        pip = pasted([sys.executable, "-P", "-m", "pip", "install", "matplotlib"])
         raise MigrationError(MISSING.format(pip=pip)) from error
     # Text stays text, and the same migration has the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": account.name, "font.size": 9}):

@@ -16,7 +16,7 @@ from recipes.certificates.placing import place, remove
 from recipes.hosts.host import Host
 from recipes.qemu.credentials import ID, Parameters, drop_credentials, parameters_of, use_credentials
 from recipes.qemu.vm import CommandError, Vm, connect
-from tests.support.processes import Process
+from tests.support.processes import Process, listens
 from tests.support.servers import free_tcp_address
 
 HERE = Host("this host")
@@ -57,8 +57,8 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         return Process([*qemu, "-qmp", monitor, *more], tmp_path / f"{name}.log")
 
     with start("a") as a, start("b", "-incoming", "defer") as b:
-        for name, process in (("a", a), ("b", b)):
-            process.wait_for(made.monitor(name).exists, "its monitor", SECONDS)
+        a.wait_for(lambda: listens(made.monitor("a")), "its monitor", SECONDS)
+        b.wait_for(lambda: listens(made.monitor("b")), "its monitor", SECONDS)
         yield made
 
 

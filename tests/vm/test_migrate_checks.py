@@ -195,4 +195,9 @@ def test_a_monitor_that_is_taken_is_not_given_to_the_destination(stage: Scene) -
 
 def test_a_place_for_the_ram_that_cannot_be_is_found_before_the_guest_is_touched(stage: Scene) -> None:
     stage.change("destination", migration="unix:/nowhere/migration")
+    assert_refused(stage, "there is no directory for /nowhere/migration on B; make it: mkdir -p /nowhere")
+
+
+def test_a_place_for_the_ram_that_qemu_refuses_leaves_the_guest_untouched(stage: Scene) -> None:
+    stage.change("destination", migration=f"unix:{stage.directory}")
     assert_refused(stage, "step 3 (launch the destination): B's QEMU refused migrate-incoming")

@@ -21,7 +21,7 @@ from recipes.migrate import journal
 from recipes.migrate.decide import MOVING, ON_B, PREPARING, SENDING
 from recipes.migrate.state import Phase
 from tests.support.killed import NAME, SECONDS, command, kill_at, traced
-from tests.support.processes import Process, run, wait_until
+from tests.support.processes import Process, listens, run, wait_until
 from tests.support.vms import NBD_MIGRATE, QEMU, Role, Scene, lives, monitor, running, scene
 
 ENTRIES = 18
@@ -162,7 +162,7 @@ def test_a_guest_that_runs_at_a_s_monitor_later_is_not_ended(stage: Scene) -> No
     stage.monitor_a.unlink(missing_ok=True)
     argv = [*QEMU, "-qmp", f"unix:{stage.monitor_a},server=on,wait=off"]
     with Process(argv, stage.directory / "another.log") as another:
-        wait_until(stage.monitor_a.exists, "it is there", SECONDS)
+        wait_until(lambda: listens(stage.monitor_a), "it is there", SECONDS)
         code, said = command("resume", NAME)
         assert (code, "the QEMU at A's monitor has one, too" in said) == (1, True), said
         code, told = command("finish", str(stage.plan_file()))

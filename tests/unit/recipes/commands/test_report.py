@@ -196,7 +196,7 @@ def test_without_matplotlib_it_is_said_how_to_get_it_and_json_needs_none(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", "vm"]) == 1
     assert re.fullmatch(
-        rf"nbd-migrate: the report's page needs .*: {sys.executable} -m pip install matplotlib; .*\n",
+        rf"nbd-migrate: the report's page needs .*: {sys.executable} -P -m pip install matplotlib; .*\n",
         capsys.readouterr().err,
     )
     assert not (kept / "vm.html").exists()
