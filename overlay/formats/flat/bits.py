@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from overlay.formats.ranges import cut
+
 
 def get(bitmap: bytearray | bytes, begin: int, end: int) -> int:
     """Return the bits from ``begin`` to ``end`` as a number, the first one lowest."""
@@ -44,28 +46,20 @@ def masks(
     """
     found: dict[int, bytearray | None] = {}
     ones, zeros = ((1 << per_map) - 1).to_bytes(per_map // 8, "little"), bytes(per_map // 8)
-    number, bitmap = -1, bytearray()
-    start = stop = reached = 0
-    for offset, length in sorted(ranges):
-        begin, end = offset // unit, -(-(offset + length) // unit) if length else 0
-        if begin < reached:
-            begin = reached
-        while begin < end:
-            if begin >= stop:
-                if len(found) >= most:
-                    yield found
-                    found = {}
-                number = begin // per_map
-                start, stop = number * per_map, (number + 1) * per_map
-                found[number] = bitmap = bytearray(ones)
-            first, last = begin - start, (end if end < stop else stop) - start
-            if (first | last) & 7:
-                clear_all(bitmap, first, last)
-            else:
-                bitmap[first >> 3 : last >> 3] = zeros[first >> 3 : last >> 3]
-            if last - first == per_map:
-                found[number] = None
-            begin = reached = start + last
+    current, bitmap = -1, bytearray()
+    for number, first, last in cut(ranges, unit, per_map):
+        if number != current:
+            if len(found) >= most:
+                yield found
+                found = {}
+            found[number] = bitmap = bytearray(ones)
+            current = number
+        if (first | last) & 7:
+            clear_all(bitmap, first, last)
+        else:
+            bitmap[first >> 3 : last >> 3] = zeros[first >> 3 : last >> 3]
+        if last - first == per_map:
+            found[number] = None
     if found:
         yield found
 

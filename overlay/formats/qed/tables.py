@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from nbdserve.common.errors import ImageError
 from overlay.formats.qed.header import ENTRY_BYTES, Header
+from overlay.formats.ranges import cut
 from overlay.formats.storage import Storage
 
 ABSENT, ZERO = 0, 1
@@ -179,24 +180,16 @@ class Tables:
 
     def slices(self, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[slice]]]:
         """Cut ranges (offset, length) up at the slices: number of each, once, and parts of its entries."""
-        unit, size = self._header.cluster_size, self._slice_entries
-        start = stop = reached = 0
+        current = -1
         parts: list[slice] = []
-        for offset, length in sorted(ranges):
-            begin, end = offset // unit, -(-(offset + length) // unit) if length else 0
-            if begin < reached:
-                begin = reached
-            while begin < end:
-                if begin >= stop:
-                    if parts:
-                        yield start // size, parts
-                    start, parts = begin - begin % size, []
-                    stop = start + size
-                last = end if end < stop else stop
-                parts.append(slice(begin - start, last - start))
-                begin = reached = last
+        for number, first, last in cut(ranges, self._header.cluster_size, self._slice_entries):
+            if number != current:
+                if parts:
+                    yield current, parts
+                current, parts = number, []
+            parts.append(slice(first, last))
         if parts:
-            yield start // size, parts
+            yield current, parts
 
     def allocate(self, count: int) -> int:
         """Let the file grow by ``count`` clusters of zeros; the offset of the first. Raises OSError."""

@@ -1,0 +1,25 @@
+"""Ranges of the disk, cut up at the tables that tell of it: chunks of bitmaps, slices of an L2 table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+
+def cut(ranges: Iterable[tuple[int, int]], unit: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the parts of ranges (offset, length) in bytes: number of a table, its first entry and the end.
+
+    A table has ``size`` entries, and each stands for ``unit`` bytes; what a range covers in part counts. They
+    come in order, and no entry twice. There may be very many ranges, while a guest stands still.
+    """
+    number = start = stop = reached = 0
+    for offset, length in sorted(ranges):
+        begin, end = offset // unit, -(-(offset + length) // unit) if length else 0
+        if begin < reached:
+            begin = reached
+        while begin < end:
+            if begin >= stop:
+                number = begin // size
+                start, stop = number * size, (number + 1) * size
+            reached = end if end < stop else stop
+            yield number, begin - start, reached - start
+            begin = reached
