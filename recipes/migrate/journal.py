@@ -161,7 +161,7 @@ def _read(name: str) -> tuple[Path, list[bytes]]:
     """Return the lines of a journal, at least one; raises MigrationError, EmptyJournalError."""
     path = base_directory() / check_name(name) / _JOURNAL
     try:
-        with os.fdopen(_regular(path, os.O_RDONLY), "rb") as file:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
             lines = list(_whole_lines(file.read()))
     except FileNotFoundError as error:
         raise MigrationError(f"there is no migration {name}: see nbd-migrate list") from error
@@ -172,7 +172,7 @@ def _read(name: str) -> tuple[Path, list[bytes]]:
     return path, lines
 
 
-def _regular(path: Path, flags: int) -> int:
+def open_regular(path: Path, flags: int) -> int:
     """Open a regular file. Raises OSError, EINVAL for any other, as a FIFO, which would be waited for."""
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -192,8 +192,9 @@ class Told:
 
 def progress(name: str) -> Told | None:
     """Return how far the stream was when that was told last; None if unknown."""
+    path = base_directory() / check_name(name) / _PROGRESS
     try:
-        with os.fdopen(_regular(base_directory() / check_name(name) / _PROGRESS, os.O_RDONLY), "rb") as file:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
             told = decoded(Told, json.loads(file.read()))
     except (OSError, ValueError, RecursionError):
         return None
@@ -269,7 +270,7 @@ class Journal:
             lock.sign()
             path = directory / _JOURNAL
             try:
-                fd = _regular(path, os.O_RDWR | os.O_CREAT)
+                fd = open_regular(path, os.O_RDWR | os.O_CREAT)
             except OSError as error:
                 raise MigrationError(f"{path}: {error.strerror}") from error
             stack.callback(os.close, fd)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from recipes.migrate.journal import SAMPLES
+from recipes.migrate.journal import SAMPLES, open_regular
 
 MOST = 2000
 """Samples, of some hundred bytes each."""
@@ -48,7 +49,7 @@ class Sample:
 def load(directory: Path) -> list[Sample]:
     """Return the samples of the migration in this directory, as far as they can be read."""
     found = []
-    with suppress(OSError), open(directory / SAMPLES, "rb") as file:
+    with suppress(OSError), os.fdopen(open_regular(directory / SAMPLES, os.O_RDONLY), "rb") as file:
         for line in file.read(_LONGEST).splitlines():
             with suppress(ValueError, TypeError, RecursionError):
                 values = json.loads(line)
@@ -81,10 +82,11 @@ class Samples:
         if len(self._kept) > MOST:
             self._kept = self._kept[::2]
             self._every *= 2
-            self._write(self._kept, "w")
+            self._write(self._kept, os.O_TRUNC)
         else:
-            self._write([sample], "a")
+            self._write([sample], os.O_APPEND)
 
-    def _write(self, samples: Sequence[Sample], mode: str) -> None:
-        with suppress(OSError), open(self._path, mode, encoding="ascii") as file:
+    def _write(self, samples: Sequence[Sample], how: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | how
+        with suppress(OSError), os.fdopen(open_regular(self._path, flags), "w", encoding="ascii") as file:
             file.writelines(f"{json.dumps(astuple(sample), separators=(',', ':'))}\n" for sample in samples)

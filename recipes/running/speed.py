@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +21,7 @@ from nbdserve.common.errors import UsageError
 from nbdserve.common.sizes import format_size
 from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
-from recipes.migrate.journal import SPEED_ASKED, SPEED_TAKEN
+from recipes.migrate.journal import SPEED_ASKED, SPEED_TAKEN, open_regular
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import LATEST
 from recipes.plans.limits import MOST
@@ -61,7 +60,7 @@ class Asked:
     @classmethod
     def new(cls, *, speed: int = 0, finish_by: float = 0.0) -> Asked:
         """Return one of our own."""
-        return cls(speed, finish_by, secrets.token_hex(8))
+        return cls(speed, finish_by, os.urandom(8).hex())
 
 
 class Known(Protocol):
@@ -77,15 +76,10 @@ class Known(Protocol):
 def find(directory: Path, name: str = SPEED_ASKED) -> Asked | None:
     """Return what is asked of the migration in this directory; None where nothing is, or nothing readable."""
     try:
-        with open(directory / name, "rb", opener=_opened) as file:
+        with os.fdopen(open_regular(directory / name, os.O_RDONLY), "rb") as file:
             return decoded(Asked, json.loads(file.read(_LONGEST)))
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def _opened(path: str, flags: int) -> int:
-    # What is no file of ours must not be waited for.
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def write_down(m: Migration) -> Asked | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,9 @@ def test_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     Samples(tmp_path).note(sample(1))
     assert load(tmp_path) == []
     assert load(tmp_path / "gone") == []
+
+
+def test_what_is_no_file_of_ours_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / SAMPLES)
+    assert load(tmp_path) == []
+    Samples(tmp_path).note(Sample(1.0, 0, 1, 0.0))
