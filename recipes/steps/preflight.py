@@ -10,6 +10,7 @@ from typing import Any
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
+from recipes.checks.space import Need, shortages
 from recipes.connections.installed import check_version
 from recipes.connections.monitors import MonitorAt
 from recipes.engines.choice import engine_of
@@ -153,19 +154,16 @@ async def check_space(plan: Plan, host_a: Host, host_b: Host) -> None:
     """What A's images hold now must have room on B; of a block device it is not known how much that is."""
     limit = plan.limits.command
     images = [disk.image for disk in plan.disks]
-    directories = [str(PurePosixPath(disk.target).parent) for disk in plan.disks]
     held = await host_a.run("stat", "-L", "--format=%b %B", "--", *images, limit=limit)
-    free = await host_b.run("stat", "-f", "--format=%i %a %S", "--", *directories, limit=limit)
-    needed: dict[str, int] = {}
-    for image, there, directory in zip(held.splitlines(), free.splitlines(), directories, strict=True):
-        blocks, block = image.split()
-        file_system, left, size = there.split()
-        needed[file_system] = needed.get(file_system, 0) + int(blocks) * int(block)
-        if needed[file_system] > (room := int(left) * int(size)):
-            raise MigrationError(
-                f"{plan.called('target')}: {format_size(room)} are left in {directory} on B, and "
-                f"A's images hold {format_size(needed[file_system])} at least; make room"
-            )
+    needs = []
+    for disk, said in zip(plan.disks, held.splitlines(), strict=True):
+        blocks, block = said.split()
+        needs.append(Need(disk.target, int(blocks) * int(block)))
+    for short in await shortages(needs, host_b, limit):
+        raise MigrationError(
+            f"{plan.called('target')}: {format_size(short.free)} are left in {short.directory} on B, and "
+            f"A's images hold {format_size(short.needed)} at least; make room"
+        )
 
 
 def check_hooks(hooks: Hooks) -> None:
