@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from recipes.certificates.authority import Identity
 from recipes.hosts.host import Host
+from recipes.hosts.quoting import on_one_line
 
 NAMES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem")
 """All that there is in the directory."""
@@ -47,13 +48,13 @@ async def place(
     """
     files = zip(NAMES, (authority, identity.certificate, identity.key), strict=False)
     given = "".join(f"{name}\n{content}" for name, content in files)
-    script = " ".join(_PLACE.split("\n"))
+    script = on_one_line(_PLACE)
     await host.run("sh", "-c", script, "sh", directory, owner, limit=limit, given=given)
 
 
 async def remove(host: Host, directory: str, limit: float) -> None:
     """Remove the directory with what place() has written; it may not be there. Raises as Host.run() does."""
-    await host.run("sh", "-c", " ".join(_REMOVE.split("\n")), "sh", directory, limit=limit)
+    await host.run("sh", "-c", on_one_line(_REMOVE), "sh", directory, limit=limit)
 
 
 def removing(directory: str) -> list[str]:

@@ -44,11 +44,7 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
     )
     each.add_argument("name", metavar="NAME", type=check_name)
     each.add_argument("size", metavar="SIZE", nargs="?", help="bytes per second, as in 50M; 0: any")
-    each.add_argument(
-        "--finish-by",
-        metavar="TIME",
-        help="choose the speed by when the stream is to have ended: HH:MM, or a date as 2030-01-31T06:00",
-    )
+    add_finish_by(each)
     each.set_defaults(body=change_speed)
     each = subcommands.add_parser("report", help="one page about a migration, or the same as JSON")
     each.description = (
@@ -87,6 +83,15 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
         help="forget also these that are not over, and say what is left of them; no host is asked",
     )
     each.set_defaults(body=run_cleanup)
+
+
+def add_finish_by(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the option that says when a stream is to have ended."""
+    parser.add_argument(
+        "--finish-by",
+        metavar="TIME",
+        help="choose the speed by when the stream is to have ended: HH:MM, or a date as 2030-01-31T06:00",
+    )
 
 
 def _tell(text: str) -> None:

@@ -14,7 +14,7 @@ from nbdserve.common import clock, program, sizes
 from nbdserve.common.errors import UsageError
 from nbdserve.common.uri import is_ipv6
 from recipes.cli import journal_commands, pivot_command, plan_command, small
-from recipes.cli.journal_commands import until_signal
+from recipes.cli.journal_commands import add_finish_by, until_signal
 from recipes.cli.small import PROGRAM
 from recipes.commands.finish import finish
 from recipes.commands.run import migrate
@@ -100,11 +100,7 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
         "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
     )
     parser.add_argument("--name", type=check_name, help="the migration's name; else the guest's")
-    parser.add_argument(
-        "--finish-by",
-        metavar="TIME",
-        help="choose the speed by when the stream is to have ended: HH:MM, or a date as 2030-01-31T06:00",
-    )
+    add_finish_by(parser)
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
     parser.add_argument("--check", action="store_true", help="only check the plan's file; touch no host")
 

@@ -9,6 +9,7 @@ from nbdserve import __version__
 from recipes.errors import MigrationError
 from recipes.hosts.calls import HostError
 from recipes.hosts.host import Host
+from recipes.hosts.quoting import on_one_line
 
 PLACE = "/opt/nbd-migrate/bin"
 """Where README.md installs it."""
@@ -27,7 +28,7 @@ async def find_commands(host: Host, key: str, limit: float) -> str:
     that of the plan that would say where they are.
     """
     places = [str(Path(sys.executable).parent), PLACE]
-    found = (await host.run("sh", "-c", " ".join(_FIND.split("\n")), "sh", *places, limit=limit)).strip()
+    found = (await host.run("sh", "-c", on_one_line(_FIND), "sh", *places, limit=limit)).strip()
     if not found.startswith("/"):
         raise MigrationError(
             f"there is no nbdserve on {host.name}: it is not on the PATH of {host.address}, nor in "

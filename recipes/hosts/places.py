@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from recipes.hosts.host import Host
+from recipes.hosts.quoting import on_one_line
 
 _STATE = """
 if test ! -b "$1"; then exit; fi;
@@ -26,7 +27,7 @@ if test "$(id -u)" = 0; then echo /var/lib; else echo "${XDG_STATE_HOME:-$HOME/.
 
 async def place_of(host: Host, image: str, limit: float) -> PurePosixPath:
     """Return the directory for what belongs to this image on this host; raises as Host.run() does."""
-    script = " ".join(_STATE.split("\n"))
+    script = on_one_line(_STATE)
     state = (await host.run("sh", "-c", script, "sh", image, limit=limit)).strip()
     return PurePosixPath(state, "nbd-migrate", name_of(image)) if state else PurePosixPath(image).parent
 

@@ -35,3 +35,8 @@ def _escaped(char: str) -> str:
     if char.isascii() and char.isprintable() and char != " ":
         return char
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(char))
+
+
+def on_one_line(script: str) -> str:
+    """Return a script for a shell as one line, as messages show what was run; its commands end with ``;``."""
+    return " ".join(script.split("\n"))

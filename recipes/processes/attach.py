@@ -9,15 +9,12 @@ where none listens, it is ``{"failed": MESSAGE}``, and a socket that one who was
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from nbdserve.common import standard_streams
-from recipes.connections.bridge import pass_on
+from recipes.connections.bridge import pass_on, tell
 from recipes.processes.named_socket import connect, socket_beside
 
 
@@ -34,8 +31,7 @@ def main(arguments: list[str]) -> int:
         if isinstance(error, ConnectionRefusedError):
             # Its supervisor was killed.
             path.unlink(missing_ok=True)
-        with suppress(OSError):
-            os.write(1, json.dumps({"failed": f"{path}: {error.strerror or error}"}).encode() + b"\n")
+        tell({"failed": f"{path}: {error.strerror or error}"})
         return 1
     with supervisor:
         pass_on(supervisor)
