@@ -39,7 +39,7 @@ from recipes.migrate.lock import NAME as LOCK
 from recipes.migrate.lock import Lock, holder
 from recipes.migrate.progress import Progress, RamProgress
 from recipes.migrate.state import OVER, State
-from recipes.plans.plan import Plan
+from recipes.plans.plan import Plan, way_to
 
 LONGEST_NAME = 40
 """Characters: it stands in a line of ``list``, and in file names."""
@@ -132,7 +132,7 @@ def of_destination(plan: Plan) -> list[State]:
     return [
         state
         for state in known()
-        if state.plan.destination.shell == plan.destination.shell
+        if way_to(state.plan.destination) == way_to(plan.destination)
         and targets & {disk.target for disk in state.plan.disks}
     ]
 

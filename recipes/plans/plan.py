@@ -238,6 +238,11 @@ class Plan:
         return self.destination.migration.removeprefix("tcp:").rpartition(":")[0].strip("[]")
 
 
+def way_to(there: Source | Destination) -> Command:
+    """Return the prefix of commands for a side of a plan: ssh, where it has an address."""
+    return ("ssh", there.host) if there.host else there.shell
+
+
 def is_host_and_port(text: str) -> bool:
     """Tell whether the text is ``HOST:PORT`` with a port of 1 to 65535; an IPv6 host stands in brackets.
 

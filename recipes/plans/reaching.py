@@ -11,7 +11,7 @@ from recipes.connections.monitors import MonitorAt, monitor_of
 from recipes.connections.sharing import sharing
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.plans.plan import Destination, Plan, Source
+from recipes.plans.plan import Destination, Plan, Source, way_to
 from recipes.qemu.vm import Vm, connect
 
 
@@ -72,8 +72,7 @@ async def looked_at(a: str, b: str, limit: float) -> AsyncIterator[tuple[Host, H
 
 def host_of(name: str, there: Source | Destination) -> Host:
     """Return the host of one side of a plan."""
-    shell = ("ssh", there.host) if there.host else there.shell
-    return Host(name, shell, there.bin, there.host)
+    return Host(name, way_to(there), there.bin, there.host)
 
 
 def monitor_a(plan: Plan, host: Host) -> MonitorAt:

@@ -312,3 +312,14 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "nbd-migrate").write_text("")
     with pytest.raises(MigrationError, match=r"Not a directory|File exists"):
         Journal.begin("vm")
+
+
+def test_an_image_of_the_same_name_on_another_host_is_another_one() -> None:
+    there = replace(PLAN, destination=replace(PLAN.destination, host="ssh://b.example"))
+    elsewhere = replace(PLAN, destination=replace(PLAN.destination, host="ssh://c.example"))
+    begun = Journal.begin("vm")
+    begun.append(replace(FULL, plan=there))
+    begun.close()
+    assert [state.name for state in journal.of_destination(there)] == ["vm"]
+    assert journal.of_destination(elsewhere) == []
+    assert journal.of_destination(PLAN) == []
