@@ -12,7 +12,7 @@ PACKAGES := python3-venv python3-libnbd libnbd-bin qemu-system-x86 qemu-utils nb
 	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3 openssl gnutls-bin curl strace systemd \
 	openssh-client openssh-server sudo git
 
-.PHONY: setup packages demo test check unit lint types bench bench-quick fuzz soak chaos docs clean
+.PHONY: setup packages demo test test-all check unit lint types bench bench-quick fuzz soak chaos docs clean
 
 setup: packages $(VENV)/.installed
 
@@ -41,6 +41,10 @@ PARALLEL := -n $(JOBS) --dist worksteal
 
 test: setup
 	$(BIN)/pytest $(PARALLEL)
+
+# Every cell of every matrix, of which `make test` runs those that stand for the others.
+test-all: setup
+	$(BIN)/pytest $(PARALLEL) -m ''
 
 # What needs no QEMU.
 check: lint types
