@@ -13,8 +13,8 @@ from dataclasses import replace
 from nbdserve.common.uri import NbdUri, Tls, TlsType
 from recipes.certificates.authority import issue
 from recipes.certificates.placing import place
+from recipes.channel.source_user import source_user
 from recipes.errors import MigrationError
-from recipes.hosts.calls import HostError
 from recipes.hosts.host import Host
 from recipes.hosts.places import place_of
 from recipes.migrate.leftovers import remove_certificates
@@ -45,7 +45,8 @@ async def make_certificates(m: Migration) -> None:
     m.record(certificates=made)
     disk_host = plan.export.address.host if plan.disk_over_tls else ""
     issued = issue([disk_host or "a"], [plan.ram_host or "b"])
-    await _place(m.host_a, place(m.host_a, made.a, issued.authority, issued.a, await _owner_a(m), limit))
+    user = await source_user(m) if plan.ram_over_tls else ""
+    await _place(m.host_a, place(m.host_a, made.a, issued.authority, issued.a, user, limit))
     await _place(m.host_b, place(m.host_b, made.b, issued.authority, issued.b, plan.destination.owner, limit))
 
 
@@ -53,21 +54,6 @@ async def _beside(host: Host, image: str, limit: float) -> str:
     """Return the directory for what belongs to an image: its QEMU can enter the one in which the image is."""
     directory = await place_of(host, image, limit)
     return str(directory / f"{image.rpartition('/')[2]}.tls")
-
-
-async def _owner_a(m: Migration) -> str:
-    """Return who A's QEMU runs as; nothing where that is not known, or needs no rights of its own."""
-    if not m.plan.ram_over_tls:
-        return ""
-    try:
-        look = m.host_a.own("process", m.plan.source.qmp)
-        answer = json.loads(await m.host_a.run(*look, limit=m.plan.limits.command))
-    except HostError:
-        raise
-    except MigrationError:
-        # Another's process, perhaps: then its QEMU says whether it may read what is ours.
-        return ""
-    return str(answer["user"])
 
 
 async def _place(host: Host, placing: Awaitable[None]) -> None:

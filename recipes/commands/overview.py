@@ -18,6 +18,7 @@ from recipes.migrate.leftovers import certificates_of, discarding, made
 from recipes.migrate.progress import Progress, RamProgress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
 from recipes.plans.reaching import host_of
+from recipes.qemu.exporter import removing_place
 from recipes.running.speed import described
 from recipes.steps import advice
 
@@ -124,6 +125,13 @@ def left_behind(state: State) -> list[str]:
         for each in state.disks:
             until = "" if each.complete else f", and {each.source} on A until that is complete"
             told.append(f"the guest's disk, which is to be kept: {each.target} on B{until}")
+    if state.exporter:
+        here = host_of("A", plan.source)
+        remove = pasted(here.typed(removing_place(state.exporter)))
+        told.append(
+            f"an NBD server that A's QEMU may have (nbd-server-stop ends it), with its socket in "
+            f"{state.exporter}; this removes that: {remove}"
+        )
     for there, directory in certificates_of(host_of("A", plan.source), host, state):
         remove = pasted(there.typed(placing.removing(directory)))
         told.append(f"the keys of this migration, {directory} on {there.name}; this removes them: {remove}")

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from recipes.errors import MigrationError
 from recipes.migrate.decide import UNKNOWN, Action, Wish
-from recipes.migrate.leftovers import remove_certificates, remove_made
+from recipes.migrate.leftovers import remove_certificates, remove_exporter, remove_made
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role, State, entered
 from recipes.migrate.way_back import Hands, WayBack
@@ -111,13 +111,14 @@ class OwnHands(Hands):
             except MigrationError as error:
                 left.append(str(error))
         left += await remove_made(m.host_b, m.state, m.plan.limits.command)
+        left += await remove_exporter(m.host_a, m.state, m.plan.limits.command)
         return left + await remove_certificates(m.host_a, m.host_b, m.state, m.plan.limits.command)
 
     def enter(self, phase: Phase, *, cleared: bool = False) -> None:
         """Write it down."""
         state = entered(self._m.state, phase, cleared=cleared)
         with suppress(MigrationError):
-            left = {key: getattr(state, key) for key in ("made", "processes", "certificates")}
+            left = {key: getattr(state, key) for key in ("made", "processes", "certificates", "exporter")}
             self._m.enter(phase, **left)
 
 

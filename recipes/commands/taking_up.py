@@ -16,6 +16,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.interruption import completed
 from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
+from recipes.migrate.leftovers import end_exporter, still_serves
 from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import OVER, Role, State
@@ -25,7 +26,7 @@ from recipes.plans.reaching import hosts, monitor_b, source_monitor
 from recipes.processes.children import Child, Children
 from recipes.qemu.destination import look
 from recipes.qemu.facts import OnB
-from recipes.qemu.vm import EndedVm
+from recipes.qemu.vm import EndedVm, VmGoneError
 
 SLOW = 2.0
 """Seconds after which it is said what a host is asked that does not answer."""
@@ -130,9 +131,23 @@ class TakenUp:
         """Try once more to clear away what was left of a migration that is over."""
         if self.state.phase not in OVER or self.state.is_clear:
             return []
-        left = await TakenUpHands(self.m).clear()
+        hands = TakenUpHands(self.m)
+        left = await self._end_exporter(hands) + await hands.clear()
         if not left:
-            self.m.record(made=(), processes=(), certificates=None)
+            self.m.record(made=(), processes=(), certificates=None, exporter="")
+        return left
+
+    async def _end_exporter(self, hands: TakenUpHands) -> list[str]:
+        """Have A's QEMU serve its disks no more; return a phrase where that is left to be done."""
+        if not self.state.exporter:
+            return []
+        try:
+            a = await hands.source()
+            said, left = await end_exporter(a, self.state) if a else ([], [])
+        except (ConnectError, VmGoneError) as error:
+            return [still_serves(self.state, str(error))]
+        for each in said:
+            self.m.report.note(each)
         return left
 
 

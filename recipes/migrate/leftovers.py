@@ -12,6 +12,8 @@ from recipes.hosts.quoting import pasted
 from recipes.migrate.state import State
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
+from recipes.qemu import exporter
+from recipes.qemu.vm import Vm, VmGoneError
 
 
 def but(where: str, *left: str) -> str:
@@ -71,6 +73,40 @@ def certificates_of(host_a: Host, host_b: Host, state: State) -> list[tuple[Host
     """Return where they are, or may be."""
     made = state.certificates
     return [] if made is None else [(host_a, made.a), (host_b, made.b)]
+
+
+async def end_exporter(a: Vm, state: State) -> tuple[list[str], list[str]]:
+    """End the NBD server of ours that A's QEMU may have; return phrases: what is to be known, what is left.
+
+    Raises VmGoneError.
+    """
+    if not state.exporter:
+        return [], []
+    try:
+        told = await exporter.stop(a)
+    except VmGoneError:
+        raise
+    except MigrationError as error:
+        return [], [still_serves(state, str(error))]
+    return [told] if told else [], []
+
+
+def still_serves(state: State, why: str) -> str:
+    """Return a phrase for an NBD server of ours that could not be taken away."""
+    later = f"nbd-migrate abort {state.name}"
+    return f"A's QEMU may still serve its disks in {state.exporter} ({why}): when it answers, type: {later}"
+
+
+async def remove_exporter(host_a: Host, state: State, limit: float) -> list[str]:
+    """Remove the place of that server's socket; return a phrase for the operator when that failed."""
+    if not state.exporter:
+        return []
+    try:
+        await exporter.remove_place(host_a, state.exporter, limit)
+    except MigrationError as error:
+        command = pasted(host_a.typed(exporter.removing_place(state.exporter)))
+        return [f"{state.exporter} is still on {host_a.name} ({error}): remove it: {command}"]
+    return []
 
 
 async def _remove(host: Host, argv: Sequence[str], limit: float) -> list[str]:

@@ -166,6 +166,8 @@ class State:
     certificates: Certificates | None = None
     parameters: Parameters = field(default_factory=Parameters)
     """The migration parameters of A before, of those that say how to use TLS."""
+    exporter: str = ""
+    """The directory on A of the socket at which A's QEMU serves its disks to A's server, or may do so."""
     made: tuple[str, ...] = ()
     """Paths on B of what was made there, or may have been; none once the guest is B's."""
     finish: str = ""
@@ -200,7 +202,7 @@ class State:
     @property
     def is_clear(self) -> bool:
         """Tell whether nothing that was started or made is left, as far as is known."""
-        return not self.processes and not self.made and self.certificates is None
+        return not (self.processes or self.made or self.exporter) and self.certificates is None
 
     @property
     def gives_way(self) -> bool:
@@ -265,7 +267,7 @@ class State:
 def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
     """Return the state at the beginning of a phase; ``cleared``: nothing is left of what was made."""
     if cleared:
-        return replace(state, phase=phase, made=(), processes=(), certificates=None)
+        return replace(state, phase=phase, made=(), processes=(), certificates=None, exporter="")
     return replace(state, phase=phase)
 
 

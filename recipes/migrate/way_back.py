@@ -27,7 +27,7 @@ from recipes.migrate.decide import (
     decide,
     told,
 )
-from recipes.migrate.leftovers import any_holds_something, but
+from recipes.migrate.leftovers import any_holds_something, but, end_exporter, still_serves
 from recipes.migrate.state import Phase, Role, State
 from recipes.processes.child import lives
 from recipes.qemu.credentials import drop_credentials
@@ -213,7 +213,8 @@ class WayBack:
             words = f"{words}: {self._why}; {later}"
         if a is not None and words == AS_BEFORE:
             await self._restore(a)
-        left = await self._hands.clear()
+        left = await self._end_exporter(a, facts)
+        left += await self._hands.clear()
         if facts.a is OnA.SILENT or (facts.a is OnA.GONE and not self._hands.saw_the_end):
             # It may be there, and stand still: then there is more to do, once it can be reached.
             self._hands.enter(self._phase, cleared=not left)
@@ -241,7 +242,8 @@ class WayBack:
             if stands:
                 self._hands.said.append(stands)
             await self._restore(a)
-        left = await self._hands.clear()
+        left = await self._end_exporter(a, facts)
+        left += await self._hands.clear()
         self._hands.enter(Phase.TAKEN_BACK, cleared=not left)
         return but(AS_BEFORE, *self._hands.said, *left)
 
@@ -263,6 +265,15 @@ class WayBack:
             if self._phase is Phase.TAKING_BACK and facts.a is not OnA.RUNS:
                 raise
             self._hands.said.append(str(error))
+
+    async def _end_exporter(self, a: Vm | None, facts: Facts) -> list[str]:
+        """Have A's QEMU serve its disks no more; return a phrase where that is left to be done."""
+        if a is None:
+            silent = self._state.exporter and facts.a is OnA.SILENT
+            return [still_serves(self._state, self._why)] if silent else []
+        said, left = await end_exporter(a, self._state)
+        self._hands.said += said
+        return left
 
     async def _restore(self, a: Vm) -> None:
         try:

@@ -217,6 +217,10 @@ def test_a_source_whose_connection_was_lost_has_not_ended(
         assert where.startswith("the guest was left on A, but look at it: no monitor at 192.0.2.1:4000")
         m.enter(Phase.SWITCH_OVER)
         assert back(m) == "it is not known where the guest is: no monitor at 192.0.2.1:4000: No route to host"
+        # What its QEMU may still serve is not forgotten.
+        m.enter(Phase.LAUNCH, exporter=str(tmp_path / "a.export"))
+        assert f"may still serve its disks in {tmp_path / 'a.export'} (no monitor at " in back(m)
+        assert m.state.exporter
     else:
         assert where.startswith("the guest runs on A as before; but its QEMU's monitor had hung up")
 

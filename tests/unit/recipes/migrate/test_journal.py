@@ -38,6 +38,7 @@ FULL = State(
     arrival=Arrival(12, 3456, 1 << 20),
     arrived=1000.5,
     recoveries=2,
+    exporter="/a.export",
 )
 
 
@@ -230,7 +231,7 @@ def test_a_migration_that_is_not_over_is_not_begun_anew() -> None:
     with pytest.raises(MigrationError, match="nbd-migrate resume vm takes it up, nbd-migrate abort vm"):
         Journal.begin("vm")
     kept = Journal.take_over("vm")
-    kept.append(replace(FULL, phase=Phase.DONE, processes=()))
+    kept.append(replace(FULL, phase=Phase.DONE, processes=(), exporter=""))
     kept.close()
     Journal.begin("vm").close()
 
