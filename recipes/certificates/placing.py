@@ -24,7 +24,7 @@ fi
 """Removes the directory $1 if it is there; what is not ours in it stays, and is an error."""
 
 _PLACE = f"""
-umask 077;
+umask 022; mkdir -p -- "${{1%/*}}" || exit; umask 077;
 {{ {_REMOVE.strip()}; }} && mkdir -- "$1" && cd -- "$1" || exit;
 out=; while IFS= read -r line; do
 case "$line" in
@@ -35,7 +35,10 @@ done;
 ln -s server-cert.pem client-cert.pem && ln -s server-key.pem client-key.pem || exit;
 if test -n "$2"; then chown -- "$2" ca-cert.pem server-cert.pem server-key.pem . || exit; fi
 """
-"""Makes the directory $1 for the user $2, or for whoever runs this; a line with a file's name begins it."""
+"""Makes the directory $1, and those above it, for the user $2, or for whoever runs this.
+
+A line with a file's name begins it.
+"""
 
 
 async def place(

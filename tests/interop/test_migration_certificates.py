@@ -68,6 +68,14 @@ def test_host_b_takes_nobody_for_a_by_another_address(tmp_path: Path, issued: Is
     assert probed(port, certificates=placed(tmp_path, "b", issued), host="localhost") == 1
 
 
+def test_the_place_of_a_device_is_made_and_others_may_pass_through_it(tmp_path: Path, issued: Issued) -> None:
+    # Beside a device nothing is kept, and where it is kept instead nothing may have been yet.
+    where = placed(tmp_path / "nbd-migrate" / "dev-loop0", "a", issued)
+    assert where.stat().st_mode & 0o7777 == 0o700
+    for parent in (where.parent, where.parent.parent):
+        assert parent.stat().st_mode & 0o7777 == 0o755
+
+
 def test_files_are_for_their_user_alone_and_go_without_a_trace(tmp_path: Path, issued: Issued) -> None:
     for _ in range(2):
         where = placed(tmp_path, "a", issued)
@@ -111,7 +119,8 @@ def test_no_command_line_and_no_message_has_a_key(tmp_path: Path, issued: Issued
     host = Host("A", (str(spy),))
     clock.run(place(host, str(tmp_path / "a.tls"), issued.authority, issued.a, "", SECONDS))
     with pytest.raises(MigrationError) as caught:
-        clock.run(place(host, str(tmp_path / "no" / "a"), issued.authority, issued.a, "", SECONDS))
+        # Below a file.
+        clock.run(place(host, str(seen / "a"), issued.authority, issued.a, "", SECONDS))
     body = issued.a.key.splitlines()[1]
     assert body not in seen.read_text()
     assert body not in str(caught.value)
