@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.processes import NotReadyError, wait_until
+from tests.support.sampling import leave_out_the_others
 
 # Inherited by every process that the run starts, also by daemons that left the process tree.
 TAG = "NBD_TEST_RUN"
@@ -43,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Forget the migrations that tests have begun."""
     shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have `make test` run some cells of each large matrix."""
+    leave_out_the_others(items)
 
 
 def _all_pids() -> set[int]:
