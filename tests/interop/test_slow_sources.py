@@ -57,6 +57,7 @@ def took_one_connection_each(daemon: Daemon) -> None:
     assert "fails with" not in output, output
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("size", "options"),
@@ -187,6 +188,7 @@ def test_one_slow_read_gets_the_operators_time_and_status_tells(tmp_path: Path) 
         took_one_connection_each(daemon)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("what", ["extents", "open"])
 def test_a_server_that_is_slow_to_tell_of_its_disk_is_waited_for(what: str, tmp_path: Path) -> None:
     size = 64 * KIB

@@ -109,6 +109,7 @@ def test_a_supervisor_needs_nobody_to_hear_it(place: Place, redirected: str) -> 
         assert (done.returncode, done.stderr) == (code, ""), f"{words} {redirected}: {done}"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("closed", CLOSED)
 def test_closed_streams_change_nothing_but_what_is_seen(place: Place, closed: str) -> None:
     for case in CASES:
@@ -139,6 +140,7 @@ def test_a_reader_that_goes_is_no_news(place: Place) -> None:
         assert len(done.stderr.splitlines()) == (case.code != 0), f"{case}: {done}"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("redirected", ["2>/dev/full", ">/dev/full 2>&1", "2>/dev/full >&-"])
 def test_errors_that_cannot_be_told_leave_the_exit_code(place: Place, redirected: str) -> None:
     for case in CASES:
@@ -147,6 +149,7 @@ def test_errors_that_cannot_be_told_leave_the_exit_code(place: Place, redirected
         assert done.returncode == (case.code or int(full)), f"{case} {redirected}: {done}"
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("closed", ["", *CLOSED, "2>/dev/full", ">/dev/full"])
 @pytest.mark.parametrize(
     "words", ["nbdserve --fork -r -f raw disk.raw", "nbd-overlay serve --daemonize b.raw"]

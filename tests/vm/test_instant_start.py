@@ -245,6 +245,7 @@ def test_an_nbd_overlay_that_dies_at_once_each_time_is_given_up_and_the_guest_lo
     assert again.wrong_sectors() == []
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 1.0, 1.5, 2.0])
 def test_an_nbd_overlay_may_be_killed_at_any_moment(template: Server, tmp_path: Path, delay: float) -> None:
     """Before QEMU has connected, while the guest boots, and while the disk is finished."""

@@ -188,6 +188,7 @@ def test_a_server_that_hangs_is_not_told_to_run(tmp_path: Path, engine: str) -> 
         assert_finished(stage)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["plain", "a b", "it's", "two  spaces", "new\nline"])
 def test_the_command_for_a_server_that_cannot_be_brought_back_can_be_pasted(
     tmp_path: Path, name: str

@@ -62,6 +62,7 @@ def assert_moves(stage: Scene) -> None:
     assert left_behind(stage) - {"b.qmp", "migration"} == {"a.moved", stage.overlay.name}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("engine", "victim"), TABLE)
 def test_a_plan_runs_again_after_any_death(tmp_path: Path, engine: str, victim: Role) -> None:
     with scene(tmp_path, engine) as stage:
@@ -93,6 +94,7 @@ exec {real} "$@"
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_image_that_is_made_while_the_orchestrator_dies_is_not_left(

@@ -61,6 +61,7 @@ def journal_has_no_secret(stage: ApartScene) -> None:
     assert not list(stage.directory.rglob("*.tls"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("engine", "channel"), [("overlay", "tls"), ("qemu", "tls"), ("overlay", "plain")])
 def test_what_is_on_the_wire_and_what_a_stranger_gets(tmp_path: Path, engine: str, channel: str) -> None:
     with apart(tmp_path, engine=engine) as stage, ExitStack() as onlookers:
@@ -112,6 +113,7 @@ def test_a_third_host_with_certificates_of_its_own_gets_no_export(stage: ApartSc
     journal_has_no_secret(stage)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("moment", ["LAUNCH", "MIGRATE", "SWITCHOVER"])
 def test_a_is_as_before_when_the_migration_fails(stage: ApartScene, moment: str) -> None:
     with monitor(stage.monitor_a) as a:

@@ -72,6 +72,7 @@ def test_one_look_at_both_hosts_finds_what_does_not_fit(stage: Scene, tmp_path: 
         assert not stage.overlay.exists()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("device", "complaint"),
     [
@@ -94,6 +95,7 @@ def test_the_destination_must_wait_when_the_export_is_away(stage: Scene, device:
 DIMM = "-object memory-backend-ram,id=m,size=128M -device pc-dimm,memdev=m"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("word", "other", "complaint"),
     [

@@ -39,6 +39,7 @@ def assert_as_before(stage: Scene) -> None:
     assert stage.capabilities_of_a() == []
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("moment", BEFORE)
 def test_the_guard_brings_the_guest_back_when_the_orchestrator_is_killed(stage: Scene, moment: str) -> None:
     with stage.run_doomed(moment, Role.ORCHESTRATOR) as run:
@@ -48,6 +49,7 @@ def test_the_guard_brings_the_guest_back_when_the_orchestrator_is_killed(stage: 
     assert_as_before(stage)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("moment", "number"),
     [("OVERLAY", signal.SIGINT), ("MIGRATE", signal.SIGHUP), ("SWITCHOVER", signal.SIGTERM)],
@@ -125,6 +127,7 @@ def test_a_helper_that_dies_while_the_guest_stands_still_costs_nothing(stage: Sc
     assert stage.wrong_sectors(interrupted=True) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("moment", BEFORE)
 def test_nothing_is_left_when_the_source_itself_dies(stage: Scene, moment: str) -> None:
     with stage.run_doomed(moment, Role.A) as run:

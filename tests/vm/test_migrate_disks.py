@@ -46,6 +46,7 @@ def test_a_guest_and_all_its_disks_move_while_it_writes_on_each(tmp_path: Path, 
         stage.assert_moved()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("victim", [Role.SERVER, Role.ONE_OVERLAY, Role.OVERLAY])
 def test_the_streams_go_on_when_what_feeds_them_dies(stage: ManyDisks, victim: Role) -> None:
     with stage.run_doomed("PROGRESS", victim) as run:
@@ -70,6 +71,7 @@ def test_with_the_qemu_engine_a_dead_server_is_a_pause_and_a_dead_qemu_is_not_th
         assert stage.verdict() == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("victim", [Role.B, Role.ONE_OVERLAY, Role.SERVER, Role.ORCHESTRATOR])
 def test_before_the_cut_over_the_guest_stays_on_a_and_nothing_is_left_on_b(
     stage: ManyDisks, victim: Role
@@ -82,6 +84,7 @@ def test_before_the_cut_over_the_guest_stays_on_a_and_nothing_is_left_on_b(
     stage.wait_until_guest_works("a")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("boot", [False, True])
 def test_the_disks_of_a_guest_whose_qemu_died_are_completed_with_or_without_it(
     stage: ManyDisks, boot: bool
@@ -127,6 +130,7 @@ def test_an_nbd_overlay_whose_disk_is_complete_is_not_forgotten_while_others_fol
     stage.assert_moved()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("victims", [{Role.ORCHESTRATOR}, {Role.ORCHESTRATOR, Role.OVERLAY, Role.SERVER}])
 def test_what_is_complete_already_is_left_alone_by_who_goes_on(stage: ManyDisks, victims: set[Role]) -> None:
     with stage.run() as run:

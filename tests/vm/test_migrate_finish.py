@@ -44,6 +44,7 @@ def assert_finished(stage: Scene, guest: Role | None = Role.B) -> None:
     assert stage.moved.exists()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("moment", ["ARRIVED", "STREAM", "PROGRESS", "SHUTDOWN", "PIVOTED"])
 def test_what_the_guard_says_finishes_a_migration_whose_orchestrator_was_killed(
@@ -67,6 +68,7 @@ def test_what_the_guard_says_finishes_a_migration_whose_orchestrator_was_killed(
         assert_finished(stage)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("moment", ["PROGRESS", "SHUTDOWN"])
 def test_what_an_interrupted_run_says_finishes_it(tmp_path: Path, engine: str, moment: str) -> None:
@@ -80,6 +82,7 @@ def test_what_an_interrupted_run_says_finishes_it(tmp_path: Path, engine: str, m
         assert_finished(stage)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("engine", "victims"),
     [
@@ -102,6 +105,7 @@ def test_what_died_with_the_orchestrator_is_started_again(
         assert_finished(stage)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("boot", [False, True])
 def test_the_disk_of_a_guest_whose_qemu_died_is_completed_with_or_without_it(

@@ -75,6 +75,7 @@ def test_a_run_makes_as_many_entries_as_are_tried(stage: Scene, tmp_path: Path) 
     is_on_b(stage)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("number", "entry"), KILLED_AT)
 def test_a_migration_that_was_killed_is_taken_up_again(stage: Scene, number: int, entry: int) -> None:
     kill_at(stage, entry, guards=number % 2 == 0)
@@ -84,6 +85,7 @@ def test_a_migration_that_was_killed_is_taken_up_again(stage: Scene, number: int
     is_on_b(stage)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("number", "entry"), KILLED_AT)
 def test_a_migration_that_was_killed_is_taken_back_until_the_guest_has_left(
     stage: Scene, number: int, entry: int

@@ -14,6 +14,7 @@ WRITE = 600.0
 """Seconds in which the guest must have written some records more."""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("engine", "victim"),
     [("overlay", None), ("overlay", Role.ONE_OVERLAY), ("overlay", Role.SERVER), ("qemu", Role.SERVER)],

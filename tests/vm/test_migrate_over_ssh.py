@@ -82,6 +82,7 @@ def test_hosts_that_greet_and_allow_few_sessions_are_like_others(tmp_path: Path)
         is_on_b_whole(stage)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("step", ["step 1", "step 3"])
 def test_connections_that_are_killed_before_the_cut_over_leave_the_guest_on_a(
     stage: ApartScene, step: str
@@ -108,6 +109,7 @@ def test_connections_that_are_killed_after_the_cut_over_end_nothing(stage: Apart
     is_on_b_whole(stage)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("moment", ["LAUNCH", "SWITCHOVER"])
 def test_the_guard_reaches_both_hosts_when_the_orchestrator_is_killed(stage: ApartScene, moment: str) -> None:
     with stage.doomed(moment, "ORCHESTRATOR") as run:
@@ -117,6 +119,7 @@ def test_the_guard_reaches_both_hosts_when_the_orchestrator_is_killed(stage: Apa
     is_on_a_as_before(stage)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("command", ["resume", "finish"])
 def test_an_orchestrator_that_is_killed_after_the_cut_over_has_its_work_done_by(
     stage: ApartScene, command: str

@@ -32,6 +32,7 @@ def stop_for_long(run: Process) -> None:
     run.signal(signal.SIGCONT)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "lines", [("step 1", "step 3"), ("step 2", "step 4"), ("stands still on A", " of 64 MiB"), ("step 6",)]
 )
@@ -50,6 +51,7 @@ def test_the_time_in_which_the_orchestrator_was_stopped_does_not_count(
         assert stage.wrong_sectors() == []
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_supervisor_that_was_stopped_is_in_nobodys_way_back(tmp_path: Path, number: signal.Signals) -> None:
     with scene(tmp_path) as stage:

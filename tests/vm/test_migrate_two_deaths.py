@@ -39,6 +39,7 @@ def stage(tmp_path: Path) -> Iterator[TwoMonitors]:
         yield made
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("other", OTHERS)
 def test_before_the_switch_over_the_guest_runs_on_on_a(stage: TwoMonitors, other: Role) -> None:
     with stage.run_doomed("SWITCHOVER", Role.ORCHESTRATOR, other) as run:
@@ -50,6 +51,7 @@ def test_before_the_switch_over_the_guest_runs_on_on_a(stage: TwoMonitors, other
     assert stage.capabilities_of_a() == []
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("others", [*((other,) for other in OTHERS), (Role.CHIEF, Role.DEPUTY)])
 def test_in_the_switch_over_the_guest_comes_to_b(stage: TwoMonitors, others: tuple[Role, ...]) -> None:
     """B's QEMU stands still until they are dead, and then takes the guest up; even if three are."""
@@ -98,6 +100,7 @@ def assert_on_b(stage: Scene) -> None:
         wait_until(lambda: b.state in ("running", "io-error"), "the guest is on B", 30.0)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("engine", "disk"), [("overlay", Role.OVERLAY), ("qemu", Role.SERVER)])
 def test_a_guest_that_comes_to_b_without_its_disk_waits_for_it(
     tmp_path: Path, engine: str, disk: Role

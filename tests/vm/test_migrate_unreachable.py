@@ -88,6 +88,7 @@ def test_a_guest_that_is_back_on_a_is_said_to_be_there_when_b_cannot_be_cleared(
     stage.wait_until_guest_works("b")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
 def test_before_the_switch_over_a_b_that_is_away_does_not_keep_the_guest_from_a(
     stage: TwoMonitors, by: signal.Signals
