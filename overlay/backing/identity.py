@@ -37,6 +37,9 @@ class Samples:
     where nothing is as it was is it another disk. From :meth:`pin` on nothing may differ.
     """
 
+    forgotten: int = 0
+    """How often all was forgotten: what a server said before the last time proves nothing."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._digests: dict[int, bytes] = {}
@@ -47,14 +50,20 @@ class Samples:
         """Tell whether there is anything to compare."""
         return bool(self._digests)
 
-    def remember(self, offset: int, data: memoryview) -> None:
-        """Remember what a server said, as far as it is worth it: not zeros, which many disks have there."""
+    def remember(self, offset: int, data: memoryview, known_at: int | None = None) -> None:
+        """Remember what a server said, as far as it is worth it: not zeros, which many disks have there.
+
+        ``known_at`` is what :attr:`forgotten` was when that was still sure to be so; unless it is the same
+        now, the disk may have changed since. None: it has not.
+        """
         if len(self._digests) >= _MOST:
             return
         for place in _places(len(data)):
             block = bytes(data[place : place + _BLOCK])
             if block.count(0) < len(block):
                 with self._lock:
+                    if known_at not in (None, self.forgotten):
+                        return
                     self._digests[offset + place] = _digest(block)
 
     def recall(self, image: Image) -> None:
@@ -75,11 +84,13 @@ class Samples:
         """The disk may have changed: what was said before proves nothing."""
         with self._lock:
             self._digests.clear()
+            self.forgotten += 1
 
     def pin(self) -> None:
         """The disk changes no more. What was said before, while it did, is forgotten."""
         with self._lock:
             self._digests.clear()
+            self.forgotten += 1
             self._pinned = True
 
     def require_same(self, client: Client, name: str, go_on: Callable[[], None]) -> None:

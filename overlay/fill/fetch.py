@@ -136,10 +136,12 @@ class Fetcher:
 
     def store(self, offset: int, data: memoryview, claim: Claim) -> int:
         """Keep what was fetched of a claim, as far as it is still absent; how many bytes became local."""
+        # Taken before: the image may be invalidated, and the samples forgotten, as soon as it is stored.
+        known_at = self._sources.samples.forgotten
         stored = self._image.fill(offset, data, claim.asked_at)
         self.copied.passed(stored)
         if stored:
-            self._sources.samples.remember(offset, data)
+            self._sources.samples.remember(offset, data, known_at)
         return stored
 
     def salvage(self, offset: int, data: memoryview, claim: Claim) -> Refusal | None:
