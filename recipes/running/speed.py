@@ -103,9 +103,15 @@ def described(speed: int, finish_by: float) -> str:
 
 def take(directory: Path, asked: Asked) -> None:
     """Say that this was done; what was asked in the same instant is asked still."""
-    if find(directory) == asked:
-        with suppress(OSError):
-            (directory / SPEED_ASKED).replace(directory / SPEED_TAKEN)
+    path, ours = directory / SPEED_ASKED, directory / f"{SPEED_TAKEN}.{asked.mark}"
+    with suppress(OSError):
+        # Another name of what is there now: the first one may be another wish's at any time.
+        os.link(path, ours)
+        if find(directory, ours.name) != asked:
+            ours.unlink()
+            return
+        ours.replace(directory / SPEED_TAKEN)
+        withdraw(directory, asked)
 
 
 def withdraw(directory: Path, asked: Asked) -> None:

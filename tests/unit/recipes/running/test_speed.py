@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from nbdserve.common.errors import UsageError
 from recipes.errors import MigrationError
-from recipes.migrate.journal import SPEED_ASKED
+from recipes.migrate.journal import SPEED_ASKED, SPEED_TAKEN
 from recipes.running import speed
 from recipes.running.speed import Asked, ask, find, in_time, moment, take
 
@@ -44,6 +45,29 @@ def test_it_is_asked_until_it_is_taken(tmp_path: Path) -> None:
     ask(tmp_path, asked, run, run.sleep)
     assert run.taken == [asked]
     assert (run.looks, find(tmp_path)) == (3, None)
+
+
+def test_what_is_asked_while_another_wish_is_taken_is_not_taken_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Asked.new(speed=1), Asked.new(speed=2)
+
+    def put(asked: Asked) -> None:
+        (tmp_path / "fresh").write_text(json.dumps(asdict(asked)))
+        (tmp_path / "fresh").replace(tmp_path / SPEED_ASKED)
+
+    def overtaken(directory: Path, name: str = SPEED_ASKED) -> Asked | None:
+        found = find(directory, name)
+        put(second)
+        return found
+
+    put(first)
+    monkeypatch.setattr(speed, "find", overtaken)
+    take(tmp_path, first)
+    monkeypatch.undo()
+    assert find(tmp_path, SPEED_TAKEN) == first
+    assert find(tmp_path) == second
+    assert {each.name for each in tmp_path.iterdir()} == {SPEED_ASKED, SPEED_TAKEN}
 
 
 def test_nothing_is_asked_where_nobody_is_at_work(tmp_path: Path) -> None:
