@@ -17,6 +17,7 @@ import psutil
 
 from nbdserve.common import program
 from nbdserve.common.errors import ConnectError, OperatorError, UsageError
+from recipes.connections.address import host_and_port
 from recipes.discovery.command_line.options import parse
 
 LIMIT = 10
@@ -84,8 +85,7 @@ def listener(address: str) -> int:
         # It may have been bound by a relative path, or through a link.
         holders += [] if any(holders) else [_who_bound(address)]
     else:
-        port = int(address.rpartition(":")[2])
-        holders = [each.pid for each in psutil.net_connections("tcp") if _listens(each, port)]
+        holders = [_listener_at(*host_and_port(address))]
     pid = next((pid for pid in holders if pid), None)
     if pid is None:
         reason = f"the process behind {address} is not seen here"
@@ -93,8 +93,29 @@ def listener(address: str) -> int:
     return pid
 
 
-def _listens(connection: Any, port: int) -> bool:
-    return bool(connection.status == psutil.CONN_LISTEN and connection.laddr[1] == port)
+def _listener_at(host: str, port: int) -> int | None:
+    """Return the process that a connection to this address gets to; None where it is not seen, or nobody.
+
+    Another one may listen at the same port of another address.
+    """
+    try:
+        targets = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConnectError(f"{host}: {error.strerror or error}") from error
+    found: list[Any] = psutil.net_connections("tcp")
+    listening: dict[str, int | None] = {
+        str(each.laddr[0]).partition("%")[0]: each.pid
+        for each in found
+        if each.status == psutil.CONN_LISTEN and each.laddr[1] == port
+    }
+    for family, _, _, _, target in targets:
+        place = str(target[0]).partition("%")[0]
+        # The kernel takes who has said the address before who has said none.
+        everywhere = ("::",) if family == socket.AF_INET6 else ("0.0.0.0", "::")
+        for each in (place, *everywhere):
+            if each in listening:
+                return listening[each]
+    return None
 
 
 def _who_bound(path: str) -> int:

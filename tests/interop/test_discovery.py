@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from nbdserve.common.errors import OperatorError
 from recipes.discovery.command_line.options import ALONE, KEYED, PLAIN
 from recipes.discovery.process import find
 from recipes.discovery.route import free_port, local_address
@@ -53,6 +56,35 @@ def test_a_process_is_found_by_its_monitor_and_by_its_id() -> None:
             assert by_monitor.directory == str(directory.resolve())
             assert by_monitor.configs == {"vm.cfg": config.read_text()}
             assert find(f"127.0.0.1:{port}") == find(str(by_monitor.pid)) == by_monitor
+
+
+def test_of_two_that_listen_at_one_port_the_one_at_the_address_is_found(tmp_path: Path) -> None:
+    """The command line of the other one would make another guest on B."""
+    port = free_tcp_address().port
+
+    def listening(address: str) -> Process:
+        program = f"import signal, socket; s = socket.create_server(({address!r}, {port})); signal.pause()"
+        return Process([sys.executable, "-c", program], tmp_path / f"{address}.log")
+
+    def ready(process: Process, address: str) -> None:
+        process.wait_for(lambda: accepts(address, port), "a listener")
+
+    with listening("127.0.0.2") as second, listening("127.0.0.1") as first:
+        ready(first, "127.0.0.1")
+        ready(second, "127.0.0.2")
+        assert find(f"127.0.0.1:{port}").pid == find(f"localhost:{port}").pid == first.pid
+        assert find(f"127.0.0.2:{port}").pid == second.pid
+        with pytest.raises(OperatorError, match=rf"^the process behind 127.0.0.3:{port} is not seen here"):
+            find(f"127.0.0.3:{port}")
+    with listening("0.0.0.0") as everywhere:
+        ready(everywhere, "127.0.0.1")
+        assert find(f"127.0.0.3:{port}").pid == everywhere.pid
+
+
+def accepts(address: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as client:
+        return client.connect_ex((address, port)) == 0
 
 
 def test_what_is_no_process_is_told_in_one_line(tmp_path: Path) -> None:
