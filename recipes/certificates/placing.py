@@ -1,5 +1,7 @@
 """Certificates on a host: a directory that only their user can enter, as QEMU and nbdserve look for them.
 
+A group can where the migration's images are made for one, too.
+
     ca-cert.pem                        of the authority
     server-cert.pem, server-key.pem    of this host, as a server
     client-cert.pem, client-key.pem    and as a client: names of the same files
@@ -33,26 +35,34 @@ case "$line" in
 esac;
 done;
 ln -s server-cert.pem client-cert.pem && ln -s server-key.pem client-key.pem || exit;
-if test -n "$2"; then chown -- "$2" ca-cert.pem server-cert.pem server-key.pem . || exit; fi
+if test -n "$2"; then chown -- "$2" ca-cert.pem server-cert.pem server-key.pem . || exit; fi;
+if test -n "$3"; then chmod g+rX -- ca-cert.pem server-cert.pem server-key.pem . || exit; fi
 """
 """Makes the directory $1, and those above it, for the user $2, or for whoever runs this.
 
-A line with a file's name begins it.
+With $3, whatever it says, the group may read them, too. A line with a file's name begins it.
 """
 
 
 async def place(
-    host: Host, directory: str, authority: str, identity: Identity, owner: str, limit: float
+    host: Host,
+    directory: str,
+    authority: str,
+    identity: Identity,
+    owner: str,
+    limit: float,
+    *,
+    for_group: bool = False,
 ) -> None:
     """Write an identity to a host, in place of what an earlier attempt has left in this directory.
 
-    ``owner`` (USER, USER:GROUP) is who has to read it besides root; empty: who runs commands there. Raises
-    MigrationError as Host.run() does.
+    ``owner`` (USER, USER:GROUP or :GROUP) is whose it is, and who reads it besides root; with ``for_group``
+    the group does, too. Empty: who runs commands there. Raises MigrationError as Host.run() does.
     """
     files = zip(NAMES, (authority, identity.certificate, identity.key), strict=False)
     given = "".join(f"{name}\n{content}" for name, content in files)
     script = on_one_line(_PLACE)
-    await host.run("sh", "-c", script, "sh", directory, owner, limit=limit, given=given)
+    await host.run("sh", "-c", script, "sh", directory, owner, "group" * for_group, limit=limit, given=given)
 
 
 async def remove(host: Host, directory: str, limit: float) -> None:

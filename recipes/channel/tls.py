@@ -25,9 +25,9 @@ from recipes.qemu.credentials import (
     ID,
     Parameters,
     drop_credentials,
-    parameters_of,
     use_credentials,
     use_object,
+    wanted_back,
 )
 from recipes.qemu.vm import CommandError
 
@@ -47,7 +47,11 @@ async def make_certificates(m: Migration) -> None:
     issued = issue([disk_host or "a"], [plan.ram_host or "b"])
     user = await source_user(m) if plan.ram_over_tls else ""
     await _place(m.host_a, place(m.host_a, made.a, issued.authority, issued.a, user, limit))
-    await _place(m.host_b, place(m.host_b, made.b, issued.authority, issued.b, plan.destination.owner, limit))
+    there = plan.destination
+    placing = place(
+        m.host_b, made.b, issued.authority, issued.b, there.owner, limit, for_group=there.is_for_group
+    )
+    await _place(m.host_b, placing)
 
 
 async def _beside(host: Host, image: str, limit: float) -> str:
@@ -96,7 +100,7 @@ async def expect_ram(m: Migration) -> None:
 async def send_ram(m: Migration) -> None:
     """Have A's QEMU send the RAM over TLS, to B only; what was set there is written down before."""
     if m.plan.ram_over_tls and m.state.certificates:
-        m.record(parameters=await parameters_of(m.a))
+        m.record(parameters=await wanted_back(m.a))
         hostname = m.plan.ram_host.partition("%")[0]
         await _told(use_credentials(m.a, "client", m.state.certificates.a, hostname), "A")
 

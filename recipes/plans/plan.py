@@ -88,6 +88,11 @@ class Destination:
         words = [f"{option}owner", self.owner] if self.owner else []
         return [*words, f"{option}mode", self.mode] if self.mode else words
 
+    @property
+    def is_for_group(self) -> bool:
+        """Tell whether it is by its group that B's QEMU may have what is made for it."""
+        return ":" in self.owner and bool(self.mode) and bool(int(self.mode, 8) & 0o040)
+
     def check(self) -> None:
         """Raise UsageError if a value cannot be right."""
         check_place("destination", self.host, self.shell)

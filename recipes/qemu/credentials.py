@@ -29,6 +29,12 @@ async def parameters_of(vm: Vm) -> Parameters:
     return Parameters(str(found.get("tls-creds", "")), str(found.get("tls-hostname", "")))
 
 
+async def wanted_back(vm: Vm) -> Parameters:
+    """Return what is to be set again in the end: no rest of an earlier migration that was killed."""
+    found = await parameters_of(vm)
+    return Parameters() if found.tls_creds == ID else found
+
+
 async def use_credentials(vm: Vm, endpoint: str, directory: str, hostname: str = "") -> None:
     """Have the migration go over TLS with the certificates of a directory.
 

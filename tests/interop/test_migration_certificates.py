@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 from collections.abc import Iterator
@@ -93,6 +94,20 @@ def test_files_are_for_their_user_alone_and_go_without_a_trace(tmp_path: Path, i
 def test_they_are_given_to_the_user_of_a_qemu(tmp_path: Path, issued: Issued) -> None:
     where, nobody = placed(tmp_path, "b", issued, "nobody"), pwd.getpwnam("nobody").pw_uid
     assert {each.stat().st_uid for each in (where, *where.iterdir())} == {nobody}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
+def test_they_are_given_to_the_group_of_a_qemu_where_images_are(tmp_path: Path, issued: Issued) -> None:
+    where, nogroup = tmp_path / "b.tls", grp.getgrnam("nogroup").gr_gid
+    for owner in (":nogroup", "root:nogroup"):
+        placing = place(HERE, str(where), issued.authority, issued.b, owner, SECONDS, for_group=True)
+        clock.run(placing)
+        files = [where / name for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem")]
+        assert {(each.stat().st_uid, each.stat().st_gid) for each in (where, *files)} == {(0, nogroup)}
+        assert where.stat().st_mode & 0o7777 == 0o750
+        assert {each.stat().st_mode & 0o7777 for each in files} == {0o640}
+    clock.run(place(HERE, str(where), issued.authority, issued.b, ":nogroup", SECONDS))
+    assert where.stat().st_mode & 0o7777 == 0o700
 
 
 def test_what_is_not_of_a_migration_is_neither_removed_nor_written_to(tmp_path: Path, issued: Issued) -> None:
