@@ -8,6 +8,7 @@ from recipes.checks.clocks import check_clocks
 from recipes.checks.local_files import check_local
 from recipes.checks.machine_types import check_qemu
 from recipes.checks.processor import check_processor
+from recipes.checks.reachable import check_reachable
 from recipes.checks.space import Need, check_space
 from recipes.checks.started import started
 from recipes.hosts.host import Host
@@ -28,6 +29,7 @@ async def check_hosts(
     kind, _, path = plan.destination.migration.partition(":")
     sockets += [path] if kind == "unix" else []
     await check_local(host_b, qemu, sockets, limit)
+    await check_reachable(plan, host_a, host_b)
     for warning in await check_qemu(a, host_b, qemu, limit):
         yield warning
     for warning in await check_processor(host_a, host_b, qemu, limit):

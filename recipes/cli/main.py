@@ -39,6 +39,7 @@ For recipes and for the other host of a migration:
   nbd-migrate bridge MONITOR                 pass a monitor of this host on to standard input and output
   nbd-migrate attach LOG                     speak with the supervisor of a process that was released
   nbd-migrate process MONITOR|PID            what this host knows of a guest's QEMU
+  nbd-migrate reach answer|ask ADDRESS PORT TOKEN SECONDS    either end of a look whether a port is reached
   nbd-migrate route ADDRESS PORT             how this host is reached from another, and a port that is free
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted.

@@ -34,7 +34,7 @@ def find(words: list[str]) -> Callable[[], int] | None:
             return lambda: bridge.main([address])
         case ["supervisor" | "attach" | "bridge" as name, *rest] if not {"-h", "--help"} & set(rest):
             return lambda: _refuse(f"{name} needs {NEEDS[name]}: see nbd-migrate --help")
-        case ["qmp" | "fence" | "probe" | "process" | "route" as name, *rest]:
+        case ["qmp" | "fence" | "probe" | "process" | "route" | "reach" as name, *rest]:
             return lambda: program.run(PROGRAM, lambda: _run(name, rest))
         case _:
             return None
@@ -72,6 +72,15 @@ def _run(name: str, rest: list[str]) -> int:
         parser.add_argument("port", metavar="PORT", type=program.port)
         given = parser.parse_args(rest)
         return route.main(given.other, given.port)
+    if name == "reach":
+        from recipes.checks import reach
+
+        parser.add_argument("end", choices=["answer", "ask"])
+        parser.add_argument("address", metavar="ADDRESS")
+        parser.add_argument("port", metavar="PORT", type=program.port)
+        parser.add_argument("token", metavar="TOKEN")
+        parser.add_argument("seconds", metavar="SECONDS", type=float)
+        return reach.main(**vars(parser.parse_args(rest)))
     from recipes.cli import probe
 
     parser.add_argument("uri", metavar="URI")

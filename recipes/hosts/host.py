@@ -21,6 +21,7 @@ PROGRAMS = {
     "guard": "recipes.migrate.guard",
     "probe": "recipes.cli.probe",
     "process": "recipes.discovery.process",
+    "reach": "recipes.checks.reach",
     "route": "recipes.discovery.route",
 }
 """The small programs, by the words that call them, and the modules that they are."""
