@@ -37,6 +37,9 @@ For recipes and for the other host of a migration:
   nbd-migrate probe URI                      what this host sees of an export
   nbd-migrate supervisor LOG READY COMMAND   run a process that ends with our standard input
   nbd-migrate bridge MONITOR                 pass a monitor of this host on to standard input and output
+  nbd-migrate tunnel READY ORDERS            lead sockets from one host to the other, by way of ssh
+  nbd-migrate listen SOCKET OWNER MODE       this host's end of such a tunnel
+  nbd-migrate take SOCKET NUMBER             one client of that, on standard input and output
   nbd-migrate attach LOG                     speak with the supervisor of a process that was released
   nbd-migrate process MONITOR|PID            what this host knows of a guest's QEMU
   nbd-migrate reach answer|ask ADDRESS PORT TOKEN SECONDS    either end of a look whether a port is reached
@@ -136,7 +139,8 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
     parser.add_argument(
         "--channel",
         metavar="KIND",
-        help="tls (the default): disk and RAM encrypted, with certificates for this migration; or plain",
+        help="tls (the default): disk and RAM encrypted, with certificates for this migration; ssh: both "
+        "through your ssh, without any port; or plain",
     )
     parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")

@@ -14,6 +14,7 @@ from recipes.connections.address import check_host, is_ssh
 from recipes.discovery.discover import COMMAND, Wanted, discover
 from recipes.discovery.document import Draft, write
 from recipes.hosts.interruption import interruptible
+from recipes.plans.channel import Channel
 from recipes.plans.plan import Plan
 from recipes.plans.planfile import build
 from recipes.plans.reaching import looked_at
@@ -44,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", metavar="HOST", help=TO)
     configure_places(parser)
+    parser.add_argument("--channel", metavar="KIND", help="how disk and RAM get to B: see nbd-migrate run")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
 
 
@@ -102,6 +104,9 @@ async def _look(given: argparse.Namespace) -> Draft:
         check_host("--from", here)
     if is_ssh(there):
         check_host("--to", there)
-    wanted = Wanted(given.source, there, given.to_dir or "", given.export or "")
+    channel = given.channel or ""
+    if channel:
+        Channel(channel).check()
+    wanted = Wanted(given.source, there, given.to_dir or "", given.export or "", channel)
     async with looked_at(here, there if is_ssh(there) else "", COMMAND) as (a, b):
         return await discover(wanted, a, b)

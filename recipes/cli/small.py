@@ -13,7 +13,14 @@ from nbdserve.common import program
 
 PROGRAM = "nbd-migrate"
 
-NEEDS = {"supervisor": "LOG READY COMMAND", "attach": "LOG", "bridge": "MONITOR"}
+NEEDS = {
+    "supervisor": "LOG READY COMMAND",
+    "attach": "LOG",
+    "bridge": "MONITOR",
+    "listen": "SOCKET OWNER MODE",
+    "take": "SOCKET NUMBER",
+    "tunnel": "READY ORDERS",
+}
 
 
 def find(words: list[str]) -> Callable[[], int] | None:
@@ -32,7 +39,19 @@ def find(words: list[str]) -> Callable[[], int] | None:
             from recipes.connections import bridge
 
             return lambda: bridge.main([address])
-        case ["supervisor" | "attach" | "bridge" as name, *rest] if not {"-h", "--help"} & set(rest):
+        case ["listen", path, owner, mode] if path.startswith("/"):
+            from recipes.connections import listen
+
+            return lambda: listen.main([path, owner, mode])
+        case ["take", path, number] if path.startswith("/"):
+            from recipes.connections import take
+
+            return lambda: take.main([path, number])
+        case ["tunnel", ready, orders] if ready.startswith("/"):
+            from recipes.connections import tunnel
+
+            return lambda: tunnel.main([ready, orders])
+        case [name, *rest] if name in NEEDS and not {"-h", "--help"} & set(rest):
             return lambda: _refuse(f"{name} needs {NEEDS[name]}: see nbd-migrate --help")
         case ["qmp" | "fence" | "probe" | "process" | "route" | "reach" as name, *rest]:
             return lambda: program.run(PROGRAM, lambda: _run(name, rest))

@@ -199,6 +199,7 @@ async def take_over(m: Migration) -> None:
         # A complete disk needs nothing of A, which may be away for good: the last step says so.
         if not m.complete:
             raise
+    await m.adopt(Role.TUNNEL)
     for disk in m.disks:
         await m.adopt(Role.OVERLAY, disk.drive)
     if m.b:

@@ -14,7 +14,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.quoting import pasted
 from recipes.migrate import journal
 from recipes.migrate.console import describe, describe_ram
-from recipes.migrate.leftovers import certificates_of, discarding, made
+from recipes.migrate.leftovers import certificates_of, discarding, made, removing_sockets
 from recipes.migrate.progress import Progress, RamProgress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
 from recipes.plans.reaching import host_of
@@ -135,6 +135,9 @@ def left_behind(state: State) -> list[str]:
     for there, directory in certificates_of(host_of("A", plan.source), host, state):
         remove = pasted(there.typed(placing.removing(directory)))
         told.append(f"the keys of this migration, {directory} on {there.name}; this removes them: {remove}")
+    for there, command in removing_sockets(host_of("A", plan.source), host, state):
+        remove = pasted(there.typed(command))
+        told.append(f"sockets of the tunnel on {there.name}; this removes them: {remove}")
     return [f"left: {each}" for each in told]
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from recipes.errors import MigrationError
 from recipes.migrate.decide import UNKNOWN, Action, Wish
-from recipes.migrate.leftovers import remove_certificates, remove_exporter, remove_made
+from recipes.migrate.leftovers import remove_channel, remove_exporter, remove_made
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role, State, entered
 from recipes.migrate.way_back import Hands, WayBack
@@ -105,20 +105,21 @@ class OwnHands(Hands):
     async def clear(self) -> list[str]:
         """End what was started and remove what was made; return a phrase for each that is left."""
         m, left = self._m, []
-        for role, drive in m.roles(Role.QEMU, Role.OVERLAY, Role.SERVER, Role.FENCE):
+        for role, drive in m.roles(Role.QEMU, Role.OVERLAY, Role.TUNNEL, Role.SERVER, Role.FENCE):
             try:
                 await stop(m, await self.child(role, drive))
             except MigrationError as error:
                 left.append(str(error))
         left += await remove_made(m.host_b, m.state, m.plan.limits.command)
         left += await remove_exporter(m.host_a, m.state, m.plan.limits.command)
-        return left + await remove_certificates(m.host_a, m.host_b, m.state, m.plan.limits.command)
+        return left + await remove_channel(m.host_a, m.host_b, m.state, m.plan.limits.command)
 
     def enter(self, phase: Phase, *, cleared: bool = False) -> None:
         """Write it down."""
         state = entered(self._m.state, phase, cleared=cleared)
         with suppress(MigrationError):
-            left = {key: getattr(state, key) for key in ("made", "processes", "certificates", "exporter")}
+            kept = ("made", "processes", "certificates", "exporter", "tunnel")
+            left = {key: getattr(state, key) for key in kept}
             self._m.enter(phase, **left)
 
 

@@ -134,7 +134,7 @@ class TakenUp:
         hands = TakenUpHands(self.m)
         left = await self._end_exporter(hands) + await hands.clear()
         if not left:
-            self.m.record(made=(), processes=(), certificates=None, exporter="")
+            self.m.record(made=(), processes=(), certificates=None, exporter="", tunnel=None)
         return left
 
     async def _end_exporter(self, hands: TakenUpHands) -> list[str]:

@@ -78,15 +78,23 @@ def tell(message: dict[str, object]) -> None:
         os.write(1, json.dumps(message).encode() + b"\n")
 
 
-def pass_on(peer: socket.socket) -> None:
-    """Pass everything on between standard input and output and the peer, until either ends."""
+def pass_on(peer: socket.socket, *also: socket.socket) -> None:
+    """Pass everything on between standard input and output and the peer, until either ends.
+
+    It ends with whatever comes from one of ``also``, too, or with their ends.
+    """
     # Who has gone is noticed by the end of what he says.
     with suppress(OSError):
         poll = select.poll()
         poll.register(0, select.POLLIN)
         poll.register(peer, select.POLLIN)
+        ends = {each.fileno() for each in also}
+        for end in ends:
+            poll.register(end, select.POLLIN)
         while True:
             for fd, _ in poll.poll():
+                if fd in ends:
+                    return
                 data = os.read(fd, PIECE)
                 if not data:
                     return

@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -67,17 +68,27 @@ async def passage(where: MonitorAt, name: str, limit: float) -> Passage:
     """
     if where.host is None:
         return Passage(where.address if where.address.startswith("/") else host_and_port(where.address))
+    return await through(where.host, where.host.own("bridge", where.address), name, limit)
+
+
+async def through(
+    host: Host, command: Sequence[str], name: str, limit: float, lacking: str = "no monitor"
+) -> Passage:
+    """Return a way to whom a command on a host leads, whose first message is that of bridge.py.
+
+    ``lacking`` is what messages say where that leads nowhere. Raises as ``passage`` does.
+    """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     try:
         with theirs, tempfile.TemporaryFile() as errors:
-            beginning = Beginning(where.host, where.host.own("bridge", where.address))
-            process = await _started(where.host, beginning, theirs.fileno(), errors.fileno())
+            beginning = Beginning(host, command)
+            process = await _started(host, beginning, theirs.fileno(), errors.fileno())
             theirs.close()
             try:
                 said = await _first_message(beginning, ours, limit)
                 if "connected" not in said:
-                    raise await _failure(where.host, beginning, process, said, name, errors.fileno())
+                    raise await _failure(host, beginning, process, said, (name, lacking), errors.fileno())
             except BaseException:
                 ours.close()
                 await completed(_ended(process))
@@ -107,14 +118,15 @@ async def _failure(
     beginning: Beginning,
     process: asyncio.subprocess.Process,
     said: dict[str, Any],
-    name: str,
+    names: tuple[str, str],
     errors: int,
 ) -> MigrationError | QueuedError | UnreachableError:
     """Return why there is no way to a monitor: nobody is there, or the host cannot be reached."""
+    name, lacking = names
     if "failed" in said:
         reason = str(said["failed"])
         return UnreachableError(
-            f"{name}: no monitor: {reason}", reason, nobody_listens=bool(said.get("nobody"))
+            f"{name}: {lacking}: {reason}", reason, nobody_listens=bool(said.get("nobody"))
         )
     if beginning.arrived and not said:
         return QueuedError(f"{name} lets nobody in")

@@ -36,7 +36,7 @@ async def addresses(to: str, host_a: Host, host_b: Host, *, beside: str) -> Addr
     one host has no way to the other.
     """
     if not to and not host_a.address and not host_b.address:
-        return _sockets(beside)
+        return sockets(beside)
     if is_host_and_port(to):
         b, _, said = to.rpartition(":")
         b = b.strip("[]")
@@ -66,7 +66,8 @@ async def _reached_at(host: Host) -> str:
     return words[2]
 
 
-def _sockets(beside: str) -> Addresses:
+def sockets(beside: str) -> Addresses:
+    """Return sockets on B beside a disk. Raises UsageError where their paths are too long for that."""
     socket = f"{beside}.export"
     if len(os.fsencode(socket)) > SOCKET_PATH_LIMIT:
         raise UsageError(f"{socket} is too long for a socket: give --to-dir DIR with a shorter path")

@@ -12,7 +12,7 @@ from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
 from recipes.connections.monitors import monitor_of
 from recipes.discovery import guest as guests
-from recipes.discovery.addresses import addresses
+from recipes.discovery.addresses import addresses, sockets
 from recipes.discovery.command_line import config_file
 from recipes.discovery.command_line.chardevs import Monitor, monitors
 from recipes.discovery.command_line.options import CommandLine, parse
@@ -23,6 +23,7 @@ from recipes.discovery.naming import names
 from recipes.discovery.process import Process
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.plans.channel import SSH
 from recipes.qemu.vm import Vm, connect, nobody_listens
 
 CONNECT = 15.0
@@ -40,12 +41,14 @@ class Wanted:
     to        B: ssh://..., or an address of this machine (HOST or HOST:PORT), or nothing: this machine
     to_dir    the directory of B's disks; empty: as on A
     export    where A serves the disks; empty: as B reaches A
+    channel   how disk and RAM get there; empty: as a plan has it that does not say
     """
 
     source: str
     to: str = ""
     to_dir: str = ""
     export: str = ""
+    channel: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,11 @@ async def discover(wanted: Wanted, host_a: Host, host_b: Host) -> Draft:
     targets = tuple([target_of(disk.image, wanted.to_dir) for disk in derived.disks])
     await refuse_same(derived, targets, host_a, host_b)
     address = "" if host_b.address else wanted.to
-    there = await addresses(address, host_a, host_b, beside=targets[0])
+    if wanted.channel == SSH:
+        # Neither host has to reach the other.
+        there = sockets(targets[0])
+    else:
+        there = await addresses(address, host_a, host_b, beside=targets[0])
     return Draft(
         guest=running.guest,
         pid=running.process.pid,
@@ -82,6 +89,7 @@ async def discover(wanted: Wanted, host_a: Host, host_b: Host) -> Draft:
         targets=targets,
         export=wanted.export or there.export,
         migration=there.migration,
+        channel=wanted.channel,
     )
 
 

@@ -32,6 +32,7 @@ class Draft:
     targets    where each disk ends on B
     export     where A serves the disks
     migration  where B waits for the RAM
+    channel    how both get there; empty: as a plan has it that does not say
     """
 
     guest: Guest
@@ -43,6 +44,7 @@ class Draft:
     targets: tuple[str, ...]
     export: str
     migration: str
+    channel: str = ""
 
     @property
     def on_one_machine(self) -> bool:
@@ -69,6 +71,10 @@ def write(draft: Draft) -> str:
     export["uri"] = _text(draft.export, "where A serves its disks, and B finds them")
     document["export"] = export
     document["destination"] = _destination(draft)
+    if draft.channel:
+        channel = tomlkit.table()
+        channel["kind"] = _text(draft.channel, "how disk and RAM get to B")
+        document["channel"] = channel
     return tomlkit.dumps(document)
 
 

@@ -53,6 +53,10 @@ _OF_ONE_RUN = (_PROGRESS, _FRESH, SAMPLES, SPEED_ASKED, SPEED_TAKEN)
 """What must not be taken for another migration's of the same name."""
 
 
+_OF_THE_TUNNEL = ("tunnel.log", "tunnel.pid", "tunnel.supervisor")
+"""What its process makes, which is on neither host; see recipes/channel/ssh.py."""
+
+
 class EmptyJournalError(MigrationError):
     """There is a migration of this name, and nothing has been written of it."""
 
@@ -341,7 +345,7 @@ def remove(name: str) -> None:
     with Lock.taken(directory):
         try:
             # The journal as the last: until then it is known.
-            for known in (*_OF_ONE_RUN, HOOKS_LOG, LOCK, _JOURNAL):
+            for known in (*_OF_ONE_RUN, HOOKS_LOG, *_OF_THE_TUNNEL, LOCK, _JOURNAL):
                 (directory / known).unlink(missing_ok=True)
         except OSError as error:
             raise MigrationError(f"{error.filename}: {error.strerror}") from error

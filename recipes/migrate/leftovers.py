@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes.certificates import placing
+from recipes.connections.listen import control_of
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.images import holds_something
@@ -54,6 +55,31 @@ async def remove_made(host: Host, state: State, limit: float) -> list[str]:
             kept = await _remove(host, ["rm", "-f", "--", *others], limit)
         left += kept
     return left
+
+
+async def remove_channel(host_a: Host, host_b: Host, state: State, limit: float) -> list[str]:
+    """Remove from both hosts what disk and RAM have travelled by; return a phrase for each that is left."""
+    left = await remove_certificates(host_a, host_b, state, limit)
+    return left + await remove_sockets(host_a, host_b, state, limit)
+
+
+async def remove_sockets(host_a: Host, host_b: Host, state: State, limit: float) -> list[str]:
+    """Remove the sockets of a tunnel, which who was killed has left; return a phrase for each host."""
+    left = []
+    for host, command in removing_sockets(host_a, host_b, state):
+        left += await _remove(host, command, limit)
+    return left
+
+
+def removing_sockets(host_a: Host, host_b: Host, state: State) -> list[tuple[Host, list[str]]]:
+    """Return the command for each host that removes the sockets of a tunnel, if there is one."""
+    if state.tunnel is None:
+        return []
+    ends = ((host_a, (state.tunnel.disk, state.tunnel.ram)), (host_b, state.plan.ends_on_b))
+    return [
+        (host, ["rm", "-f", "--", *(name for path in paths for name in (path, control_of(path)))])
+        for host, paths in ends
+    ]
 
 
 async def remove_certificates(host_a: Host, host_b: Host, state: State, limit: float) -> list[str]:

@@ -86,6 +86,7 @@ class Migration:
         self.guest_end: GuestEnd | None = None
         self.owned = owned
         self.host_a, self.host_b = hosts
+        self.here = Host("this host")
         self.overlay_monitors: dict[str, Vm] = {}
         self.unattended = self.cleared = False
         self._started: dict[tuple[Role, str], Child] = {}
@@ -203,6 +204,11 @@ class Migration:
     def qemu(self) -> Child | None:
         """Return the QEMU on B, where this command, or the one before it, has started it."""
         return self.child(Role.QEMU)
+
+    @property
+    def tunnel(self) -> Child | None:
+        """Return what leads through ssh from one host to the other, where that is the channel."""
+        return self.child(Role.TUNNEL)
 
     @property
     def guard(self) -> Guard:
@@ -340,10 +346,16 @@ class Migration:
 
     def host_of(self, role: Role) -> Host:
         """Return the host of a process."""
+        if role is Role.TUNNEL:
+            return self.here
         return self.host_a if role in (Role.SERVER, Role.FENCE) else self.host_b
 
     async def _base(self, role: Role, drive: str) -> Path:
-        """What is there for all disks has its place beside the first one."""
+        """What is there for all disks has its place beside the first one; what is on neither host, beside the
+        journal.
+        """
+        if role is Role.TUNNEL:
+            return Path(self.journal.directory, role.value)
         disk = next((each for each in self.disks if each.drive == drive), self.disks[0])
         image = disk.image if role in (Role.SERVER, Role.FENCE) else disk.target
         return await self.place(self.host_of(role), image, role.value)

@@ -79,6 +79,8 @@ class Role(Enum):
     """nbd-overlay on B."""
     QEMU = "qemu"
     """On B."""
+    TUNNEL = "tunnel"
+    """Where the orchestrator runs: what leads through ssh from one host to the other."""
 
 
 PER_DISK = frozenset({Role.OVERLAY})
@@ -99,6 +101,7 @@ NAMES = {
     Role.FENCE: "the fence on A",
     Role.OVERLAY: "nbd-overlay on B",
     Role.QEMU: "B's QEMU",
+    Role.TUNNEL: "the tunnel",
 }
 """What messages call the processes of a migration of one disk."""
 
@@ -143,6 +146,17 @@ class Certificates:
 
 
 @dataclass(frozen=True)
+class Tunnel:
+    """Sockets on A of a tunnel: that at which A's server listens, and that to which A's QEMU sends its guest.
+
+    Those on B are the plan's own.
+    """
+
+    disk: str
+    ram: str
+
+
+@dataclass(frozen=True)
 class Arrival:
     """What A's QEMU says of a migration that is complete: milliseconds, and bytes sent."""
 
@@ -164,6 +178,8 @@ class State:
     capabilities: tuple[str, ...] = ()
     """Migration capabilities that were on at A before."""
     certificates: Certificates | None = None
+    tunnel: Tunnel | None = None
+    """What there is of it, or may be, besides its process."""
     parameters: Parameters = field(default_factory=Parameters)
     """The migration parameters of A before, of those that say how to use TLS."""
     exporter: str = ""
@@ -202,7 +218,8 @@ class State:
     @property
     def is_clear(self) -> bool:
         """Tell whether nothing that was started or made is left, as far as is known."""
-        return not (self.processes or self.made or self.exporter) and self.certificates is None
+        made = self.processes or self.made or self.exporter or self.certificates or self.tunnel
+        return not made
 
     @property
     def gives_way(self) -> bool:
@@ -267,7 +284,7 @@ class State:
 def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
     """Return the state at the beginning of a phase; ``cleared``: nothing is left of what was made."""
     if cleared:
-        return replace(state, phase=phase, made=(), processes=(), certificates=None, exporter="")
+        state = replace(state, made=(), processes=(), certificates=None, exporter="", tunnel=None)
     return replace(state, phase=phase)
 
 

@@ -20,7 +20,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.migrate.decide import UNKNOWN, Action, Wish
 from recipes.migrate.journal import Journal
-from recipes.migrate.leftovers import remove_certificates, remove_exporter, remove_made
+from recipes.migrate.leftovers import remove_channel, remove_exporter, remove_made
 from recipes.migrate.state import NAMES, Phase, Role, State, entered
 from recipes.migrate.way_back import GRACE as SWITCH_OVER
 from recipes.migrate.way_back import Hands, Verdict, WayBack
@@ -164,7 +164,7 @@ class Watch(Hands):
         limit = self.state.plan.limits.command
         left += await remove_made(self._hosts[1], self.state, limit)
         left += await remove_exporter(self._hosts[0], self.state, limit)
-        return left + await remove_certificates(*self._hosts, self.state, limit)
+        return left + await remove_channel(*self._hosts, self.state, limit)
 
     def enter(self, phase: Phase, *, cleared: bool = False) -> None:
         """Write it down; the way back does not depend on it."""

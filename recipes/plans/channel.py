@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from nbdserve.common.errors import UsageError
 
-TLS, PLAIN = "tls", "plain"
-KINDS = (TLS, PLAIN)
+TLS, PLAIN, SSH = "tls", "plain", "ssh"
+KINDS = (TLS, PLAIN, SSH)
 
 FORMER = "tcp"
 """What ``plain`` was called before there was anything else."""
@@ -19,6 +19,7 @@ class Channel:
 
     tls    both over TLS, with certificates that are made for this migration; both ends are verified
     plain  as they are, for whoever is on the network to read; A's server serves B's address alone
+    ssh    both through the operator's ssh, between Unix sockets; no port is listened at but that of sshd
     """
 
     kind: str = TLS
@@ -31,4 +32,4 @@ class Channel:
                 "leave it out, and disk and RAM go over TLS"
             )
         if self.kind not in KINDS:
-            raise UsageError(f"channel.kind: {self.kind!r} is none: write {' or '.join(KINDS)}")
+            raise UsageError(f"channel.kind: {self.kind!r} is none: write {', '.join(KINDS[:-1])} or {SSH}")

@@ -11,7 +11,8 @@ from nbdserve.common.ownership import parse_mode
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, is_ipv6, parse_uri
 from recipes.connections.address import check_host
-from recipes.plans.channel import TLS, Channel
+from recipes.hosts.ssh import sessions
+from recipes.plans.channel import SSH, TLS, Channel
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
 from recipes.plans.hooks import Hooks
 from recipes.plans.limits import Limits
@@ -168,6 +169,12 @@ class Plan:
                 getattr(self, section.name).check()
         if (self.source.qmp, self.source.host) == (self.destination.qmp, self.destination.host):
             raise UsageError(f"destination.qmp: {self.destination.qmp} is the source's monitor")
+        sides = (self.source, self.destination)
+        if self.channel.kind == SSH and not any(sessions(way_to(each)) for each in sides):
+            raise UsageError(
+                "channel.kind: by ssh neither host is reached; say source.host or destination.host, "
+                "ssh://..., or leave it out: on one machine nothing crosses a network"
+            )
         self._check_disks()
 
     def _check_disks(self) -> None:
@@ -224,6 +231,11 @@ class Plan:
         if not aside or len(self.disks) == 1:
             return aside
         return posixpath.join(aside, posixpath.basename(disk.image))
+
+    @property
+    def ends_on_b(self) -> tuple[str, str]:
+        """Return the sockets on B of disk and RAM, where they do not go over TCP."""
+        return self.export.address.socket or "", self.destination.migration.removeprefix("unix:")
 
     @property
     def disk_over_tls(self) -> bool:

@@ -27,7 +27,7 @@ drive = "disk0"                           the block node that a -device there re
 node = "disk0"                            and A's block node or device, as above
 
 [channel]
-kind = "tls"                              how disk and RAM get to B: "tls" (the default), or "plain"
+kind = "tls"                              how disk and RAM get to B: "tls" (the default), "ssh", or "plain"
 
 [limits]                                  seconds, unless said otherwise; see Limits
 [finish]                                  see Finish
@@ -49,9 +49,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nbdserve.common.errors import UsageError
+from recipes.plans.channel import SSH
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.limits import GONE
 from recipes.plans.plan import Command, Plan
+from recipes.plans.sockets import between_sockets
 
 _MOST_BITS = 1000
 """Of a whole number that can be shown, and be a float."""
@@ -100,7 +102,8 @@ def build(document: Mapping[str, Any], overrides: Mapping[str, Mapping[str, obje
         if not isinstance(values, Mapping):
             raise UsageError(f"{name}: write it as a section, [{name}]")
         made[name] = section_of(kind, name, {**values, **overrides.get(name, {})})
-    return Plan(**made)
+    plan = Plan(**made)
+    return between_sockets(plan) if plan.channel.kind == SSH else plan
 
 
 def disks_of(tables: object) -> tuple[PlannedDisk, ...]:

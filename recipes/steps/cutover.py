@@ -11,7 +11,7 @@ from typing import Any
 
 from nbdserve.common.clock import now
 from nbdserve.qmp.client import EventListener
-from recipes.channel import tls
+from recipes.channel import ssh, tls
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment, RamProgress
@@ -47,7 +47,7 @@ async def cut_over(m: Migration) -> str:
         # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
         m.enter(Phase.MIGRATE)
         try:
-            await a.execute("migrate", uri=m.plan.destination.migration)
+            await a.execute("migrate", uri=ssh.ram_uri(m))
         except CommandError:
             m.enter(Phase.LAUNCH)
             raise
@@ -56,7 +56,8 @@ async def cut_over(m: Migration) -> str:
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
         # From here on only the two QEMUs count: a server that dies is started again while streaming.
-        for name in ("the guard", *(m.called(*each) for each in m.roles(Role.SERVER, Role.OVERLAY))):
+        carry = m.roles(Role.SERVER, Role.OVERLAY, Role.TUNNEL)
+        for name in ("the guard", *(m.called(*each) for each in carry)):
             m.no_longer_need(name)
         # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
         await m.release_for_sure()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from recipes.channel import plain, tls
+from recipes.channel import plain, ssh, tls
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
@@ -23,6 +23,7 @@ async def export(m: Migration) -> str:
     m.enter(Phase.EXPORT)
     server = await start_server(m)
     m.need("the server on A", server.wait())
+    await ssh.stand(m)
     await check_exports(m, m.disks)
     are = "are" if len(m.disks) > 1 else "is"
     disks = listed(f"{disk.image} ({m.state.disk(disk).size} bytes)" for disk in m.disks)
@@ -34,6 +35,7 @@ async def start_server(m: Migration) -> Child:
     """Start nbdserve on A and wait until it is ready."""
     limit = m.plan.limits.start
     await tls.make_certificates(m)
+    await ssh.prepare(m)
     server = await m.start(Role.SERVER, await server_command(m), ready=True)
     await m.during(server.ready(limit), limit, "starting the server on A")
     return server
@@ -44,7 +46,9 @@ async def server_command(m: Migration) -> list[str]:
     pid_file = f"{await m.place(m.host_a, m.disks[0].image, 'nbdserve')}.pid"
     address = m.plan.export.address
     where = ["-b", address.host, "-p", str(address.port)]
-    if address.socket:
+    if tunnelled := ssh.server_socket(m):
+        where = ["-k", tunnelled]
+    elif address.socket:
         # It is on one host with B's QEMU, which may have to connect there again.
         where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]

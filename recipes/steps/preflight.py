@@ -10,6 +10,7 @@ from typing import Any
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
+from recipes.channel import ssh
 from recipes.checks.space import Need, shortages
 from recipes.connections.installed import check_version
 from recipes.connections.monitors import MonitorAt
@@ -40,6 +41,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
         await check_target(plan, disk, host_b)
     await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
     await check_space(plan, host_a, host_b)
+    await check_tunnel(plan, host_a, host_b)
     where = monitor_b(plan, host_b)
     if await answers(where, plan.limits.connect):
         raise MigrationError(
@@ -172,6 +174,18 @@ def check_hooks(hooks: Hooks) -> None:
         command = hooks.command(each.name)
         if command and shutil.which(command[0]) is None:
             raise UsageError(f"hooks.{each.name}: there is no program {command[0]} on this host")
+
+
+async def check_tunnel(plan: Plan, host_a: Host, host_b: Host) -> None:
+    """Where it makes sockets nothing may be."""
+    limit, on_a = plan.limits.command, await ssh.paths(plan, host_a)
+    on_b = [plan.ends_on_b[0]] if on_a else []
+    for host, path in [(host_a, each) for each in on_a] + [(host_b, each) for each in on_b]:
+        if await in_the_way(host, path, limit):
+            raise MigrationError(
+                f"channel.kind: {path} exists on {host.name}, where the tunnel has a socket; remove it, if "
+                "it is nobody's any more"
+            )
 
 
 async def check_target(plan: Plan, disk: PlannedDisk, host_b: Host) -> None:

@@ -8,14 +8,17 @@ is paused (state ``io-error``), and so is the job, with nothing lost. QEMU goes 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from nbdserve.common.clock import now
+from recipes.channel import ssh
 from recipes.engines.jobs import Jobs
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import AdvisedError, Migration
 from recipes.plans.disks import PlannedDisk
+from recipes.processes.children import Child
 from recipes.qemu.vm import CommandError
 from recipes.steps import advice
 from recipes.steps.export import check_exports, start_server
@@ -64,7 +67,7 @@ class Recovery:
             elif now() - good_since > HOLD:
                 self._m.report.note("the export is back, and the guest and the stream go on")
                 return
-            if self.server_has_ended:
+            if self.server_has_ended or self.tunnel_has_ended:
                 await self.bring_export_back()
             if good_since is None and now() > diagnosis:
                 diagnosis = now() + DIAGNOSIS
@@ -80,22 +83,30 @@ class Recovery:
         while True:
             try:
                 if self.server_has_ended:
-                    await self._restart()
+                    await self._restart(self._m.server, start_server)
+                if self.tunnel_has_ended:
+                    await self._restart(self._m.tunnel, ssh.stand)
                 await check_exports(self._m, [job.disk for job in self._jobs.running])
                 return
             except MigrationError as error:
-                spent = self.server_has_ended and self._restarts >= self._limits.restarts
+                ended = self.server_has_ended or self.tunnel_has_ended
+                spent = ended and self._restarts >= self._limits.restarts
                 if spent or now() > deadline:
                     raise await self.advised(str(error), await advice.server_away(self._m)) from error
             await asyncio.sleep(RESTART_PAUSE)
 
-    async def _restart(self) -> None:
-        """Start the server again, unless that was done too often."""
+    async def _restart(self, child: Child | None, start: Callable[[Migration], Awaitable[object]]) -> None:
+        """Start what has ended again, unless that was done too often."""
         if self._restarts >= self._limits.restarts:
-            assert self._m.server
-            raise MigrationError(f"the server on A {await self._m.server.wait()}")
+            assert child
+            raise MigrationError(f"{child.name} {await child.wait()}")
         self._restarts += 1
-        await start_server(self._m)
+        await start(self._m)
+
+    @property
+    def tunnel_has_ended(self) -> bool:
+        """Tell whether what leads to A through ssh has ended, where that is the channel."""
+        return self._m.tunnel is not None and not self._m.tunnel.running
 
     @property
     def server_has_ended(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.channel import tls
+from recipes.channel import ssh, tls
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
@@ -37,6 +37,7 @@ async def clear_source(m: Migration) -> str:
             await move_aside(m, disk.image, m.plan.moved_to(disk))
     if m.fence:
         await m.fence.stop(limits.stop)
+    await ssh.end(m)
     await tls.remove_all(m)
     known = m.guest_end
     await m.guest_has_ended()

@@ -200,9 +200,10 @@ class Stream:
 
     async def _trouble(self, told: list[tuple[Vm, dict[str, Any]]]) -> str:
         """Return what is wrong, if anything."""
-        server, b = self._m.server, self._m.b
-        if server and self._recovery.server_has_ended:
-            return f"{server.name} {await server.wait()}"
+        b = self._m.b
+        for child in (self._m.server, self._m.tunnel):
+            if child and not child.running:
+                return f"{child.name} {await child.wait()}"
         of_disks = [event for vm, event in told if self._is_ours(vm, event)]
         # Of the guest's errors another monitor than the job's tells.
         if not of_disks and all(vm is b for vm in self._jobs.monitors):

@@ -61,6 +61,9 @@ def original_disk(disk_size: int) -> bytes:
 SUPERVISOR = "recipes.processes.supervisor"
 """In the command line of each."""
 
+TUNNEL_MODULE = "recipes.connections.tunnel"
+"""In the command line of what leads through ssh."""
+
 KEPT = "recipes.processes."
 """In that of a supervisor, and of what leads to one."""
 
@@ -77,14 +80,15 @@ class Role(Enum):
     GUARD = ("recipes.migrate.guard", ())
     CHIEF = ('"tell"', ())
     DEPUTY = ('"chief"', ())
+    TUNNEL = (TUNNEL_MODULE, (KEPT,))
     OVERLAY = ("nbd-overlay serve", (KEPT,))
     ONE_OVERLAY = ("/b1.raw -k ", (KEPT,))
     """Of several that of the second disk; see many_disks.py."""
-    SUPERVISOR_OF_B = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "nbd-overlay"))
-    SUPERVISOR_OF_OVERLAY = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "-incoming"))
+    SUPERVISOR_OF_B = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "nbd-overlay", TUNNEL_MODULE))
+    SUPERVISOR_OF_OVERLAY = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "-incoming", TUNNEL_MODULE))
     SUPERVISOR_OF_SERVER = (
         SUPERVISOR,
-        ("-incoming", "recipes.qemu.fence", "nbd-overlay"),
+        ("-incoming", "recipes.qemu.fence", "nbd-overlay", TUNNEL_MODULE),
     )
     ORCHESTRATOR = ("plan.toml", ())
 

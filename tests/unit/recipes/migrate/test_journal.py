@@ -19,7 +19,7 @@ from recipes.migrate import journal
 from recipes.migrate.journal import Journal, check_name, usable_name
 from recipes.migrate.lock import JournalBusyError
 from recipes.migrate.progress import Progress
-from recipes.migrate.state import Arrival, Disk, Phase, Process, Role, State
+from recipes.migrate.state import Arrival, Disk, Phase, Process, Role, State, Tunnel
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Destination, Export, Plan, Source
 
@@ -35,6 +35,7 @@ FULL = State(
     disks=(Disk("/a.raw", "/b.raw", 1 << 30),),
     processes=(Process(Role.QEMU, 4711, "unix:/run/b.qmp"),),
     capabilities=("events",),
+    tunnel=Tunnel("/a.raw.export", "/a.raw.ram"),
     arrival=Arrival(12, 3456, 1 << 20),
     arrived=1000.5,
     recoveries=2,
@@ -231,7 +232,7 @@ def test_a_migration_that_is_not_over_is_not_begun_anew() -> None:
     with pytest.raises(MigrationError, match="nbd-migrate resume vm takes it up, nbd-migrate abort vm"):
         Journal.begin("vm")
     kept = Journal.take_over("vm")
-    kept.append(replace(FULL, phase=Phase.DONE, processes=(), exporter=""))
+    kept.append(replace(FULL, phase=Phase.DONE, processes=(), exporter="", tunnel=None))
     kept.close()
     Journal.begin("vm").close()
 

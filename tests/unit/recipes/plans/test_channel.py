@@ -45,11 +45,29 @@ def test_plain_must_be_asked_for() -> None:
     assert not plain.ram_over_tls
 
 
+def test_through_ssh_everything_is_a_socket_on_b_whatever_the_plan_says() -> None:
+    b = {"destination": {"host": "ssh://b"}, "channel": {"kind": "ssh"}}
+    tunnelled = plan(**b)
+    assert (tunnelled.disk_over_tls, tunnelled.ram_over_tls, tunnelled.ram_host) == (False, False, "")
+    assert tunnelled.ends_on_b == ("/b.raw.export", "/b.raw.ram")
+    assert tunnelled.export.address.export == "vm"
+    own = plan(**b | {"export": {"uri": "nbd+unix:///vm?socket=/run/nbd"}})
+    assert own.ends_on_b == ("/run/nbd", "/b.raw.ram")
+
+
+def test_through_ssh_needs_a_host_that_is_reached_by_it() -> None:
+    with pytest.raises(UsageError, match=r"^channel.kind: by ssh neither host is reached; say source"):
+        plan(channel={"kind": "ssh"})
+    long = {"host": "ssh://b", "image": f"/{'b' * 101}"}
+    with pytest.raises(UsageError, match=r"^destination.image: /b*.export.take has 114 bytes"):
+        plan(channel={"kind": "ssh"}, destination=long)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
         ("tcp", r"^channel.kind: 'tcp' is called 'plain' now"),
-        ("x", r"^channel.kind: 'x' is none: write tls or"),
+        ("x", r"^channel.kind: 'x' is none: write tls, plain or ssh"),
     ],
 )
 def test_other_words_are_refused(kind: str, said: str) -> None:
