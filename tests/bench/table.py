@@ -37,7 +37,7 @@ def introduction(contenders: Sequence[Contender], machine: Mapping[str, str]) ->
             INTRODUCTION,
             *(f"- {what}: {value}" for what, value in machine.items()),
             "",
-            _table(["server", "version", "options"], lines),
+            table(["server", "version", "options"], lines),
         ]
     )
 
@@ -59,7 +59,7 @@ def section(results: Sequence[Result]) -> str:
         ]
         for result in results
     ]
-    return "\n".join([f"\n## {row.name}\n", _table([*header, "client"], lines), "", *targets(results)])
+    return "\n".join([f"\n## {row.name}\n", table([*header, "client"], lines), "", *targets(results)])
 
 
 def summary(rows: Sequence[Sequence[Result]]) -> str:
@@ -78,7 +78,7 @@ def summary(rows: Sequence[Sequence[Result]]) -> str:
         saved = f"{_cost(ours) / _cost(cheapest):.2f}" if _cost(cheapest) else "-"
         name = best.contender.name
         lines.append([row.name, f"{least:g}", f"{ratio:.2f}", mark, name, saved, cheapest.contender.name])
-    return "\n".join(["## All rows\n", _table(header, lines), ""])
+    return "\n".join(["## All rows\n", table(header, lines), ""])
 
 
 def _cost(result: Result) -> float:
@@ -109,7 +109,7 @@ def memory_section(measured: Sequence[Memory]) -> str:
         (f"{ours.idle} idle clients hold", held),
     ]
     told = [f"Target {what}: {'met' if kept else 'MISSED'}.\n" for what, kept in verdicts]
-    return "\n".join(["## Memory\n", _table(header, lines), "", *told])
+    return "\n".join(["## Memory\n", table(header, lines), "", *told])
 
 
 def targets(results: Sequence[Result]) -> list[str]:
@@ -127,7 +127,7 @@ def _digits(row: Row) -> int:
     return 1 if row.unit is Unit.OPERATIONS else 0
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A markdown table whose columns also line up in a terminal."""
     widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
 

@@ -50,7 +50,7 @@ def run_in_guest(
     linux = kernel.fetch()
     initramfs.build(archive, linux, modules=(*NETWORK, *modules), init=init)
     with archive.open("ab") as output:
-        output.write(_archive_of(_with_libraries(programs)))
+        output.write(archive_of(with_libraries(programs)))
     command = [
         *("qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none"),
         *("-no-reboot", "-kernel", str(linux.image), "-initrd", str(archive)),
@@ -64,25 +64,25 @@ def run_in_guest(
     return console
 
 
-def _with_libraries(programs: Sequence[str]) -> list[str]:
-    """The absolute paths of programs and of all shared objects that they load."""
+def with_libraries(programs: Sequence[str]) -> list[str]:
+    """The absolute paths of programs, or of shared objects, and of all shared objects that they load."""
     paths: dict[str, None] = {}
     for program in programs:
-        # Administration programs are not on every user's PATH.
-        found = shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin")
+        # Administration programs are not on every user's PATH; what is no program is named by its path.
+        found = program if "/" in program else shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin")
         assert found is not None, f"{program} is not installed"
         listed = subprocess.run(["ldd", found], capture_output=True, text=True, check=True, timeout=240)
         paths.update(dict.fromkeys([found, *re.findall(r"(/\S+) \(0x", listed.stdout)]))
     return list(paths)
 
 
-def _archive_of(paths: Sequence[str]) -> bytes:
-    """A cpio archive of files at their absolute paths, with their directories; links are followed."""
-    names = {part for path in paths for part in Path(path).parents if part != Path("/")}
+def archive_of(paths: Sequence[str], root: Path = Path("/")) -> bytes:
+    """A cpio archive of files at their paths from ``root``, with their directories; links are followed."""
+    names = {part for path in paths for part in Path(path).parents if part.name}
     listing = [str(name).lstrip("/") for name in sorted(names)] + [path.lstrip("/") for path in paths]
     done = subprocess.run(
         ["cpio", "--quiet", "-o", "-H", "newc", "-L"],
-        cwd="/",
+        cwd=root,
         input="\n".join(listing).encode(),
         capture_output=True,
         check=True,
