@@ -12,7 +12,7 @@ PACKAGES := python3-venv python3-libnbd libnbd-bin qemu-system-x86 qemu-utils nb
 	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3 openssl gnutls-bin curl strace systemd \
 	openssh-client openssh-server sudo git
 
-.PHONY: setup packages demo test test-all check unit lint types bench bench-quick fuzz soak chaos docs clean
+.PHONY: setup packages demo test test-all check unit lint types bench bench-quick bench-migrate fuzz soak chaos docs clean
 
 setup: packages $(VENV)/.installed
 
@@ -77,6 +77,13 @@ AGAINST := HEAD~1
 LEAST := 0
 bench-quick: setup
 	$(BIN)/python -m tests.bench.quick --against $(AGAINST) --least $(LEAST)
+
+# A guest with a disk of SIZE is moved ROUNDS times by each contender, with the disks in each of the DIRECTORIES. It needs root.
+SIZE := 4G
+DIRECTORIES := /dev/shm /var/tmp
+bench-migrate: ROUNDS = 3
+bench-migrate: setup
+	$(BIN)/python -m tests.bench.migrate --size $(SIZE) --rounds $(ROUNDS) $(addprefix --directory ,$(DIRECTORIES))
 
 # The fuzzer is installed only here. RUNS counts inputs to each of the two targets.
 RUNS := 1000000
