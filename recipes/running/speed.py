@@ -136,22 +136,31 @@ def ask(directory: Path, asked: Asked, known: Known, sleep: Callable[[float], No
         fresh.write_text(json.dumps(asdict(asked)))
         fresh.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            fresh.unlink()
         raise MigrationError(f"{path}: {error.strerror}") from error
-    waited = 0.0
+    try:
+        _wait_until_taken(directory, asked, known, sleep)
+    except BaseException:
+        # Also an operator who does not wait for it any more: later nobody would expect it.
+        withdraw(directory, asked)
+        raise
+    if find(directory, SPEED_TAKEN) != asked:
+        raise MigrationError(f"{name}: something else was asked meanwhile, which counts")
+
+
+def _wait_until_taken(directory: Path, asked: Asked, known: Known, sleep: Callable[[float], None]) -> None:
+    name, waited = directory.name, 0.0
     while find(directory) == asked:
         if not known.actor():
-            withdraw(directory, asked)
             raise MigrationError(f"{name}: the run has ended before it took this, so nothing was changed")
         if waited > ANSWER:
-            withdraw(directory, asked)
             raise MigrationError(
                 f"{name}: the run has not taken this within {ANSWER:g} s, so nothing was changed; it is at: "
                 f"{known.doing()}; ask again later"
             )
         sleep(LOOK)
         waited += LOOK
-    if find(directory, SPEED_TAKEN) != asked:
-        raise MigrationError(f"{name}: something else was asked meanwhile, which counts")
 
 
 def moment(text: str, option: str, now: float) -> float:

@@ -84,6 +84,22 @@ def test_a_run_that_does_not_take_it_is_asked_no_more(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_is_asked_no_more_by_who_does_not_wait_any_longer(tmp_path: Path) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, Asked.new(speed=1), Run(tmp_path), interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_asked_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / SPEED_ASKED).mkdir()
+    with pytest.raises(MigrationError, match=rf"{SPEED_ASKED}: Is a directory"):
+        ask(tmp_path, Asked.new(speed=1), Run(tmp_path), Run(tmp_path).sleep)
+    assert [each.name for each in tmp_path.iterdir()] == [SPEED_ASKED]
+
+
 def test_a_run_that_ends_is_asked_no_more(tmp_path: Path) -> None:
     run = Run(tmp_path, ends_after=5)
     with pytest.raises(MigrationError, match=r"the run has ended before it took this"):
