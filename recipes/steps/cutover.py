@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from nbdserve.common.clock import now
 from nbdserve.qmp.client import EventListener
 from recipes.channel import ssh, tls
 from recipes.errors import MigrationError
+from recipes.hosts.interruption import undisturbed
 from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment, RamProgress
 from recipes.migrate.runtime import READY, Migration
@@ -30,6 +31,9 @@ NOT_OURS = ("inmigrate", "prelaunch")
 RAM_LOOK = 0.5
 """Seconds between two looks how far the RAM is."""
 
+PARTING = 3.0
+"""Seconds in which a QEMU answers, or ends, that is not kept waiting by anybody."""
+
 PAUSED = "paused"
 """The state of query-status of a guest that was told to stop; an error brings another one."""
 
@@ -42,7 +46,8 @@ async def cut_over(m: Migration) -> str:
     await set_capabilities(a, WANTED)
     await tls.send_ram(m)
     # One that is kept waiting by who has connected to it would keep A's waiting, and its guest with it.
-    await m.during(b.execute("query-status"), m.plan.limits.command, "B's QEMU")
+    async with parting_silent_ones(m):
+        await m.during(b.execute("query-status"), m.plan.limits.command, "B's QEMU")
     with a.events("MIGRATION") as news:
         # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
         m.enter(Phase.MIGRATE)
@@ -51,7 +56,8 @@ async def cut_over(m: Migration) -> str:
         except CommandError:
             m.enter(Phase.LAUNCH)
             raise
-        await m.during(reaching("active", a, news), m.plan.limits.command, "A's QEMU connecting to B's")
+        async with parting_silent_ones(m):
+            await m.during(reaching("active", a, news), m.plan.limits.command, "A's QEMU connecting to B's")
         await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
@@ -75,6 +81,39 @@ async def cut_over(m: Migration) -> str:
         return "the guest runs on B"
     sent = f"{arrival.ram_bytes} bytes of RAM in {arrival.total_ms} ms"
     return f"{sent}; the guest stood still for {arrival.downtime_ms} ms"
+
+
+@asynccontextmanager
+async def parting_silent_ones(m: Migration) -> AsyncIterator[None]:
+    """End B's QEMU when what the caller does fails, or is interrupted, and neither of the two says anything.
+
+    Then B's (7.2) waits for who has connected to its port before A's, which waits for it, with its guest. B's
+    has nothing of that, as A's was not yet told to switch over.
+    """
+    try:
+        yield
+    except (MigrationError, asyncio.CancelledError) as error:
+        if not await undisturbed(is_silent(m.monitor_b)):
+            raise
+        a_is_silent = await undisturbed(is_silent(m.a))
+        if a_is_silent and m.qemu:
+            with suppress(MigrationError):
+                await undisturbed(m.qemu.stop(PARTING))
+        if isinstance(error, MigrationError):
+            where = m.plan.destination.migration
+            raise MigrationError(f"{error}; is somebody else connected to {where}?") from error
+        raise
+
+
+async def is_silent(vm: Vm) -> bool:
+    """Tell whether a QEMU that is there does not answer."""
+    try:
+        await vm.execute("query-status", limit=PARTING)
+    except VmSilentError:
+        return True
+    except MigrationError:
+        return False
+    return False
 
 
 async def reaching(state: str, a: Vm, news: EventListener) -> None:
