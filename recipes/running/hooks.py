@@ -2,14 +2,17 @@
 
 Each gets the state as JSON on its standard input, and has a time limit. What it prints goes to a log in the
 migration's directory, the first part of it. The journal says that a hook is called before it is, and that it
-has ended when it has: who takes the migration up knows of one that was interrupted, and calls it again.
+has ended when it has: who takes the migration up knows of one that was interrupted, and calls it again. So
+none outlives a command that is killed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -106,13 +109,19 @@ async def run(command: Sequence[str], hook: Hook, state: State, directory: Path,
     """Run a hook's command; raises MigrationError with its last line where it fails or takes too long."""
     limit, log = state.plan.limits.hook, directory / HOOKS_LOG
     given = {**json.loads(state.to_json()), "hook": hook.value, "reason": reason}
-    with tempfile.TemporaryFile() as file, _Output() as output:
+    with tempfile.TemporaryFile() as file, _Output() as output, _Life() as life:
         # It may be read at any time, or by nobody.
         file.write(json.dumps(given).encode() + b"\n")
         file.seek(0)
         try:
+            require_program(command[0])
             process = await spawn(
-                command, stdin=file, stdout=output.end, stderr=output.end, start_new_session=True
+                ["sh", "-c", _BOUND, str(life.held), *command],
+                stdin=file,
+                stdout=output.end,
+                stderr=output.end,
+                pass_fds=[life.held],
+                start_new_session=True,
             )
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
@@ -122,6 +131,7 @@ async def run(command: Sequence[str], hook: Hook, state: State, directory: Path,
         try:
             async with asyncio.timeout(limit):
                 code = await process.wait()
+            life.spare()
             how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
             await output.rest(REST)
         except TimeoutError:
@@ -132,6 +142,36 @@ async def run(command: Sequence[str], hook: Hook, state: State, directory: Path,
     if code:
         said = "".join(char if char.isprintable() else "?" for char in last_words(output.text))[-_LINE:]
         raise MigrationError(f"hook {hook.value} {how}{f': {said}' if said else ''}; its output is in {log}")
+
+
+def require_program(name: str) -> None:
+    """Raise OSError unless a command of this name can be run: a shell would say so less clearly."""
+    if shutil.which(name) is None:
+        number = errno.EACCES if os.path.exists(name) else errno.ENOENT
+        raise OSError(number, os.strerror(number))
+
+
+_BOUND = '( { read -r spared < "/proc/self/fd/$0" || kill -s KILL 0; } > /dev/null 2>&1 & ); exec "$@"'
+"""Becomes the command "$@", whose session ends when nobody holds the other end of the pipe "$0" any more."""
+
+
+class _Life:
+    """A pipe whose end is ours as long as we live: a hook does not outlive a command that is killed."""
+
+    def __init__(self) -> None:
+        self.held, self._ours = os.pipe()
+
+    def spare(self) -> None:
+        """The command has ended; what it has left behind may live on."""
+        with suppress(BrokenPipeError):
+            os.write(self._ours, b"spared\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.held)
+        os.close(self._ours)
 
 
 class _Output:

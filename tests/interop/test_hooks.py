@@ -196,6 +196,28 @@ def test_a_hook_that_hangs_is_killed_with_all_that_it_has_started(tmp_path: Path
     wait_until(lambda: not running(tmp_path), "nothing is left of it")
 
 
+def test_a_hook_does_not_outlive_a_command_that_is_killed(tmp_path: Path) -> None:
+    """Whoever takes the migration up calls it again, and two at once nobody has asked for."""
+    script = f"sh -c 'sleep 1000; : {tmp_path}' & cat > /dev/null; echo x > {tmp_path}/called; wait"
+    made = Migrating(tmp_path, Hook.DONE, script)
+    pid = os.fork()
+    if not pid:
+        try:
+            made.call(Hook.DONE)
+        finally:
+            os._exit(1)
+    try:
+        wait_until((tmp_path / "called").exists, "it is called", LONG)
+        assert len(running(tmp_path)) > 1
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not running(tmp_path), "nothing is left of it", 20.0)
+    finally:
+        for each in running(tmp_path):
+            each.kill()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def test_what_a_hook_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
     made = Migrating(tmp_path, Hook.DONE, f"sleep 1000 & echo $! > {tmp_path}/pid")
     try:
