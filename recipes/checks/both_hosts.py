@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
+from recipes.checks.chains import left_on_a
 from recipes.checks.clocks import check_clocks
+from recipes.checks.disk_nodes import disk_nodes
 from recipes.checks.local_files import check_local
 from recipes.checks.machine_types import check_qemu
 from recipes.checks.processor import check_processor
@@ -28,6 +30,8 @@ async def check_hosts(
     sockets = [plan.destination.qmp] if plan.destination.qmp.startswith("/") else []
     kind, _, path = plan.destination.migration.partition(":")
     sockets += [path] if kind == "unix" else []
+    for warning in left_on_a(plan, await disk_nodes(plan, a)):
+        yield warning
     await check_local(host_b, qemu, sockets, limit)
     await check_reachable(plan, host_a, host_b)
     for warning in await check_qemu(a, host_b, qemu, limit):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
 
 from nbdserve.common.errors import OperatorError
-from recipes.channel import ssh, tls
+from recipes.channel import ssh, through_qemu, tls
 from recipes.commands.finding import found, journal_of
 from recipes.commands.retreat import where_on_b
 from recipes.commands.run import go_through
@@ -27,7 +27,7 @@ from recipes.plans.plan import Plan
 from recipes.plans.reaching import monitor_b
 from recipes.running.hooks import beside, tell, told_of_failure
 from recipes.steps.cutover import fence_source
-from recipes.steps.export import check_exports, start_server
+from recipes.steps.export import check_exports, serve_files, start_server
 from recipes.steps.launch import check_devices, monitor_option
 from recipes.steps.shut_down import clear_source, detach
 from recipes.steps.stream import stream
@@ -105,8 +105,11 @@ async def secure(m: Migration) -> None:
     """See that A is fenced and, as long as it is needed, serves its disk."""
     if m.a.connected:
         await fence_source(m)
-    elif not m.complete and m.fence is None:
-        await raise_fence(m, [disk.image for disk in m.disks])
+    else:
+        if not m.complete and m.fence is None:
+            await raise_fence(m, [disk.image for disk in m.disks])
+        await serve_files(m)
+        await through_qemu.forget(m)
     if not m.complete:
         await ensure_export(m)
 

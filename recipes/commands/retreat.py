@@ -131,7 +131,7 @@ async def stop(m: Migration, child: Child | None) -> None:
 
 async def after_cut_over(m: Migration) -> str:
     """Return what is so after a failure behind the cut-over. A must not go on in any case."""
-    if m.a.connected:
+    if m.a.connected or m.state.exporter:
         await fence_source(m)
     await m.guest_has_ended()
     return where_on_b(m)

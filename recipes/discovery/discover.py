@@ -18,12 +18,14 @@ from recipes.discovery.command_line.chardevs import Monitor, monitors
 from recipes.discovery.command_line.options import CommandLine, parse
 from recipes.discovery.derive import Derived, derive, made_paths
 from recipes.discovery.document import Draft, Place
+from recipes.discovery.drive_options import FoundDisk
 from recipes.discovery.managed import busy
 from recipes.discovery.naming import names
 from recipes.discovery.process import Process
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.channel import SSH
+from recipes.qemu.images import RAW
 from recipes.qemu.vm import Vm, connect, nobody_listens
 
 CONNECT = 15.0
@@ -71,7 +73,7 @@ async def discover(wanted: Wanted, host_a: Host, host_b: Host) -> Draft:
     running = await find(wanted.source, host_a)
     derived = await derived_for(running, host_b)
     refuse(running.guest, derived)
-    targets = tuple([target_of(disk.image, wanted.to_dir) for disk in derived.disks])
+    targets = tuple([target_of(disk, wanted.to_dir) for disk in derived.disks])
     await refuse_same(derived, targets, host_a, host_b)
     address = "" if host_b.address else wanted.to
     if wanted.channel == SSH:
@@ -175,8 +177,11 @@ def refuse(guest: guests.Guest, derived: Derived) -> None:
         raise MigrationError(f"the guest {guest.name or 'on A'} cannot be moved: {'; and '.join(reasons)}")
 
 
-def target_of(image: str, directory: str) -> str:
-    """Return where a disk ends on B."""
+def target_of(disk: FoundDisk, directory: str) -> str:
+    """Return where a disk ends on B, by a name that says nothing else than what it is there: raw."""
+    image, suffix = disk.image, f".{disk.format}"
+    if disk.format != RAW and image.endswith(suffix):
+        image = f"{image.removesuffix(suffix)}.{RAW}"
     return posixpath.join(directory, posixpath.basename(image)) if directory else image
 
 

@@ -11,6 +11,7 @@ from tomlkit.items import Array, Item, Table
 from nbdserve.common.sizes import format_size
 from recipes.discovery.derive import Derived
 from recipes.discovery.guest import Guest
+from recipes.qemu.images import RAW
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def write(draft: Draft) -> str:
         disk = tomlkit.table()
         disk["image"] = _text(found.image, f"{format_size(found.size)}, {found.device}")
         disk["node"] = _text(found.node)
+        if found.format != RAW:
+            disk["format"] = _text(found.format, "as A has it; on B it is raw")
         disk["target"] = _text(target)
         disk["drive"] = _text(found.drive)
         disks.append(disk)

@@ -21,6 +21,7 @@ from recipes.discovery.drives import (
     name_of,
 )
 from recipes.discovery.guest import Drive, Guest
+from recipes.qemu.images import RAW
 
 NODE = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,19}")
 """What a disk may be called in a plan."""
@@ -46,6 +47,7 @@ class FoundDisk:
     drive   what its device on B refers to
     size    in bytes
     device  the type of its device
+    format  of its image
     """
 
     image: str
@@ -53,6 +55,7 @@ class FoundDisk:
     drive: str
     size: int
     device: str
+    format: str = RAW
 
 
 class DriveOptions:
@@ -133,7 +136,7 @@ class DriveOptions:
             self.refused.append(f"the disk {name_of(drive)} is in a {drive.type} that no -device has made")
             return
         name = self._name([given.text("drive"), drive.backend, node.name])
-        self.disks.append(FoundDisk(image, node.name, name, node.size, drive.type))
+        self.disks.append(FoundDisk(image, node.name, name, node.size, drive.type, node.driver))
         made = given.having(drive=name, rerror="stop", werror="stop")
         if self._writes_through(drive, image):
             made = made.having(write_cache="off")

@@ -11,6 +11,7 @@ from recipes.discovery.command_line.arguments import Arguments
 from recipes.discovery.command_line.options import CommandLine, Option
 from recipes.discovery.guest import Drive, Guest, Node
 from recipes.hosts.quoting import pasted
+from recipes.qemu.images import FORMATS
 
 DISKS = ("hda", "hdb", "hdc", "hdd", "cdrom")
 """Options that are a drive and its device in one."""
@@ -80,8 +81,10 @@ def complaint(drive: Drive, image: str, address: str) -> str:
         return (
             f"the drive {name_of(drive)} has {node.file} in it, and media do not move; take it out: {eject}"
         )
-    if node.driver != "raw":
-        return f"{what} is {node.driver}, and only raw disks can move"
+    if node.driver not in FORMATS:
+        return f"{what} is {node.driver}, and only {' and '.join(FORMATS)} disks can move"
+    if node.fault:
+        return f"{what} cannot move: {node.fault}"
     if node.limited:
         return f"{what} is throttled ({node.limited}); take that away with block_set_io_throttle"
     if node.read_only:

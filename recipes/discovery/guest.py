@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes.errors import MigrationError
+from recipes.qemu.images import fault_in, file_of
 from recipes.qemu.machine import Machine, machine_of
 from recipes.qemu.vm import CommandError, Vm
 
@@ -28,6 +29,8 @@ class Node:
     read_only: bool = False
     limited: str = ""
     """Which throttling it has, or nothing."""
+    fault: str = ""
+    """Why its image cannot be read without this QEMU, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,11 @@ def node_of(inserted: dict[str, Any]) -> Node:
     return Node(
         name=inserted["node-name"],
         driver=inserted["drv"],
-        file=inserted["file"],
+        file=file_of(inserted["file"]),
         size=inserted["image"]["virtual-size"],
         read_only=inserted["ro"],
         limited=",".join(throttling),
+        fault=fault_in(inserted["image"]),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nbdserve.common.errors import UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
+from recipes.qemu.images import FORMATS, RAW
 
 OF_DRIVE = ("export", "backing", "overlay", "access", "local", "socket")
 """What block nodes of B's QEMU are called beside a drive: DRIVE-export, and so on."""
@@ -27,16 +28,18 @@ SHORTHAND = {
 class PlannedDisk:
     """A disk of the guest.
 
-    image   on A: a raw file or a block device
+    image   on A: a file or a block device
     target  on B: where it ends as a file
     drive   the block node of B's QEMU that the -device there refers to
     node    A's block node or device; empty: found by the image's name
+    format  of the image on A; on B the disk is raw in any case
     """
 
     image: str
     target: str
     drive: str
     node: str = ""
+    format: str = RAW
 
     @property
     def map(self) -> str:
@@ -70,6 +73,8 @@ class PlannedDisk:
             )
         check_absolute(keys["image"], self.image)
         check_absolute(keys["target"], self.target)
+        if self.format not in FORMATS:
+            raise UsageError(f"disk.format: {self.format!r} is neither {' nor '.join(FORMATS)}")
         if is_among_devices(self.target):
             raise UsageError(
                 f"{keys['target']}: {self.target!r} is among the devices; name a file in a file system"

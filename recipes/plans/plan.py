@@ -16,6 +16,7 @@ from recipes.plans.channel import SSH, TLS, Channel
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
 from recipes.plans.hooks import Hooks
 from recipes.plans.limits import Limits
+from recipes.qemu.images import RAW
 
 Command = tuple[str, ...]
 
@@ -207,6 +208,11 @@ class Plan:
     def by_overlay(self) -> bool:
         """Tell whether nbd-overlay has the disks on B until they are complete."""
         return self.destination.engine == "overlay"
+
+    @property
+    def through_qemu(self) -> bool:
+        """Tell whether A's QEMU has to serve a disk itself until the cut-over, as it alone can read it."""
+        return any(disk.format != RAW for disk in self.disks)
 
     @property
     def disks(self) -> tuple[PlannedDisk, ...]:

@@ -24,7 +24,8 @@ migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOS
 image = "/var/lib/images/vm.raw"          once for each disk that moves: where it is on A,
 target = "/var/lib/images/vm.raw"         the image that is made on B,
 drive = "disk0"                           the block node that a -device there refers to,
-node = "disk0"                            and A's block node or device, as above
+node = "disk0"                            and A's block node or device, as above;
+format = "raw"                            of the image on A: "raw" (the default) or "qcow2"
 
 [channel]
 kind = "tls"                              how disk and RAM get to B: "tls" (the default), "ssh", or "plain"

@@ -43,7 +43,7 @@ SOCKET = "nbd"
 
 _PLACE = """
 if test -d "$1" && ! test -L "$1"; then rm -f -- "$1/nbd" && rmdir -- "$1" || exit; fi;
-umask 077; mkdir -- "$1" || exit; if test -n "$2"; then chown -- "$2" "$1"; fi
+mkdir -p -- "${1%/*}" && umask 077 && mkdir -- "$1" || exit; if test -n "$2"; then chown -- "$2" "$1"; fi
 """
 """Makes the directory $1 for the user $2, or for whoever runs this, in place of one that was left."""
 

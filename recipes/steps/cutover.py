@@ -10,8 +10,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from nbdserve.common.clock import now
+from nbdserve.common.errors import UsageError
 from nbdserve.qmp.client import EventListener
-from recipes.channel import ssh, tls
+from recipes.channel import ssh, through_qemu, tls
+from recipes.checks.disk_nodes import disk_nodes
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
 from recipes.hosts.quoting import listed
@@ -24,6 +26,7 @@ from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError, Vm
 from recipes.running import speed
 from recipes.running.estimate import Estimate
 from recipes.steps import advice
+from recipes.steps.export import serve_files
 
 NOT_OURS = ("inmigrate", "prelaunch")
 """States of query-status of a QEMU in which nothing has run yet."""
@@ -61,6 +64,7 @@ async def cut_over(m: Migration) -> str:
         await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
+        await check_disks(m)
         # From here on only the two QEMUs count: a server that dies is started again while streaming.
         carry = m.roles(Role.SERVER, Role.OVERLAY, Role.TUNNEL)
         for name in ("the guard", *(m.called(*each) for each in carry)):
@@ -81,6 +85,16 @@ async def cut_over(m: Migration) -> str:
         return "the guest runs on B"
     sent = f"{arrival.ram_bytes} bytes of RAM in {arrival.total_ms} ms"
     return f"{sent}; the guest stood still for {arrival.downtime_ms} ms"
+
+
+async def check_disks(m: Migration) -> None:
+    """Raise MigrationError where the guest has other disks by now than those that B reads: after a snapshot
+    was taken of one, what it writes goes elsewhere.
+    """
+    try:
+        await disk_nodes(m.plan, m.a)
+    except UsageError as error:
+        raise MigrationError(f"the guest's disks have changed since step 1: {error}") from error
 
 
 @asynccontextmanager
@@ -230,6 +244,15 @@ async def fence_source(m: Migration) -> None:
             await m.fence.ready(limits.start)
     except MigrationError as error:
         m.report.note(f"no fence: {error}; do not let anyone open {listed(images)} on A")
+    if await serve_files(m):
+        await end_source(m)
+    else:
+        m.report.note(f"A's QEMU was not ended, as it serves {listed(images)}; never let its guest go on")
+
+
+async def end_source(m: Migration) -> None:
+    """End A's QEMU, from which the guest has gone; what fails is told."""
+    images, limits = [disk.image for disk in m.disks], m.plan.limits
     try:
         with suppress(VmGoneError):
             status = await m.a.execute("query-status")
@@ -238,9 +261,13 @@ async def fence_source(m: Migration) -> None:
                     f"A's QEMU was not ended, as it has a guest ({status['status']}) that this migration has "
                     f"not sent; never let one run on {listed(images)}"
                 )
+                await through_qemu.end(m)
+                await through_qemu.forget(m)
                 return
+            await through_qemu.end(m)
             await m.a.execute("quit")
         async with asyncio.timeout(limits.stop):
             await m.a.gone()
+        await through_qemu.forget(m)
     except (MigrationError, TimeoutError) as error:
         m.report.note(f"A's QEMU did not end ({error}); never let its guest go on")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from recipes.channel import plain, ssh, tls
+from nbdserve.common.uri import NbdUri
+from recipes.channel import plain, ssh, through_qemu, tls
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
@@ -13,6 +14,7 @@ from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role
 from recipes.plans.disks import PlannedDisk
 from recipes.processes.children import Child
+from recipes.qemu.images import RAW
 
 SECTOR = 512
 """Bytes of which QEMU's disks are multiples; it rounds a longer file up."""
@@ -33,16 +35,52 @@ async def export(m: Migration) -> str:
 
 async def start_server(m: Migration) -> Child:
     """Start nbdserve on A and wait until it is ready."""
-    limit = m.plan.limits.start
     await tls.make_certificates(m)
     await ssh.prepare(m)
-    server = await m.start(Role.SERVER, await server_command(m), ready=True)
+    if m.plan.through_qemu and not m.arrived:
+        await through_qemu.serve(m)
+    return await started(m, await server_command(m))
+
+
+async def started(m: Migration, command: list[str]) -> Child:
+    """Start it by this command."""
+    limit = m.plan.limits.start
+    server = await m.start(Role.SERVER, command, ready=True)
     await m.during(server.ready(limit), limit, "starting the server on A")
     return server
 
 
-async def server_command(m: Migration) -> list[str]:
-    """Return the server's command line, with its pid file where whoever ends it later looks for that."""
+async def serve_files(m: Migration) -> bool:
+    """A's QEMU has given its disks up: from now on they are served from their files, so that it may end.
+
+    Who reads them waits meanwhile, as when the server has died. Where that fails, A's QEMU serves them as
+    before, which is told; then it must not end yet.
+    """
+    if not m.state.exporter or m.complete:
+        return True
+    try:
+        if m.server:
+            await m.server.stop(m.plan.limits.stop)
+        await started(m, await server_command(m))
+        return True
+    except MigrationError as error:
+        m.report.note(f"A's disks cannot be served from their files: {error}")
+    if not m.a.connected:
+        return True
+    try:
+        if m.server is None or not m.server.running:
+            await started(m, await server_command(m, from_qemu=True))
+    except MigrationError as error:
+        m.report.note(f"nor by A's QEMU any more: {error}")
+        return True
+    return False
+
+
+async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list[str]:
+    """Return the server's command line, with its pid file where whoever ends it later looks for that.
+
+    ``from_qemu``: disks that A's QEMU has to serve are read from there; so it is until the cut-over.
+    """
     pid_file = f"{await m.place(m.host_a, m.disks[0].image, 'nbdserve')}.pid"
     address = m.plan.export.address
     where = ["-b", address.host, "-p", str(address.port)]
@@ -54,17 +92,23 @@ async def server_command(m: Migration) -> list[str]:
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]
     secure = [*tls.server_options(m), *await plain.server_options(m)]
     options = [*replies, *where, *secure, "--pid-file", pid_file]
+    by_qemu = not m.arrived if from_qemu is None else from_qemu
+    sources = [through_qemu.uri_of(m, disk) if by_qemu and disk.format != RAW else None for disk in m.disks]
     if len(m.disks) == 1:
-        what = ["-f", "raw", "-x", address.export, *options, m.disks[0].image]
+        of_file = ["-f", m.disks[0].format, "-x", address.export, *options, m.disks[0].image]
+        what = of_file if sources[0] is None else ["-x", address.export, *options, str(sources[0])]
     else:
-        what = [*options, *(word for disk in m.disks for word in ("--export", export_option(m, disk)))]
+        pairs = zip(m.disks, sources, strict=True)
+        what = [*options, *(word for pair in pairs for word in ("--export", export_option(m, *pair)))]
     return [m.host_a.tool("nbdserve"), "-r", *what]
 
 
-def export_option(m: Migration, disk: PlannedDisk) -> str:
-    """Return what nbdserve's --export is told of a disk."""
-    name, image = m.plan.export_of(disk).export.replace("=", "=="), disk.image.replace(",", ",,")
-    return f"{name}={image},format=raw"
+def export_option(m: Migration, disk: PlannedDisk, uri: NbdUri | None) -> str:
+    """Return what nbdserve's --export is told of a disk: of its file, or of what A's QEMU serves at a URI."""
+    name = m.plan.export_of(disk).export.replace("=", "==")
+    if uri is not None:
+        return f"{name}={str(uri).replace(',', ',,')}"
+    return f"{name}={disk.image.replace(',', ',,')},format={disk.format}"
 
 
 async def check_exports(m: Migration, disks: Sequence[PlannedDisk]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import PurePosixPath
-from typing import Any
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
 from recipes.channel import ssh
+from recipes.checks.chains import IDENTITIES, check_chains, held
+from recipes.checks.disk_nodes import disk_nodes
 from recipes.checks.space import Need, shortages
 from recipes.connections.installed import check_version
 from recipes.connections.monitors import MonitorAt
@@ -23,6 +24,8 @@ from recipes.plans.disks import PlannedDisk
 from recipes.plans.hooks import Hooks
 from recipes.plans.plan import Plan, Source
 from recipes.plans.reaching import monitor_b
+from recipes.qemu.exporter import require_none
+from recipes.qemu.images import RAW
 from recipes.qemu.source import HOLDS, UNDER_WAY, migration_status
 from recipes.qemu.vm import Vm, connect, is_somebody
 
@@ -33,9 +36,12 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     Raises UsageError when the plan does not fit what is found, MigrationError when something is missing.
     """
     await check_guest(a, plan.source)
-    sizes = await disk_sizes(plan, a)
+    nodes = await disk_nodes(plan, a)
     check_hooks(plan.hooks)
     await check_tools(plan, host_a, host_b)
+    if plan.through_qemu:
+        await check_chains(plan, nodes, host_a)
+        await require_none(a)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
     for disk in plan.disks:
         await check_target(plan, disk, host_b)
@@ -50,7 +56,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     if plan.finish.move_aside:
         for disk in plan.disks:
             await check_move(plan, disk, host_a)
-    return sizes
+    return tuple(node.size for node in nodes)
 
 
 async def check_guest(a: Vm, source: Source) -> None:
@@ -71,53 +77,6 @@ async def check_guest(a: Vm, source: Source) -> None:
         )
 
 
-async def disk_sizes(plan: Plan, a: Vm) -> tuple[int, ...]:
-    """Sizes in bytes of the planned disks, each of which must be a raw image that A's QEMU has open."""
-    devices = {each["device"]: each.get("inserted", {}) for each in await a.execute("query-block")}
-    nodes: list[dict[str, Any]] = await a.execute("query-named-block-nodes", flat=True)
-    return tuple(disk_size(plan, disk, devices, nodes) for disk in plan.disks)
-
-
-def disk_size(
-    plan: Plan, disk: PlannedDisk, devices: Mapping[str, Any], nodes: Sequence[dict[str, Any]]
-) -> int:
-    """Size in bytes of one of them, found in what A's QEMU has."""
-    wanted, node = disk.image, disk.node
-    # The devices of -blockdev have no name.
-    name = devices.get(node, {}).get("node-name", node) if node else ""
-    if name and all(each["node-name"] != name for each in nodes):
-        raise UsageError(f"{plan.called('node')}: A's QEMU has no block node or device {node!r}")
-    # The file's own node is named too; only the format's tells what is in the file.
-    formats = [
-        each for each in nodes if each["file"] == wanted and each["drv"] not in ("file", "host_device")
-    ]
-    if name:
-        formats = [each for each in formats if each["node-name"] == name]
-    if not formats:
-        raise UsageError(unknown_image(plan, disk, nodes))
-    if formats[0]["drv"] != "raw":
-        raise UsageError(
-            f"{plan.called('image')}: {wanted} is {formats[0]['drv']}; only raw images can be exported "
-            "while in use"
-        )
-    if formats[0]["ro"]:
-        raise UsageError(f"{plan.called('image')}: {wanted} is read-only in A's QEMU; it needs no migration")
-    return int(formats[0]["image"]["virtual-size"])
-
-
-def unknown_image(plan: Plan, disk: PlannedDisk, nodes: Sequence[dict[str, Any]]) -> str:
-    """Say that A's QEMU does not have this image, and what it has instead."""
-    known = {each["file"]: each["node-name"] for each in nodes if each["drv"] not in ("file", "host_device")}
-    names = ", ".join(f"{file} ({name})" for file, name in known.items())
-    image, of = plan.called("image"), disk.node or "any disk"
-    reason = f"{image}: {disk.image} is not the file of {of} in A's QEMU"
-    if any(not file.startswith(("/", "json:")) for file in known):
-        # Relative to a working directory that the monitor does not tell.
-        remedy = "which cannot be found from here; start the guest with absolute paths"
-        return f"{reason}: A's QEMU knows its disks as {names}, {remedy}"
-    return f"{reason}, which has {names or 'none'}; name it as QEMU does"
-
-
 async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
     """What is started there must exist, and be of this version."""
     limit = plan.limits.command
@@ -136,7 +95,7 @@ async def check_apart(plan: Plan, host: Host, paths: Sequence[str], key: str) ->
     """No two disks may be one, whatever links lead there."""
     if len(paths) == 1:
         return
-    found = (await host.run("sh", "-c", _IDENTITIES, "sh", *paths, limit=plan.limits.command)).splitlines()
+    found = (await host.run("sh", "-c", IDENTITIES, "sh", *paths, limit=plan.limits.command)).splitlines()
     for number, identity in enumerate(found):
         if identity in found[:number]:
             other = paths[found.index(identity)]
@@ -145,22 +104,16 @@ async def check_apart(plan: Plan, host: Host, paths: Sequence[str], key: str) ->
             )
 
 
-_IDENTITIES = (
-    'for p; do if test -b "$p"; then stat -L -c "device %t:%T" -- "$p"; '
-    'elif test -e "$p"; then stat -L -c "inode %d:%i" -- "$p"; else readlink -m -- "$p"; fi; done'
-)
-"""Says of each path, on a line, what no other file has."""
-
-
 async def check_space(plan: Plan, host_a: Host, host_b: Host) -> None:
     """What A's images hold now must have room on B; of a block device it is not known how much that is."""
     limit = plan.limits.command
     images = [disk.image for disk in plan.disks]
-    held = await host_a.run("stat", "-L", "--format=%b %B", "--", *images, limit=limit)
+    told = await host_a.run("stat", "-L", "--format=%b %B", "--", *images, limit=limit)
     needs = []
-    for disk, said in zip(plan.disks, held.splitlines(), strict=True):
+    for disk, said in zip(plan.disks, told.splitlines(), strict=True):
         blocks, block = said.split()
-        needs.append(Need(disk.target, int(blocks) * int(block)))
+        of_file = int(blocks) * int(block)
+        needs.append(Need(disk.target, of_file if disk.format == RAW else await held(plan, disk, host_a)))
     for short in await shortages(needs, host_b, limit):
         raise MigrationError(
             f"{plan.called('target')}: {format_size(short.free)} are left in {short.directory} on B, and "

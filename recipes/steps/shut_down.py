@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.channel import ssh, tls
+from recipes.channel import ssh, through_qemu, tls
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
@@ -10,6 +10,7 @@ from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase
 from recipes.steps.causes import WANTED
+from recipes.steps.cutover import end_source
 from recipes.steps.without_guest import end_told, go_without_guest
 
 
@@ -27,6 +28,9 @@ async def clear_source(m: Migration) -> str:
         await m.server.stop(limits.stop)
         if m.server.status:
             m.report.note(f"the server on A {await m.server.wait()}; the disk was complete by then")
+    if m.a.connected and m.state.exporter:
+        # It was left as it served what could not be served from the files.
+        await end_source(m)
     if m.a.connected:
         raise MigrationError(
             f"the disk is complete on B, but A's QEMU does not end; kill it before the fence (process "
@@ -38,6 +42,7 @@ async def clear_source(m: Migration) -> str:
     if m.fence:
         await m.fence.stop(limits.stop)
     await ssh.end(m)
+    await through_qemu.forget(m)
     await tls.remove_all(m)
     known = m.guest_end
     await m.guest_has_ended()

@@ -166,6 +166,10 @@ class ManyDisks(Scene):
         wanted = {newest(sector, last, index, len(self.disks)) for last in (counter - 1, counter)}
         return (content == before and 0 in wanted) or number in wanted - {0}
 
+    def content(self, image: Path) -> bytes:
+        """What a disk of A holds."""
+        return image.read_bytes()
+
     def assert_moved(self) -> None:
         """The guest works on B, on nothing but its own disks, and A's were moved aside."""
         self.wait_until_guest_works("b")
@@ -176,7 +180,7 @@ class ManyDisks(Scene):
         for disk in self.disks:
             if disk.moved != disk.image:
                 assert not disk.image.exists()
-            assert disk.moved.read_bytes()[: 512 * 2048] == disk.original[: 512 * 2048]
+            assert self.content(disk.moved)[: 512 * 2048] == disk.original[: 512 * 2048]
         left = {path.name for path in self.directory.glob("b*.raw.*") if path.suffix != ".log"}
         assert left == set()
         assert self.verdict(self.stop_b()) == []

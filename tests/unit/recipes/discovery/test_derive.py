@@ -208,7 +208,8 @@ def test_a_guest_that_has_come_by_a_migration_is_recognised_behind_its_pivot() -
     [
         ("qemu -snapshot", guest(), "-snapshot: what the guest writes to a snapshot"),
         ("qemu -drive file=/x,snapshot=on", guest(), "-drive file=/x,snapshot=on: what the guest writes"),
-        ("qemu -hda x", guest(has(HD, driver="qcow2")), "is qcow2, and only raw disks can move"),
+        ("qemu -hda x", guest(has(HD, driver="vmdk")), "is vmdk, and only raw and qcow2 disks can move"),
+        ("qemu -hda x", guest(has(HD, driver="qcow2", fault="it is odd")), "cannot move: it is odd"),
         ("qemu -hda x", guest(has(HD, limited="iops=5")), "is throttled (iops=5)"),
         ("qemu -hda x", guest(has(HD, read_only=True)), "is read-only"),
         ("qemu -hda x", guest(has(HD, "nbd://h/x")), "is no file or block device of its own on A"),

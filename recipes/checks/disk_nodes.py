@@ -1,0 +1,83 @@
+"""Which block node of A's QEMU is a disk of the plan, and whether it can be moved as the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbdserve.common.errors import UsageError
+from recipes.plans.disks import PlannedDisk
+from recipes.plans.plan import Plan
+from recipes.qemu.images import FORMATS, fault_in, file_of
+from recipes.qemu.vm import Vm
+
+_PROTOCOLS = ("file", "host_device")
+"""Drivers of nodes that know nothing of formats, and have the same file."""
+
+
+@dataclass(frozen=True)
+class DiskNode:
+    """A disk of the plan in A's QEMU.
+
+    name  its block node's
+    size  in bytes
+    info  what QEMU tells of its image, and of what is below that
+    """
+
+    name: str
+    size: int
+    info: Mapping[str, Any]
+
+
+async def disk_nodes(plan: Plan, a: Vm) -> list[DiskNode]:
+    """Return the node of each disk of the plan; UsageError where A's QEMU has another one, or none."""
+    devices = {each["device"]: each.get("inserted", {}) for each in await a.execute("query-block")}
+    nodes: list[dict[str, Any]] = await a.execute("query-named-block-nodes")
+    return [disk_node(plan, disk, devices, nodes) for disk in plan.disks]
+
+
+def disk_node(
+    plan: Plan, disk: PlannedDisk, devices: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]
+) -> DiskNode:
+    """Find one of them in what A's QEMU has."""
+    wanted, node = disk.image, disk.node
+    # The devices of -blockdev have no name.
+    name = devices.get(node, {}).get("node-name", node) if node else ""
+    if name and all(each["node-name"] != name for each in nodes):
+        raise UsageError(f"{plan.called('node')}: A's QEMU has no block node or device {node!r}")
+    # The file's own node is named too; only the format's tells what is in the file.
+    found = [each for each in nodes if file_of(each["file"]) == wanted and each["drv"] not in _PROTOCOLS]
+    if name:
+        found = [each for each in found if each["node-name"] == name]
+    if not found:
+        raise UsageError(unknown_image(plan, disk, nodes))
+    for fault in faults(disk, found[0]):
+        raise UsageError(f"{plan.called('image')}: {fault}")
+    return DiskNode(found[0]["node-name"], int(found[0]["image"]["virtual-size"]), found[0]["image"])
+
+
+def faults(disk: PlannedDisk, node: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a disk cannot be moved as the plan says."""
+    image, has = disk.image, node["drv"]
+    if has not in FORMATS:
+        yield f"{image} is {has}; only {' and '.join(FORMATS)} images can be moved"
+    if has != disk.format:
+        yield f'{image} is {has}: say so in its [[disk]], format = "{has}"'
+    if node["ro"]:
+        yield f"{image} is read-only in A's QEMU; it needs no migration"
+    if fault := fault_in(node["image"]):
+        yield f"{image} cannot be moved: {fault}"
+
+
+def unknown_image(plan: Plan, disk: PlannedDisk, nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Say that A's QEMU does not have this image, and what it has instead."""
+    known = {file_of(each["file"]): each["node-name"] for each in nodes if each["drv"] not in _PROTOCOLS}
+    names = ", ".join(f"{file} ({name})" for file, name in known.items())
+    image, of = plan.called("image"), disk.node or "any disk"
+    reason = f"{image}: {disk.image} is not the file of {of} in A's QEMU"
+    if any(not file.startswith(("/", "json:")) for file in known):
+        # Relative to a working directory that the monitor does not tell.
+        remedy = "which cannot be found from here; start the guest with absolute paths"
+        return f"{reason}: A's QEMU knows its disks as {names}, {remedy}"
+    return f"{reason}, which has {names or 'none'}; name it as QEMU does"
