@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from recipes.checks.started import Started
 from recipes.discovery.command_line.host_local import needed
+from recipes.discovery.command_line.options import CommandLine
 from recipes.discovery.derive import made_paths
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
@@ -20,14 +21,23 @@ async def check_local(host_b: Host, started: Started, sockets: Sequence[str], li
     """
     if started.command is None:
         return
-    for option in started.command.options:
+    asked = dict(_wanted(host_b, started.command, sockets))
+    answers = await host_b.tests([*asked], limit) if asked else []
+    for complaint, there in zip(asked.values(), answers, strict=True):
+        if not there:
+            raise MigrationError(complaint)
+
+
+def _wanted(
+    host_b: Host, command: CommandLine, sockets: Sequence[str]
+) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield what test(1) must say yes to, and what is to be said where it does not."""
+    for option in command.options:
         for each in needed(option):
-            if each.path.startswith("/") and not await host_b.test("-e", each.path, limit):
-                raise MigrationError(
-                    f"destination.qemu: B has not {each}; make it there as it is on A, or change that option"
-                )
-    for path in (*made_paths(started.command, "/"), *sockets):
+            if each.path.startswith("/"):
+                remedy = "make it there as it is on A, or change that option"
+                yield ("-e", each.path), f"destination.qemu: B has not {each}; {remedy}"
+    for path in (*made_paths(command, "/"), *sockets):
         directory = posixpath.dirname(path)
-        if not await host_b.test("-d", directory, limit):
-            make = pasted(host_b.argv(["mkdir", "-p", directory]))
-            raise MigrationError(f"there is no directory for {path} on B; make it: {make}")
+        make = pasted(host_b.argv(["mkdir", "-p", directory]))
+        yield ("-d", directory), f"there is no directory for {path} on B; make it: {make}"

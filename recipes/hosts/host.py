@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +85,17 @@ class Host(Way):
 
     async def test(self, question: str, path: str, limit: float) -> bool:
         """Answer one of test(1)'s questions about a path there, such as ``-e``; raises as run() does."""
-        script = 'if test "$1" "$2"; then echo yes; else echo no; fi'
-        return (await self.run("sh", "-c", script, "sh", question, path, limit=limit)).strip() == "yes"
+        [answer] = await self.tests([(question, path)], limit)
+        return answer
+
+    async def tests(self, asked: Sequence[tuple[str, str]], limit: float) -> list[bool]:
+        """Answer several of them, each about its path, in one command there."""
+        words = [word for pair in asked for word in pair]
+        said = await self.run("sh", "-c", _TEST, "sh", *words, limit=limit)
+        return [each == "yes" for each in said.split()]
+
+
+_TEST = 'while test $# -gt 0; do if test "$1" "$2"; then echo yes; else echo no; fi; shift 2; done'
 
 
 def module(name: str, *arguments: str) -> list[str]:

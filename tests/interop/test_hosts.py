@@ -70,6 +70,7 @@ def test_words_arrive_as_they_are_and_greetings_are_no_output(server: Sshd) -> N
         assert answer(host.run("echo", "a\nb", "c", limit=LIMIT)) == "a\nb c\n"
         assert answer(host.test("-d", "/", LIMIT))
         assert not answer(host.test("-e", "/no such", LIMIT))
+        assert answer(host.tests([("-e", "/no such"), ("-d", "/")], LIMIT)) == [False, True]
         assert answer(host.has("sh", LIMIT))
         assert not answer(host.has("no-such-command", LIMIT))
 

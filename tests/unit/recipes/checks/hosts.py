@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,9 @@ class Told(Host):
         line = " ".join(command)
         return next(answer for words, answer in self.answers.items() if words in line)
 
-    async def test(self, question: str, path: str, limit: float) -> bool:
-        """Whether the path is there."""
-        return path in self.paths
+    async def tests(self, asked: Sequence[tuple[str, str]], limit: float) -> list[bool]:
+        """Whether each path is there."""
+        return [path in self.paths for _, path in asked]
 
 
 class ToldVm(EndedVm):
