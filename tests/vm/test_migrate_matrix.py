@@ -8,9 +8,10 @@ import pytest
 
 from tests.support.hosts_of_matrix import FORMS, guest_on_a
 
-CELLS = tuple(itertools.product(FORMS, (1, 3), ("postcopy",), ("tls",)))
+CELLS = tuple(itertools.product(FORMS, (1, 3), ("postcopy",), ("tls", "ssh")))
 STAND_FOR_THE_OTHERS = {
-    ("device", 3, "postcopy", "tls"),
+    ("device", 3, "postcopy", "ssh"),
+    ("chain", 1, "postcopy", "tls"),
 }
 
 
