@@ -108,8 +108,11 @@ class Overlay(Backend):
         with self._changing:
             if self._guest_is_here:
                 raise OSError(errno.EBUSY, "the guest runs here: what it reads cannot be taken away any more")
-            self.image.invalidate(ranges)
-            self.sources.samples.forget()
+            try:
+                self.image.invalidate(ranges)
+            finally:
+                # Blocks that are often written are copied again and again: others prove more.
+                self.sources.samples.forget(self._is_whole)
 
     def read_now(self, offset: int, buffer: memoryview) -> bool:
         """Serve what is local without waiting; False when it is not all local."""
@@ -237,6 +240,13 @@ class Overlay(Backend):
         self.fetcher.close()
         self.sources.close()
         self.image.close()
+
+    def _is_whole(self, offset: int) -> bool:
+        """Tell whether a block that was copied is here still; not where a damaged image does not tell."""
+        try:
+            return self.image.is_local(offset, 1)
+        except (OSError, ImageError):
+            return False
 
     def _bring(self, offset: int, length: int) -> bool:
         """Fetch and keep a range; False if that fails although a server is there.

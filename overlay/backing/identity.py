@@ -38,7 +38,7 @@ class Samples:
     """
 
     forgotten: int = 0
-    """How often all was forgotten: what a server said before the last time proves nothing."""
+    """How often something was forgotten: what a server said before the last time may prove nothing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -80,11 +80,18 @@ class Samples:
             if len(self._digests) >= _MOST:
                 return
 
-    def forget(self) -> None:
-        """The disk may have changed: what was said before proves nothing."""
+    def forget(self, is_as_it_was: Callable[[int], bool]) -> None:
+        """The disk has changed: blocks prove nothing any more but those at offsets for which that is so.
+
+        What is being remembered in this instant is forgotten in any case.
+        """
         with self._lock:
-            self._digests.clear()
             self.forgotten += 1
+            known = list(self._digests)
+        changed = [offset for offset in known if not is_as_it_was(offset)]
+        with self._lock:
+            for offset in changed:
+                self._digests.pop(offset, None)
 
     def pin(self) -> None:
         """The disk changes no more. What was said before, while it did, is forgotten."""

@@ -76,6 +76,43 @@ def test_a_disk_that_the_guest_has_changed_at_the_source_is_still_the_same(
 
 
 @both
+def test_a_disk_of_which_a_part_is_copied_again_and_again_is_known_by_the_rest(
+    layout: Layout, tmp_path: Path
+) -> None:
+    """What was copied last is what the guest is most likely to have changed once more."""
+    content, hot = random_disk(tmp_path / "disk", SIZE), 4 * MIB
+    image = make_overlay(tmp_path / "overlay", layout, SIZE, uri(tmp_path))
+    with ExitStack() as stack:
+        first = stack.enter_context(source(tmp_path))
+        options = ("--pre-copy", "--stream", "--reconnect-timeout=5")
+        daemon = stack.enter_context(overlay(image, *options, directory=tmp_path))
+        qmp = stack.enter_context(daemon.monitor())
+        for number in range(2):
+            daemon.wait_for_status(60.0, ready=True, local=SIZE)
+            change(tmp_path, hot, random_bytes(SIZE - hot, seed=number + 2))
+            qmp.execute("overlay-invalidate", offset=hot, length=SIZE - hot)
+        daemon.wait_for_status(60.0, ready=True, local=SIZE)
+        end(first)
+        change(tmp_path, hot, last := random_bytes(SIZE - hot, seed=9))
+        again = stack.enter_context(source(tmp_path))
+        daemon.wait_until_connected()
+        end(again)
+        # Another disk is none the less one.
+        random_disk(tmp_path / "disk", SIZE, seed=5)
+        other = stack.enter_context(source(tmp_path))
+        wait_for_refusal(daemon)
+        end(other)
+        (tmp_path / "disk").write_bytes(content[:hot] + last)
+        stack.enter_context(source(tmp_path))
+        daemon.wait_until_connected()
+        qmp.execute("overlay-invalidate", offset=hot, length=SIZE - hot)
+        qmp.execute("overlay-activate")
+        daemon.wait_for_status(60.0, phase="done")
+        with daemon.guest() as guest:
+            assert guest.read(0, SIZE) == content[:hot] + last
+
+
+@both
 def test_a_daemon_that_is_restarted_before_the_guest_comes_knows_a_changed_disk_again(
     layout: Layout, tmp_path: Path
 ) -> None:
