@@ -18,10 +18,11 @@ from overlay.formats.open import open_image, real_path
 from overlay.formats.storage import Storage, open_file, sync_directory
 
 
-def discard(path: Path) -> bool:
+def discard(path: Path, *, copies: bool = False) -> bool:
     """Remove an image in which nothing is, and its map; False where there is none.
 
-    Raises ImageError when it is in use or holds something, OSError.
+    With ``copies`` also one that holds what was copied, and nothing that a guest wrote. Raises ImageError
+    when it is in use or holds anything else, OSError.
     """
     path = real_path(path)
     files = [each for each in (path, map_path(path)) if os.path.lexists(each)]
@@ -30,10 +31,9 @@ def discard(path: Path) -> bool:
         opened = [open_file(each, writable=True) for each in files]
         for storage in opened:
             stack.callback(storage.close)
-        if opened and not (_is_unfinished(path, opened) or _is_empty(path)):
-            raise ImageError(
-                f"{path}: it is no empty overlay: look at it (nbd-overlay info), nothing was removed"
-            )
+        if opened and not (_is_unfinished(path, opened) or _is_empty(path, copies)):
+            what = "overlay without a guest's writes" if copies else "empty overlay"
+            raise ImageError(f"{path}: it is no {what}: look at it (nbd-overlay info), nothing was removed")
         for each in files:
             each.unlink()
         sync_directory(path.absolute().parent)
@@ -53,9 +53,10 @@ def _is_unfinished(path: Path, files: Sequence[Storage]) -> bool:
     return not any(data.data(0, trailer_at(trailer.size) if trailer else data.size()))
 
 
-def _is_empty(path: Path) -> bool:
-    """Whether this is an overlay that has all of its disk in the backing."""
+def _is_empty(path: Path, copies: bool) -> bool:
+    """Whether this is an overlay that has all of its disk in the backing, or also there, with ``copies``."""
     if not path.exists():
         return False
     with open_image(path, force_share=True) as image:
-        return bool(image.backings) and image.local_bytes == 0
+        held = image.written_bytes if copies and image.records_writer else image.local_bytes
+        return bool(image.backings) and held == 0

@@ -56,7 +56,7 @@ the counts, and lets the image be used again after a failed sync, without what t
 _DISCARD_HELP = """\
 Remove an image that holds nothing, and its map: neither what a guest wrote nor what was copied. It undoes
 create, also one that was killed. Any other file is refused, and so is one that is in use. Where there is none
-nothing happens.
+nothing happens. With --copies what was copied from the backing, and is there still, is no reason to keep it.
 """
 
 Command = Callable[[argparse.Namespace], int]
@@ -98,7 +98,10 @@ def _parser() -> Parser:
         return added
 
     _add_create_options(add("create", _create, "make an empty image", "Make an image that has nothing yet."))
-    add("discard", _discard, "remove an image in which nothing is", _DISCARD_HELP)
+    away = add("discard", _discard, "remove an image in which nothing is", _DISCARD_HELP)
+    away.add_argument(
+        "--copies", action="store_true", help="flat: also one that holds copies, but no guest's write"
+    )
     info = add("info", _info, "show what an image says of itself", "Show what an image says of itself.")
     checker = add("check", _check, "look for corruptions and leaks", _CHECK_HELP)
     checker.add_argument("--repair", action="store_true", help="repair what can be repaired")
@@ -173,8 +176,9 @@ def _to_the_end() -> Iterator[None]:
 
 
 def _discard(arguments: argparse.Namespace) -> int:
-    if discard(arguments.image):
-        print(f"{arguments.image} was empty, and is removed")
+    if discard(arguments.image, copies=arguments.copies):
+        held = "held nothing but copies" if arguments.copies else "was empty"
+        print(f"{arguments.image} {held}, and is removed")
     return EXIT_DONE
 
 

@@ -98,6 +98,11 @@ class Image(ABC):
         """Return the bytes of the disk that are not absent; all of it without a backing."""
 
     @property
+    def written_bytes(self) -> int:
+        """Return the bytes of clusters that the guest wrote, or that may be its: at most ``local_bytes``."""
+        return self.local_bytes
+
+    @property
     def complete(self) -> bool:
         """Tell whether nothing is absent."""
         return not self.backings or self.local_bytes == self.size

@@ -21,6 +21,7 @@ def info_json(path: str, image: Image, actual_size: int) -> str:
         "local-size": image.local_bytes,
     }
     if image.backings:
+        answer["written-size"] = image.written_bytes
         answer["backing-filename"] = image.backings[0].name
         answer["backing-filename-format"] = "raw"
         answer["backing-filenames"] = [backing.name for backing in image.backings]
@@ -37,6 +38,7 @@ def info_text(path: str, image: Image, actual_size: int) -> str:
             f"disk: {format_size(image.size)} ({image.size} bytes)",
             f"occupied: {format_size(actual_size)}",
             f"local: {format_size(image.local_bytes)} ({share}%)",
+            *([f"written by the guest: {format_size(image.written_bytes)}"] if image.backings else []),
             *(f"backing: {printable(backing.name)}" for backing in image.backings),
             *([] if image.backings else ["backing: none"]),
         ]

@@ -74,6 +74,13 @@ class FlatImage(Image):
             return count * GRAIN - (padding if padding and self._grains.has(last, last + 1) else 0)
 
     @property
+    def written_bytes(self) -> int:
+        """Return the bytes of the grains that the guest wrote; all, once it is not recorded any more."""
+        with self._lock:
+            written = self._grains.written * GRAIN
+        return self.size if not self.backings or self._is_raw else min(written, self.size)
+
+    @property
     def complete(self) -> bool:
         """Tell whether every grain is present."""
         return self._is_raw or self._grains.present == self._map.header.grains

@@ -178,6 +178,41 @@ def test_discard_keeps_what_is_not_empty(run: Run, tmp_path: Path, layout: Layou
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_discard_can_take_what_was_copied_for_nothing(run: Run, tmp_path: Path) -> None:
+    image = tmp_path / "x"
+    assert run("create", *BACKING, "--size", "1M", image)[0] == 0
+    with open_image(image, writable=True) as opened:
+        assert opened.fill(0, b"x" * opened.cluster_size)
+    told = json.loads(run("info", "--json", image)[1])
+    assert (told["local-size"], told["written-size"]) == (4096, 0)
+    assert "written by the guest: 0 B" in run("info", image)[1]
+    assert run("discard", "--copies", image) == (0, f"{image} held nothing but copies, and is removed\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", ["flat", "qed"])
+@pytest.mark.parametrize("content", ["written", "zeroed", "complete"])
+def test_discard_keeps_what_a_guest_has_written(
+    run: Run, tmp_path: Path, layout: Layout, content: str
+) -> None:
+    image = tmp_path / "x"
+    assert run("create", "--layout", layout, *BACKING, "--size", "1M", image)[0] == 0
+    with open_image(image, writable=True, layout=layout) as opened:
+        size = opened.size if content == "complete" else opened.cluster_size
+        if content == "zeroed":
+            assert opened.zero(0, size)
+        else:
+            assert opened.fill(0, b"x" * size)
+        if content == "written":
+            assert opened.write(0, b"y" * size)
+        elif content == "complete":
+            opened.finish()
+    code, out, err = run("discard", "--copies", image)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "it is no overlay without a guest's writes" in err
+    assert image.exists()
+
+
 @pytest.mark.parametrize("layout", ["flat", "qed"])
 def test_discard_keeps_what_is_in_use(run: Run, tmp_path: Path, layout: Layout) -> None:
     image = tmp_path / "x"
