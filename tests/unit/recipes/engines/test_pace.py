@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from nbdserve.common import clock
 from recipes.engines import jobs, pace
 from recipes.engines.jobs import Job, Jobs
 from recipes.engines.pace import Pace
-from recipes.migrate.journal import Journal
+from recipes.migrate.journal import SPEED_ASKED, Journal
 from recipes.migrate.progress import Progress, Report
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Disk, Phase, State
@@ -176,23 +177,8 @@ def test_how_it_went_is_kept(tmp_path: Path, ticking: list[float], monkeypatch: 
 
 
 def ask(stage: Stage, asked: Asked) -> None:
-    """Ask it as ``nbd-migrate speed`` does, without waiting."""
-
-    class Known:
-        def actor(self) -> int:
-            return 1
-
-        def doing(self) -> str:
-            return ""
-
-    class AskedError(Exception):
-        pass
-
-    def sleep(_: float) -> None:
-        raise AskedError
-
-    with pytest.raises(AskedError):
-        speed.ask(stage.journal.directory, asked, Known(), sleep)
+    """Ask it as ``nbd-migrate speed`` does that waits for it."""
+    (stage.journal.directory / SPEED_ASKED).write_text(json.dumps(dataclasses.asdict(asked)))
 
 
 def test_a_speed_that_is_asked_is_told_the_jobs_and_written_down(
