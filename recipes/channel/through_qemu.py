@@ -52,10 +52,10 @@ async def end(m: Migration) -> None:
 
 async def forget(m: Migration) -> None:
     """A's QEMU serves nothing more: remove what is left of that."""
-    if m.state.exporter:
+    if m.state.exporter or m.state.tracking:
         for left in await remove_exporter(m.host_a, m.state, m.plan.limits.command):
             m.report.note(left)
-        m.record(exporter="")
+        m.record(exporter="", tracking=None)
 
 
 def uri_of(m: Migration, disk: PlannedDisk) -> NbdUri:

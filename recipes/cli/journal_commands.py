@@ -21,9 +21,10 @@ from recipes.errors import MigrationError
 from recipes.hosts.interruption import interruptible
 from recipes.migrate import journal
 from recipes.migrate.console import Board, choose_report
+from recipes.migrate.decide import PREPARING
 from recipes.migrate.journal import check_name, remove
 from recipes.plans.limits import MOST
-from recipes.running import speed
+from recipes.running import cutover_wish, speed
 
 
 def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
@@ -46,6 +47,13 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
     each.add_argument("size", metavar="SIZE", nargs="?", help="bytes per second, as in 50M; 0: any")
     add_finish_by(each)
     each.set_defaults(body=change_speed)
+    each = subcommands.add_parser("cutover", help="let the guest of a running migration go to B now")
+    each.description = (
+        "Let the guest go to B now, of a migration with policy hybrid that copies its disk before, and say "
+        "so once the run has taken it. What is not copied by then follows the guest."
+    )
+    each.add_argument("name", metavar="NAME", type=check_name)
+    each.set_defaults(body=cut_over)
     each = subcommands.add_parser("report", help="one page about a migration, or the same as JSON")
     each.description = (
         "Write one HTML page about a migration: what came when, bytes, rate over time, downtime, window, and "
@@ -146,6 +154,18 @@ def change_speed(given: argparse.Namespace) -> int:
         raise MigrationError(f"{given.name}: every block is on B already, so nothing was changed")
     speed.ask(journal.directory_of(given.name), asked, Running(given.name))
     _tell(f"{given.name}: the stream's speed: {speed.described(asked.speed, asked.finish_by)}")
+    return program.EXIT_DONE
+
+
+def cut_over(given: argparse.Namespace) -> int:
+    """``nbd-migrate cutover``."""
+    state, running = journal.last(given.name), Running(given.name)
+    if not state.plan.hybrid:
+        raise MigrationError(f"{given.name}: its policy is postcopy: the guest goes first in any case")
+    if state.phase not in PREPARING:
+        raise MigrationError(f"{given.name}: it is too late, or not needed: it is at: {running.doing()}")
+    cutover_wish.ask(journal.directory_of(given.name), running)
+    _tell(f"{given.name}: the guest goes now")
     return program.EXIT_DONE
 
 

@@ -25,6 +25,7 @@ from recipes.migrate.console import choose_report
 from recipes.migrate.journal import check_name
 from recipes.plans.plan import Plan, is_host_and_port
 from recipes.plans.planfile import load
+from recipes.plans.policy import POLICIES
 from recipes.running.speed import moment
 
 MIGRATION_PORT = "4444"
@@ -100,9 +101,6 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
     )
     configure_plan(parser, optional=True)
     plan_command.configure_places(parser)
-    parser.add_argument(
-        "--policy", choices=["postcopy"], default="postcopy", help="the disk follows the guest (the default)"
-    )
     parser.add_argument("--name", type=check_name, help="the migration's name; else the guest's")
     add_finish_by(parser)
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
@@ -141,6 +139,16 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
         metavar="KIND",
         help="tls (the default): disk and RAM encrypted, with certificates for this migration; ssh: both "
         "through your ssh, without any port; or plain",
+    )
+    parser.add_argument(
+        "--policy",
+        choices=POLICIES,
+        help="postcopy: the disk follows the guest (the default); hybrid: most of it goes before the guest",
+    )
+    parser.add_argument(
+        "--cutover",
+        metavar="WHEN",
+        help="with hybrid, when the guest goes: auto (default), when-converged, 'at-window SECONDS', manual",
     )
     parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
@@ -212,7 +220,10 @@ def finish_command(given: argparse.Namespace) -> str:
     program = sys.argv[0] if Path(sys.argv[0]).name == PROGRAM else PROGRAM
     words = [PROGRAM if shutil.which(PROGRAM) == program else str(Path(program).absolute()), "finish"]
     options = (("source", given.source), ("from", given.from_host), ("to", given.to))
-    more = (("channel", given.channel), ("speed", given.speed))
+    more = (
+        *(("channel", given.channel), ("policy", given.policy), ("cutover", given.cutover)),
+        ("speed", given.speed),
+    )
     for name, value in (*options, *more, ("move-aside", given.move_aside), ("engine", given.engine)):
         if value is not None:
             words += [f"--{name}", value]
@@ -227,6 +238,9 @@ def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
         found["source"]["qmp"] = given.source
     if given.engine is not None:
         found["destination"]["engine"] = given.engine
+    for name in ("policy", "cutover"):
+        if getattr(given, name) is not None:
+            found["destination"][name] = getattr(given, name)
     if given.channel is not None:
         found["channel"]["kind"] = given.channel
     if given.from_host is not None:

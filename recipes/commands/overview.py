@@ -11,13 +11,14 @@ from typing import Any
 from nbdserve.common.sizes import format_size
 from recipes.certificates import placing
 from recipes.errors import MigrationError
-from recipes.hosts.quoting import pasted
+from recipes.hosts.quoting import listed, pasted
 from recipes.migrate import journal
-from recipes.migrate.console import describe, describe_ram
+from recipes.migrate.console import describe, describe_precopy, describe_ram
 from recipes.migrate.leftovers import certificates_of, discarding, made, removing_sockets
-from recipes.migrate.progress import Progress, RamProgress
+from recipes.migrate.progress import PrecopyProgress, Progress, RamProgress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
 from recipes.plans.reaching import host_of
+from recipes.qemu import bitmaps
 from recipes.qemu.exporter import removing_place
 from recipes.running.speed import described
 from recipes.steps import advice
@@ -30,6 +31,7 @@ PHASES = {
     Phase.EXPORT: "step 1, the export of A's disk",
     Phase.OVERLAY: "step 2, the image on B",
     Phase.LAUNCH: "step 3, B's QEMU",
+    Phase.PRECOPY: "step 4, the disk is copied while the guest runs on A",
     Phase.MIGRATE: "step 4, the RAM moves",
     Phase.SWITCH_OVER: "step 4, the guest changes sides",
     Phase.ARRIVED: "step 4, the guest is on B; A's disk is fenced and A's QEMU ended",
@@ -92,6 +94,10 @@ def lines(name: str) -> list[str]:
         told.append(advice.paused(state))
     if (moving := progress(name, state)) is not None:
         told.append(f"stream: {describe(moving)}")
+    if (before := precopy_progress(name, state)) is not None:
+        told.append(describe_precopy(before))
+        told.append(f"to let the guest go now: nbd-migrate cutover {name}")
+    told += rounds_told(state)
     if (ram := ram_progress(name, state)) is not None:
         told.append(describe_ram(ram))
     if state.phase in BEFORE | {Phase.ARRIVED, Phase.STREAM} and (state.plan.limits.speed or state.finish_by):
@@ -119,12 +125,17 @@ def left_behind(state: State) -> list[str]:
     told = [f"{called(each.role, plan, each.disk)}: process {each.pid}" for each in state.processes]
     host = host_of("B", plan.destination)
     for disk in made(state):
-        discard = pasted(host.typed(discarding(host, disk)))
+        discard = pasted(host.typed(discarding(host, plan, disk)))
         told.append(f"{disk.target} on B; this removes it, if it holds nothing: {discard}")
     if not state.made and state.phase not in BEFORE | OVER:
         for each in state.disks:
             until = "" if each.complete else f", and {each.source} on A until that is complete"
             told.append(f"the guest's disk, which is to be kept: {each.target} on B{until}")
+    if state.tracking:
+        told.append(
+            f"dirty bitmaps {bitmaps.PREFIX}* that A's QEMU may have on {listed(state.tracking.nodes)} "
+            "(block-dirty-bitmap-remove ends them)"
+        )
     if state.exporter:
         here = host_of("A", plan.source)
         remove = pasted(here.typed(removing_place(state.exporter)))
@@ -155,17 +166,40 @@ def ram_progress(name: str, state: State) -> RamProgress | None:
     return None if state.phase is not Phase.MIGRATE or found is None else found.ram
 
 
+def precopy_progress(name: str, state: State) -> PrecopyProgress | None:
+    """Return how far the copying before the cut-over is, as was told last; None where there is none."""
+    found = journal.progress(name)
+    return None if state.phase is not Phase.PRECOPY or found is None else found.precopy
+
+
+def rounds_told(state: State) -> list[str]:
+    """Return what is known of the copying before the cut-over, once that is over."""
+    if not state.rounds:
+        return []
+    count = state.rounds[-1].number + 1
+    told = [f"copied before the cut-over: {format_size(state.precopied)}, rounds: {count}"]
+    if (expected := state.prediction) is not None:
+        actual = f", and took {state.window:.1f} s" if state.window else ""
+        told.append(
+            f"the window was predicted to take {expected.seconds:.1f} s ({format_size(expected.missing)} "
+            f"were left){actual}; the last bitmap took {expected.added * 1000:.0f} ms of the downtime"
+        )
+    return told
+
+
 def as_json(name: str) -> str:
     """Return everything that is known of one migration, as one JSON object on one line."""
     states = journal.history(name)
     state, pid = states[-1], journal.actor(name)
     moving, ram = progress(name, state), ram_progress(name, state)
+    before = precopy_progress(name, state)
     values: dict[str, Any] = json.loads(state.to_json())
     values |= {
         "over": state.over,
         "at-work": pid != 0,
         "actor": pid if pid > 0 else None,
         "progress": None if moving is None else dataclasses.asdict(moving),
+        "precopy": None if before is None else dataclasses.asdict(before),
         "ram": None if ram is None else dataclasses.asdict(ram),
         "history": [{"phase": each.phase.value, "time": each.time} for each in states],
     }

@@ -69,7 +69,11 @@ def _facts(told: Account) -> Iterator[tuple[str, ...]]:
         yield "downtime", f"{duration(told.downtime)}: for so long the guest stood still"
     if told.cut_over is not None and told.window is not None:
         yield "cut-over", stamp(told.cut_over)
-        yield "window", f"{duration(told.window)}: from then until nothing on A was needed"
+        predicted = "" if told.predicted is None else f" ({duration(told.predicted)} were predicted)"
+        yield "window", f"{duration(told.window)}: from then until nothing on A was needed{predicted}"
+    if told.rounds:
+        count = told.rounds[-1].number + 1
+        yield "before the cut-over", f"{format_size(told.precopied)} were copied, rounds: {count}"
     if told.rate is not None:
         yield "disk", f"{format_size(told.disk_bytes)}, {format_size(int(told.rate))}/s on average"
     if told.interruptions:

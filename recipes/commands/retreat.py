@@ -118,7 +118,7 @@ class OwnHands(Hands):
         """Write it down."""
         state = entered(self._m.state, phase, cleared=cleared)
         with suppress(MigrationError):
-            kept = ("made", "processes", "certificates", "exporter", "tunnel")
+            kept = ("made", "processes", "certificates", "exporter", "tunnel", "tracking")
             left = {key: getattr(state, key) for key in kept}
             self._m.enter(phase, **left)
 

@@ -26,6 +26,7 @@ from recipes.migrate.state import OVER, Disk, Hook, Phase, State
 from recipes.migrate.watch import Orders
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import find_commands, hosts, source_monitor
+from recipes.precopy.rounds import copied_before
 from recipes.processes.children import Children
 from recipes.qemu.source import capabilities_on
 from recipes.qemu.vm import Vm, VmGoneError
@@ -42,10 +43,11 @@ Body = Callable[[Migration], Coroutine[Any, Any, str]]
 
 
 async def migrate_guest(m: Migration) -> str:
-    """Step 4, of which the operator's hook may say no."""
-    await call(m, Hook.BEFORE_CUTOVER)
-    m.refuse_the_dead()
-    return await cut_over(m)
+    """Step 4, of which the operator's hook may say no; with policy hybrid the disks are copied first."""
+    async with copied_before(m) as rounds:
+        await call(m, Hook.BEFORE_CUTOVER)
+        m.refuse_the_dead()
+        return await cut_over(m, rounds)
 
 
 STEPS: tuple[tuple[Step, Body], ...] = (
@@ -210,6 +212,10 @@ async def run(m: Migration) -> Outcome:
         disk_bytes=m.size,
         window=m.state.window,
         recoveries=m.state.recoveries,
+        precopied=m.state.precopied,
+        rounds=m.state.rounds[-1].number + 1 if m.state.rounds else 0,
+        predicted=m.state.prediction.seconds if m.state.prediction else None,
+        added_ms=round(m.state.prediction.added * 1000) if m.state.prediction else 0,
     )
     m.report.finished(outcome)
     return outcome

@@ -16,10 +16,10 @@ from recipes.hosts.host import Host
 from recipes.hosts.interruption import completed
 from recipes.migrate.decide import Wish
 from recipes.migrate.journal import Journal
-from recipes.migrate.leftovers import end_exporter, still_serves
+from recipes.migrate.leftovers import end_exporter, not_ended
 from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import OVER, Role, State
+from recipes.migrate.state import OVER, Role, State, entered
 from recipes.migrate.way_back import GRACE, Verdict, WayBack
 from recipes.plans.by_hand import asking
 from recipes.plans.reaching import hosts, monitor_b, source_monitor
@@ -134,18 +134,20 @@ class TakenUp:
         hands = TakenUpHands(self.m)
         left = await self._end_exporter(hands) + await hands.clear()
         if not left:
-            self.m.record(made=(), processes=(), certificates=None, exporter="", tunnel=None)
+            cleared = entered(self.state, self.state.phase, cleared=True)
+            kept = ("made", "processes", "certificates", "exporter", "tunnel", "tracking")
+            self.m.record(**{key: getattr(cleared, key) for key in kept})
         return left
 
     async def _end_exporter(self, hands: TakenUpHands) -> list[str]:
         """Have A's QEMU serve its disks no more; return a phrase where that is left to be done."""
-        if not self.state.exporter:
+        if not (self.state.exporter or self.state.tracking):
             return []
         try:
             a = await hands.source()
             said, left = await end_exporter(a, self.state) if a else ([], [])
         except (ConnectError, VmGoneError) as error:
-            return [still_serves(self.state, str(error))]
+            return not_ended(self.state, str(error))
         for each in said:
             self.m.report.note(each)
         return left

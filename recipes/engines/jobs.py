@@ -11,6 +11,7 @@ from typing import Any
 from nbdserve.common.clock import now
 from nbdserve.qmp.client import EventListener
 from recipes.engines.choice import engine_for
+from recipes.engines.overlay_engine import monitor_of_overlay
 from recipes.migrate.progress import Progress
 from recipes.migrate.runtime import Migration
 from recipes.plans.disks import PlannedDisk
@@ -31,6 +32,10 @@ class Stillness:
         """Note how many bytes are done now."""
         if done != self._seen:
             self._moved, self._seen = self._clock(), done
+
+    def restart(self) -> None:
+        """Nothing has to move now."""
+        self._moved = self._clock()
 
     @property
     def seconds(self) -> float:
@@ -54,6 +59,8 @@ class Job:
         self.done = m.state.disk(disk).complete
         self.still = Stillness(now)
         self.offset, self.length = 0, m.state.disk(disk).size
+        self.ready = False
+        """Everything is local, and only the guest is waited for."""
 
     @property
     def bytes_done(self) -> int:
@@ -68,6 +75,7 @@ class Job:
     def note(self, info: Mapping[str, Any]) -> None:
         """Note how far it is, by what query-block-jobs says."""
         self.offset, self.length = info["offset"], info["len"]
+        self.ready = bool(info.get("ready"))
         self.still.note(self.offset)
 
 
@@ -83,9 +91,15 @@ class Jobs:
         self.patience = m.plan.limits.command + m.plan.limits.reconnect_delay
         self._most = 0
 
-    async def find(self) -> None:
-        """Connect to the monitor of each disk that is not complete, or whose nbd-overlay a guest needs."""
+    async def find(self, *, arrived: bool = True) -> None:
+        """Connect to the monitor of each disk that is not complete, or whose nbd-overlay a guest needs.
+
+        Unless the guest has ``arrived`` nobody is told that it has.
+        """
         engine = engine_for(self._m)
+        if not arrived:
+            self.all = [Job(self._m, disk, await monitor_of_overlay(self._m, disk)) for disk in self._m.disks]
+            return
         for disk in self._m.disks:
             if disk in self._m.pending or await engine.carries(self._m, disk):
                 self.all.append(Job(self._m, disk, await engine.monitor(self._m, disk)))

@@ -74,8 +74,8 @@ class OverlayEngine(Engine):
         return JOB, disk.drive
 
     async def prepare(self, m: Migration, disk: PlannedDisk) -> None:
-        """Start nbd-overlay, which keeps nothing until the guest has come."""
-        overlay = await self._start(m, disk, "--armed")
+        """Start nbd-overlay, which keeps nothing until the guest has come, or until it is told to copy."""
+        overlay = await self._start(m, disk, "--pre-copy" if m.plan.hybrid else "--armed")
         m.need(overlay.name, overlay.wait())
 
     async def prepare_again(self, m: Migration, disk: PlannedDisk) -> None:
@@ -97,13 +97,7 @@ class OverlayEngine(Engine):
             overlay = m.overlay(disk)
             if overlay is None or not overlay.running:
                 await self._start(m, disk)
-            name = monitor_name(m, disk)
-            monitor = await m.during(
-                reached(name, monitor_of(m.host_b, disk.overlay_monitor), m.plan),
-                m.plan.limits.start,
-                f"reaching {name}'s monitor",
-            )
-            m.overlay_monitors[disk.drive] = monitor
+            monitor = await monitor_of_overlay(m, disk)
         await monitor.execute("overlay-activate")
         return monitor
 
@@ -177,6 +171,18 @@ class OverlayEngine(Engine):
         overlay = await m.start(Role.OVERLAY, argv, ready=True, drive=disk.drive)
         await m.during(overlay.ready(limits.start), limits.start, f"starting {overlay.name}")
         return overlay
+
+
+async def monitor_of_overlay(m: Migration, disk: PlannedDisk) -> Vm:
+    """Return the monitor of the nbd-overlay that runs for a disk."""
+    name = monitor_name(m, disk)
+    if disk.drive not in m.overlay_monitors:
+        m.overlay_monitors[disk.drive] = await m.during(
+            reached(name, monitor_of(m.host_b, disk.overlay_monitor), m.plan),
+            m.plan.limits.start,
+            f"reaching {name}'s monitor",
+        )
+    return m.overlay_monitors[disk.drive]
 
 
 def monitor_name(m: Migration, disk: PlannedDisk) -> str:

@@ -50,7 +50,7 @@ class Pace:
         progress = told
         # Before it is known what is zeros, and where a job rests, nothing is known of the time left.
         if all(each is None or each["rate"] is not None for each in overlays):
-            self._estimate.note(now(), sum(each.bytes for each in self._moved.values()), told.missing)
+            self._estimate.note(now(), self.moved, told.missing)
             progress = replace(told, rate=self._estimate.rate, left=self._estimate.left)
         counted = [each for each in overlays if each is not None]
         misses = sum(each["misses"] for each in counted) if counted else -1
@@ -70,6 +70,11 @@ class Pace:
         told: Mapping[str, Any] = await self._jobs.execute(job.vm, "query-overlay")
         moved.note(told["copied"])
         return told
+
+    @property
+    def moved(self) -> int:
+        """Return how many bytes have moved, as far as was told."""
+        return sum(each.bytes for each in self._moved.values())
 
     def choose(self, missing: int) -> bool:
         """Choose the speed by what is asked, and by what is missing; tell whether the jobs must be told."""

@@ -21,13 +21,18 @@ async def image_facts(host: Host, image: str, limit: float) -> dict[str, Any]:
         raise MigrationError(f"nbd-overlay on {host.name} gives no answer about {image}: {error}") from error
 
 
-async def holds_something(host: Host, image: str, limit: float) -> bool:
-    """Tell whether anything of a disk is in an image; raises as ``image_facts``, also if that is not told."""
+async def holds_something(host: Host, image: str, limit: float, *, copies: bool = False) -> bool:
+    """Tell whether anything of a disk is in an image; with ``copies`` only what a guest wrote counts.
+
+    Raises as ``image_facts``, also if that is not told.
+    """
     if not await host.test("-e", image, limit):
         return False
     facts = await image_facts(host, image, limit)
     if "backing-filename" not in facts:
         return True
+    if copies and "written-size" in facts:
+        return bool(facts["written-size"])
     if "local-size" not in facts:
         raise MigrationError(f"{image} on {host.name} does not tell how much of the disk it holds")
     return bool(facts["local-size"])

@@ -17,7 +17,16 @@ from rich.text import Text
 
 from nbdserve.common.standard_streams import silence
 from recipes.errors import MigrationError
-from recipes.migrate.progress import Moment, Outcome, Progress, RamProgress, Report, Step, StepResult
+from recipes.migrate.progress import (
+    Moment,
+    Outcome,
+    PrecopyProgress,
+    Progress,
+    RamProgress,
+    Report,
+    Step,
+    StepResult,
+)
 
 INTERVAL = 5.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -58,6 +67,11 @@ class PlainReport(Report):
             self._next_ram = time.monotonic() + INTERVAL
             self._line(f"        {describe_ram(progress)}")
 
+    def precopy(self, progress: PrecopyProgress) -> None:
+        if time.monotonic() >= self._next_progress:
+            self._next_progress = time.monotonic() + INTERVAL
+            self._line(f"        {describe_precopy(progress)}")
+
     def finished(self, outcome: Outcome) -> None:
         self._line(summary(outcome))
 
@@ -86,6 +100,9 @@ class TerminalReport(PlainReport):
     def ram(self, progress: RamProgress) -> None:
         # Of what QEMU sends there is no whole, as the guest goes on changing it.
         self._show(0, None, describe_ram(progress))
+
+    def precopy(self, progress: PrecopyProgress) -> None:
+        self._show(progress.done, progress.total, describe_precopy(progress))
 
     def _show(self, done: int, total: int | None, text: str) -> None:
         try:
@@ -193,9 +210,24 @@ def describe_ram(progress: RamProgress) -> str:
     )
 
 
+def describe_precopy(progress: PrecopyProgress) -> str:
+    """Return one line about the copying before the cut-over."""
+    window = progress.window
+    return (
+        f"pre-copy round {progress.number}: {progress.done / MIB:.0f} of {progress.total / MIB:.0f} MiB  "
+        f"{progress.rate / MIB:.1f} MiB/s  {progress.dirty / MIB:.1f} MiB changed since  window "
+        f"{'--' if window is None else f'{window:.1f} s'} if the guest went now"
+    )
+
+
 def summary(outcome: Outcome) -> str:
     """Return one line about a migration that is complete."""
+    predicted, before = "", ""
+    if outcome.predicted is not None:
+        predicted = f" (predicted {outcome.predicted:.1f} s)"
+        rounds = "one round" if outcome.rounds == 1 else f"{outcome.rounds} rounds"
+        before = f"{outcome.precopied / MIB:.0f} MiB copied in {rounds} before the cut-over, "
     return (
-        f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B, "
-        f"vulnerable window {outcome.window:.1f} s, interrupted {outcome.recoveries} times"
+        f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B, {before}"
+        f"vulnerable window {outcome.window:.1f} s{predicted}, interrupted {outcome.recoveries} times"
     )

@@ -27,7 +27,7 @@ from recipes.migrate.state import Phase, State
 from recipes.plans.by_hand import asking
 from recipes.qemu.facts import Facts, OnA, OnB
 
-PREPARING = frozenset({Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH})
+PREPARING = frozenset({Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH, Phase.PRECOPY})
 """Nothing has been told to A's QEMU: a migration that is under way there is somebody else's."""
 SENDING = frozenset({Phase.MIGRATE})
 """A's QEMU keeps the end of the guest's state: B's can never run it."""
@@ -125,7 +125,8 @@ RULES: tuple[Rule, ...] = (
     Rule("again", _ON, _AGAIN, _RUNS, _B, Action.START_OVER,
          "the migration begins anew"),
     # Before A's QEMU has been told anything.
-    Rule("sent by somebody else", _BOTH, {Phase.LAUNCH}, {OnA.LEFT, OnA.GONE, OnA.STANDS, OnA.SILENT},
+    Rule("sent by somebody else", _BOTH, {Phase.LAUNCH, Phase.PRECOPY},
+         {OnA.LEFT, OnA.GONE, OnA.STANDS, OnA.SILENT},
          {OnB.HAS_GUEST}, Action.KEEP, "B's QEMU has a guest that this migration has not sent"),
     Rule("prepared, A runs", _BACK, PREPARING, _RUNS, _B, Action.CLEAN_UP, AS_BEFORE),
     Rule("prepared, A gone", _BACK, PREPARING, {OnA.GONE}, _B, Action.CLEAN_UP,

@@ -37,7 +37,7 @@ from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
 from recipes.migrate.lock import NAME as LOCK
 from recipes.migrate.lock import Lock, holder
-from recipes.migrate.progress import Progress, RamProgress
+from recipes.migrate.progress import PrecopyProgress, Progress, RamProgress
 from recipes.migrate.state import OVER, State
 from recipes.plans.plan import Plan, way_to
 
@@ -47,9 +47,10 @@ LONGEST_NAME = 40
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _JOURNAL, _PROGRESS, _FRESH = "journal", "progress", "progress.new"
 SAMPLES, SPEED_ASKED, SPEED_TAKEN, HOOKS_LOG = "samples", "speed.asked", "speed.taken", "hooks.log"
+CUTOVER_ASKED, CUTOVER_TAKEN = "cutover.asked", "cutover.taken"
 """Other files of a migration; see recipes/running/."""
 
-_OF_ONE_RUN = (_PROGRESS, _FRESH, SAMPLES, SPEED_ASKED, SPEED_TAKEN)
+_OF_ONE_RUN = (_PROGRESS, _FRESH, SAMPLES, SPEED_ASKED, SPEED_TAKEN, CUTOVER_ASKED, CUTOVER_TAKEN)
 """What must not be taken for another migration's of the same name."""
 
 
@@ -187,11 +188,12 @@ def open_regular(path: Path, flags: int) -> int:
 
 @dataclass(frozen=True)
 class Told:
-    """How far the stream, or before it the RAM, was, and when that was told, in seconds since the epoch."""
+    """How far the stream was, or what comes before it, and when that was told, in seconds since the epoch."""
 
     time: float
     progress: Progress | None = None
     ram: RamProgress | None = None
+    precopy: PrecopyProgress | None = None
 
 
 def progress(name: str) -> Told | None:
@@ -202,7 +204,7 @@ def progress(name: str) -> Told | None:
             told = decoded(Told, json.loads(file.read()))
     except (OSError, ValueError, RecursionError):
         return None
-    return told if told.progress or told.ram else None
+    return told if told.progress or told.ram or told.precopy else None
 
 
 def actor(name: str) -> int:
@@ -318,12 +320,17 @@ class Journal:
             (self.directory / name).unlink(missing_ok=True)
         self._end, self.state = 0, None
 
-    def note_progress(self, progress: Progress | None = None, ram: RamProgress | None = None) -> None:
-        """Leave word of how far the stream is, or the RAM; unlike a state it may be lost."""
+    def note_progress(
+        self,
+        progress: Progress | None = None,
+        ram: RamProgress | None = None,
+        precopy: PrecopyProgress | None = None,
+    ) -> None:
+        """Leave word of how far the stream is, or what comes before it; unlike a state it may be lost."""
         path = self.directory / _PROGRESS
         fresh = self.directory / _FRESH
         with suppress(OSError):
-            fresh.write_text(json.dumps(asdict(Told(time.time(), progress, ram))))
+            fresh.write_text(json.dumps(asdict(Told(time.time(), progress, ram, precopy))))
             fresh.replace(path)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from recipes.hosts.quoting import pasted
 from recipes.migrate.state import State
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
-from recipes.qemu import exporter
+from recipes.qemu import bitmaps, exporter
 from recipes.qemu.vm import Vm, VmGoneError
 
 
@@ -27,7 +27,8 @@ async def any_holds_something(host: Host, plan: Plan) -> bool:
     not told.
     """
     for disk in plan.disks:
-        if await holds_something(host, disk.target, plan.limits.command):
+        held = holds_something(host, disk.target, plan.limits.command, copies=plan.hybrid)
+        if await held:
             return True
     return False
 
@@ -37,9 +38,13 @@ def made(state: State) -> list[PlannedDisk]:
     return [disk for disk in state.plan.disks if {*disk.beside} & {*state.made}]
 
 
-def discarding(host: Host, disk: PlannedDisk) -> list[str]:
-    """Return the command for B that removes the image if it holds nothing: it may be the guest's."""
-    return [host.tool("nbd-overlay"), "discard", disk.target]
+def discarding(host: Host, plan: Plan, disk: PlannedDisk) -> list[str]:
+    """Return the command for B that removes the image if it holds nothing: it may be the guest's.
+
+    What was copied before the cut-over is A's still.
+    """
+    copies = ["--copies"] if plan.hybrid else []
+    return [host.tool("nbd-overlay"), "discard", *copies, disk.target]
 
 
 async def remove_made(host: Host, state: State, limit: float) -> list[str]:
@@ -49,7 +54,7 @@ async def remove_made(host: Host, state: State, limit: float) -> list[str]:
     """
     left = []
     for disk in made(state):
-        kept = await _remove(host, discarding(host, disk), limit)
+        kept = await _remove(host, discarding(host, state.plan, disk), limit)
         others = [path for path in (disk.overlay_socket, disk.overlay_monitor) if path in state.made]
         if others and not kept:
             kept = await _remove(host, ["rm", "-f", "--", *others], limit)
@@ -102,19 +107,26 @@ def certificates_of(host_a: Host, host_b: Host, state: State) -> list[tuple[Host
 
 
 async def end_exporter(a: Vm, state: State) -> tuple[list[str], list[str]]:
-    """End the NBD server of ours that A's QEMU may have; return phrases: what is to be known, what is left.
+    """End the NBD server of ours that A's QEMU may have, and our bitmaps, which it may export.
 
-    Raises VmGoneError.
+    Returns phrases: what is to be known, what is left. Raises VmGoneError.
     """
-    if not state.exporter:
-        return [], []
+    said, left = [], []
     try:
-        told = await exporter.stop(a)
+        if state.exporter and (told := await exporter.stop(a)):
+            said.append(told)
     except VmGoneError:
         raise
     except MigrationError as error:
-        return [], [still_serves(state, str(error))]
-    return [told] if told else [], []
+        left.append(still_serves(state, str(error)))
+    try:
+        if state.tracking:
+            await bitmaps.remove_all(a, state.tracking.nodes)
+    except VmGoneError:
+        raise
+    except MigrationError as error:
+        left.append(still_records(state, str(error)))
+    return said, left
 
 
 def still_serves(state: State, why: str) -> str:
@@ -123,8 +135,25 @@ def still_serves(state: State, why: str) -> str:
     return f"A's QEMU may still serve its disks in {state.exporter} ({why}): when it answers, type: {later}"
 
 
+def still_records(state: State, why: str) -> str:
+    """Return a phrase for bitmaps of ours that could not be taken away."""
+    later = f"nbd-migrate abort {state.name}"
+    return f"A's QEMU may still have dirty bitmaps {bitmaps.PREFIX}* ({why}): when it answers, type: {later}"
+
+
+def not_ended(state: State, why: str) -> list[str]:
+    """Return the phrases of end_exporter() for a QEMU that does not answer."""
+    exports = [still_serves(state, why)] if state.exporter else []
+    return [*exports, still_records(state, why)] if state.tracking else exports
+
+
 async def remove_exporter(host_a: Host, state: State, limit: float) -> list[str]:
     """Remove the place of that server's socket; return a phrase for the operator when that failed."""
+    if state.tracking:
+        # One that was killed leaves it.
+        left = await _remove(host_a, ["rm", "-f", "--", state.tracking.monitor], limit)
+        if left:
+            return left
     if not state.exporter:
         return []
     try:

@@ -73,6 +73,31 @@ class RamProgress:
 
 
 @dataclass(frozen=True)
+class PrecopyProgress:
+    """How far the copying before the cut-over is.
+
+    number    of the round; 0 is the first one, of everything
+    done      bytes of all that was to be copied until now
+    total     all that
+    rate      bytes per second
+    dirty     bytes that the guest has changed since the round began, which are for the next one
+    window    seconds that the window is expected to take if the guest goes now; None while that is not known
+    """
+
+    number: int
+    done: int
+    total: int
+    rate: float
+    dirty: int
+    window: float | None = None
+
+    @property
+    def missing(self) -> int:
+        """Return how many bytes of this round are to come."""
+        return max(0, self.total - self.done)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A migration that is complete.
 
@@ -82,6 +107,11 @@ class Outcome:
     disk_bytes     size of the disk, all of which the stream has made local
     window         seconds from the cut-over until nothing on A was needed any more
     recoveries     how often the stream was interrupted and taken up again
+    precopied      bytes that were copied before the cut-over
+    rounds         in so many rounds
+    predicted      what the window was expected to be, in seconds, when the guest stood still; None where
+                   nothing was
+    added_ms       for how much of the downtime the guest waited for the last bitmap, in milliseconds
     """
 
     steps: tuple[StepResult, ...]
@@ -91,6 +121,10 @@ class Outcome:
     disk_bytes: int
     window: float
     recoveries: int
+    precopied: int = 0
+    rounds: int = 0
+    predicted: float | None = None
+    added_ms: int = 0
 
 
 class Report:
@@ -113,6 +147,9 @@ class Report:
 
     def ram(self, progress: RamProgress) -> None:
         """The RAM has moved on; called about twice a second."""
+
+    def precopy(self, progress: PrecopyProgress) -> None:
+        """The copying before the cut-over has moved on; called a few times a second."""
 
     def finished(self, outcome: Outcome) -> None:
         """The migration is complete."""

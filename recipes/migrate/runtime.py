@@ -145,8 +145,8 @@ class Migration:
 
     @property
     def since_arrival(self) -> float:
-        """Return seconds since the guest became B's."""
-        return max(0.0, time.time() - self.state.arrived)
+        """Return seconds since the guest became B's; 0 before."""
+        return max(0.0, time.time() - self.state.arrived) if self.arrived else 0.0
 
     def enter(self, phase: Phase, *, sync: bool = True, **changes: Any) -> None:
         """Write down what is done next, and what has changed, before it is done.
@@ -391,7 +391,7 @@ class Migration:
         if not self.owned:
             for each in self._living():
                 each.leave()
-        self.enter(Phase.DONE, made=(), processes=())
+        self.enter(Phase.DONE, made=(), processes=(), tracking=None)
 
     def _living(self) -> list[Child]:
         """Return the children that are there."""

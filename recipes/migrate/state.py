@@ -35,6 +35,8 @@ class Phase(Enum):
     EXPORT = "export"
     OVERLAY = "overlay"
     LAUNCH = "launch"
+    PRECOPY = "pre-copy"
+    """Policy hybrid: the disk is copied while the guest runs on A, in rounds."""
     MIGRATE = "migrate"
     """A's QEMU is told to migrate."""
     SWITCH_OVER = "switch-over"
@@ -61,7 +63,7 @@ OVER = frozenset({Phase.DONE, Phase.TAKEN_BACK, Phase.LOST})
 
 BEFORE = frozenset(
     {
-        *(Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH),
+        *(Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH, Phase.PRECOPY),
         *(Phase.MIGRATE, Phase.SWITCH_OVER, Phase.TAKING_BACK),
     }
 )
@@ -157,6 +159,41 @@ class Tunnel:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """The dirty bitmaps of ours that A's QEMU has, or may have.
+
+    nodes    the block nodes that they are on, in the order of the disks
+    monitor  the socket of the monitor of A's server, by which they are passed on
+    """
+
+    nodes: tuple[str, ...]
+    monitor: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of copying before the cut-over: bytes that were to be copied, and the seconds that it took."""
+
+    number: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the window was expected to be when the guest stood still.
+
+    missing  bytes that had to follow it
+    seconds  from its start on B until nothing of A would be needed
+    added    seconds for which it stood still for the last bitmap
+    """
+
+    missing: int
+    seconds: float
+    added: float
+
+
+@dataclass(frozen=True)
 class Arrival:
     """What A's QEMU says of a migration that is complete: milliseconds, and bytes sent."""
 
@@ -182,6 +219,13 @@ class State:
     """What there is of it, or may be, besides its process."""
     parameters: Parameters = field(default_factory=Parameters)
     """The migration parameters of A before, of those that say how to use TLS."""
+    tracking: Tracking | None = None
+    """Policy hybrid: the bitmaps on A."""
+    rounds: tuple[Round, ...] = ()
+    """The last of those before the cut-over."""
+    precopied: int = 0
+    """Bytes that were copied in all of them."""
+    prediction: Prediction | None = None
     exporter: str = ""
     """The directory on A of the socket at which A's QEMU serves its disks to A's server, or may do so."""
     made: tuple[str, ...] = ()
@@ -219,7 +263,7 @@ class State:
     def is_clear(self) -> bool:
         """Tell whether nothing that was started or made is left, as far as is known."""
         made = self.processes or self.made or self.exporter or self.certificates or self.tunnel
-        return not made
+        return not (made or self.tracking)
 
     @property
     def gives_way(self) -> bool:
@@ -284,7 +328,8 @@ class State:
 def entered(state: State, phase: Phase, *, cleared: bool = False) -> State:
     """Return the state at the beginning of a phase; ``cleared``: nothing is left of what was made."""
     if cleared:
-        state = replace(state, made=(), processes=(), certificates=None, exporter="", tunnel=None)
+        state = replace(state, made=(), processes=(), certificates=None, exporter="")
+        state = replace(state, tunnel=None, tracking=None)
     return replace(state, phase=phase)
 
 

@@ -27,7 +27,7 @@ from recipes.migrate.decide import (
     decide,
     told,
 )
-from recipes.migrate.leftovers import any_holds_something, but, end_exporter, still_serves
+from recipes.migrate.leftovers import any_holds_something, but, end_exporter, not_ended
 from recipes.migrate.state import Phase, Role, State
 from recipes.processes.child import lives
 from recipes.qemu.credentials import drop_credentials
@@ -269,8 +269,7 @@ class WayBack:
     async def _end_exporter(self, a: Vm | None, facts: Facts) -> list[str]:
         """Have A's QEMU serve its disks no more; return a phrase where that is left to be done."""
         if a is None:
-            silent = self._state.exporter and facts.a is OnA.SILENT
-            return [still_serves(self._state, self._why)] if silent else []
+            return not_ended(self._state, self._why) if facts.a is OnA.SILENT else []
         said, left = await end_exporter(a, self._state)
         self._hands.said += said
         return left

@@ -16,6 +16,7 @@ from recipes.plans.channel import SSH, TLS, Channel
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
 from recipes.plans.hooks import Hooks
 from recipes.plans.limits import Limits
+from recipes.plans.policy import AUTO, HYBRID, POLICIES, POSTCOPY, Cutover, parse_cutover
 from recipes.qemu.images import RAW
 
 Command = tuple[str, ...]
@@ -69,6 +70,7 @@ class Destination:
     three are added. Its ``-device`` refers to a disk by its drive and says ``rerror=stop,werror=stop``.
     ``owner`` (USER, USER:GROUP or :GROUP) and ``mode`` (octal) are those of the images and of the sockets to
     them, for a QEMU that runs as another user. ``image`` and ``node`` are target and drive of its only disk.
+    ``policy`` says when the disks go there, ``cutover`` when the guest does (policy.py).
     """
 
     qemu: Command
@@ -82,6 +84,8 @@ class Destination:
     engine: str = "overlay"
     owner: str = ""
     mode: str = ""
+    policy: str = POSTCOPY
+    cutover: str = ""
 
     def ownership(self, option: str) -> list[str]:
         """Return the words that make something B's QEMU's: ``OPTIONowner`` and ``OPTIONmode`` with their
@@ -101,6 +105,7 @@ class Destination:
         check_monitor("destination.qmp", self.qmp)
         if self.engine not in ("qemu", "overlay"):
             raise UsageError(f"destination.engine: {self.engine!r} is neither qemu nor overlay")
+        self._check_policy()
         if self.mode:
             parse_mode(self.mode, "destination.mode")
         if self.owner and not re.fullmatch(r"[^\s:]*(:[^\s:]+)?", self.owner):
@@ -117,6 +122,18 @@ class Destination:
             )
         if kind == "unix":
             check_socket_path(rest, "destination.migration")
+
+    def _check_policy(self) -> None:
+        if self.policy not in POLICIES:
+            raise UsageError(f"destination.policy: {self.policy!r} is neither {' nor '.join(POLICIES)}")
+        if self.policy == HYBRID and self.engine != "overlay":
+            raise UsageError(
+                "destination.policy: only nbd-overlay copies before the cut-over: hybrid needs the engine "
+                "overlay; with the engine qemu leave it out"
+            )
+        if self.cutover and self.policy != HYBRID:
+            raise UsageError("destination.cutover: this is for the policy hybrid; with postcopy leave it out")
+        parse_cutover(self.cutover or AUTO, "destination.cutover")
 
 
 @dataclass(frozen=True)
@@ -213,6 +230,16 @@ class Plan:
     def through_qemu(self) -> bool:
         """Tell whether A's QEMU has to serve a disk itself until the cut-over, as it alone can read it."""
         return any(disk.format != RAW for disk in self.disks)
+
+    @property
+    def hybrid(self) -> bool:
+        """Tell whether the disks are copied before the cut-over, as far as that pays."""
+        return self.destination.policy == HYBRID
+
+    @property
+    def cutover(self) -> Cutover:
+        """Return when the guest goes to B, of policy hybrid."""
+        return parse_cutover(self.destination.cutover or AUTO, "destination.cutover")
 
     @property
     def disks(self) -> tuple[PlannedDisk, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from recipes.migrate.state import OVER, Disk, Phase, State
+from recipes.migrate.state import OVER, Disk, Phase, Round, State
 from recipes.running.samples import Sample
 
 
@@ -38,6 +38,8 @@ class Account:
     ram_time  how long its RAM took
     window    from the cut-over until nothing on A was needed, or until now
     rate      of the disk, from the cut-over on, on average
+    precopied bytes that were copied before it, in rounds, of which these are the last
+    predicted what the window was expected to be, when the guest stood still
     """
 
     name: str
@@ -52,6 +54,9 @@ class Account:
     cut_over: float | None
     window: float | None
     rate: float | None
+    precopied: int
+    rounds: tuple[Round, ...]
+    predicted: float | None
     interruptions: int
     hooks_begun: tuple[str, ...]
     hooks_ended: tuple[str, ...]
@@ -95,6 +100,9 @@ def account(history: Sequence[State], samples: Sequence[Sample], now: float) -> 
         cut_over=cut_over,
         window=window,
         rate=_rate(ours, state, window),
+        precopied=state.precopied,
+        rounds=state.rounds,
+        predicted=state.prediction.seconds if state.prediction else None,
         interruptions=state.recoveries,
         hooks_begun=tuple(hook.value for hook in state.hooks_begun),
         hooks_ended=tuple(hook.value for hook in state.hooks_ended),
@@ -118,7 +126,8 @@ def _stretches(history: Sequence[State], end: float) -> list[Stretch]:
 
 def _rate(samples: Sequence[Sample], state: State, window: float | None) -> float | None:
     if state.complete and window:
-        return sum(disk.size for disk in state.disks) / window
+        followed = state.prediction.missing if state.prediction else sum(disk.size for disk in state.disks)
+        return followed / window
     if len(samples) < 2 or samples[-1].time <= samples[0].time:
         return None
     return max(0.0, (samples[-1].done - samples[0].done) / (samples[-1].time - samples[0].time))

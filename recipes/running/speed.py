@@ -1,7 +1,6 @@
 """How fast a stream may be: what an operator asks of a run, and the speed that ends it in time.
 
-The monitors are the run's, so a wish lies as a small file in the migration's directory, where the run finds
-it when it looks how far it is. It gives the file another name when it has written down what is asked.
+The run finds what is asked when it looks how far it is, and takes it when it has written it down (asking.py).
 """
 
 from __future__ import annotations
@@ -11,26 +10,22 @@ import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Protocol
 
 from nbdserve.common.errors import UsageError
 from nbdserve.common.sizes import format_size
-from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
-from recipes.migrate.journal import SPEED_ASKED, SPEED_TAKEN, open_regular
+from recipes.migrate.journal import SPEED_ASKED, SPEED_TAKEN
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import LATEST
 from recipes.plans.limits import MOST
+from recipes.running import asking
+from recipes.running.asking import Known
 
 ANSWER = 30.0
 """Seconds in which a run takes what is asked of it; some of its steps look at nothing for a while."""
-
-LOOK = 0.1
-"""Seconds between two looks whether it was taken."""
 
 LEAST = 1 << 16
 """Bytes per second below which no end in time is worth it."""
@@ -38,7 +33,7 @@ LEAST = 1 << 16
 HURRY = 1.05
 """How much faster than it must be a stream is that is to end in time: a guest's own requests come first."""
 
-_LONGEST = 4096
+WISH = asking.Wish(SPEED_ASKED, SPEED_TAKEN)
 
 
 @dataclass(frozen=True)
@@ -63,22 +58,11 @@ class Asked:
         return cls(speed, finish_by, os.urandom(8).hex())
 
 
-class Known(Protocol):
-    """What is to be known of a migration of which something is asked."""
-
-    def actor(self) -> int:
-        """Return the process that acts on it: its id, 0 if nobody does, or less where it is not known."""
-
-    def doing(self) -> str:
-        """Return what it does, for the operator."""
-
-
 def find(directory: Path, name: str = SPEED_ASKED) -> Asked | None:
     """Return what is asked of the migration in this directory; None where nothing is, or nothing readable."""
     try:
-        with os.fdopen(open_regular(directory / name, os.O_RDONLY), "rb") as file:
-            return decoded(Asked, json.loads(file.read(_LONGEST)))
-    except (OSError, ValueError, RecursionError):
+        return decoded(Asked, json.loads(asking.text(directory, name)))
+    except (ValueError, RecursionError):
         return None
 
 
@@ -103,22 +87,7 @@ def described(speed: int, finish_by: float) -> str:
 
 def take(directory: Path, asked: Asked) -> None:
     """Say that this was done; what was asked in the same instant is asked still."""
-    path, ours = directory / SPEED_ASKED, directory / f"{SPEED_TAKEN}.{asked.mark}"
-    with suppress(OSError):
-        # Another name of what is there now: the first one may be another wish's at any time.
-        os.link(path, ours)
-        if find(directory, ours.name) != asked:
-            ours.unlink()
-            return
-        ours.replace(directory / SPEED_TAKEN)
-        withdraw(directory, asked)
-
-
-def withdraw(directory: Path, asked: Asked) -> None:
-    """Ask it no more."""
-    if find(directory) == asked:
-        with suppress(OSError):
-            (directory / SPEED_ASKED).unlink()
+    asking.take(directory, WISH, asked.mark, lambda name: find(directory, name) == asked)
 
 
 def ask(directory: Path, asked: Asked, known: Known, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -126,41 +95,7 @@ def ask(directory: Path, asked: Asked, known: Known, sleep: Callable[[float], No
 
     Raises MigrationError when nobody is at work, or does not take it: then it is asked no more.
     """
-    name = directory.name
-    if not known.actor():
-        raise MigrationError(
-            f"nobody is at work on {name}, so nothing was changed: nbd-migrate resume {name} takes it up"
-        )
-    path, fresh = directory / SPEED_ASKED, directory / f"{SPEED_ASKED}.{asked.mark}"
-    try:
-        fresh.write_text(json.dumps(asdict(asked)))
-        fresh.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            fresh.unlink()
-        raise MigrationError(f"{path}: {error.strerror}") from error
-    try:
-        _wait_until_taken(directory, asked, known, sleep)
-    except BaseException:
-        # Also an operator who does not wait for it any more: later nobody would expect it.
-        withdraw(directory, asked)
-        raise
-    if find(directory, SPEED_TAKEN) != asked:
-        raise MigrationError(f"{name}: something else was asked meanwhile, which counts")
-
-
-def _wait_until_taken(directory: Path, asked: Asked, known: Known, sleep: Callable[[float], None]) -> None:
-    name, waited = directory.name, 0.0
-    while find(directory) == asked:
-        if not known.actor():
-            raise MigrationError(f"{name}: the run has ended before it took this, so nothing was changed")
-        if waited > ANSWER:
-            raise MigrationError(
-                f"{name}: the run has not taken this within {ANSWER:g} s, so nothing was changed; it is at: "
-                f"{known.doing()}; ask again later"
-            )
-        sleep(LOOK)
-        waited += LOOK
+    asking.ask(directory, WISH, json.dumps(asdict(asked)), known, ANSWER, sleep)
 
 
 def moment(text: str, option: str, now: float) -> float:

@@ -20,6 +20,7 @@ from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment, RamProgress
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Arrival, Phase, Role
+from recipes.precopy.rounds import Rounds
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.source import LOOK, WANTED, ram_sent, set_capabilities
 from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError, VmSilentError
@@ -41,8 +42,12 @@ PAUSED = "paused"
 """The state of query-status of a guest that was told to stop; an error brings another one."""
 
 
-async def cut_over(m: Migration) -> str:
-    """Step 4: migrate; when this returns, the guest runs on B and the children live on without us."""
+async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
+    """Step 4: migrate; when this returns, the guest runs on B and the children live on without us.
+
+    ``rounds`` is what has copied the disks before: what is out of date by then is forgotten on B while the
+    guest stands still, before A's QEMU is told to continue (precopy/tracker.py).
+    """
     a, b = m.a, m.monitor_b
     # Without return-path the source would report success even if the destination could not load the guest.
     await set_capabilities(b, ("events", "return-path"))
@@ -65,6 +70,7 @@ async def cut_over(m: Migration) -> str:
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
         await check_disks(m)
+        told = await rounds.finish() if rounds else {}
         # From here on only the two QEMUs count: a server that dies is started again while streaming.
         carry = m.roles(Role.SERVER, Role.OVERLAY, Role.TUNNEL)
         for name in ("the guard", *(m.called(*each) for each in carry)):
@@ -73,18 +79,26 @@ async def cut_over(m: Migration) -> str:
         await m.release_for_sure()
         # The guest stands still, so no disk is waited for. Where a power failure takes this with it, what is
         # found on A and on B says the same.
-        m.enter(Phase.SWITCH_OVER, sync=False)
+        m.enter(Phase.SWITCH_OVER, sync=False, **told)
         await a.execute("migrate-continue", state="pre-switchover")
         arrived = await switch_over(m, news)
     await arrive(m, arrived)
     await fence_source(m)
     m.guard.dismiss()
+    if rounds:
+        await rounds.tracker.leave()
     await tls.forget_ram(m)
     arrival = m.state.arrival
     if arrival is None:
         return "the guest runs on B"
     sent = f"{arrival.ram_bytes} bytes of RAM in {arrival.total_ms} ms"
-    return f"{sent}; the guest stood still for {arrival.downtime_ms} ms"
+    stood_still = f"{sent}; the guest stood still for {arrival.downtime_ms} ms"
+    if (expected := m.state.prediction) is None:
+        return stood_still
+    return (
+        f"{stood_still}, {expected.added * 1000:.0f} ms of that for the last bitmap; {expected.missing} "
+        f"bytes of the disk are left for the window, predicted to take {expected.seconds:.1f} s"
+    )
 
 
 async def check_disks(m: Migration) -> None:

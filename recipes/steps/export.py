@@ -13,6 +13,7 @@ from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role
 from recipes.plans.disks import PlannedDisk
+from recipes.precopy.tracker import server_monitor
 from recipes.processes.children import Child
 from recipes.qemu.images import RAW
 
@@ -56,7 +57,7 @@ async def serve_files(m: Migration) -> bool:
     Who reads them waits meanwhile, as when the server has died. Where that fails, A's QEMU serves them as
     before, which is told; then it must not end yet.
     """
-    if not m.state.exporter or m.complete:
+    if not (m.state.exporter and m.plan.through_qemu) or m.complete:
         return True
     try:
         if m.server:
@@ -91,7 +92,9 @@ async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list
         where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]
     secure = [*tls.server_options(m), *await plain.server_options(m)]
-    options = [*replies, *where, *secure, "--pid-file", pid_file]
+    # Until the guest has gone its bitmaps are passed on.
+    control = ["--qmp", f"unix:{await server_monitor(m)}"] if m.plan.hybrid and not m.arrived else []
+    options = [*replies, *where, *secure, *control, "--pid-file", pid_file]
     by_qemu = not m.arrived if from_qemu is None else from_qemu
     sources = [through_qemu.uri_of(m, disk) if by_qemu and disk.format != RAW else None for disk in m.disks]
     if len(m.disks) == 1:

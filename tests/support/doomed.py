@@ -2,8 +2,8 @@
 
     python -m tests.support.doomed PLAN MOMENT ROLE[+ROLE...] SIGNAL
 
-MOMENT is the name of a Step (when it begins) or of a Moment, or PROGRESS; ROLE is a Role's name. Then the
-migration goes on, if it can, exactly as that of ``nbd-migrate run`` does.
+MOMENT is the name of a Step (when it begins) or of a Moment, PROGRESS, or PRECOPY before it; ROLE is a Role's
+name. Then the migration goes on, if it can, exactly as that of ``nbd-migrate run`` does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recipes.cli.journal_commands import until_signal
 from recipes.commands.run import migrate
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import PlainReport
-from recipes.migrate.progress import Moment, Progress, Step
+from recipes.migrate.progress import Moment, PrecopyProgress, Progress, Step
 from recipes.plans.planfile import load
 from tests.support.processes import wait_until
 from tests.support.vms import Role, lives
@@ -48,6 +48,10 @@ class Doom(PlainReport):
     def progress(self, progress: Progress) -> None:
         super().progress(progress)
         self._strike("PROGRESS")
+
+    def precopy(self, progress: PrecopyProgress) -> None:
+        super().precopy(progress)
+        self._strike("PRECOPY")
 
     def _strike(self, moment: str) -> None:
         if moment != self._moment:

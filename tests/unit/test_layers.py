@@ -39,6 +39,7 @@ FOLDERS = {
         "channel",
         "running",
         "engines",
+        "precopy",
         "steps",
         "commands",
         "demo",

@@ -28,3 +28,14 @@ def test_a_linux_loses_nothing_on_any_of_its_disks(engine: str, victim: Role | N
         memory = stage.verify_on(stage.guest_on_b)
         assert memory.written > stage.guest_on_a.announced > 0
         assert stage.faults(memory) == []
+
+
+@pytest.mark.exhaustive
+def test_a_linux_whose_disks_are_copied_before_it_loses_nothing() -> None:
+    with linux_disks() as stage:
+        stage.change("destination", policy="hybrid")
+        with stage.run() as run:
+            assert run.wait(SECONDS * 3) == 0, run.output()
+        assert "before the cut-over" in run.output()
+        asyncio.run(stage.guest_on_b.reach(stage.guest_on_b.announced + 48, WRITE))
+        assert stage.faults(stage.verify_on(stage.guest_on_b)) == []

@@ -19,7 +19,18 @@ from recipes.migrate import journal
 from recipes.migrate.journal import Journal, check_name, usable_name
 from recipes.migrate.lock import JournalBusyError
 from recipes.migrate.progress import Progress
-from recipes.migrate.state import Arrival, Disk, Phase, Process, Role, State, Tunnel
+from recipes.migrate.state import (
+    Arrival,
+    Disk,
+    Phase,
+    Prediction,
+    Process,
+    Role,
+    Round,
+    State,
+    Tracking,
+    Tunnel,
+)
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Destination, Export, Plan, Source
 
@@ -40,6 +51,10 @@ FULL = State(
     arrived=1000.5,
     recoveries=2,
     exporter="/a.export",
+    tracking=Tracking(("disk0",), "/a.raw.nbdserve.qmp"),
+    rounds=(Round(0, 1 << 30, 10.5), Round(1, 1 << 20, 0.25)),
+    precopied=(1 << 30) + (1 << 20),
+    prediction=Prediction(1 << 16, 0.5, 0.01),
 )
 
 
@@ -232,7 +247,8 @@ def test_a_migration_that_is_not_over_is_not_begun_anew() -> None:
     with pytest.raises(MigrationError, match="nbd-migrate resume vm takes it up, nbd-migrate abort vm"):
         Journal.begin("vm")
     kept = Journal.take_over("vm")
-    kept.append(replace(FULL, phase=Phase.DONE, processes=(), exporter="", tunnel=None))
+    over = replace(FULL, phase=Phase.DONE, processes=(), exporter="", tunnel=None, tracking=None)
+    kept.append(over)
     kept.close()
     Journal.begin("vm").close()
 

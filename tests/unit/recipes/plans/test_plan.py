@@ -381,3 +381,31 @@ def test_images_of_one_name_are_not_moved_into_one_directory(tmp_path: Path) -> 
     text = DISKS.replace("/dev/vg/data", "/other/system.raw") + '[finish]\nmove_aside = "/old"\n'
     with pytest.raises(UsageError, match="two images have the same name, and cannot both be moved to /old"):
         plan_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ('policy = "precopy"', r"destination\.policy: 'precopy' is neither postcopy nor hybrid"),
+        (
+            'policy = "hybrid"\nengine = "qemu"',
+            r"hybrid needs the engine overlay; with the engine qemu",
+        ),
+        ('cutover = "auto"', r"destination\.cutover: this is for the policy hybrid"),
+        ('policy = "hybrid"\ncutover = "soon"', r"destination\.cutover: 'soon' is none: write auto, "),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused_with_what_to_use(
+    tmp_path: Path, keys: str, complaint: str
+) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        plan_of(tmp_path, MINIMAL.replace("[destination]", f"[destination]\n{keys}"))
+
+
+def test_a_plan_says_when_the_disk_goes_and_when_the_guest_does(tmp_path: Path) -> None:
+    assert not plan_of(tmp_path, MINIMAL).hybrid
+    keys = 'policy = "hybrid"\ncutover = "at-window 20"'
+    plan = plan_of(tmp_path, MINIMAL.replace("[destination]", f"[destination]\n{keys}"))
+    assert plan.hybrid
+    assert (plan.cutover.kind, plan.cutover.window) == ("at-window", 20.0)
+    assert plan_of(tmp_path, as_toml(plan)) == plan

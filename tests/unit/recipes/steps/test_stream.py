@@ -44,7 +44,7 @@ def test_what_was_under_way_for_a_complete_disk_ends_with_the_stream_and_says_no
             raise MigrationError("the stream failed")
 
         stream._stream = fail  # type: ignore[method-assign]
-        stream._jobs.find = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+        stream._jobs.find = lambda **_: asyncio.sleep(0)  # type: ignore[method-assign]
         with contextlib.suppress(MigrationError):
             await stream.run()
             pytest.fail("it has not failed")

@@ -1,0 +1,68 @@
+"""When the guest goes to B, by how the rounds of copying go: pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from recipes.plans.policy import AUTO, CONVERGED, MANUAL, Cutover
+
+HALF = 0.5
+"""The part of a round that the next one may be, for another to be worth it."""
+
+
+class Verdict(Enum):
+    """What follows from a round."""
+
+    AGAIN = "another round"
+    CONVERGED = "little is left"
+    DIVERGES = "the rounds no longer halve"
+    ASKED = "it was asked for"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known at the end of a round.
+
+    copied  bytes of the round
+    dirty   bytes that the guest has changed since it began: the next round
+    window  seconds that the window is expected to take if the guest goes now; None while that is not known
+    """
+
+    copied: int
+    dirty: int
+    window: float | None
+
+    @property
+    def halves(self) -> bool:
+        """Tell whether the next round is at most half of this one."""
+        return self.dirty <= self.copied * HALF
+
+
+def judge(cutover: Cutover, look: Look) -> Verdict:
+    """Return what follows from a round, unless somebody has asked for the cut-over."""
+    if cutover.kind == MANUAL:
+        return Verdict.AGAIN
+    if look.window is not None and look.window <= (CONVERGED if cutover.kind == AUTO else cutover.window):
+        return Verdict.CONVERGED
+    if cutover.kind == AUTO and not look.halves:
+        return Verdict.DIVERGES
+    return Verdict.AGAIN
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the window is expected to be made of.
+
+    rate    bytes per second at which the disks are copied; 0 while that is not known
+    fixed   seconds that it takes in any case: A's fence, and the last look at the image
+    """
+
+    rate: float
+    fixed: float
+
+    def window(self, missing: int) -> float | None:
+        """Return seconds from the guest's start on B until so many bytes are there; None if unknown."""
+        if missing and not self.rate:
+            return None
+        return self.fixed + (missing / self.rate if missing else 0.0)

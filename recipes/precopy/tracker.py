@@ -1,0 +1,216 @@
+"""What the guest changes on A while its disks are copied, and that this is forgotten on B, in time.
+
+Why no block that is out of date can be served on B. Of each block that nbd-overlay keeps:
+
+1. It was asked for after the first bitmaps had begun to record. What was read before, as by B's QEMU when it
+   started, is forgotten as soon as they do (:meth:`Tracker.begin`).
+2. A write of A's guest is marked when it completes. A read of A's server sees each write that had completed
+   before it (also one past the page cache, which is that of the same kernel); so what a block lacks is marked
+   after it was asked for, in the bitmap that records at that time.
+3. There is no time between two bitmaps: the next begins in the transaction that ends the one before.
+4. Each bitmap that has ended is read and its blocks are forgotten, in every overlay, or stays in the list of
+   those for which that is to be done. nbd-overlay stores nothing that it had asked for before it was told to
+   forget (``asked_at`` in overlay/formats/image.py), so what is marked is read again, after it was marked.
+5. At ``pre-switchover`` the guest stands still and QEMU has completed its writes. Then the last bitmap ends,
+   and all that are in the list are forgotten, durably, before A's QEMU is told to continue
+   (:meth:`Tracker.finish`, steps/cutover.py). Where that fails, or takes too long, or anything dies, nobody
+   is told to continue: the migration is cancelled, and the guest goes on on A.
+6. So B's guest begins on overlays in which no block is out of date, and from then on nothing writes to A's
+   disks. Only now nbd-overlay is told that the guest is here (``overlay-activate``, step 5), or sees its
+   first write, whichever is first: both mean that nothing is invalidated any more.
+
+A bitmap is exported by A's QEMU on its Unix socket, and passed on by A's server under a name beside the
+disk's: at the same address, over the same TLS, to the same client alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TypeVar
+
+from nbdserve.common.clock import now
+from nbdserve.common.uri import NbdUri
+from recipes.channel import through_qemu, tls
+from recipes.checks.disk_nodes import disk_nodes
+from recipes.connections.monitors import monitor_of
+from recipes.engines.interface import reached
+from recipes.engines.overlay_engine import monitor_of_overlay
+from recipes.errors import MigrationError
+from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Tracking
+from recipes.plans.disks import PlannedDisk
+from recipes.qemu import bitmaps, exporter
+from recipes.qemu.exporter import NodeExport
+from recipes.qemu.vm import CommandError, Vm
+
+T = TypeVar("T")
+
+
+class Tracker:
+    """The bitmaps of a migration, made by begin(). Not to be cancelled in the middle, unless all is given up.
+
+    added  seconds for which the guest stood still for the last one
+    """
+
+    def __init__(self, m: Migration, nodes: Sequence[str], server: Vm) -> None:
+        self._m = m
+        self._nodes = tuple(nodes)
+        self._server = server
+        self._number = 0
+        """Of the bitmap that records."""
+        self._ended: list[int] = []
+        """Bitmaps that do not record any more, and that not every overlay is known to have forgotten."""
+        self._is_exported = False
+        """Some of them are, or may be."""
+        self.added = 0.0
+
+    @classmethod
+    async def begin(cls, m: Migration) -> Tracker:
+        """Record from now on what the guest changes, and forget what was read before.
+
+        Raises MigrationError, as where A's QEMU has an NBD server of somebody else's.
+        """
+        limit = m.plan.limits.command
+        found = await m.during(disk_nodes(m.plan, m.a), limit, "looking at A's disks")
+        nodes = tuple(each.name for each in found)
+        monitor = str(await server_monitor(m))
+        m.record(tracking=Tracking(nodes, monitor))
+        await m.during(through_qemu.listen(m), limit * 2, "having A's QEMU serve its dirty bitmaps")
+        name = "nbdserve on A"
+        server = await m.during(
+            reached(name, monitor_of(m.host_a, monitor), m.plan), limit, f"reaching {name}"
+        )
+        tracker = cls(m, nodes, server)
+        try:
+            await tracker._begin()
+        except BaseException:
+            await tracker.close()
+            raise
+        return tracker
+
+    async def _begin(self) -> None:
+        m, limit = self._m, self._m.plan.limits.command
+        try:
+            await m.during(bitmaps.begin(m.a, self._nodes, 0), limit, "recording what the guest changes")
+        except CommandError as error:
+            raise MigrationError(f"A's QEMU cannot record what its guest changes: {error.reason}") from error
+        for disk in m.disks:
+            overlay, size = await monitor_of_overlay(m, disk), m.state.disk(disk).size
+            forgetting = overlay.execute("overlay-invalidate", offset=0, length=size)
+            await m.during(forgetting, limit, "forgetting what was read before")
+        # The whole way once before it is needed: who refuses does so now, and who loads anything has done so.
+        await self.advance()
+
+    async def dirty(self) -> int:
+        """Return how many bytes the guest has changed since the bitmap that records began."""
+        found = bitmaps.dirty_bytes(self._m.a, self._nodes, self._number)
+        return sum(
+            (await self._m.during(found, self._m.plan.limits.command, "looking at A's bitmaps")).values()
+        )
+
+    async def advance(self) -> int:
+        """Begin the next bitmap, and have forgotten what those before it say; return that many bytes.
+
+        Raises MigrationError; then it may be tried again.
+        """
+        limit = self._m.plan.limits.command
+        await self._m.during(
+            bitmaps.swap(self._m.a, self._nodes, self._number), limit, "swapping A's bitmaps"
+        )
+        self._ended.append(self._number)
+        self._number += 1
+        return await self._m.during(self._forget_ended(), limit * 2, "reading A's bitmaps")
+
+    async def finish(self) -> int:
+        """Have forgotten all that is left, while the guest stands still; return that many bytes.
+
+        Raises MigrationError: then the guest must not go to B.
+        """
+        begin, limit = now(), self._m.plan.limits.command
+
+        async def last() -> int:
+            await bitmaps.end(self._m.a, self._nodes, self._number)
+            self._ended.append(self._number)
+            return await self._read()
+
+        count = await self._m.during(last(), limit, "reading the last of A's bitmaps")
+        self.added = now() - begin
+        return count
+
+    async def _forget_ended(self) -> int:
+        count = await self._read()
+        await self._withdraw()
+        for number in list(self._ended):
+            await bitmaps.remove(self._m.a, self._nodes, number)
+            self._ended.remove(number)
+        return count
+
+    async def _read(self) -> int:
+        """Have each overlay forget what the bitmaps that have ended say of its disk, all at once."""
+        if self._is_exported:
+            await self._withdraw()
+        self._is_exported = True
+        names = tuple(bitmaps.name_of(number) for number in self._ended)
+        work = zip(self._m.disks, self._nodes, strict=True)
+        return sum(await together([self._read_for(disk, node, names) for disk, node in work]))
+
+    async def _read_for(self, disk: PlannedDisk, node: str, names: Sequence[str]) -> int:
+        exported = NodeExport(f"bitmap-{disk.drive}", node, tuple(names))
+        await exporter.add(self._m.a, exported)
+        passed_on = bitmap_uri(self._m, disk)
+        upstream = str(exported.uri(through_qemu.socket_of(self._m)))
+        given = {"type": "nbd", "id": exported.name, "name": passed_on.export, "filename": upstream}
+        await self._server.call("block-export-add", given)
+        overlay, count = self._m.overlay_monitors[disk.drive], 0
+        for name in names:
+            told = await overlay.execute("overlay-invalidate", bitmap=name, backing=str(passed_on))
+            count += int(told["bytes"])
+        return count
+
+    async def _withdraw(self) -> None:
+        """See that no bitmap is exported; none may be."""
+        for disk in self._m.disks:
+            name = f"bitmap-{disk.drive}"
+            with suppress(CommandError):
+                await self._server.execute("block-export-del", id=name, mode="hard")
+            await exporter.remove(self._m.a, name)
+        self._is_exported = False
+
+    async def leave(self) -> None:
+        """The guest is on B, and A's QEMU has ended: its bitmaps are gone. What fails here is only told."""
+        m = self._m
+        for disk in m.disks:
+            with suppress(MigrationError):
+                await self._server.execute("block-export-del", id=f"bitmap-{disk.drive}", mode="hard")
+        await self.close()
+        if not m.a.connected:
+            await through_qemu.forget(m)
+
+    async def close(self) -> None:
+        """Leave the monitor of A's server to others."""
+        await self._server.disconnect()
+
+
+async def server_monitor(m: Migration) -> str:
+    """Return the socket of the monitor of A's server."""
+    return f"{await m.place(m.host_a, m.disks[0].image, 'nbdserve')}.qmp"
+
+
+def bitmap_uri(m: Migration, disk: PlannedDisk) -> NbdUri:
+    """Return where A's server passes the bitmaps of a disk on, as B connects to it."""
+    uri = tls.disk_uri(m, disk)
+    return replace(uri, export=f"{uri.export}-bitmap" if uri.export else "bitmap")
+
+
+async def together(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Wait for all of these; then raise the first failure, if there is one."""
+    ends = await asyncio.gather(*work, return_exceptions=True)
+    found: list[T] = []
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
+        found.append(end)
+    return found
