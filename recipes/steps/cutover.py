@@ -115,13 +115,13 @@ async def check_disks(m: Migration) -> None:
 async def parting_silent_ones(m: Migration) -> AsyncIterator[None]:
     """End B's QEMU when what the caller does fails, or is interrupted, and neither of the two says anything.
 
-    Then B's (7.2) waits for who has connected to its port before A's, which waits for it, with its guest. B's
-    has nothing of that, as A's was not yet told to switch over.
+    Then B's (7.2, 10.0) waits for the handshake of who has connected before A's, which waits for B's, with
+    its guest. B's has nothing of that, as A's was not yet told to switch over.
     """
     try:
         yield
     except (MigrationError, asyncio.CancelledError) as error:
-        if not await undisturbed(is_silent(m.monitor_b)):
+        if not m.plan.ram_over_tls or not await undisturbed(is_silent(m.monitor_b)):
             raise
         a_is_silent = await undisturbed(is_silent(m.a))
         if a_is_silent and m.qemu:
