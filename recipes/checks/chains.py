@@ -6,6 +6,7 @@ That QEMU may have been given other images below the active one than its file na
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,7 +16,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
-from recipes.qemu.images import QCOW2, RAW, Layer, chain_of, listed_chain, snapshots_in
+from recipes.qemu.images import QCOW2, RAW, Layer, chain_of, file_of, listed_chain, snapshots_in
 
 TOOLS = ("qemu-img", "qemu-nbd")
 """What A needs for a disk that is no raw one; Debian has both in qemu-utils."""
@@ -31,7 +32,15 @@ async def check_chains(plan: Plan, nodes: Sequence[DiskNode], host_a: Host) -> N
     """Raise MigrationError where the files of a disk are not what A's QEMU has open, or cannot be read."""
     for disk, node in zip(plan.disks, nodes, strict=True):
         if disk.format != RAW:
-            await check_chain(plan, disk, chain_of(node.info), host_a)
+            opened = [in_place(layer, node, disk) for layer in chain_of(node.info)]
+            await check_chain(plan, disk, opened, host_a)
+
+
+def in_place(layer: Layer, node: DiskNode, disk: PlannedDisk) -> Layer:
+    """Return a layer with an absolute name, where the disk's image shows what QEMU's is relative to."""
+    top = posixpath.normpath(file_of(node.info["filename"]))
+    directory = disk.image.removesuffix(top) if disk.image.endswith(f"/{top}") else ""
+    return Layer(posixpath.join(directory, layer.file), layer.format)
 
 
 async def check_chain(plan: Plan, disk: PlannedDisk, opened: Sequence[Layer], host_a: Host) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nbdserve.common.errors import UsageError
+from recipes.hosts.host import Host
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 from recipes.qemu.images import FORMATS, fault_in, file_of
@@ -47,7 +50,7 @@ def disk_node(
     if name and all(each["node-name"] != name for each in nodes):
         raise UsageError(f"{plan.called('node')}: A's QEMU has no block node or device {node!r}")
     # The file's own node is named too; only the format's tells what is in the file.
-    found = [each for each in nodes if file_of(each["file"]) == wanted and each["drv"] not in _PROTOCOLS]
+    found = [each for each in nodes if may_be(each["file"], wanted) and each["drv"] not in _PROTOCOLS]
     if name:
         found = [each for each in found if each["node-name"] == name]
     if not found:
@@ -55,6 +58,38 @@ def disk_node(
     for fault in faults(disk, found[0]):
         raise UsageError(f"{plan.called('image')}: {fault}")
     return DiskNode(found[0]["node-name"], int(found[0]["image"]["virtual-size"]), found[0]["image"])
+
+
+def may_be(name: str, image: str) -> bool:
+    """Tell whether a file that QEMU names so may be this image.
+
+    It may be relative to a directory that the monitor does not tell: check_open() looks whether it is.
+    """
+    name = posixpath.normpath(file_of(name))
+    if name.startswith("/"):
+        return name == posixpath.normpath(image)
+    name = name.removeprefix("../" * name.count("../"))
+    return posixpath.normpath(image).endswith(f"/{name}")
+
+
+async def check_open(plan: Plan, nodes: Sequence[DiskNode], host_a: Host) -> None:
+    """Raise UsageError for an image that may be what A's QEMU names, and that its process has not open."""
+    unsure = [
+        disk
+        for disk, node in zip(plan.disks, nodes, strict=True)
+        if file_of(node.info["filename"]) != disk.image
+    ]
+    if not unsure:
+        return
+    limit = plan.limits.command
+    process = json.loads(await host_a.run(*host_a.own("process", plan.source.qmp), limit=limit))
+    for disk in unsure:
+        image = (await host_a.run("readlink", "-m", "--", disk.image, limit=limit)).removesuffix("\n")
+        if image not in process["files"]:
+            raise UsageError(
+                f"{plan.called('image')}: A's QEMU, process {process['pid']}, has not {disk.image} open, but "
+                "another file of that name; name that"
+            )
 
 
 def faults(disk: PlannedDisk, node: Mapping[str, Any]) -> Iterator[str]:
@@ -76,8 +111,4 @@ def unknown_image(plan: Plan, disk: PlannedDisk, nodes: Sequence[Mapping[str, An
     names = ", ".join(f"{file} ({name})" for file, name in known.items())
     image, of = plan.called("image"), disk.node or "any disk"
     reason = f"{image}: {disk.image} is not the file of {of} in A's QEMU"
-    if any(not file.startswith(("/", "json:")) for file in known):
-        # Relative to a working directory that the monitor does not tell.
-        remedy = "which cannot be found from here; start the guest with absolute paths"
-        return f"{reason}: A's QEMU knows its disks as {names}, {remedy}"
     return f"{reason}, which has {names or 'none'}; name it as QEMU does"

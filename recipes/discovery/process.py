@@ -5,7 +5,9 @@ Its argument is a process id, or the address of a QMP monitor.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import struct
 import sys
@@ -30,9 +32,10 @@ class Process:
 
     pid        of it
     argv       its command line
-    directory  its working directory
+    directory  what relative paths on its command line are relative to
     user       who it runs as
     configs    what is in the files that it has read as ``-readconfig``, by the name that it gives them
+    files      what it has open, by absolute paths without links
     """
 
     pid: int
@@ -40,6 +43,7 @@ class Process:
     directory: str
     user: str
     configs: dict[str, str]
+    files: tuple[str, ...] = ()
 
 
 def find(source: str) -> Process:
@@ -47,14 +51,36 @@ def find(source: str) -> Process:
     pid = int(source) if source.isdecimal() else listener(source)
     try:
         found = psutil.Process(pid)
-        argv, directory, user = tuple(found.cmdline()), found.cwd(), found.username()
-    except psutil.NoSuchProcess as error:
+        argv, directory, user = tuple(found.cmdline()), start_directory(found), found.username()
+        files = open_files(pid)
+    except (psutil.NoSuchProcess, FileNotFoundError) as error:
         raise UsageError(f"there is no process {pid}") from error
-    except psutil.AccessDenied as error:
+    except (psutil.AccessDenied, PermissionError) as error:
         raise OperatorError(f"process {pid} is another user's; look at it as root") from error
     if not argv:
         raise UsageError(f"process {pid} has no command line")
-    return Process(pid, argv, directory, user, configs(argv, directory))
+    return Process(pid, argv, directory, user, configs(argv, directory), files)
+
+
+def start_directory(process: psutil.Process) -> str:
+    """Return the directory in which a process was started.
+
+    ``-daemonize`` leaves it for the root directory; then its environment says where the shell was.
+    """
+    directory = process.cwd()
+    if directory != "/" or not {"-daemonize", "--daemonize"}.intersection(process.cmdline()):
+        return directory
+    return process.environ().get("PWD") or directory
+
+
+def open_files(pid: int) -> tuple[str, ...]:
+    """Return the absolute paths of what a process has open; devices too."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        # It may be closed by now.
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(link))
+    return tuple(sorted(path for path in found if path.startswith("/")))
 
 
 def configs(argv: tuple[str, ...], directory: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
 from recipes.channel import ssh
 from recipes.checks.chains import IDENTITIES, check_chains, held
-from recipes.checks.disk_nodes import disk_nodes
+from recipes.checks.disk_nodes import check_open, disk_nodes
 from recipes.checks.space import Need, shortages
 from recipes.connections.installed import check_version
 from recipes.connections.monitors import MonitorAt
@@ -39,6 +39,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     nodes = await disk_nodes(plan, a)
     check_hooks(plan.hooks)
     await check_tools(plan, host_a, host_b)
+    await check_open(plan, nodes, host_a)
     if plan.through_qemu:
         await check_chains(plan, nodes, host_a)
         await require_none(a)
