@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from recipes.migrate.runtime import Migration
 from recipes.plans.channel import PLAIN
 
@@ -17,6 +15,6 @@ async def server_options(m: Migration) -> list[str]:
     if m.plan.channel.kind != PLAIN or address.socket is not None:
         return []
     look = m.host_b.own("route", address.host, str(address.port))
-    answer = json.loads(await m.host_b.run(*look, limit=m.plan.limits.command))
+    answer = await m.host_b.told(*look, limit=m.plan.limits.command)
     # An interface has another name on the other side.
     return ["--allow", str(answer["address"]).partition("%")[0]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from recipes.errors import MigrationError
 from recipes.hosts.calls import HostError
 from recipes.migrate.runtime import Migration
@@ -13,7 +11,7 @@ async def source_user(m: Migration) -> str:
     """Return the user; nothing where that is not known, or needs no rights of its own. Raises HostError."""
     try:
         look = m.host_a.own("process", m.plan.source.qmp)
-        answer = json.loads(await m.host_a.run(*look, limit=m.plan.limits.command))
+        answer = await m.host_a.told(*look, limit=m.plan.limits.command)
     except HostError:
         raise
     except MigrationError:

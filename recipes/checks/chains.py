@@ -9,7 +9,6 @@ import json
 import posixpath
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 from recipes.checks.disk_nodes import DiskNode
 from recipes.errors import MigrationError
@@ -91,8 +90,7 @@ def described(chain: Sequence[Layer]) -> str:
 
 async def held(plan: Plan, disk: PlannedDisk, host_a: Host) -> int:
     """Return how many bytes a disk holds that is no raw one, with what is below it."""
-    told = await host_a.run(*looking("measure", disk, "-O", QCOW2), limit=plan.limits.command)
-    answer: dict[str, Any] = json.loads(told)
+    answer = await host_a.told(*looking("measure", disk, "-O", QCOW2), limit=plan.limits.command)
     return int(answer["required"])
 
 

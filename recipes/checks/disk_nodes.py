@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +81,7 @@ async def check_open(plan: Plan, nodes: Sequence[DiskNode], host_a: Host) -> Non
     if not unsure:
         return
     limit = plan.limits.command
-    process = json.loads(await host_a.run(*host_a.own("process", plan.source.qmp), limit=limit))
+    process = await host_a.told(*host_a.own("process", plan.source.qmp), limit=limit)
     for disk in unsure:
         image = (await host_a.run("readlink", "-m", "--", disk.image, limit=limit)).removesuffix("\n")
         if image not in process["files"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +74,7 @@ def sockets(beside: str) -> Addresses:
 
 
 async def _route(host: Host, other: str, port: int) -> dict[str, Any]:
-    answer = await host.run(*host.own("route", other, str(port)), limit=LIMIT)
-    return dict(json.loads(answer))
+    return await host.told(*host.own("route", other, str(port)), limit=LIMIT)
 
 
 def _in_brackets(address: str) -> str:

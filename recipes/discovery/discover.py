@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 from collections.abc import Sequence
@@ -97,8 +96,7 @@ async def discover(wanted: Wanted, host_a: Host, host_b: Host) -> Draft:
 
 async def find(source: str, host_a: Host) -> Running:
     """Find the guest, by its monitor or its process id."""
-    answer = await host_a.run(*host_a.own("process", source), limit=COMMAND)
-    process = Process(**json.loads(answer))
+    process = Process(**await host_a.told(*host_a.own("process", source), limit=COMMAND))
     command = understood(process)
     vm, address = await reached(source, process, command, host_a)
     try:

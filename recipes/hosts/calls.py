@@ -22,6 +22,9 @@ from recipes.hosts.way import Way
 MISSING = (126, 127)
 """A shell's exit codes for a command that cannot be run, or is not there."""
 
+MOST = 1 << 24
+"""Bytes of an output that are kept: no command that is run so has as much to say."""
+
 REST = 1.0
 """Seconds in which the rest of the output must come once a command has ended: a shared ssh may hold it open
 for hours."""
@@ -155,4 +158,6 @@ async def _give(stream: asyncio.StreamWriter | None, data: bytes) -> None:
 async def _collect(stream: asyncio.StreamReader | None, into: bytearray) -> None:
     assert stream
     while data := await stream.read(1 << 16):
-        into += data
+        # What says more than that has no end; so its end mark is missing.
+        if len(into) < MOST:
+            into += data

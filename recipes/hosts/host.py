@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recipes.errors import MigrationError
 from recipes.hosts import ssh
@@ -29,6 +31,9 @@ PROGRAMS = {
     "route": "recipes.discovery.route",
 }
 """The small programs, by the words that call them, and the modules that they are."""
+
+_SHOWN = 60
+"""Characters that are shown of an answer that is not understood."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,24 @@ class Host(Way):
         fails, cannot be started, or takes longer than ``limit`` seconds; then it is killed.
         """
         return await Call(self, command, given).run(limit)
+
+    async def told(self, *command: str, limit: float) -> dict[str, Any]:
+        """Run a short command there that prints a JSON object, and return that.
+
+        Raises as run(), and MigrationError for another answer: it may be of another version than ours.
+        """
+        answer = await self.run(*command, limit=limit)
+        try:
+            told = json.loads(answer)
+        except (ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            said = " ".join(answer.split())[:_SHOWN]
+            raise MigrationError(
+                f"{command[0]} on {self.name} gives an answer that is not understood, {said!r}; see which "
+                "version of it is there"
+            )
+        return told
 
     async def has(self, command: str, limit: float) -> bool:
         """Tell whether a command of this name can be run there; raises HostError."""

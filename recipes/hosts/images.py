@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from recipes.errors import MigrationError
@@ -12,13 +11,9 @@ from recipes.hosts.host import Host
 async def image_facts(host: Host, image: str, limit: float) -> dict[str, Any]:
     """Return what nbd-overlay says of an image on a host, also of one in use.
 
-    Raises MigrationError as ``Host.run``, and for an answer that is none.
+    Raises MigrationError as ``Host.told``.
     """
-    answer = await host.run(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
-    try:
-        return dict(json.loads(answer))
-    except (ValueError, TypeError) as error:
-        raise MigrationError(f"nbd-overlay on {host.name} gives no answer about {image}: {error}") from error
+    return await host.told(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
 
 
 async def holds_something(host: Host, image: str, limit: float, *, copies: bool = False) -> bool:

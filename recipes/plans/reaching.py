@@ -67,6 +67,8 @@ async def looked_at(a: str, b: str, limit: float) -> AsyncIterator[tuple[Host, H
             key = f"{section}.bin of a plan"
             there = await installed.find_commands(host, key, limit) if host.address else ""
             found.append(replace(host, bin=there))
+            if host.address:
+                await installed.check_version(found[-1], limit)
         yield found[0], found[1]
 
 

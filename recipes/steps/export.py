@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from nbdserve.common.uri import NbdUri
@@ -125,8 +124,7 @@ async def check_export(m: Migration, disk: PlannedDisk) -> None:
     """Refuse an export that B does not reach, that is another disk, or that could make QEMU copy garbage."""
     uri = str(m.plan.export_of(disk))
     probe = m.host_b.own("probe", str(tls.disk_uri(m, disk)))
-    answer = await m.host_b.run(*probe, limit=m.plan.limits.connect)
-    facts = json.loads(answer)
+    facts = await m.host_b.told(*probe, limit=m.plan.limits.connect)
     size = m.state.disk(disk).size
     if facts["size"] != size and -(-facts["size"] // SECTOR) * SECTOR == size:
         raise MigrationError(

@@ -68,9 +68,9 @@ def looked_at(directory: Path, *disks: PlannedDisk) -> None:
     clock.run(body())
 
 
-def planned(number: int, image: Path, format: str = "raw") -> PlannedDisk:
+def planned(number: int, image: Path, layout: str = "raw") -> PlannedDisk:
     """A disk of the plan."""
-    return PlannedDisk(str(image), f"/b{number}.raw", f"disk{number}", format=format)
+    return PlannedDisk(str(image), f"/b{number}.raw", f"disk{number}", format=layout)
 
 
 def test_an_image_is_found_that_qemu_knows_by_a_relative_name(directory: Path) -> None:
