@@ -32,7 +32,7 @@ async def check_hosts(
     sockets += [path] if kind == "unix" else []
     for warning in left_on_a(plan, await disk_nodes(plan, a)):
         yield warning
-    await check_local(host_b, qemu, sockets, limit)
+    await check_local(host_b, qemu, sockets, limit, [flash.target for flash in plan.flash])
     await check_reachable(plan, host_a, host_b)
     for warning in await check_qemu(a, host_b, qemu, limit):
         yield warning

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from recipes.checks.started import Started
 from recipes.discovery.command_line.host_local import needed
@@ -14,14 +14,17 @@ from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 
 
-async def check_local(host_b: Host, started: Started, sockets: Sequence[str], limit: float) -> None:
+async def check_local(
+    host_b: Host, started: Started, sockets: Sequence[str], limit: float, made: Collection[str] = ()
+) -> None:
     """Raise MigrationError for the first thing that is not on B.
 
-    ``sockets`` are paths that will be listened on there besides those of the command line.
+    ``sockets`` are paths that will be listened on there besides those of the command line, and ``made`` are
+    files that the migration makes.
     """
     if started.command is None:
         return
-    asked = dict(_wanted(host_b, started.command, sockets))
+    asked = dict(_wanted(host_b, started.command, sockets, made))
     answers = await host_b.tests([*asked], limit) if asked else []
     for complaint, there in zip(asked.values(), answers, strict=True):
         if not there:
@@ -29,12 +32,12 @@ async def check_local(host_b: Host, started: Started, sockets: Sequence[str], li
 
 
 def _wanted(
-    host_b: Host, command: CommandLine, sockets: Sequence[str]
+    host_b: Host, command: CommandLine, sockets: Sequence[str], made: Collection[str]
 ) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield what test(1) must say yes to, and what is to be said where it does not."""
     for option in command.options:
         for each in needed(option):
-            if each.path.startswith("/"):
+            if each.path.startswith("/") and each.path not in made:
                 remedy = "make it there as it is on A, or change that option"
                 yield ("-e", each.path), f"destination.qemu: B has not {each}; {remedy}"
     for path in (*made_paths(command, "/"), *sockets):

@@ -14,7 +14,14 @@ from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed, pasted
 from recipes.migrate import journal
 from recipes.migrate.console import describe, describe_precopy, describe_ram
-from recipes.migrate.leftovers import certificates_of, discarding, made, removing_sockets
+from recipes.migrate.leftovers import (
+    certificates_of,
+    discarding,
+    made,
+    made_flash,
+    removing_flash,
+    removing_sockets,
+)
 from recipes.migrate.progress import PrecopyProgress, Progress, RamProgress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
 from recipes.plans.reaching import host_of
@@ -127,6 +134,8 @@ def left_behind(state: State) -> list[str]:
     for disk in made(state):
         discard = pasted(host.typed(discarding(host, plan, disk)))
         told.append(f"{disk.target} on B; this removes it, if it holds nothing: {discard}")
+    for target in made_flash(state):
+        told.append(f"{target} on B; this removes it: {pasted(host.typed(removing_flash(target)))}")
     if not state.made and state.phase not in BEFORE | OVER:
         for each in state.disks:
             until = "" if each.complete else f", and {each.source} on A until that is complete"

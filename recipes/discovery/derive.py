@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from recipes.discovery.command_line import chardevs, host_local
@@ -11,7 +11,7 @@ from recipes.discovery.command_line.arguments import Arguments
 from recipes.discovery.command_line.chardevs import SHORT, Monitor, of_chardev, of_short
 from recipes.discovery.command_line.host_local import Local
 from recipes.discovery.command_line.options import CommandLine, Option
-from recipes.discovery.drive_options import DriveOptions, FoundDisk, Line
+from recipes.discovery.drive_options import DriveOptions, FoundDisk, FoundFlash, Line, Target
 from recipes.discovery.guest import Guest
 from recipes.discovery.refusals import refusals
 
@@ -33,6 +33,8 @@ class Derived:
     lines    B's options, in their order
     disks    what moves
     notes    what was left out, and why
+    flash    chips that the guest writes to
+    same     files that B has to have under the same paths, with the same content
     local    what must be on B
     busy     what two QEMUs on one machine cannot both have
     refused  why the guest cannot be moved; then the rest means nothing
@@ -47,6 +49,8 @@ class Derived:
     busy: tuple[str, ...]
     refused: tuple[str, ...]
     user: str = ""
+    same: tuple[str, ...] = ()
+    flash: tuple[FoundFlash, ...] = ()
 
 
 def made_paths(command: CommandLine, directory: str) -> list[str]:
@@ -77,14 +81,15 @@ def derive(
     address: str = "",
     monitor: Monitor | None = None,
     names: Mapping[str, str] | None = None,
+    target: Target = lambda image, _: image,
 ) -> Derived:
     """Derive B's command line.
 
     ``directory`` is the working directory of A's QEMU; ``address`` that of its monitor, for messages;
     ``monitor`` the one that B gets in any case; ``names`` what is called otherwise on B, by its absolute
-    path.
+    path; ``target`` what a file of A's is called on B that moves.
     """
-    drives = DriveOptions(command, guest, directory, address)
+    drives = DriveOptions(command, guest, directory, address, target)
     return _Derivation(command, guest, directory, drives, monitor, names or {}).made()
 
 
@@ -121,11 +126,20 @@ class _Derivation:
             lines=tuple(lines),
             disks=tuple(self._drives.disks),
             notes=tuple(self._notes),
-            local=tuple(dict.fromkeys(each for option in options for each in host_local.needed(option))),
+            local=tuple(self._local(options)),
             busy=tuple(dict.fromkeys(each for option in options for each in host_local.ports(option))),
             refused=(*refusals(self._command, self._guest, self._replaced_monitor), *self._drives.refused),
             user=self._user(),
+            same=tuple(dict.fromkeys(self._drives.same)),
+            flash=tuple(self._drives.flash),
         )
+
+    def _local(self, options: Sequence[Option]) -> Iterator[Local]:
+        """Yield what must be on B, each once; not what the migration makes."""
+        made = {flash.target for flash in self._drives.flash}
+        for each in dict.fromkeys(each for option in options for each in host_local.needed(option)):
+            if each.path not in made:
+                yield each
 
     def _absolute(self, path: str) -> str:
         return posixpath.normpath(posixpath.join(self._directory, path))

@@ -17,7 +17,6 @@ from recipes.discovery.command_line.chardevs import Monitor, monitors
 from recipes.discovery.command_line.options import CommandLine, parse
 from recipes.discovery.derive import Derived, derive, made_paths
 from recipes.discovery.document import Draft, Place
-from recipes.discovery.drive_options import FoundDisk
 from recipes.discovery.managed import busy
 from recipes.discovery.naming import names
 from recipes.discovery.process import Process
@@ -70,9 +69,9 @@ async def discover(wanted: Wanted, host_a: Host, host_b: Host) -> Draft:
     or cannot be found.
     """
     running = await find(wanted.source, host_a)
-    derived = await derived_for(running, host_b)
+    derived = await derived_for(running, host_b, wanted.to_dir)
     refuse(running.guest, derived)
-    targets = tuple([target_of(disk, wanted.to_dir) for disk in derived.disks])
+    targets = tuple([target_of(disk.image, disk.format, wanted.to_dir) for disk in derived.disks])
     await refuse_same(derived, targets, host_a, host_b)
     address = "" if host_b.address else wanted.to
     if wanted.channel == SSH:
@@ -145,7 +144,7 @@ async def reached(source: str, process: Process, command: CommandLine, host_a: H
     raise ConnectError(busy(command, name))
 
 
-async def derived_for(running: Running, host_b: Host) -> Derived:
+async def derived_for(running: Running, host_b: Host, to_dir: str) -> Derived:
     """Derive B's command line, with other names for what B has already."""
     command, directory = running.command, running.process.directory
     made = made_paths(command, directory)
@@ -156,6 +155,7 @@ async def derived_for(running: Running, host_b: Host) -> Derived:
         address=running.address,
         monitor=running.monitor,
         names=names(made, await existing(host_b, made)),
+        target=lambda image, form: target_of(image, form, to_dir),
     )
 
 
@@ -175,20 +175,22 @@ def refuse(guest: guests.Guest, derived: Derived) -> None:
         raise MigrationError(f"the guest {guest.name or 'on A'} cannot be moved: {'; and '.join(reasons)}")
 
 
-def target_of(disk: FoundDisk, directory: str) -> str:
-    """Return where a disk ends on B, by a name that says nothing else than what it is there: raw."""
-    image, suffix = disk.image, f".{disk.format}"
-    if disk.format != RAW and image.endswith(suffix):
+def target_of(image: str, form: str, directory: str) -> str:
+    """Return where a file of A's ends on B, by a name that says nothing else than what it is there: raw."""
+    suffix = f".{form}"
+    if form != RAW and image.endswith(suffix):
         image = f"{image.removesuffix(suffix)}.{RAW}"
     return posixpath.join(directory, posixpath.basename(image)) if directory else image
 
 
 async def refuse_same(derived: Derived, targets: Sequence[str], host_a: Host, host_b: Host) -> None:
     """Raise UsageError where a disk would end in the file that it is in."""
-    for disk, target in zip(derived.disks, targets, strict=True):
-        here, there = await identity(host_a, disk.image), await identity(host_b, target)
+    pairs = [(disk.image, target, "disk") for disk, target in zip(derived.disks, targets, strict=True)]
+    pairs += [(flash.image, flash.target, "flash chip") for flash in derived.flash]
+    for image, target, what in pairs:
+        here, there = await identity(host_a, image), await identity(host_b, target)
         if there and here == there:
-            raise UsageError(f"{target} is the disk's own file on A, as B sees it too: give --to-dir DIR")
+            raise UsageError(f"{target} is the {what}'s own file on A, as B sees it too: give --to-dir DIR")
 
 
 async def identity(host: Host, path: str) -> str:

@@ -70,6 +70,14 @@ def write(draft: Draft) -> str:
         disk["drive"] = _text(found.drive)
         disks.append(disk)
     document["disk"] = disks
+    if draft.derived.flash:
+        chips = tomlkit.aot()
+        for chip in draft.derived.flash:
+            table = tomlkit.table()
+            table["image"] = _text(chip.image, f"{format_size(chip.size)}, flash that the guest writes to")
+            table["target"] = _text(chip.target, "made on B, and written as the guest arrives")
+            chips.append(table)
+        document["flash"] = chips
     export = tomlkit.table()
     export["uri"] = _text(draft.export, "where A serves its disks, and B finds them")
     document["export"] = export
@@ -118,6 +126,12 @@ def _destination(draft: Draft) -> Table:
     table["migration"] = _text(draft.migration, "where B's QEMU waits for the RAM")
     if draft.derived.user:
         table["owner"] = _text(draft.derived.user, "who B's QEMU becomes, as A's")
+    if draft.derived.same:
+        same = tomlkit.array()
+        for path in draft.derived.same:
+            same.add_line(_text(path))
+        same.add_line(indent="")
+        table["same"] = same.comment("read-only in A's QEMU: B needs them as they are there")
     table["qemu"] = _command_line(draft.derived)
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from recipes.discovery.command_line.arguments import Arguments
@@ -15,16 +15,19 @@ from recipes.discovery.drives import (
     Matched,
     belonging,
     complaint,
-    image_of,
     made_by_itself,
     match,
     name_of,
+    path_of,
 )
-from recipes.discovery.guest import Drive, Guest
+from recipes.discovery.guest import Drive, Guest, Node
 from recipes.qemu.images import RAW
 
 NODE = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,19}")
 """What a disk may be called in a plan."""
+
+Target = Callable[[str, str], str]
+"""Tells of a file of A's, and of its format, what it is called on B."""
 
 EMPTY = "an empty drive, as A has it"
 MADE_BY_ITSELF = "the device that A's QEMU has made by itself"
@@ -58,6 +61,15 @@ class FoundDisk:
     format: str = RAW
 
 
+@dataclass(frozen=True)
+class FoundFlash:
+    """A flash chip that the guest writes to: its file on A and on B, and its size in bytes."""
+
+    image: str
+    target: str
+    size: int
+
+
 class DriveOptions:
     """Which options stay, go, or become others.
 
@@ -65,12 +77,17 @@ class DriveOptions:
     replaced  become others
     added     come at the end
     disks     what moves
+    flash     chips that the guest writes to
+    same      files that B has to have as A has them
     notes     what is left out that is no disk of the guest
     refused   why a drive cannot move
     """
 
-    def __init__(self, command: CommandLine, guest: Guest, directory: str, address: str) -> None:
+    def __init__(
+        self, command: CommandLine, guest: Guest, directory: str, address: str, target: Target
+    ) -> None:
         """``directory`` is that of the process, and ``address`` that of its monitor."""
+        self._target = target
         self._command = command
         self._guest = guest
         self._directory = directory
@@ -79,6 +96,8 @@ class DriveOptions:
         self.replaced: dict[Option, Line] = {}
         self.added: list[Line] = []
         self.disks: list[FoundDisk] = []
+        self.flash: list[FoundFlash] = []
+        self.same: list[str] = []
         self.notes: list[str] = []
         self.refused: list[str] = []
         for each in match(command, guest):
@@ -91,8 +110,7 @@ class DriveOptions:
         drive = each.drive
         if drive.type.startswith(FIRMWARE):
             if drive.node and not drive.node.read_only:
-                what = f"{name_of(drive)} ({drive.node.file})"
-                self.refused.append(f"the flash chip {what} can be written to, and such ones do not move")
+                self._flash(drive, drive.node)
         elif drive.node is None:
             self._empty(each)
         elif not drive.path:
@@ -100,6 +118,44 @@ class DriveOptions:
             self._drop(drive.backend)
         else:
             self._disk(each)
+
+    def _flash(self, drive: Drive, node: Node) -> None:
+        """What the guest writes to a flash chip comes with it, into another file."""
+        image = path_of(node.file, self._directory)
+        option = next((each for each in self._command.options if self._is_file_of(each, node, image)), None)
+        if option is None or not image.startswith("/") or image.startswith("/dev/"):
+            what = f"{name_of(drive)} ({node.file})"
+            self.refused.append(f"the flash chip {what} is in no file that the command line names")
+            return
+        target = self._target(image, node.driver)
+        self.flash.append(FoundFlash(image, target, node.size))
+        if option.name == "pflash":
+            words = Arguments({"if": "pflash", "format": RAW, "file": target})
+            self.replaced[option] = Line(Option("drive", str(words)), f"A's is {option}")
+            return
+        if option.name == "drive":
+            changed = option.arguments.without("file", "format").having(format=RAW, file=target)
+        else:
+            changed = option.arguments.without("file", "driver", "backing").having(driver=RAW)
+            below = option.arguments.text("file")
+            self.dropped.update(
+                each for each in self._command.named("blockdev") if each.arguments.text("node-name") == below
+            )
+            changed = Arguments(
+                {**changed.values, "file.driver": "file", "file.filename": target},
+                changed.implied,
+                changed.is_json,
+            )
+        self.replaced[option] = Line(option.having(changed), f"A's file is {image}")
+
+    def _is_file_of(self, option: Option, node: Node, image: str) -> bool:
+        """Tell whether this is the option of a flash chip in which this is."""
+        if option.name == "pflash":
+            return path_of(option.value or "", self._directory) == image
+        if option.name == "drive" and option.arguments.text("if") == "pflash":
+            named = option.arguments.text("file") or option.arguments.text("file.filename")
+            return path_of(named, self._directory) == image
+        return option.name == "blockdev" and option.arguments.text("node-name") == node.name
 
     def _empty(self, each: Matched) -> None:
         """A drive without a medium stays one, whatever was in it at the start."""
@@ -127,9 +183,12 @@ class DriveOptions:
         """A disk moves, or is refused."""
         drive, node = each.drive, each.drive.node
         assert node is not None
-        image = image_of(node, self._directory)
+        image = path_of(node.file, self._directory)
         if fault := complaint(drive, image, self._address):
             self.refused.append(fault)
+            return
+        if node.read_only:
+            self._stay(each, image)
             return
         given = each.device.arguments if each.device else made_by_itself(drive)
         if given is None:
@@ -146,6 +205,43 @@ class DriveOptions:
             self.added.append(Line(Option("device", str(made)), MADE_BY_ITSELF))
         for used in (drive.backend, given.text("drive")):
             self._drop(used)
+
+    def _stay(self, each: Matched, image: str) -> None:
+        """What the guest cannot write to is on B, too: its drive has the same in it, under the same name."""
+        drive, node = each.drive, each.drive.node
+        assert node is not None
+        if each.device and each.device.arguments.text("drive") in {node.name} & self._nodes():
+            self._keep(node, image)
+            return
+        option = self._drive_of(drive.backend)
+        if each.device and option:
+            changed = option.arguments.without("file", "format").having(file=image, format=node.driver)
+            if changed.text("media") != "cdrom":
+                changed = changed.having(readonly="on")
+            self.replaced[option] = Line(option.having(changed))
+            self._keep(node, image)
+            return
+        given = each.device.arguments if each.device else made_by_itself(drive)
+        if given is None:
+            self.refused.append(f"the drive {name_of(drive)} is in a {drive.type} that no -device has made")
+            return
+        name = drive.backend or f"medium{len(self.same)}"
+        media = {"media": "cdrom"} if drive.type.endswith("-cd") else {}
+        values = {"if": "none", "id": name, **media, "readonly": "on", "format": node.driver, "file": image}
+        self.added.append(Line(Option("drive", str(Arguments(values)))))
+        made = given.having(drive=name)
+        if each.device:
+            self.replaced[each.device] = Line(each.device.having(made), "what is in the drive now")
+        else:
+            self.added.append(Line(Option("device", str(made)), MADE_BY_ITSELF))
+        self._keep(node, image)
+
+    def _keep(self, node: Node, image: str) -> None:
+        self.same += [image, *(path_of(each, self._directory) for each in node.below)]
+
+    def _nodes(self) -> set[str]:
+        """Return the names of the block nodes of the command line."""
+        return {each.arguments.text("node-name") for each in self._command.named("blockdev")}
 
     def _name(self, wanted: list[str]) -> str:
         """Return what a disk is called on B: as on A, if a plan may have that."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from recipes.discovery.command_line.arguments import Arguments
 from recipes.discovery.command_line.options import CommandLine, Option
-from recipes.discovery.guest import Drive, Guest, Node
+from recipes.discovery.guest import Drive, Guest
 from recipes.hosts.quoting import pasted
 from recipes.qemu.images import FORMATS
 
@@ -75,7 +75,7 @@ def complaint(drive: Drive, image: str, address: str) -> str:
     node = drive.node
     assert node is not None
     what = f"the disk {name_of(drive)} ({node.file})"
-    if drive.removable or drive.type.endswith("-cd"):
+    if drive.removable and not node.read_only:
         which = json.dumps({"id": drive.id} if drive.id else {"device": drive.backend})
         eject = pasted(["nbd-migrate", "qmp", address, "eject", which])
         return (
@@ -87,29 +87,29 @@ def complaint(drive: Drive, image: str, address: str) -> str:
         return f"{what} cannot move: {node.fault}"
     if node.limited:
         return f"{what} is throttled ({node.limited}); take that away with block_set_io_throttle"
-    if node.read_only:
-        return f"{what} is read-only, and such disks do not move; take it away"
+    if node.read_only and image.startswith("/dev/"):
+        return f"{what} is a device of A's host, and read-only; take it away"
     if image.startswith("/dev/fdset/"):
         return f"{what} was passed to QEMU as a file descriptor, and has no name"
     if not image.startswith("/"):
         return f"{what} is no file or block device of its own on A"
-    if not drive.waits:
+    if not drive.waits and not node.read_only:
         return f"{what} is in a {drive.type}, which cannot wait; virtio-blk, scsi-hd and ide-hd can"
     return ""
+
+
+def path_of(file: str, directory: str) -> str:
+    """Return the absolute path of a file; what is no path as it is."""
+    if file.startswith("/"):
+        return posixpath.normpath(file) if ".." in file else file
+    if file.startswith("json:") or ":" in file.partition("/")[0]:
+        return file
+    return posixpath.normpath(posixpath.join(directory, file))
 
 
 def name_of(drive: Drive) -> str:
     """Return what messages call a drive."""
     return drive.id or drive.backend or (drive.node.name if drive.node else drive.path)
-
-
-def image_of(node: Node, directory: str) -> str:
-    """Return the absolute path of a node's file; what is no path as it is."""
-    if node.file.startswith("/"):
-        return posixpath.normpath(node.file) if ".." in node.file else node.file
-    if node.file.startswith("json:") or ":" in node.file.partition("/")[0]:
-        return node.file
-    return posixpath.normpath(posixpath.join(directory, node.file))
 
 
 def made_by_itself(drive: Drive) -> Arguments | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes.errors import MigrationError
-from recipes.qemu.images import fault_in, file_of
+from recipes.qemu.images import chain_of, fault_in, file_of
 from recipes.qemu.machine import Machine, machine_of
 from recipes.qemu.vm import CommandError, Vm
 
@@ -31,6 +31,8 @@ class Node:
     """Which throttling it has, or nothing."""
     fault: str = ""
     """Why its image cannot be read without this QEMU, or nothing."""
+    below: tuple[str, ...] = ()
+    """The files of the images below it."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def node_of(inserted: dict[str, Any]) -> Node:
         read_only=inserted["ro"],
         limited=",".join(throttling),
         fault=fault_in(inserted["image"]),
+        below=tuple(layer.file for layer in chain_of(inserted["image"])[1:]),
     )
 
 

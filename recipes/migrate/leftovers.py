@@ -59,6 +59,8 @@ async def remove_made(host: Host, state: State, limit: float) -> list[str]:
         if others and not kept:
             kept = await _remove(host, ["rm", "-f", "--", *others], limit)
         left += kept
+    for target in made_flash(state):
+        left += await _remove(host, removing_flash(target), limit)
     return left
 
 
@@ -85,6 +87,16 @@ def removing_sockets(host_a: Host, host_b: Host, state: State) -> list[tuple[Hos
         (host, ["rm", "-f", "--", *(name for path in paths for name in (path, control_of(path)))])
         for host, paths in ends
     ]
+
+
+def made_flash(state: State) -> list[str]:
+    """Return the files of flash chips that were made on B, or may have been."""
+    return [flash.target for flash in state.plan.flash if flash.target in state.made]
+
+
+def removing_flash(target: str) -> list[str]:
+    """Return the command for B that removes one."""
+    return ["rm", "-f", "--", target]
 
 
 async def remove_certificates(host_a: Host, host_b: Host, state: State, limit: float) -> list[str]:

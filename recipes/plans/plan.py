@@ -14,12 +14,16 @@ from recipes.connections.address import check_host
 from recipes.hosts.ssh import sessions
 from recipes.plans.channel import SSH, TLS, Channel
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
+from recipes.plans.flash import PlannedFlash
 from recipes.plans.hooks import Hooks
 from recipes.plans.limits import Limits
 from recipes.plans.policy import AUTO, HYBRID, POLICIES, POSTCOPY, Cutover, parse_cutover
 from recipes.qemu.images import RAW
 
 Command = tuple[str, ...]
+
+TABLES: dict[str, type] = {"disk": PlannedDisk, "flash": PlannedFlash}
+"""Sections that a plan may have several times, and what each of them is."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Destination:
     ``qemu`` is its command line without the migrated disks, without ``-incoming`` and without ``-qmp``: these
     three are added. Its ``-device`` refers to a disk by its drive and says ``rerror=stop,werror=stop``.
     ``owner`` (USER, USER:GROUP or :GROUP) and ``mode`` (octal) are those of the images and of the sockets to
-    them, for a QEMU that runs as another user. ``image`` and ``node`` are target and drive of its only disk.
+    them, for a QEMU that runs as another user. ``same`` are files that ``qemu`` names, and that must be on B
+    as they are on A, under the same paths. ``image`` and ``node`` are target and drive of its only disk.
     ``policy`` says when the disks go there, ``cutover`` when the guest does (policy.py).
     """
 
@@ -86,6 +91,7 @@ class Destination:
     mode: str = ""
     policy: str = POSTCOPY
     cutover: str = ""
+    same: Command = ()
 
     def ownership(self, option: str) -> list[str]:
         """Return the words that make something B's QEMU's: ``OPTIONowner`` and ``OPTIONmode`` with their
@@ -110,6 +116,8 @@ class Destination:
             parse_mode(self.mode, "destination.mode")
         if self.owner and not re.fullmatch(r"[^\s:]*(:[^\s:]+)?", self.owner):
             raise UsageError(f"destination.owner: {self.owner!r} is not usable: write USER or USER:GROUP")
+        for path in self.same:
+            check_absolute("destination.same", path)
         if not self.qemu:
             raise UsageError("destination.qemu: give the QEMU command line of host B")
         for option in ("incoming", "qmp", "daemonize", "S"):
@@ -180,10 +188,11 @@ class Plan:
     log: Log = field(default_factory=Log)
     disk: tuple[PlannedDisk, ...] = ()
     """As the file has them; ``disks`` is what counts."""
+    flash: tuple[PlannedFlash, ...] = ()
 
     def __post_init__(self) -> None:
         for section in fields(self):
-            if section.name != "disk":
+            if section.name not in TABLES:
                 getattr(self, section.name).check()
         if (self.source.qmp, self.source.host) == (self.destination.qmp, self.destination.host):
             raise UsageError(f"destination.qmp: {self.destination.qmp} is the source's monitor")
@@ -211,6 +220,7 @@ class Plan:
                 taken = f"{self.destination.qmp} is where nbd-overlay has a file of {disk.target}"
                 raise UsageError(f"destination.qmp: {taken}")
         check_together(self.disks)
+        self._check_flash()
         for disk in self.disks:
             if posixpath.normpath(self.moved_to(disk)) == posixpath.normpath(disk.image):
                 raise UsageError("finish.move_aside: this is the image's own path")
@@ -220,6 +230,13 @@ class Plan:
                 "finish.move_aside: two images have the same name, and cannot both be moved to "
                 f"{self.finish.move_aside}; leave it out, or give one another name"
             )
+
+    def _check_flash(self) -> None:
+        beside = [path for disk in self.disks for path in disk.beside]
+        for number, flash in enumerate(self.flash):
+            flash.check()
+            if flash.target in (*beside, *(each.target for each in self.flash[:number])):
+                raise UsageError(f"flash.target: {flash.target} is that of something else of this plan")
 
     @property
     def by_overlay(self) -> bool:

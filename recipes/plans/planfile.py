@@ -18,6 +18,7 @@ image = "/var/lib/images/vm.raw"          the image that is made there, which is
 engine = "overlay"                        who copies: "overlay" (the default), or B's "qemu"
 qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is started there
 owner = "libvirt-qemu:kvm"                who that QEMU runs as, if not who starts it; mode: of its files
+same = ["/srv/iso/tools.iso"]             files of its read-only drives, which must be as they are on A
 migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOST:PORT" or "unix:PATH"
 
 [[disk]]                                  in the place of source.image and node, destination.image and node;
@@ -26,6 +27,10 @@ target = "/var/lib/images/vm.raw"         the image that is made on B,
 drive = "disk0"                           the block node that a -device there refers to,
 node = "disk0"                            and A's block node or device, as above;
 format = "raw"                            of the image on A: "raw" (the default) or "qcow2"
+
+[[flash]]                                 a flash chip that the guest writes to: its firmware's variables
+image = "/var/lib/images/vm.vars.fd"      on A,
+target = "/var/lib/images/vm.vars.fd"     and the file that is made on B, which destination.qemu names
 
 [channel]
 kind = "tls"                              how disk and RAM get to B: "tls" (the default), "ssh", or "plain"
@@ -51,9 +56,8 @@ from typing import Any, get_type_hints
 
 from nbdserve.common.errors import UsageError
 from recipes.plans.channel import SSH
-from recipes.plans.disks import PlannedDisk
 from recipes.plans.limits import GONE
-from recipes.plans.plan import Command, Plan
+from recipes.plans.plan import TABLES, Command, Plan
 from recipes.plans.sockets import between_sockets
 
 _MOST_BITS = 1000
@@ -95,7 +99,9 @@ def build(document: Mapping[str, Any], overrides: Mapping[str, Mapping[str, obje
     for name in document:
         if name not in sections:
             raise UsageError(f"[{name}]: no such section; there are {', '.join(sections)}")
-    made: dict[str, Any] = {"disk": disks_of(document.get("disk", []))}
+    made: dict[str, Any] = {
+        name: tables_of(name, kind, document.get(name, [])) for name, kind in TABLES.items()
+    }
     for name, kind in sections.items():
         if name in made:
             continue
@@ -107,16 +113,16 @@ def build(document: Mapping[str, Any], overrides: Mapping[str, Mapping[str, obje
     return between_sockets(plan) if plan.channel.kind == SSH else plan
 
 
-def disks_of(tables: object) -> tuple[PlannedDisk, ...]:
-    """Make the disks of what TOML has for [[disk]]."""
+def tables_of(name: str, kind: type, tables: object) -> tuple[Any, ...]:
+    """Make what TOML has for a section that may be there several times, as [[disk]]."""
     if not isinstance(tables, list) or not all(isinstance(each, Mapping) for each in tables):
-        raise UsageError("disk: write it as [[disk]], once for each disk")
+        raise UsageError(f"{name}: write it as [[{name}]], once for each {name}")
     found = []
     for number, values in enumerate(tables, start=1):
         try:
-            found.append(section_of(PlannedDisk, "disk", values))
+            found.append(section_of(kind, name, values))
         except UsageError as error:
-            raise UsageError(f"{error}, in [[disk]] number {number}") from error
+            raise UsageError(f"{error}, in [[{name}]] number {number}") from error
     return tuple(found)
 
 

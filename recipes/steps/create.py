@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from recipes.channel import tls
+from recipes.checks.other_media import flash_sizes
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import completed
-from recipes.hosts.quoting import listed
+from recipes.hosts.quoting import listed, on_one_line
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role
 from recipes.plans.disks import PlannedDisk
@@ -21,7 +22,30 @@ async def create_overlay(m: Migration) -> str:
         # To its end in any case, so that nobody has to guess what it has come to.
         await completed(create(m, disk))
         m.refuse_the_dead()
+    for flash, size in zip(m.plan.flash, await flash_sizes(m.plan, m.a), strict=True):
+        await completed(create_flash(m, flash.target, size))
     return listed(f"{disk.target} over {m.plan.export_of(disk)}" for disk in m.disks)
+
+
+_FLASH = """
+umask 077; set -C; : > "$1" || exit 3; truncate -s "$2" -- "$1" || exit;
+if test -n "$3"; then chown -- "$3" "$1" || exit; fi; if test -n "$4"; then chmod -- "$4" "$1"; fi
+"""
+"""Makes the file $1 of $2 bytes, for the user $3 with the mode $4; 3 where it is there."""
+
+
+async def create_flash(m: Migration, target: str, size: int) -> None:
+    """Make the file of a flash chip. B's QEMU writes to it what the guest has in it, when that arrives."""
+    there, before = m.plan.destination, m.state.made
+    m.record(made=(*before, target))
+    words = ("sh", "-c", on_one_line(_FLASH), "sh", target, str(size), there.owner, there.mode)
+    try:
+        await m.host_b.run(*words, limit=m.plan.limits.command)
+    except MigrationError as error:
+        if "cannot create" in str(error):
+            # It is somebody else's, or none.
+            m.record(made=before)
+        raise MigrationError(f"flash.target: {target} cannot be made on B: {error}") from error
 
 
 async def create(m: Migration, disk: PlannedDisk) -> None:

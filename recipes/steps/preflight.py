@@ -12,6 +12,7 @@ from nbdserve.common.sizes import format_size
 from recipes.channel import ssh
 from recipes.checks.chains import IDENTITIES, check_chains, held
 from recipes.checks.disk_nodes import check_open, disk_nodes
+from recipes.checks.other_media import check_flash, check_same
 from recipes.checks.space import Need, shortages
 from recipes.connections.installed import check_version
 from recipes.connections.monitors import MonitorAt
@@ -43,6 +44,8 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     if plan.through_qemu:
         await check_chains(plan, nodes, host_a)
         await require_none(a)
+    await check_same(plan, host_a, host_b)
+    await check_flash(plan, a, host_b)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
     for disk in plan.disks:
         await check_target(plan, disk, host_b)

@@ -166,6 +166,95 @@ def test_the_node_of_a_disk_has_a_name_that_plans_take_and_nobody_else_has() -> 
     assert "-drive if=none,id=disk0" in words(made)
 
 
+CODE = Drive("pflash0", "/machine/system.flash0", "cfi.pflash01")
+VARS = Drive("pflash1", "/machine/system.flash1", "cfi.pflash01")
+IN_JSON = '{"node-name": "v", "driver": "raw", "file": {"driver": "file", "filename": "%s"}}'
+
+
+@pytest.mark.parametrize(
+    ("line", "become", "changes"),
+    [
+        (
+            "-drive if=pflash,unit=1,file=vars.fd,format=raw",
+            "-drive if=pflash,unit=1,format=raw,file=/b/vars.fd",
+            {},
+        ),
+        ("-pflash code.fd -pflash vars.fd", "-drive if=pflash,format=raw,file=/b/vars.fd", {}),
+        (
+            "-M pflash1=v -blockdev qcow2,node-name=v,file=f -blockdev file,node-name=f,filename=vars.fd",
+            "-blockdev raw,node-name=v,file.driver=file,file.filename=/b/vars.fd",
+            {"name": "v", "driver": "qcow2"},
+        ),
+        (
+            f"-blockdev '{IN_JSON % 'vars.fd'}' -machine pflash1=v",
+            f"-blockdev {IN_JSON % '/b/vars.fd'}",
+            {"name": "v"},
+        ),
+    ],
+)
+def test_flash_that_the_guest_writes_to_gets_a_file_of_its_own(
+    line: str, become: str, changes: dict[str, str]
+) -> None:
+    found = guest(has(HD, "vm.raw"), has(CODE, "code.fd", read_only=True), has(VARS, "vars.fd", **changes))
+    made = derived(
+        f"qemu -hda vm.raw {line}", found, target=lambda image, _: f"/b/{image.rpartition('/')[2]}"
+    )
+    assert made.refused == ()
+    assert [(each.image, each.target) for each in made.flash] == [("/home/vm/vars.fd", "/b/vars.fd")]
+    options = words(made)
+    assert become in options
+    assert not any("node-name=f," in each for each in options)
+    assert not any("vars.fd" in str(each) for each in made.local)
+
+
+def test_a_cd_stays_in_its_drive_and_is_what_is_in_it_now() -> None:
+    cd = has(CD, "tools.iso", read_only=True)
+    made = derived("qemu -hda vm.raw -cdrom old.iso", guest(has(HD, "vm.raw"), cd))
+    assert made.refused == ()
+    assert words(made)[-2:] == [
+        "-drive if=none,id=ide1-cd0,media=cdrom,readonly=on,format=raw,file=/home/vm/tools.iso",
+        "-device ide-cd,bus=ide.1,unit=0,drive=ide1-cd0",
+    ]
+    assert made.same == ("/home/vm/tools.iso",)
+    line = "qemu -hda vm.raw -drive id=cd,if=none,media=cdrom,file=old.iso -device scsi-cd,drive=cd,id=a"
+    a = Drive("cd", "/machine/peripheral/a", "scsi-cd", "scsi.0", (), True, removable=True)
+    made = derived(line, guest(has(HD, "vm.raw"), has(a, "/x,y.iso", read_only=True)))
+    assert "-drive id=cd,if=none,media=cdrom,file=/x,,y.iso,format=raw" in words(made)
+    assert "-device scsi-cd,drive=cd,id=a" in words(made)
+    assert made.same == ("/x,y.iso",)
+
+
+def test_a_read_only_disk_stays_as_it_is_with_what_is_below_it() -> None:
+    line = (
+        """qemu -hda vm.raw -blockdev '{"driver": "qcow2", "node-name": "n", "read-only": true, "file": """
+        """{"driver": "file", "filename": "/data.qcow2"}}' -device virtio-blk-pci,drive=n,id=data"""
+    )
+    data = Drive("", "/machine/peripheral/data", "virtio-blk-pci", "pci.0", (), True)
+    found = has(data, "/data.qcow2", "n", driver="qcow2", read_only=True, below=("/base.raw",))
+    made = derived(line, guest(has(HD, "vm.raw"), found))
+    assert made.refused == ()
+    assert made.same == ("/data.qcow2", "/base.raw")
+    assert "-device virtio-blk-pci,drive=n,id=data" in words(made)
+    assert [disk.image for disk in made.disks] == ["/home/vm/vm.raw"]
+    # A disk that the guest could not wait with is none that it has to wait for.
+    made = derived(
+        "qemu -hda vm.raw -device nvme,serial=1,drive=d,id=data -drive if=none,id=d,file=/d,readonly=on",
+        guest(has(HD, "vm.raw"), dataclasses.replace(found, backend="d", type="nvme", waits=False)),
+    )
+    assert made.refused == ()
+    assert "-drive if=none,id=d,readonly=on,file=/data.qcow2,format=qcow2" in words(made)
+
+
+def test_another_medium_than_that_of_the_start_is_named_anew() -> None:
+    line = "qemu -hda vm.raw -blockdev file,node-name=f,filename=/x.iso -device ide-cd,drive=f,id=b"
+    b = Drive("", "/machine/peripheral/b", "ide-cd", "ide.0", (), True, removable=True)
+    made = derived(line, guest(has(HD, "vm.raw"), has(b, "/new.iso", "#block7", read_only=True)))
+    assert made.refused == ()
+    assert "-drive if=none,id=medium0,media=cdrom,readonly=on,format=raw,file=/new.iso" in words(made)
+    assert "-device ide-cd,drive=medium0,id=b" in words(made)
+    assert not any("/x.iso" in each for each in words(made))
+
+
 def test_a_medium_that_was_taken_out_stays_out() -> None:
     line = (
         "qemu -drive file=/vm.raw,if=virtio "
@@ -211,12 +300,15 @@ def test_a_guest_that_has_come_by_a_migration_is_recognised_behind_its_pivot() -
         ("qemu -hda x", guest(has(HD, driver="vmdk")), "is vmdk, and only raw and qcow2 disks can move"),
         ("qemu -hda x", guest(has(HD, driver="qcow2", fault="it is odd")), "cannot move: it is odd"),
         ("qemu -hda x", guest(has(HD, limited="iops=5")), "is throttled (iops=5)"),
-        ("qemu -hda x", guest(has(HD, read_only=True)), "is read-only"),
+        ("qemu -hda x", guest(has(HD, "/dev/sda", read_only=True)), "is a device of A's host, and read-only"),
+        ("qemu -cdrom x", guest(has(CD, "/dev/sr0", driver="host_cdrom", read_only=True)), "is host_cdrom"),
         ("qemu -hda x", guest(has(HD, "nbd://h/x")), "is no file or block device of its own on A"),
         ("qemu -hda x", guest(has(HD, 'json:{"driver":"raw","offset":512}')), "is no file or block device"),
         ("qemu -hda x", guest(has(HD, "/dev/fdset/1")), "was passed to QEMU as a file descriptor"),
         ("qemu -cdrom x", guest(has(CD, "/x.iso")), "eject '{\"device\": \"ide1-cd0\"}'"),
-        ("qemu -pflash x", guest(has(Drive("pflash0", "/machine/f", "cfi.pflash01"))), "flash chip pflash0"),
+        ("qemu", guest(has(Drive("pflash0", "/machine/f", "cfi.pflash01"))), "flash chip pflash0"),
+        ("qemu -pflash nbd://h/x", guest(has(Drive("pflash0", "/machine/f", "cfi.pflash01"), "nbd://h/x")),
+         "flash chip pflash0 (nbd://h/x) is in no file that the command line names"),
         ("qemu -device nvme,drive=d,serial=1", guest(has(dataclasses.replace(
             VIRTIO, type="nvme", waits=False))), "is in a nvme, which cannot wait"),
         ("qemu", guest(state="paused"), "in state paused; start it first"),

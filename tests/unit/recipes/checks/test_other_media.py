@@ -1,0 +1,81 @@
+"""What the guest only reads is compared on both hosts: there, as long, and the same inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nbdserve.common import clock
+from recipes.checks.other_media import check_same
+from recipes.errors import MigrationError
+from recipes.hosts.host import Host
+from recipes.plans.plan import Destination, Export, Plan, Source
+
+MIB = 1 << 20
+PLAN = Plan(
+    Source(qmp="/run/a.qmp", image="/a.raw"),
+    Export(uri="nbd://192.0.2.1/vm"),
+    Destination(qemu=("qemu",), image="/b.raw", qmp="/run/b.qmp", migration="unix:/m", same=("/x.iso",)),
+)
+
+
+@dataclass(frozen=True)
+class Below(Host):
+    """A host whose files are in a directory of this one."""
+
+    root: Path = Path("/")
+
+    async def run(self, *command: str, limit: float, given: str = "") -> str:
+        *words, path = command
+        return await super().run(*words, f"{self.root}{path}", limit=limit, given=given)
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[Path, Path]:
+    """The directories of A and B."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    return tmp_path / "a", tmp_path / "b"
+
+
+def refused(sides: tuple[Path, Path], plan: Plan = PLAN) -> str:
+    """The line that says what is wrong; nothing where nothing is."""
+    hosts = (Below("A", root=sides[0]), Below("B", root=sides[1]))
+    try:
+        clock.run(check_same(plan, *hosts))
+    except MigrationError as error:
+        return str(error)
+    return ""
+
+
+def test_a_plan_that_names_none_needs_none(sides: tuple[Path, Path]) -> None:
+    there = dataclasses.replace(PLAN.destination, same=())
+    assert refused(sides, dataclasses.replace(PLAN, destination=there)) == ""
+
+
+@pytest.mark.parametrize("size", [0, 1, MIB + 1, 200 * MIB])
+def test_the_same_file_is_found_and_another_one_refused(sides: tuple[Path, Path], size: int) -> None:
+    a, b = (side / "x.iso" for side in sides)
+    assert refused(sides) == "destination.same: there is no file /x.iso on A"
+    with a.open("wb") as file:
+        file.truncate(size)
+    assert refused(sides).startswith(
+        "destination.same: /x.iso, which the guest reads, is not on B: copy it there"
+    )
+    with b.open("wb") as file:
+        file.truncate(size)
+    assert refused(sides) == ""
+    with b.open("r+b") as file:
+        file.seek(size)
+        file.write(b"x")
+    assert f"/x.iso is not on B as it is on A ({size + 1} bytes, " in refused(sides)
+    for at in (0, size - 1) if size else ():
+        with b.open("r+b") as file:
+            file.truncate(0)
+            file.truncate(size)
+            file.seek(at)
+            file.write(b"x")
+        assert "/x.iso is not on B as it is on A (" in refused(sides)
