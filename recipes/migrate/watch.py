@@ -183,7 +183,10 @@ class Watch(Hands):
         before, after = "A's QEMU is gone; ", ""
         if self._a and self._a.connected and self.state.exporter:
             # Until it is served from the files nobody else has what the guest needs.
-            before, after = "", "A's QEMU still serves its disk: end it not, and never let its guest go on; "
+            before, after = (
+                "",
+                "A's QEMU still serves its disk: do not end it, and never let its guest go on; ",
+            )
         elif self._a and self._a.connected:
             before, after = "", "A's QEMU was ended; "
             with suppress(MigrationError):

@@ -39,13 +39,8 @@ async def start_server(m: Migration) -> Child:
     await ssh.prepare(m)
     if m.plan.through_qemu and not m.arrived:
         await through_qemu.serve(m)
-    return await started(m, await server_command(m))
-
-
-async def started(m: Migration, command: list[str]) -> Child:
-    """Start it by this command."""
     limit = m.plan.limits.start
-    server = await m.start(Role.SERVER, command, ready=True)
+    server = await m.start(Role.SERVER, await server_command(m), ready=True)
     await m.during(server.ready(limit), limit, "starting the server on A")
     return server
 
@@ -54,26 +49,30 @@ async def serve_files(m: Migration) -> bool:
     """A's QEMU has given its disks up: from now on they are served from their files, so that it may end.
 
     Who reads them waits meanwhile, as when the server has died. Where that fails, A's QEMU serves them as
-    before, which is told; then it must not end yet.
+    before, if it can; each is told. Returns whether it may end.
     """
     if not (m.state.exporter and m.plan.through_qemu) or m.complete:
         return True
     try:
-        if m.server:
-            await m.server.stop(m.plan.limits.stop)
-        await started(m, await server_command(m))
+        await _replace_server(m, from_qemu=False)
         return True
     except MigrationError as error:
         m.report.note(f"A's disks cannot be served from their files: {error}")
-    if not m.a.connected:
-        return True
     try:
-        if m.server is None or not m.server.running:
-            await started(m, await server_command(m, from_qemu=True))
+        if m.a.connected:
+            await _replace_server(m, from_qemu=True)
     except MigrationError as error:
-        m.report.note(f"nor by A's QEMU any more: {error}")
-        return True
-    return False
+        m.report.note(f"A's QEMU cannot serve them either: {error}")
+    return m.server is None or not m.server.running
+
+
+async def _replace_server(m: Migration, *, from_qemu: bool) -> None:
+    """End the server, and start another; whatever else has ended, B's QEMU too."""
+    limits = m.plan.limits
+    if m.server:
+        await m.server.stop(limits.stop)
+    server = await m.start(Role.SERVER, await server_command(m, from_qemu=from_qemu), ready=True)
+    await server.ready(limits.start)
 
 
 async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list[str]:

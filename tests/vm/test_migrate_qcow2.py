@@ -92,6 +92,37 @@ def test_what_dies_while_the_server_changes_to_the_files_is_only_waited_for(
     stage.assert_moved()
 
 
+@EXHAUSTIVE
+def test_where_the_files_cannot_be_served_the_qemu_of_a_goes_on_serving_them(
+    stage: Qcow2Disks, tmp_path: Path
+) -> None:
+    place = tmp_path / "bin"
+    place.mkdir()
+    script = f'case "$*" in *format=qcow2*) exit 1;; esac; exec {NBD_MIGRATE.with_name("nbdserve")} "$@"'
+    (place / "nbdserve").write_text(f"#!/bin/sh\n{script}\n")
+    (place / "nbdserve").chmod(0o755)
+    stage.change("source", bin=str(place))
+    with stage.run() as run:
+        assert run.wait(SECONDS) == 0, run.output()
+    assert "A's disks cannot be served from their files: the server on A ended with code 1" in run.output()
+    assert "A's QEMU was not ended, as it serves " in run.output()
+    assert list(stage.directory.glob("*.exporter")) == []
+    stage.assert_moved()
+
+
+@EXHAUSTIVE
+def test_the_files_are_served_also_where_the_guest_has_ended_as_it_arrived(stage: Qcow2Disks) -> None:
+    with stage.run_doomed("ARRIVED", Role.B) as run:
+        assert run.wait(SECONDS) == 1, run.output()
+    wait_until(lambda: not Role.A.find(stage.directory), "A's QEMU has ended", SECONDS)
+    assert list(stage.directory.glob("*.exporter")) == []
+    [name] = journal.names()
+    code, said = command("resume", name)
+    assert code == 0, said
+    stage.wait_until_only(set())
+    assert stage.verdict() == []
+
+
 @pytest.mark.parametrize(
     "victims",
     [
