@@ -181,7 +181,8 @@ class Watch(Hands):
                 arrived = replace(self.state, phase=Phase.ARRIVED, arrived=time.time(), made=())
                 self._journal.append(arrived)
         before, after = "A's QEMU is gone; ", ""
-        if self._a and self._a.connected and self.state.exporter:
+        needed = self.state.exporter and self.state.plan.through_qemu
+        if self._a and self._a.connected and needed:
             # Until it is served from the files nobody else has what the guest needs.
             before, after = (
                 "",
