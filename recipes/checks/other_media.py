@@ -6,11 +6,11 @@ import asyncio
 from pathlib import PurePosixPath
 
 from nbdserve.common.errors import UsageError
+from recipes.checks.disk_nodes import may_be
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import on_one_line
 from recipes.plans.plan import Plan
-from recipes.qemu.images import file_of
 from recipes.qemu.vm import Vm
 
 _LOOK = """
@@ -63,11 +63,13 @@ async def flash_sizes(plan: Plan, a: Vm) -> list[int]:
     if not plan.flash:
         return []
     media = [each["inserted"] for each in await a.execute("query-block") if "inserted" in each]
-    sizes = {file_of(each["file"]): int(each["image"]["virtual-size"]) for each in media}
+    sizes = []
     for flash in plan.flash:
-        if flash.image not in sizes:
+        of_it = [each["image"]["virtual-size"] for each in media if may_be(each["file"], flash.image)]
+        if not of_it:
             raise UsageError(f"flash.image: {flash.image} is in no drive of A's QEMU; name it as QEMU does")
-    return [sizes[flash.image] for flash in plan.flash]
+        sizes.append(int(of_it[0]))
+    return sizes
 
 
 async def check_flash(plan: Plan, a: Vm, host_b: Host) -> None:

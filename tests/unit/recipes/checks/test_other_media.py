@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from nbdserve.common import clock
-from recipes.checks.other_media import check_same
+from nbdserve.common.errors import UsageError
+from recipes.checks.other_media import check_same, flash_sizes
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.plans.flash import PlannedFlash
 from recipes.plans.plan import Destination, Export, Plan, Source
+from tests.unit.recipes.checks.hosts import ToldVm
 
 MIB = 1 << 20
 PLAN = Plan(
@@ -79,3 +82,16 @@ def test_the_same_file_is_found_and_another_one_refused(sides: tuple[Path, Path]
             file.seek(at)
             file.write(b"x")
         assert "/x.iso is not on B as it is on A (" in refused(sides)
+
+
+def test_a_flash_chip_is_known_by_the_name_that_qemu_has_for_its_file() -> None:
+    inserted = {"file": "vars.fd", "image": {"virtual-size": 65536}}
+    a = ToldVm({"query-block": [{"device": "pflash1", "inserted": inserted}, {"device": "cd"}]})
+    plan = dataclasses.replace(PLAN, flash=(PlannedFlash("/home/vm/vars.fd", "/b/vars.fd"),))
+    assert clock.run(flash_sizes(plan, a)) == [65536]
+    assert clock.run(flash_sizes(PLAN, a)) == []
+    plan = dataclasses.replace(PLAN, flash=(PlannedFlash("/home/vm/other.fd", "/b/vars.fd"),))
+    with pytest.raises(UsageError, match=r"flash.image: /home/vm/other.fd is in no drive of A's QEMU"):
+        clock.run(flash_sizes(plan, a))
+    with pytest.raises(UsageError, match=r"flash.target: /b.raw.map is that of something else of this plan"):
+        dataclasses.replace(PLAN, flash=(PlannedFlash("/x", "/b.raw.map"),))
