@@ -103,6 +103,11 @@ def _attempt(program: str, body: Callable[[], int]) -> int:
         return error.exit_code
     except OSError as error:
         return _fail(program, error)
+    except UnicodeEncodeError as error:
+        # A name that has come from elsewhere, as from QEMU, in a locale that has no such letters.
+        letters, encoding = error.object[error.start : error.end], error.encoding
+        complain(program, f"no file can be called {letters!a} in the encoding {encoding}; set LC_ALL=C.UTF-8")
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -6,12 +6,12 @@ import posixpath
 from collections.abc import Collection, Iterator, Sequence
 
 from recipes.checks.started import Started
-from recipes.discovery.command_line.host_local import needed
+from recipes.discovery.command_line.host_local import needed, shared_memory
 from recipes.discovery.command_line.options import CommandLine
 from recipes.discovery.derive import made_paths
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.hosts.quoting import pasted
+from recipes.hosts.quoting import on_one_line, pasted
 
 
 async def check_local(
@@ -29,6 +29,12 @@ async def check_local(
     for complaint, there in zip(asked.values(), answers, strict=True):
         if not there:
             raise MigrationError(complaint)
+    for path in shared_memory(started.command.options):
+        if await _is_mapped(host_b, path, limit):
+            raise MigrationError(
+                f"destination.qemu: the memory file {path}, with share=on, is in use on B: two guests in one "
+                "memory destroy each other; name another file"
+            )
 
 
 def _wanted(
@@ -44,3 +50,15 @@ def _wanted(
         directory = posixpath.dirname(path)
         make = pasted(host_b.argv(["mkdir", "-p", directory]))
         yield ("-d", directory), f"there is no directory for {path} on B; make it: {make}"
+
+
+async def _is_mapped(host: Host, path: str, limit: float) -> bool:
+    """Tell whether a process there has a regular file in its memory, as far as we may see that."""
+    return (await host.run("sh", "-c", on_one_line(_MAPPED), "sh", path, limit=limit)).strip() == "yes"
+
+
+_MAPPED = """
+p=$(readlink -f -- "$1"); test -f "$p" || exit 0;
+if grep -hsF -- "$p" /proc/[0-9]*/maps | sed "s/^[^\\/]*//" | grep -qxF -- "$p"; then echo yes; fi
+"""
+"""A directory, as that of huge pages, is left out: in it QEMU makes a file of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +20,16 @@ SEARCHED = ("bios", "option-rom")
 
 MADE = ("pidfile", "D")
 """Options whose argument is a file that QEMU makes."""
+
+_RELATIVE = {
+    "fsdev": ("path", "socket"),
+    "fw_cfg": ("file",),
+    "object": ("mem-path", "filename", "file", "dir"),
+    "smbios": ("file",),
+    "tpmdev": ("path",),
+    "virtfs": ("path", "socket"),
+}
+"""Of options with keys those that are paths as they stand; others QEMU may find in its own directory."""
 
 _DESCRIPTORS = ("fd", "fds", "vhostfd", "vhostfds", "sock_fd", "sock-fd")
 _PATHS = {"file", "filename", "mem-path", "path", "dir", "script", "downscript", "sock", "socket", "vhostdev"}
@@ -113,7 +123,31 @@ def relative(option: Option, directory: str) -> Option:
     value = option.value or ""
     if option.name in (*FILES, *MADE) and value and not value.startswith("/"):
         return Option(option.name, posixpath.normpath(posixpath.join(directory, value)))
-    return option
+    keys = _RELATIVE.get(option.name, ())
+    given = option.arguments if keys else None
+    named = {key: path for key in keys if given and (path := given.text(key)) and not path.startswith("/")}
+    if given is None or not named:
+        return option
+    absolute = {key: posixpath.normpath(posixpath.join(directory, path)) for key, path in named.items()}
+    return option.having(given.having(**absolute))
+
+
+def shared_memory(options: Sequence[Option]) -> Iterator[str]:
+    """Yield the files of a guest's RAM of which every QEMU that has them sees the same, at once.
+
+    What a guest shares with other programs (ivshmem) is left out: that is meant so.
+    """
+    of_others = {
+        option.arguments.text("memdev")
+        for option in options
+        if option.name == "device" and option.arguments.text("driver").startswith("ivshmem")
+    }
+    for option in options:
+        if option.name != "object" or option.arguments.text("qom-type") != "memory-backend-file":
+            continue
+        given = option.arguments
+        if given.is_on("share") and given.text("id") not in of_others:
+            yield given.text("mem-path")
 
 
 def ports(option: Option) -> Iterator[str]:
@@ -128,11 +162,16 @@ def ports(option: Option) -> Iterator[str]:
         yield from (
             f"the SPICE {key} {given.text(key)}" for key in ("port", "tls-port") if key in given.values
         )
+    elif name == "chardev" and option.arguments.text("localport"):
+        yield f"UDP port {option.arguments.text('localport')} of -{name}"
     elif name in SHORT or name == "chardev":
         device = of_chardev(option.arguments) if name == "chardev" else of_short(value)
         if device.server and device.address:
             yield f"{device.address} of -{name}"
     elif name in ("netdev", "nic", "net"):
         for word in split(value):
-            if word.startswith("hostfwd="):
+            if word.startswith(("hostfwd=", "listen=", "localaddr=")):
                 yield f"{word} of -{name}"
+        given = option.arguments
+        if "addr.port" in given.values and given.is_on("server"):
+            yield f"{given.text('addr.host')}:{given.text('addr.port')} of -{name}"

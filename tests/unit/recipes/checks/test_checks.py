@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from recipes.checks.processor import check_processor
 from recipes.checks.space import Need, check_space
 from recipes.checks.started import started
 from recipes.errors import MigrationError
+from recipes.hosts.host import Host
 from tests.unit.recipes.checks.hosts import Told, ToldVm
 
 TYPES = """Supported machines are:
@@ -115,3 +118,28 @@ def test_what_b_has_not_is_named() -> None:
     ):
         with pytest.raises(MigrationError, match=reason):
             check(missing)
+
+
+def test_memory_that_another_qemu_has_at_this_moment_is_refused(tmp_path: Path) -> None:
+    """As A's on the same machine: the RAM that comes would be written over the guest that still runs."""
+
+    def checked(memory: Path) -> None:
+        words = ["qemu", "-object", f"memory-backend-file,id=m,size=4k,mem-path={memory},share=on"]
+        asyncio.run(check_local(Host("B"), started(words), (), 60.0))
+
+    file, directory, other = tmp_path / "memory", tmp_path / "huge", tmp_path / "memory2"
+    directory.mkdir()
+    for each in (file, other, directory / "memory"):
+        each.write_bytes(bytes(4096))
+    checked(file)
+    (tmp_path / "link").symlink_to(file)
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 4096):
+        for name in (file, tmp_path / "link"):
+            with pytest.raises(
+                MigrationError, match=rf"the memory file {name}, with share=on, is in use on B"
+            ):
+                checked(name)
+        checked(directory)
+        checked(other)
+    with other.open("r+b") as opened, mmap.mmap(opened.fileno(), 4096):
+        checked(file)
