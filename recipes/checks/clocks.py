@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 
 MOST = 2.0
@@ -15,10 +16,13 @@ async def check_clocks(host_a: Host, host_b: Host, limit: float) -> list[str]:
     ahead, doubt = 0.0, 0.0
     for host, sign in ((host_b, 1), (host_a, -1)):
         before = time.time()
-        said = float(await host.run("date", "+%s.%N", limit=limit))
+        # Whole seconds: BusyBox has no parts of them.
+        said = (await host.run("date", "+%s", limit=limit)).strip()
         after = time.time()
-        ahead += sign * (said - (before + after) / 2)
-        doubt += (after - before) / 2
+        if not said.isdecimal():
+            raise MigrationError(f"date on {host.name} does not tell the time: {said!r}")
+        ahead += sign * (int(said) + 0.5 - (before + after) / 2)
+        doubt += 0.5 + (after - before) / 2
     if abs(ahead) - doubt <= MOST:
         return []
     which = "ahead of" if ahead > 0 else "behind"

@@ -76,15 +76,25 @@ def test_disks_that_may_outgrow_what_b_has_are_told_together() -> None:
 
 
 def test_clocks_that_differ_are_told() -> None:
-    def told(ahead: float) -> list[str]:
+    def told(ahead: int) -> list[str]:
+        here = int(time.time())
         a, b = (
-            Told(name, answers={"date": str(time.time() + by)}) for name, by in (("A", 0.0), ("B", ahead))
+            # BusyBox knows no parts of a second.
+            Told(name, answers={"%N": f"{here + by}.%N\n", "date": f"{here + by}\n"})
+            for name, by in (("A", 0), ("B", ahead))
         )
         return asyncio.run(check_clocks(a, b, 1))
 
-    assert told(0.0) == []
-    assert told(100.0)[0].startswith("B's clock is 100 s ahead of A's")
-    assert told(-100.0)[0].startswith("B's clock is 100 s behind A's")
+    assert told(0) == []
+    assert told(2) == []
+    assert told(100)[0].startswith("B's clock is 100 s ahead of A's")
+    assert told(-100)[0].startswith("B's clock is 100 s behind A's")
+
+
+def test_a_host_that_tells_no_time_is_told() -> None:
+    a, b = (Told(name, answers={"date": "date: what?"}) for name in ("A", "B"))
+    with pytest.raises(MigrationError, match=r"^date on B does not tell the time: 'date: what\?'$"):
+        asyncio.run(check_clocks(a, b, 1))
 
 
 def test_a_guest_that_has_its_hosts_processor_is_told_what_b_lacks() -> None:
