@@ -26,6 +26,7 @@ from recipes.migrate.journal import check_name
 from recipes.plans.plan import Plan, is_host_and_port
 from recipes.plans.planfile import load
 from recipes.plans.policy import POLICIES
+from recipes.plans.seeds import with_seeds
 from recipes.running.speed import moment
 
 MIGRATION_PORT = "4444"
@@ -150,6 +151,14 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
         metavar="WHEN",
         help="with hybrid, when the guest goes: auto (default), when-converged, 'at-window SECONDS', manual",
     )
+    parser.add_argument(
+        "--seed",
+        metavar="[NODE=]FILE",
+        action="append",
+        default=[],
+        help="a raw copy of a disk on B, an older one perhaps: what is the same in it is not sent; of "
+        "several disks NODE says of which; may be repeated",
+    )
     parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
     parser.add_argument(
@@ -170,7 +179,7 @@ def run_plan(given: argparse.Namespace) -> int:
             raise UsageError(
                 f"{option} is for a guest that is to be looked at; the plan's file says that itself"
             )
-    plan = load(given.plan, overrides(given))
+    plan = with_seeds(load(given.plan, overrides(given)), given.seed)
     if given.check:
         print(f"{given.plan}: nothing is wrong with it")
         return program.EXIT_DONE
@@ -182,7 +191,7 @@ def run_found(given: argparse.Namespace, finish_by: float) -> int:
     changed = overrides(given)
     changed["source"].clear()
     changed["destination"].pop("migration", None)
-    plan = plan_command.found(given, changed)
+    plan = with_seeds(plan_command.found(given, changed), given.seed)
     if given.check:
         print("nothing is wrong with the plan that was found")
         return program.EXIT_DONE
@@ -208,7 +217,7 @@ def finishing(given: argparse.Namespace) -> float:
 
 def finish_plan(given: argparse.Namespace) -> int:
     """``nbd-migrate finish``."""
-    plan = load(given.plan, overrides(given))
+    plan = with_seeds(load(given.plan, overrides(given)), given.seed)
     report = choose_report()
     work = finish(plan, report, boot=given.boot, again=finish_command(given))
     with contextlib.closing(report):
@@ -227,6 +236,7 @@ def finish_command(given: argparse.Namespace) -> str:
     for name, value in (*options, *more, ("move-aside", given.move_aside), ("engine", given.engine)):
         if value is not None:
             words += [f"--{name}", value]
+    words += [word for seed in given.seed for word in ("--seed", seed)]
     return pasted([*words, str(given.plan.absolute())])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nbdserve.common import clock, program
@@ -18,6 +19,7 @@ from recipes.plans.channel import Channel
 from recipes.plans.plan import Plan
 from recipes.plans.planfile import build
 from recipes.plans.reaching import looked_at
+from recipes.plans.seeds import seeds_of
 
 TO = (
     "host B: ssh://[USER@]HOST[:PORT]; or HOST[:PORT], an address of this machine at which it listens for "
@@ -45,6 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", metavar="HOST", help=TO)
     configure_places(parser)
+    parser.add_argument(
+        "--seed", metavar="[NODE=]FILE", action="append", default=[], help="a copy on B: see nbd-migrate run"
+    )
     parser.add_argument("--channel", metavar="KIND", help="how disk and RAM get to B: see nbd-migrate run")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
 
@@ -58,7 +63,7 @@ def configure_places(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> int:
     """``nbd-migrate plan``."""
     try:
-        text = write(drafted(given))
+        text = write(seeded(drafted(given), given.seed))
     except asyncio.CancelledError:
         return program.EXIT_INTERRUPTED
     # What is printed is what would run.
@@ -74,6 +79,13 @@ def main(given: argparse.Namespace) -> int:
     except OSError as error:
         raise OperatorError(f"--output: {given.output}: {error.strerror}") from error
     return program.EXIT_DONE
+
+
+def seeded(draft: Draft, given: Sequence[str]) -> Draft:
+    """Return the draft with what B has of its disks already. Raises UsageError."""
+    names = [(disk.drive, disk.node) for disk in draft.derived.disks]
+    seeds = seeds_of(given, names)
+    return replace(draft, seeds=tuple(seeds.get(at, "") for at in range(len(names))))
 
 
 def found(given: argparse.Namespace, overrides: Mapping[str, Mapping[str, object]]) -> Plan:

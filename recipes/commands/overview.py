@@ -96,7 +96,10 @@ def lines(name: str) -> list[str]:
     told = [f"{name}: {PHASES[state.phase]} (since {_stamp(state.time)})"]
     for disk in state.disks:
         whole = "complete" if disk.complete else "not complete"
-        told.append(f"disk: {disk.source} on A, {disk.target} on B, {format_size(disk.size)}, {whole} on B")
+        seeded = f", {format_size(disk.seeded)} of it from its seed" if disk.seeded else ""
+        told.append(
+            f"disk: {disk.source} on A, {disk.target} on B, {format_size(disk.size)}, {whole} on B{seeded}"
+        )
     if state.paused and state.phase not in BEFORE:
         told.append(advice.paused(state))
     if (moving := progress(name, state)) is not None:

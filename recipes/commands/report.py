@@ -76,6 +76,8 @@ def _facts(told: Account) -> Iterator[tuple[str, ...]]:
         yield "before the cut-over", f"{format_size(told.precopied)} were copied, rounds: {count}"
     if told.rate is not None:
         yield "disk", f"{format_size(told.disk_bytes)}, {format_size(int(told.rate))}/s on average"
+    if seeded := sum(disk.seeded for disk in told.disks):
+        yield "from seeds", f"{format_size(seeded)} of it, which was not sent"
     if told.interruptions:
         yield "interruptions", f"{told.interruptions} of the stream, which was taken up again"
     waited = sum(waits.requests for waits in told.waits)

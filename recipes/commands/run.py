@@ -216,6 +216,7 @@ async def run(m: Migration) -> Outcome:
         rounds=m.state.rounds[-1].number + 1 if m.state.rounds else 0,
         predicted=m.state.prediction.seconds if m.state.prediction else None,
         added_ms=round(m.state.prediction.added * 1000) if m.state.prediction else 0,
+        seeded=m.state.seeded,
     )
     m.report.finished(outcome)
     return outcome

@@ -34,6 +34,7 @@ class Draft:
     export     where A serves the disks
     migration  where B waits for the RAM
     channel    how both get there; empty: as a plan has it that does not say
+    seeds      of each disk what B has of it already; an empty one is none, and so is an empty tuple
     """
 
     guest: Guest
@@ -46,6 +47,7 @@ class Draft:
     export: str
     migration: str
     channel: str = ""
+    seeds: tuple[str, ...] = ()
 
     @property
     def on_one_machine(self) -> bool:
@@ -60,7 +62,8 @@ def write(draft: Draft) -> str:
         document.add(tomlkit.comment(_one_line(line)) if line else tomlkit.nl())
     document["source"] = _source(draft)
     disks = tomlkit.aot()
-    for found, target in zip(draft.derived.disks, draft.targets, strict=True):
+    seeds = draft.seeds or [""] * len(draft.targets)
+    for found, target, seed in zip(draft.derived.disks, draft.targets, seeds, strict=True):
         disk = tomlkit.table()
         disk["image"] = _text(found.image, f"{format_size(found.size)}, {found.device}")
         disk["node"] = _text(found.node)
@@ -68,6 +71,8 @@ def write(draft: Draft) -> str:
             disk["format"] = _text(found.format, "as A has it; on B it is raw")
         disk["target"] = _text(target)
         disk["drive"] = _text(found.drive)
+        if seed:
+            disk["seed"] = _text(seed, "a copy that B has: what is the same in it is not sent")
         disks.append(disk)
     document["disk"] = disks
     if draft.derived.flash:

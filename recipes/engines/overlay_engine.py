@@ -105,6 +105,15 @@ class OverlayEngine(Engine):
         """The map must be gone: what is left is the raw disk."""
         if await m.host_b.test("-e", disk.map, m.plan.limits.command):
             raise MigrationError(f"{disk.target} is not a plain raw disk yet: there is {disk.map}")
+        if disk.seed:
+            await self._note_seed(m, disk)
+
+    async def _note_seed(self, m: Migration, disk: PlannedDisk) -> None:
+        """Write down what did not have to be sent."""
+        told = await m.overlay_monitors[disk.drive].execute("query-overlay")
+        m.record(disks=m.state.with_seeded(disk, told["seeded"]))
+        if told["seed-trouble"]:
+            m.report.note(f"the seed {disk.seed} was not of the use that it could be: {told['seed-trouble']}")
 
     async def carries(self, m: Migration, disk: PlannedDisk) -> bool:
         """Tell whether B's QEMU has not pivoted yet."""
@@ -167,10 +176,20 @@ class OverlayEngine(Engine):
             *("--connections", str(limits.connections)),
             *destination.ownership("--socket-"),
             *("--reconnect-timeout", f"{limits.reconnect_timeout:g}", *options),
+            *await self._seed(m, disk),
         ]
         overlay = await m.start(Role.OVERLAY, argv, ready=True, drive=disk.drive)
         await m.during(overlay.ready(limits.start), limits.start, f"starting {overlay.name}")
         return overlay
+
+    async def _seed(self, m: Migration, disk: PlannedDisk) -> list[str]:
+        """Return the words for a copy that B has; one that has gone since must not stop the guest."""
+        if not disk.seed:
+            return []
+        if m.arrived and not await m.host_b.test("-r", disk.seed, m.plan.limits.command):
+            m.report.note(f"the seed {disk.seed} on B is there no more; what is missing is copied")
+            return []
+        return ["--seed", disk.seed]
 
 
 async def monitor_of_overlay(m: Migration, disk: PlannedDisk) -> Vm:

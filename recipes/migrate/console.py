@@ -222,12 +222,13 @@ def describe_precopy(progress: PrecopyProgress) -> str:
 
 def summary(outcome: Outcome) -> str:
     """Return one line about a migration that is complete."""
+    seeded = f" ({outcome.seeded / MIB:.0f} MiB of it from seeds)" if outcome.seeded else ""
     predicted, before = "", ""
     if outcome.predicted is not None:
         predicted = f" (predicted {outcome.predicted:.1f} s)"
         rounds = "one round" if outcome.rounds == 1 else f"{outcome.rounds} rounds"
         before = f"{outcome.precopied / MIB:.0f} MiB copied in {rounds} before the cut-over, "
     return (
-        f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B, {before}"
-        f"vulnerable window {outcome.window:.1f} s{predicted}, interrupted {outcome.recoveries} times"
+        f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B{seeded}, "
+        f"{before}vulnerable window {outcome.window:.1f} s{predicted}, interrupted {outcome.recoveries} times"
     )

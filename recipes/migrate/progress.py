@@ -112,6 +112,7 @@ class Outcome:
     predicted      what the window was expected to be, in seconds, when the guest stood still; None where
                    nothing was
     added_ms       for how much of the downtime the guest waited for the last bitmap, in milliseconds
+    seeded         bytes of the disk that B had already, and that were not sent
     """
 
     steps: tuple[StepResult, ...]
@@ -125,6 +126,7 @@ class Outcome:
     rounds: int = 0
     predicted: float | None = None
     added_ms: int = 0
+    seeded: int = 0
 
 
 class Report:

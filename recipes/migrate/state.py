@@ -124,6 +124,8 @@ class Disk:
     size: int
     complete: bool = False
     """Every block is on B, on stable storage."""
+    seeded: int = 0
+    """Bytes that came from its seed, as nbd-overlay has told in the end."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,17 @@ class State:
         return tuple(
             replace(each, complete=True) if each.target == planned.target else each for each in self.disks
         )
+
+    def with_seeded(self, planned: PlannedDisk, count: int) -> tuple[Disk, ...]:
+        """Return the disks, of which so many bytes of this one came from its seed."""
+        return tuple(
+            replace(each, seeded=count) if each.target == planned.target else each for each in self.disks
+        )
+
+    @property
+    def seeded(self) -> int:
+        """Return how many bytes came from seeds."""
+        return sum(disk.seeded for disk in self.disks)
 
     def process(self, role: Role, drive: str = "") -> Process | None:
         """Return the process in a role, for a disk where there is one for each, if one was started."""

@@ -20,6 +20,7 @@ SHORTHAND = {
     "node": "source.node",
     "target": "destination.image",
     "drive": "destination.node",
+    "seed": "destination.seed",
 }
 """The keys of a plan's only disk where it has no [[disk]]."""
 
@@ -33,6 +34,7 @@ class PlannedDisk:
     drive   the block node of B's QEMU that the -device there refers to
     node    A's block node or device; empty: found by the image's name
     format  of the image on A; on B the disk is raw in any case
+    seed    on B: a raw copy of the disk, an older one perhaps; what is the same in it is not sent
     """
 
     image: str
@@ -40,6 +42,7 @@ class PlannedDisk:
     drive: str
     node: str = ""
     format: str = RAW
+    seed: str = ""
 
     @property
     def map(self) -> str:
@@ -75,6 +78,10 @@ class PlannedDisk:
         check_absolute(keys["target"], self.target)
         if self.format not in FORMATS:
             raise UsageError(f"disk.format: {self.format!r} is neither {' nor '.join(FORMATS)}")
+        if self.seed:
+            check_absolute(keys["seed"], self.seed)
+            if posixpath.normpath(self.seed) in self.beside:
+                raise UsageError(f"{keys['seed']}: {self.seed!r} is what is made there; name another copy")
         if is_among_devices(self.target):
             raise UsageError(
                 f"{keys['target']}: {self.target!r} is among the devices; name a file in a file system"

@@ -74,7 +74,8 @@ class Destination:
     three are added. Its ``-device`` refers to a disk by its drive and says ``rerror=stop,werror=stop``.
     ``owner`` (USER, USER:GROUP or :GROUP) and ``mode`` (octal) are those of the images and of the sockets to
     them, for a QEMU that runs as another user. ``same`` are files that ``qemu`` names, and that must be on B
-    as they are on A, under the same paths. ``image`` and ``node`` are target and drive of its only disk.
+    as they are on A, under the same paths. ``image``, ``node`` and
+    ``seed`` are those of its only disk.
     ``policy`` says when the disks go there, ``cutover`` when the guest does (policy.py).
     """
 
@@ -92,6 +93,7 @@ class Destination:
     policy: str = POSTCOPY
     cutover: str = ""
     same: Command = ()
+    seed: str = ""
 
     def ownership(self, option: str) -> list[str]:
         """Return the words that make something B's QEMU's: ``OPTIONowner`` and ``OPTIONmode`` with their
@@ -210,6 +212,7 @@ class Plan:
             "source.node": self.source.node,
             "destination.image": self.destination.image,
             "destination.node": self.destination.node,
+            "destination.seed": self.destination.seed,
         }
         for name, value in there.items():
             if self.disk and value:
@@ -221,6 +224,12 @@ class Plan:
                 raise UsageError(f"destination.qmp: {taken}")
         check_together(self.disks)
         self._check_flash()
+        seeded = next((disk for disk in self.disks if disk.seed), None)
+        if seeded and not self.by_overlay:
+            raise UsageError(
+                f"{self.called('seed')}: with destination.engine = {self.destination.engine!r} B's QEMU "
+                "copies, which uses no seed; leave one of the two out"
+            )
         for disk in self.disks:
             if posixpath.normpath(self.moved_to(disk)) == posixpath.normpath(disk.image):
                 raise UsageError("finish.move_aside: this is the image's own path")
@@ -262,7 +271,9 @@ class Plan:
     def disks(self) -> tuple[PlannedDisk, ...]:
         """Return the disks that move, at least one."""
         here, there = self.source, self.destination
-        return self.disk or (PlannedDisk(here.image, there.image, there.node or "disk0", here.node),)
+        return self.disk or (
+            PlannedDisk(here.image, there.image, there.node or "disk0", here.node, there.seed),
+        )
 
     def called(self, key: str) -> str:
         """Return what the operator calls a key of a disk, in this plan."""

@@ -15,6 +15,7 @@ uri = "nbd://192.0.2.1:10809/vm"          where A serves the disk and B finds it
 qemu = ["qemu-system-x86_64", ..., "-device", "virtio-blk-pci,drive=disk0,rerror=stop,werror=stop"]
 node = "disk0"                            the block node that this -device refers to
 image = "/var/lib/images/vm.raw"          the image that is made there, which is a raw disk in the end
+seed = "/var/lib/images/yesterday.raw"    a raw copy of the disk on B: what is the same in it is not sent
 engine = "overlay"                        who copies: "overlay" (the default), or B's "qemu"
 qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is started there
 owner = "libvirt-qemu:kvm"                who that QEMU runs as, if not who starts it; mode: of its files
@@ -26,7 +27,8 @@ image = "/var/lib/images/vm.raw"          once for each disk that moves: where i
 target = "/var/lib/images/vm.raw"         the image that is made on B,
 drive = "disk0"                           the block node that a -device there refers to,
 node = "disk0"                            and A's block node or device, as above;
-format = "raw"                            of the image on A: "raw" (the default) or "qcow2"
+format = "raw"                            of the image on A: "raw" (the default) or "qcow2";
+seed = "/var/lib/images/yesterday.raw"    and a copy that B has
 
 [[flash]]                                 a flash chip that the guest writes to: its firmware's variables
 image = "/var/lib/images/vm.vars.fd"      on A,

@@ -90,9 +90,10 @@ async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list
         where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]
     secure = [*tls.server_options(m), *await plain.server_options(m)]
+    hashes = ["--block-hashes"] if any(disk.seed for disk in m.disks) else []
     # Until the guest has gone its bitmaps are passed on.
     control = ["--qmp", f"unix:{await server_monitor(m)}"] if m.plan.hybrid and not m.arrived else []
-    options = [*replies, *where, *secure, *control, "--pid-file", pid_file]
+    options = [*replies, *hashes, *where, *secure, *control, "--pid-file", pid_file]
     by_qemu = not m.arrived if from_qemu is None else from_qemu
     sources = [through_qemu.uri_of(m, disk) if by_qemu and disk.format != RAW else None for disk in m.disks]
     if len(m.disks) == 1:
