@@ -38,6 +38,7 @@ class Daemon:
             image, sources, self.overlay.fetcher, self.job, self._finished, self._is_due, seeding
         )
         self.streamer.limit.speed = options.speed
+        self.streamer.verifying.wanted = options.verify
         self.progress = Progress(image)
         self.window_began: float | None = None
         """When the guest came here, by the monotonic clock; from then on it depends on the source."""

@@ -31,6 +31,8 @@ class Options:
     stream: bool = False
     seed: Path | None = None
     """A copy that this host has: what is equal there is not fetched for streaming."""
+    verify: bool = False
+    """Compare what was copied with the source, before that is needed no more."""
     speed: int = 0
     """Bytes a second at which to stream; 0 means no limit."""
     armed: bool = False

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 
 from nbdserve.client import Client
-from nbdserve.client.reconnect import Fault, fault_of
-from nbdserve.protocol.block_hashes import BLOCK, BLOCK_HASHES, block_hash, told_hashes
+from nbdserve.protocol.block_hashes import BLOCK, block_hash
+from overlay.backing.hashes import Question
 from overlay.backing.seed import Seed
 from overlay.formats.image import Image
 
@@ -16,10 +15,6 @@ _AHEAD = 8
 """Requests for hashes under way at once."""
 _LONGEST = 1 << 20
 """Bytes of the disk whose hashes are asked for at once."""
-
-
-class LostError(Exception):
-    """The server that is asked for hashes is lost, or makes no sense."""
 
 
 def fill_from_seed(
@@ -31,50 +26,16 @@ def fill_from_seed(
     piece is read, hashed and stored from memory, so that a seed that changes does no harm. Raises LostError
     when the server is of no use any more, OSError when the image cannot be changed.
     """
-    asked: deque[_Question] = deque()
+    asked: deque[Question] = deque()
     for begin, end in _pieces(image, seed, offset, client.size):
-        asked.append(_Question(image, client, begin, end))
+        asked.append(Question(image, client, begin, end))
         if len(asked) == _AHEAD:
             _take(image, seed, asked.popleft(), came)
     while asked:
         _take(image, seed, asked.popleft(), came)
 
 
-class _Question:
-    """The hashes of a range, being asked for."""
-
-    def __init__(self, image: Image, client: Client, begin: int, end: int) -> None:
-        self.begin, self.end = begin, end
-        self.asked_at = image.invalidations
-        self._client = client
-        self._future = self._ask(begin)
-
-    def answer(self) -> list[bytes]:
-        """Wait for the hashes, of as many blocks as the server can tell of. LostError."""
-        found: list[bytes] = []
-        while True:
-            try:
-                status = self._future.result()
-            except OSError as error:
-                if fault_of(error) is Fault.REQUEST:
-                    return found  # it cannot read that: whoever copies it finds out more
-                raise LostError(error.strerror) from error
-            place = self.begin + len(found) * BLOCK
-            more = told_hashes(status, self.end - place)
-            found += more
-            place += len(more) * BLOCK
-            if not more or place >= self.end:
-                return found
-            self._future = self._ask(place)
-
-    def _ask(self, place: int) -> Future[list[int]]:
-        try:
-            return self._client.start_status(place, self.end - place, BLOCK_HASHES)
-        except OSError as error:
-            raise LostError(error.strerror) from error
-
-
-def _take(image: Image, seed: Seed, question: _Question, came: Callable[[int, int], None]) -> None:
+def _take(image: Image, seed: Seed, question: Question, came: Callable[[int, int], None]) -> None:
     """Store what of a range is the same in the seed."""
     hashes = question.answer()
     step = max(BLOCK, image.cluster_size)

@@ -71,6 +71,12 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         metavar="FILE",
         help="a raw older copy: only what differs is streamed, if the source is nbdserve --block-hashes",
     )
+    add(
+        "--verify",
+        action="store_true",
+        help="compare what was copied with the source by hashes of blocks, but for what the guest has "
+        "written, before that is needed no more; as --seed, it needs nbdserve --block-hashes there",
+    )
     add("--speed", metavar="SIZE", help="bytes per second at which to stream, at most (default: no limit)")
     mode = parser.add_mutually_exclusive_group().add_argument
     mode("--armed", action="store_true", help="keep nothing until the guest is here")
@@ -124,6 +130,7 @@ def read_options(given: argparse.Namespace) -> Options:
         keep=given.copy_on_read == "on",
         stream=given.stream,
         seed=given.seed,
+        verify=given.verify,
         speed=0 if given.speed is None else parse_size(given.speed, "--speed"),
         armed=given.armed,
         pre_copy=given.pre_copy,

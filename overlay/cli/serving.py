@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 
 from nbdserve.common import logs, program
-from nbdserve.common.errors import UsageError
+from nbdserve.common.errors import ImageError, UsageError
 from nbdserve.common.ownership import Ownership
 from nbdserve.common.uri import parse_uri
 from nbdserve.connection.handshake import Terms
@@ -67,6 +67,11 @@ def _put_together(options: Options) -> Daemon:
     image = open_image(options.image, writable=True, layout=options.layout)
     try:
         sources = _sources(image, options)
+        if options.verify and not image.records_writer:
+            raise ImageError(
+                f"{options.image}: its layout does not record what the guest writes, so that a copy in it "
+                "cannot be verified; leave out --verify, or use the flat layout"
+            )
         seed = None
         if options.seed is not None:
             path = real_path(options.image)

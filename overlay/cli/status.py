@@ -44,6 +44,7 @@ def text(told: Status) -> str:
         ("guest", _guest(told)),
         ("copied", _copied(told)),
         ("seed", _seed(told)),
+        ("verified", _verified(told)),
         ("misses", _misses(told)),
         *(("source", _source(source, told["complete"])) for source in told["sources"]),
     ]
@@ -226,6 +227,16 @@ def _seed(told: Status) -> str:
         return ""
     trouble = f", not used any further: {told['seed-trouble']}" if told["seed-trouble"] else ""
     return f"{told['seed']}: {format_size(told['seeded'])} taken{trouble}"
+
+
+def _verified(told: Status) -> str:
+    if told["verify"] is None:
+        return ""
+    verify = told["verify"]
+    differ = f", {verify['differing']} blocks differ" if verify["differing"] else ""
+    over = "" if verify["over"] else ", not over yet"
+    equal, written = format_size(verify["compared"]), format_size(verify["written"])
+    return f"{equal} equal, {written} the guest's{differ}{over}"
 
 
 def _misses(told: Status) -> str:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from nbdserve.client import connect
-from nbdserve.client.reconnect import DIAL_TIMEOUT
-from nbdserve.common.errors import OperatorError, reason_of
-from nbdserve.protocol.block_hashes import BLOCK_HASHES
 from overlay.backing.connections import Session
 from overlay.backing.failover import Sources
+from overlay.backing.hashes import LostError, connected
 from overlay.backing.seed import Seed
-from overlay.backing.seed_scan import LostError, fill_from_seed
+from overlay.backing.seed_scan import fill_from_seed
 from overlay.formats.image import Image
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -56,22 +53,11 @@ class Seeding:
             _LOG.info("%s: %d bytes were taken from the seed", self.path, self.bytes)
 
     def _scan(self, session: Session, pause_point: Callable[[float], None]) -> None:
-        uri = session.source.uri
-        try:
-            # A connection of its own: on the others each block status would be one of hashes, too.
-            client = connect(uri, timeout=DIAL_TIMEOUT, contexts=(BLOCK_HASHES,))
-        except (OperatorError, OSError) as error:
-            raise LostError(reason_of(error)) from error
+        client = connected(session, self._sources, lambda: pause_point(0.0))
+        if client is None:
+            self._give_up(f"{session.source.uri} tells no block hashes (nbdserve --block-hashes does)")
+            return
         with client:
-            if BLOCK_HASHES not in client.export.contexts:
-                self._give_up(f"{uri} tells no block hashes (nbdserve --block-hashes does)")
-                return
-            try:
-                if client.size != session.export.size:
-                    raise LostError(f"{uri}: another disk")
-                self._sources.samples.require_same(client, str(uri), lambda: pause_point(0.0))
-            except (OperatorError, OSError) as error:
-                raise LostError(reason_of(error)) from error
 
             def came(end: int, filled: int) -> None:
                 self._come = end

@@ -27,6 +27,7 @@ from overlay.fill.flow import Flow, Read, Share
 from overlay.fill.job import Interrupted, Job, Phase
 from overlay.fill.pacing import QUIET_STEP, RateLimit, Window
 from overlay.fill.seeding import Seeding
+from overlay.fill.verifying import Verifying
 from overlay.formats.image import Image
 
 _LOG = logging.getLogger("nbd-overlay")
@@ -72,6 +73,7 @@ class Streamer:
         self._finished = finished
         self._is_due = is_due
         self.seeding = seeding
+        self.verifying = Verifying(image, sources)
         self._news = threading.Event()
         """Something has become absent, or the image may be finished."""
         self._hints: deque[int] = deque(maxlen=_HINTS)
@@ -145,6 +147,8 @@ class Streamer:
             if self._is_due() and self._image.complete:
                 break
             self._wait_for_news()
+        if self.verifying.wanted:
+            self.verifying.run(self._session, self._job.pause_point)
         self._image.finish()
         _LOG.info("everything is here: the backing is needed no more")
         self._finished()

@@ -81,6 +81,9 @@ class Image(ABC):
     invalidations: int = 0
     """How often parts were made absent again: what was asked for before the last time may be out of date."""
 
+    was_killed: bool = False
+    """Whether who had it open for changes before was killed, and may have stored what is not recorded."""
+
     records_writer: bool = False
     """Whether the layout records what the guest wrote, so that runs are told as ``written``."""
 

@@ -63,6 +63,7 @@ class Control:
             "query-overlay": self._query_overlay,
             "overlay-activate": self._activate,
             "overlay-invalidate": self._invalidate,
+            "overlay-verify": self._verify,
             "quit": self._quit,
         }
 
@@ -187,6 +188,14 @@ class Control:
             raise CommandError(reason_of(error)) from error
         return {"ranges": len(ranges), "bytes": sum(map(itemgetter(1), ranges))}
 
+    def _verify(self, enable: bool) -> None:
+        """Say whether the copy is verified before the source is needed no more."""
+        if enable and not self._daemon.image.records_writer:
+            raise CommandError("the image's layout does not record what the guest writes")
+        if enable and self._daemon.finished:
+            raise CommandError("the image is complete, and needs its source no more")
+        self._daemon.streamer.verifying.wanted = enable
+
     def _block_job(self) -> dict[str, object]:
         """QEMU's BlockJobInfo."""
         job = self._job
@@ -202,8 +211,22 @@ class Control:
             "ready": self._daemon.streamer.is_ready,
             "io-status": self._io_status(),
             "status": STATUS[job.phase],
+            "x-verified": self._daemon.streamer.verifying.looked_at,
             "auto-finalize": True,
             "auto-dismiss": True,
+        }
+
+    def _verified(self) -> dict[str, object] | None:
+        """How far the comparison with the source is, in bytes; None where none is wanted."""
+        verifying = self._daemon.streamer.verifying
+        if not verifying.wanted and not verifying.is_over:
+            return None
+        return {
+            "over": verifying.is_over,
+            "compared": verifying.compared,
+            "written": verifying.written,
+            "differing": len(verifying.differing),
+            "first": min(verifying.differing, default=None),
         }
 
     def _io_status(self) -> str:
@@ -258,6 +281,7 @@ class Control:
             "seed": None if streamer.seeding is None else streamer.seeding.path,
             "seeded": 0 if streamer.seeding is None else streamer.seeding.bytes,
             "seed-trouble": None if streamer.seeding is None else streamer.seeding.trouble,
+            "verify": self._verified(),
             "fetched": fetched.bytes,
             "fetched-ahead": fetched.ahead,
             "misses": fetched.misses,

@@ -73,6 +73,7 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
     each.add_argument(
         "--boot", action="store_true", help="start the guest on B again where its QEMU has ended"
     )
+    add_verify(each)
     each.set_defaults(body=run_resume)
     each = subcommands.add_parser("abort", help="give a migration up whose command has died")
     each.description = (
@@ -91,6 +92,17 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
         help="forget also these that are not over, and say what is left of them; no host is asked",
     )
     each.set_defaults(body=run_cleanup)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the option that says whether what was copied is compared in the end."""
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compare what was copied on both hosts by hashes, but for what the guest has written, before "
+        "A's image is given up",
+    )
 
 
 def add_finish_by(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +198,7 @@ def run_resume(given: argparse.Namespace) -> int:
     """``nbd-migrate resume``."""
     told = choose_report()
     with contextlib.closing(told):
-        return clock.run(until_signal(resume(given.name, told, boot=given.boot)))
+        return clock.run(until_signal(resume(given.name, told, boot=given.boot, verify=given.verify)))
 
 
 def run_abort(given: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from nbdserve.common import clock, program, sizes
 from nbdserve.common.errors import UsageError
 from nbdserve.common.uri import is_ipv6
 from recipes.cli import journal_commands, pivot_command, plan_command, small
-from recipes.cli.journal_commands import add_finish_by, until_signal
+from recipes.cli.journal_commands import add_finish_by, add_verify, until_signal
 from recipes.cli.small import PROGRAM
 from recipes.commands.finish import finish
 from recipes.commands.run import migrate
@@ -159,6 +159,7 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
         help="a raw copy of a disk on B, an older one perhaps: what is the same in it is not sent; of "
         "several disks NODE says of which; may be repeated",
     )
+    add_verify(parser)
     parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
     parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
     parser.add_argument(
@@ -236,6 +237,8 @@ def finish_command(given: argparse.Namespace) -> str:
     for name, value in (*options, *more, ("move-aside", given.move_aside), ("engine", given.engine)):
         if value is not None:
             words += [f"--{name}", value]
+    if given.verify is not None:
+        words.append("--verify" if given.verify else "--no-verify")
     words += [word for seed in given.seed for word in ("--seed", seed)]
     return pasted([*words, str(given.plan.absolute())])
 
@@ -263,6 +266,8 @@ def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
         found["destination"]["migration"] = f"tcp:{address}"
     if given.speed is not None:
         found["limits"]["speed"] = sizes.parse_size(given.speed, "--speed")
+    if given.verify is not None:
+        found["finish"]["verify"] = given.verify
     if given.move_aside is not None:
         found["finish"]["move_aside"] = given.move_aside
     return found

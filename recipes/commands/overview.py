@@ -100,6 +100,11 @@ def lines(name: str) -> list[str]:
         told.append(
             f"disk: {disk.source} on A, {disk.target} on B, {format_size(disk.size)}, {whole} on B{seeded}"
         )
+        if disk.verified or disk.written:
+            told.append(
+                f"verified: {format_size(disk.verified)} of {disk.target} are as on A, "
+                f"{format_size(disk.written)} have been written by the guest on B"
+            )
     if state.paused and state.phase not in BEFORE:
         told.append(advice.paused(state))
     if (moving := progress(name, state)) is not None:

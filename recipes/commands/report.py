@@ -78,6 +78,9 @@ def _facts(told: Account) -> Iterator[tuple[str, ...]]:
         yield "disk", f"{format_size(told.disk_bytes)}, {format_size(int(told.rate))}/s on average"
     if seeded := sum(disk.seeded for disk in told.disks):
         yield "from seeds", f"{format_size(seeded)} of it, which was not sent"
+    verified, written = (sum(getattr(disk, key) for disk in told.disks) for key in ("verified", "written"))
+    if verified or written:
+        yield "verified", f"{format_size(verified)} are as on A, {format_size(written)} are the guest's own"
     if told.interruptions:
         yield "interruptions", f"{told.interruptions} of the stream, which was taken up again"
     waited = sum(waits.requests for waits in told.waits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, closing
+from dataclasses import replace
 
 from recipes.commands.finish import finish_with
 from recipes.commands.run import migrate_from
@@ -16,11 +17,11 @@ from recipes.plans.reaching import hosts, source_monitor
 from recipes.running.hooks import tell
 
 
-async def resume(name: str, report: Report, *, boot: bool = False) -> None:
+async def resume(name: str, report: Report, *, boot: bool = False, verify: bool | None = None) -> None:
     """Go on with a migration that nobody acts on any more: begin anew on A, or do what is left on B.
 
-    ``boot`` starts the guest again where it has ended on B. Raises MigrationError, whose line says where the
-    guest is and what to do.
+    ``boot`` starts the guest again where it has ended on B; ``verify`` wins over the plan. Raises
+    MigrationError, whose line says where the guest is and what to do.
     """
     async with taken_up(name, report) as migration:
         verdict = await migration.decide(Wish.GO_ON)
@@ -39,9 +40,10 @@ async def resume(name: str, report: Report, *, boot: bool = False) -> None:
     if verdict.action is Action.NOTHING and not boots:
         report.note(said)
     elif verdict.action in (Action.FINISH, Action.NOTHING):
-        await finish_with(
-            Journal.take_over(name), state.plan, report, boot=boot, again=state.finish, sure=True
-        )
+        plan = state.plan
+        if verify is not None:
+            plan = replace(plan, finish=replace(plan.finish, verify=verify))
+        await finish_with(Journal.take_over(name), plan, report, boot=boot, again=state.finish, sure=True)
     else:
         report.note(f"{said}; the migration begins anew")
         await start_over(name, state, report)

@@ -217,6 +217,8 @@ async def run(m: Migration) -> Outcome:
         predicted=m.state.prediction.seconds if m.state.prediction else None,
         added_ms=round(m.state.prediction.added * 1000) if m.state.prediction else 0,
         seeded=m.state.seeded,
+        verified=sum(disk.verified for disk in m.state.disks),
+        written=sum(disk.written for disk in m.state.disks),
     )
     m.report.finished(outcome)
     return outcome

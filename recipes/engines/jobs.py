@@ -61,6 +61,7 @@ class Job:
         self.offset, self.length = 0, m.state.disk(disk).size
         self.ready = False
         """Everything is local, and only the guest is waited for."""
+        self.verified = 0
 
     @property
     def bytes_done(self) -> int:
@@ -76,7 +77,8 @@ class Job:
         """Note how far it is, by what query-block-jobs says."""
         self.offset, self.length = info["offset"], info["len"]
         self.ready = bool(info.get("ready"))
-        self.still.note(self.offset)
+        self.verified = info.get("x-verified", 0)
+        self.still.note(self.offset + self.verified)
 
 
 class Jobs:
@@ -182,7 +184,8 @@ class Jobs:
         whole = sum(self._m.state.disk(disk).size for disk in self._m.disks if disk.drive not in known)
         self._most = max(self._most, whole + sum(job.bytes_done for job in self.all))
         total = max(self._most, whole + sum(job.length for job in self.all))
-        return Progress(self._most, total, 0.0, self._m.since_arrival)
+        verified = sum(job.verified for job in self.all)
+        return Progress(self._most, total, 0.0, self._m.since_arrival, verified=verified)
 
 
 class News:

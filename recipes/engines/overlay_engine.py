@@ -6,6 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from nbdserve.common.clock import now
+from nbdserve.common.sizes import format_size
 from recipes.connections.monitors import monitor_of
 from recipes.engines.interface import JOB, Engine, reached
 from recipes.errors import MigrationError
@@ -99,21 +100,34 @@ class OverlayEngine(Engine):
                 await self._start(m, disk)
             monitor = await monitor_of_overlay(m, disk)
         await monitor.execute("overlay-activate")
+        told = await monitor.execute("query-overlay")
+        if (told["verify"] is not None) != m.plan.verifies and not told["complete"]:
+            # Somebody has thought better of it since it was started.
+            await monitor.execute("overlay-verify", enable=m.plan.verifies)
         return monitor
 
     async def confirm(self, m: Migration, disk: PlannedDisk) -> None:
         """The map must be gone: what is left is the raw disk."""
         if await m.host_b.test("-e", disk.map, m.plan.limits.command):
             raise MigrationError(f"{disk.target} is not a plain raw disk yet: there is {disk.map}")
-        if disk.seed:
-            await self._note_seed(m, disk)
+        if disk.seed or m.plan.verifies:
+            await self._note(m, disk)
 
-    async def _note_seed(self, m: Migration, disk: PlannedDisk) -> None:
-        """Write down what did not have to be sent."""
+    async def _note(self, m: Migration, disk: PlannedDisk) -> None:
+        """Write down what did not have to be sent, and what was compared."""
         told = await m.overlay_monitors[disk.drive].execute("query-overlay")
-        m.record(disks=m.state.with_seeded(disk, told["seeded"]))
+        verify = told["verify"] or {"over": False, "compared": 0, "written": 0}
+        equal, written = verify["compared"], verify["written"]
+        m.record(disks=m.state.with_facts(disk, seeded=told["seeded"], verified=equal, written=written))
         if told["seed-trouble"]:
             m.report.note(f"the seed {disk.seed} was not of the use that it could be: {told['seed-trouble']}")
+        if verify["over"]:
+            m.report.note(
+                f"{disk.target} is verified: {format_size(equal)} are as on A, {format_size(written)} have "
+                "been written by the guest on B"
+            )
+        elif m.plan.verifies:
+            m.report.note(f"{disk.target} was not verified: it was complete before that was asked for")
 
     async def carries(self, m: Migration, disk: PlannedDisk) -> bool:
         """Tell whether B's QEMU has not pivoted yet."""
@@ -177,6 +191,7 @@ class OverlayEngine(Engine):
             *destination.ownership("--socket-"),
             *("--reconnect-timeout", f"{limits.reconnect_timeout:g}", *options),
             *await self._seed(m, disk),
+            *(["--verify"] if m.plan.verifies else []),
         ]
         overlay = await m.start(Role.OVERLAY, argv, ready=True, drive=disk.drive)
         await m.during(overlay.ready(limits.start), limits.start, f"starting {overlay.name}")

@@ -195,9 +195,10 @@ def choose_report(*, as_json: bool = False) -> PlainReport:
 def describe(progress: Progress) -> str:
     """Return one line about the stream: bytes, rate, time left, vulnerable window."""
     left = progress.left
+    verified = f"  {progress.verified / MIB:.0f} MiB compared with A" if progress.verified else ""
     return (
         f"{progress.done / MIB:.0f} of {progress.total / MIB:.0f} MiB  {progress.rate / MIB:.1f} MiB/s  "
-        f"{'--' if left is None else f'{left:.0f} s'} left  window {progress.window:.0f} s"
+        f"{'--' if left is None else f'{left:.0f} s'} left  window {progress.window:.0f} s{verified}"
     )
 
 
@@ -223,12 +224,16 @@ def describe_precopy(progress: PrecopyProgress) -> str:
 def summary(outcome: Outcome) -> str:
     """Return one line about a migration that is complete."""
     seeded = f" ({outcome.seeded / MIB:.0f} MiB of it from seeds)" if outcome.seeded else ""
+    verified = ""
+    if outcome.verified or outcome.written:
+        verified = f", {outcome.verified / MIB:.0f} MiB verified ({outcome.written / MIB:.0f} the guest's)"
     predicted, before = "", ""
     if outcome.predicted is not None:
         predicted = f" (predicted {outcome.predicted:.1f} s)"
         rounds = "one round" if outcome.rounds == 1 else f"{outcome.rounds} rounds"
         before = f"{outcome.precopied / MIB:.0f} MiB copied in {rounds} before the cut-over, "
     return (
-        f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B{seeded}, "
-        f"{before}vulnerable window {outcome.window:.1f} s{predicted}, interrupted {outcome.recoveries} times"
+        f"done: downtime {outcome.downtime_ms} ms, {outcome.disk_bytes / MIB:.0f} MiB of disk on B"
+        f"{seeded}{verified}, {before}vulnerable window {outcome.window:.1f} s{predicted}, "
+        f"interrupted {outcome.recoveries} times"
     )

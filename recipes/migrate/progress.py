@@ -47,7 +47,8 @@ class StepResult:
 class Progress:
     """How far the stream is: bytes done, bytes in all, bytes per second, seconds since the cut-over.
 
-    ``left`` are the seconds until the end, None while that is not known, or nothing moves.
+    ``left`` are the seconds until the end, None while that is not known, or nothing moves. ``verified`` are
+    the bytes that have been looked at to compare them with A's.
     """
 
     done: int
@@ -55,6 +56,7 @@ class Progress:
     rate: float
     window: float
     left: float | None = None
+    verified: int = 0
 
     @property
     def missing(self) -> int:
@@ -113,6 +115,8 @@ class Outcome:
                    nothing was
     added_ms       for how much of the downtime the guest waited for the last bitmap, in milliseconds
     seeded         bytes of the disk that B had already, and that were not sent
+    verified       bytes that were compared on both hosts in the end, and are equal
+    written        bytes that were left out of that, as the guest had written in their blocks
     """
 
     steps: tuple[StepResult, ...]
@@ -127,6 +131,8 @@ class Outcome:
     predicted: float | None = None
     added_ms: int = 0
     seeded: int = 0
+    verified: int = 0
+    written: int = 0
 
 
 class Report:

@@ -126,6 +126,10 @@ class Disk:
     """Every block is on B, on stable storage."""
     seeded: int = 0
     """Bytes that came from its seed, as nbd-overlay has told in the end."""
+    verified: int = 0
+    """Bytes that were compared on both hosts, and are equal."""
+    written: int = 0
+    """Bytes that were left out of that, as the guest has written in their blocks on B."""
 
 
 @dataclass(frozen=True)
@@ -290,11 +294,12 @@ class State:
             replace(each, complete=True) if each.target == planned.target else each for each in self.disks
         )
 
-    def with_seeded(self, planned: PlannedDisk, count: int) -> tuple[Disk, ...]:
-        """Return the disks, of which so many bytes of this one came from its seed."""
-        return tuple(
-            replace(each, seeded=count) if each.target == planned.target else each for each in self.disks
-        )
+    def with_facts(
+        self, planned: PlannedDisk, *, seeded: int, verified: int, written: int
+    ) -> tuple[Disk, ...]:
+        """Return the disks, with what is known of this one when it has been copied."""
+        known = replace(self.disk(planned), seeded=seeded, verified=verified, written=written)
+        return tuple(known if each.target == planned.target else each for each in self.disks)
 
     @property
     def seeded(self) -> int:

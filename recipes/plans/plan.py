@@ -150,10 +150,12 @@ class Destination:
 class Finish:
     """What happens at the end to the source's image: it is kept where it is, or moved to ``move_aside``.
 
-    Where there are several, that is a directory, in which each keeps its name.
+    Where there are several, that is a directory, in which each keeps its name. With ``verify`` what was
+    copied is compared on both hosts before.
     """
 
     move_aside: str = ""
+    verify: bool | None = None
 
     def check(self) -> None:
         """Raise UsageError if the path is not absolute."""
@@ -224,6 +226,11 @@ class Plan:
                 raise UsageError(f"destination.qmp: {taken}")
         check_together(self.disks)
         self._check_flash()
+        if self.verifies and not self.by_overlay:
+            raise UsageError(
+                f"finish.verify: with destination.engine = {self.destination.engine!r} B's QEMU copies, and "
+                "nobody knows what of the disk its guest has written; leave one of the two out"
+            )
         seeded = next((disk for disk in self.disks if disk.seed), None)
         if seeded and not self.by_overlay:
             raise UsageError(
@@ -268,11 +275,21 @@ class Plan:
         return parse_cutover(self.destination.cutover or AUTO, "destination.cutover")
 
     @property
+    def verifies(self) -> bool:
+        """Tell whether what was copied is compared on both hosts before A's image is given up."""
+        return bool(self.finish.verify)
+
+    @property
+    def tells_hashes(self) -> bool:
+        """Tell whether A's server has to tell hashes of blocks."""
+        return self.verifies or any(disk.seed for disk in self.disks)
+
+    @property
     def disks(self) -> tuple[PlannedDisk, ...]:
         """Return the disks that move, at least one."""
         here, there = self.source, self.destination
         return self.disk or (
-            PlannedDisk(here.image, there.image, there.node or "disk0", here.node, there.seed),
+            PlannedDisk(here.image, there.image, there.node or "disk0", here.node, seed=there.seed),
         )
 
     def called(self, key: str) -> str:

@@ -39,6 +39,7 @@ kind = "tls"                              how disk and RAM get to B: "tls" (the 
 
 [limits]                                  seconds, unless said otherwise; see Limits
 [finish]                                  see Finish
+verify = true                             compare what was copied on both hosts before A's image is given up
 [hooks]                                   command lines, see Hooks
 [log]
 directory = "/var/log/nbd-migrate"        where what is started writes, on A and B; default: see places.py
@@ -157,10 +158,12 @@ def typed(where: str, kind: object, value: object) -> object:
         raise UsageError(f"{where}: a list of strings is wanted")
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
+    if kind == (bool | None) and isinstance(value, bool | None):
+        return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind is str and isinstance(value, str):
         return value
-    names = {float: "a number", int: "a whole number", str: "a string"}
+    names = {float: "a number", int: "a whole number", str: "a string", bool | None: "true or false"}
     given = "a section" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
     raise UsageError(f"{where}: {names[kind]} is wanted, not {given}")  # type: ignore[index]

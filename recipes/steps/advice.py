@@ -36,6 +36,18 @@ async def bad_source(m: Migration, disk: PlannedDisk) -> str:
     )
 
 
+async def different(m: Migration, first: int | None) -> str:
+    """Return what to do where B's copy is not what A has: neither host can know which of the two is right."""
+    look = "see that A's server tells hashes of blocks (nbdserve --block-hashes)"
+    if first is not None:
+        words = f"if=IMAGE bs=64K skip={first // (64 << 10)} count=1 status=none"
+        look = f"look at the block on both hosts (dd {words} | sha256sum), at their memory and disks"
+    return (
+        f"A's image and its server are kept; {look}; to compare again: {m.finish}; to go on with what is "
+        f"on B: {m.finish} --no-verify"
+    )
+
+
 async def bad_destination(m: Migration) -> str:
     """Return what to do where B's disk itself fails."""
     return f"mend B's disk (its kernel's log says more); then: {m.finish}"

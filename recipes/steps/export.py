@@ -90,7 +90,7 @@ async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list
         where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]
     secure = [*tls.server_options(m), *await plain.server_options(m)]
-    hashes = ["--block-hashes"] if any(disk.seed for disk in m.disks) else []
+    hashes = ["--block-hashes"] if m.plan.tells_hashes else []
     # Until the guest has gone its bitmaps are passed on.
     control = ["--qmp", f"unix:{await server_monitor(m)}"] if m.plan.hybrid and not m.arrived else []
     options = [*replies, *hashes, *where, *secure, *control, "--pid-file", pid_file]

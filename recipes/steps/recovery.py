@@ -53,6 +53,7 @@ class Recovery:
         self._m.record(recoveries=self._m.state.recoveries + 1)
         if not old:
             await self._refuse_full()
+            await self._refuse_differences()
         self._m.report.note(f"{trouble}; the guest waits")
         seen = await self._size_of_log()
         await self.bring_export_back()
@@ -196,6 +197,18 @@ class Recovery:
                 why = f"there is no space left for {job.disk.target} on B; make room"
                 raise await self.advised(why, await advice.no_space(self._m, job.bytes_missing))
 
+    async def _refuse_differences(self) -> None:
+        """Raise MigrationError where what was copied is not what A has, or where that cannot be told."""
+        for job in self._jobs.running:
+            if job.vm is not self._m.b:
+                told = await self._jobs.execute(job.vm, "query-overlay")
+                if told["phase"] != "failed" or told["verify"] is None:
+                    continue
+                if told["verify"]["differing"] or str(told["error"]).startswith(_NOT_VERIFIED):
+                    why = f"{job.disk.target} on B, compared with {job.disk.image} on A: {told['error']}"
+                    remedy = await advice.different(self._m, told["verify"]["first"])
+                    raise AdvisedError(f"{why}; the guest is on B and stays there; {remedy}")
+
     async def advised(self, reason: str, remedy: str) -> AdvisedError:
         """Return one line for an operator who must take over, to be raised."""
         state = "off"
@@ -214,6 +227,9 @@ class Recovery:
 
 _OF_SOURCE = "the backing at "
 """In what nbd-overlay says of a part of the disk that no server could read."""
+
+_NOT_VERIFIED = "the copy cannot be verified"
+"""In the same where A's server tells no hashes."""
 
 _FAILS = " fails with "
 """In the line that nbdserve logs of a request that its disk has failed."""

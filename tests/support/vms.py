@@ -322,5 +322,5 @@ def as_toml(plan: Plan) -> str:
     for section, values in dataclasses.asdict(plan).items():
         for table in values if isinstance(values, tuple) else [values]:
             lines.append(f"[[{section}]]" if isinstance(values, tuple) else f"[{section}]")
-            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"

@@ -56,6 +56,7 @@ class FlatImage(Image):
         self.size, self.backings = header.size, header.backings
         self._data, self._path = data, path
         self._writable = writable
+        self.was_killed = not header.flags & Flag.CLEAN
         self._leftover = Leftover(file, remove_map, path)
         self._map = Map(file, header, path, writable=writable, boot=boot)
         self._grains = self._map.grains
