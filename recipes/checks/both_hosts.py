@@ -11,7 +11,6 @@ from recipes.checks.local_files import check_local
 from recipes.checks.machine_types import check_qemu
 from recipes.checks.processor import check_processor
 from recipes.checks.reachable import check_reachable
-from recipes.checks.seeds import check_seeds
 from recipes.checks.space import Need, check_space
 from recipes.checks.started import started
 from recipes.hosts.host import Host
@@ -38,8 +37,6 @@ async def check_hosts(
     for warning in await check_qemu(a, host_b, qemu, limit):
         yield warning
     for warning in await check_processor(host_a, host_b, qemu, limit):
-        yield warning
-    for warning in await check_seeds(plan, needs, host_b, limit):
         yield warning
     for warning in await check_space(needs, host_b, limit):
         yield warning

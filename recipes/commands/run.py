@@ -15,6 +15,7 @@ from recipes.checks.both_hosts import check_hosts
 from recipes.checks.space import Need
 from recipes.commands.abort import abort
 from recipes.commands.retreat import retreat
+from recipes.engines.seeds import check_seeds
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.interruption import undisturbed
@@ -121,6 +122,8 @@ async def migrate_from(
         sizes = await preflight.check(plan, a, *places)
         needs = [Need(disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)]
         async for warning in check_hosts(plan, needs, a, *places):
+            report.note(warning)
+        for warning in await check_seeds(plan, needs, places[1]):
             report.note(warning)
         capabilities = await capabilities_on(a)
     state = State(

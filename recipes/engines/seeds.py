@@ -32,9 +32,9 @@ _WRONG = {
 }
 
 
-async def check_seeds(plan: Plan, needs: Sequence[Need], host_b: Host, limit: float) -> list[str]:
+async def check_seeds(plan: Plan, needs: Sequence[Need], host_b: Host) -> list[str]:
     """Return what the operator may not expect of a seed. Raises MigrationError for one that is of no use."""
-    warnings = []
+    warnings, limit = list[str](), plan.limits.command
     targets = [disk.target for disk in plan.disks]
     for disk, need in zip(plan.disks, needs, strict=True):
         if not disk.seed:
