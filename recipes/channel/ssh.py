@@ -71,7 +71,8 @@ async def prepare(m: Migration) -> None:
 
 async def stand(m: Migration) -> None:
     """See that the tunnel stands, if that is the channel. Raises MigrationError."""
-    if m.plan.channel.kind != SSH or (m.tunnel and m.tunnel.running):
+    known = m.child(Role.TUNNEL)
+    if m.plan.channel.kind != SSH or (known and known.running):
         return
     await prepare(m)
     limits = m.plan.limits
@@ -104,8 +105,8 @@ def ram_uri(m: Migration) -> str:
 
 async def end(m: Migration) -> None:
     """Nothing goes through the tunnel any more: end it, and remove its sockets. What is left is told."""
-    if m.tunnel:
-        await m.tunnel.stop(m.plan.limits.stop)
+    if tunnel := m.child(Role.TUNNEL):
+        await tunnel.stop(m.plan.limits.stop)
     left = await remove_sockets(m.host_a, m.host_b, m.state, m.plan.limits.command)
     for each in left:
         m.report.note(f"{each}; or later: nbd-migrate abort {m.state.name}")

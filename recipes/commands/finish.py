@@ -21,7 +21,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report, Step
-from recipes.migrate.runtime import READY, Migration, gone
+from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Hook, Phase, Role
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import monitor_b
@@ -86,7 +86,7 @@ async def take_up(m: Migration, *, boot: bool) -> None:
     """See that everything is there that the rest of the steps need."""
     await secure(m)
     if m.b:
-        m.need("B's QEMU", gone(m.b))
+        m.need("B's QEMU", m.b.ended())
         if boot:
             m.report.note("B's QEMU is there: it is not started")
     elif boot:

@@ -96,7 +96,7 @@ class Migration:
         self._guard = guard
         if guard:
             self.need("the guard", guard.wait())
-        self.need("A's QEMU", gone(a))
+        self.need("A's QEMU", a.ended())
 
     @property
     def state(self) -> State:
@@ -204,11 +204,6 @@ class Migration:
     def qemu(self) -> Child | None:
         """Return the QEMU on B, where this command, or the one before it, has started it."""
         return self.child(Role.QEMU)
-
-    @property
-    def tunnel(self) -> Child | None:
-        """Return what leads through ssh from one host to the other, where that is the channel."""
-        return self.child(Role.TUNNEL)
 
     @property
     def guard(self) -> Guard:
@@ -351,9 +346,7 @@ class Migration:
         return self.host_a if role in (Role.SERVER, Role.FENCE) else self.host_b
 
     async def _base(self, role: Role, drive: str) -> Path:
-        """What is there for all disks has its place beside the first one; what is on neither host, beside the
-        journal.
-        """
+        """What is there for all disks has its place beside the first one; the tunnel's is on neither host."""
         if role is Role.TUNNEL:
             return Path(self.journal.directory, role.value)
         disk = next((each for each in self.disks if each.drive == drive), self.disks[0])
@@ -404,9 +397,3 @@ class Migration:
         for monitor in (self.a, self.b, *self.overlay_monitors.values()):
             if monitor:
                 await monitor.disconnect()
-
-
-async def gone(vm: Vm) -> str:
-    """Wait until a QEMU that is not our child has ended."""
-    await vm.gone()
-    return vm.end

@@ -102,6 +102,11 @@ class Vm:
         """Wait until the monitor has hung up, which it does when its QEMU ends."""
         await self._client.gone()
 
+    async def ended(self) -> str:
+        """Wait for the same, and return what it means."""
+        await self.gone()
+        return self.end
+
     @property
     def end(self) -> str:
         """Return in words what it means that the monitor has hung up."""

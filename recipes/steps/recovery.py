@@ -17,6 +17,7 @@ from recipes.engines.jobs import Jobs
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import AdvisedError, Migration
+from recipes.migrate.state import Role
 from recipes.plans.disks import PlannedDisk
 from recipes.processes.children import Child
 from recipes.qemu.vm import CommandError
@@ -86,7 +87,7 @@ class Recovery:
                 if self.server_has_ended:
                     await self._restart(self._m.server, start_server)
                 if self.tunnel_has_ended:
-                    await self._restart(self._m.tunnel, ssh.stand)
+                    await self._restart(self._m.child(Role.TUNNEL), ssh.stand)
                 await check_exports(self._m, [job.disk for job in self._jobs.running])
                 return
             except MigrationError as error:
@@ -107,7 +108,8 @@ class Recovery:
     @property
     def tunnel_has_ended(self) -> bool:
         """Tell whether what leads to A through ssh has ended, where that is the channel."""
-        return self._m.tunnel is not None and not self._m.tunnel.running
+        tunnel = self._m.child(Role.TUNNEL)
+        return tunnel is not None and not tunnel.running
 
     @property
     def server_has_ended(self) -> bool:

@@ -12,8 +12,8 @@ from recipes.engines.jobs import Job, Jobs, News, heard
 from recipes.engines.pace import Pace
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
-from recipes.migrate.runtime import Migration, gone
-from recipes.migrate.state import Phase
+from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Phase, Role
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.reaching import monitor_b
 from recipes.qemu.vm import Vm, VmGoneError, VmSilentError, connect_again
@@ -98,7 +98,7 @@ class Stream:
         m.b = again
         await b.disconnect()
         m.no_longer_need("B's QEMU")
-        m.need("B's QEMU", m.qemu.wait() if m.qemu else gone(again))
+        m.need("B's QEMU", m.qemu.wait() if m.qemu else again.ended())
         m.record(recoveries=m.state.recoveries + 1)
         m.report.note("the connection to B was lost, and is there again")
         for job in self._jobs.all:
@@ -201,7 +201,7 @@ class Stream:
     async def _trouble(self, told: list[tuple[Vm, dict[str, Any]]]) -> str:
         """Return what is wrong, if anything."""
         b = self._m.b
-        for child in (self._m.server, self._m.tunnel):
+        for child in (self._m.server, self._m.child(Role.TUNNEL)):
             if child and not child.running:
                 return f"{child.name} {await child.wait()}"
         of_disks = [event for vm, event in told if self._is_ours(vm, event)]
