@@ -42,17 +42,17 @@ def runtime() -> Iterator[Path]:
         yield directory
 
 
-def orders(server: Sshd, runtime: Path, **changes: str) -> Orders:
-    """What comes to ``entry`` on B, behind ssh, is led to ``exit`` on this machine, which is A."""
-    lead = Lead("the test", 1, str(runtime / "entry"), str(runtime / "exit"), **changes)
+def orders(server: Sshd, runtime: Path, *, at: int = 1, **changes: str) -> Orders:
+    """What comes to ``entry`` on B, behind ssh, is led to ``exit`` on this machine, which is A; or back."""
+    lead = Lead("the test", at, str(runtime / "entry"), str(runtime / "exit"), **changes)
     b = Host("B", server.prefix, TOOLS, address="ssh://b", options=("-o", "ServerAliveInterval=1"))
     return Orders((Host("A"), b), (lead,), LIMIT)
 
 
 @contextmanager
-def tunnel(server: Sshd, runtime: Path, **changes: str) -> Iterator[Process]:
+def tunnel(server: Sshd, runtime: Path, *, at: int = 1, **changes: str) -> Iterator[Process]:
     """Run it, and wait until it stands."""
-    words = [str(runtime / "ready"), orders(server, runtime, **changes).to_json()]
+    words = [str(runtime / "ready"), orders(server, runtime, at=at, **changes).to_json()]
     command = [sys.executable, "-P", "-m", "recipes.connections.tunnel", *words]
     log, environment = server.directory / "tunnel.log", {"XDG_RUNTIME_DIR": str(runtime)}
     with Process(command, log, env=environment, death_signal=signal.SIGTERM) as made:
@@ -123,6 +123,13 @@ def test_clients_are_led_through_an_sshd_that_forbids_all_forwarding(server: Ssh
         assert not Path(control_of(str(entry))).exists()
     wait_until(lambda: not sessions(runtime), "every session has ended", LIMIT)
     assert "Traceback" not in made.output()
+
+
+def test_clients_of_this_machine_are_led_to_the_other_host(server: Sshd, runtime: Path) -> None:
+    with echo(runtime), tunnel(server, runtime, at=0), connected(runtime) as first:
+        with connected(runtime) as second:
+            assert answered(second, b"second") == b"second"
+        assert answered(first, b"first") == b"first"
 
 
 def test_what_one_side_says_last_arrives_and_its_end_is_told(server: Sshd, runtime: Path) -> None:
