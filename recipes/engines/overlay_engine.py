@@ -101,7 +101,7 @@ class OverlayEngine(Engine):
             monitor = await monitor_of_overlay(m, disk)
         await monitor.execute("overlay-activate")
         told = await monitor.execute("query-overlay")
-        if (told["verify"] is not None) != m.plan.verifies and not told["complete"]:
+        if (told.get("verify") is not None) != m.plan.verifies and not told["complete"]:
             # Somebody has thought better of it since it was started.
             await monitor.execute("overlay-verify", enable=m.plan.verifies)
         return monitor
@@ -116,7 +116,7 @@ class OverlayEngine(Engine):
     async def _note(self, m: Migration, disk: PlannedDisk) -> None:
         """Write down what did not have to be sent, and what was compared."""
         told = await m.overlay_monitors[disk.drive].execute("query-overlay")
-        verify = told["verify"] or {"over": False, "compared": 0, "written": 0}
+        verify = told.get("verify") or {"over": False, "compared": 0, "written": 0}
         equal, written = verify["compared"], verify["written"]
         m.record(disks=m.state.with_facts(disk, seeded=told["seeded"], verified=equal, written=written))
         if told["seed-trouble"]:

@@ -204,7 +204,7 @@ class Recovery:
         for job in self._jobs.running:
             if job.vm is not self._m.b:
                 told = await self._jobs.execute(job.vm, "query-overlay")
-                if told["phase"] != "failed" or told["verify"] is None:
+                if told["phase"] != "failed" or told.get("verify") is None:
                     continue
                 if told["verify"]["differing"] or str(told["error"]).startswith(_NOT_VERIFIED):
                     why = f"{job.disk.target} on B, compared with {job.disk.image} on A: {told['error']}"
