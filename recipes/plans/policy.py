@@ -14,7 +14,7 @@ AUTO, WHEN_CONVERGED, AT_WINDOW, MANUAL = "auto", "when-converged", "at-window",
 KINDS = (AUTO, WHEN_CONVERGED, f"{AT_WINDOW} SECONDS", MANUAL)
 
 CONVERGED = 1.0
-"""Seconds of a window below which nothing more is worth a round."""
+"""Seconds of copying that are left for the window, and not worth a round any more."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Cutover:
     """When the guest goes to B, of policy hybrid.
 
     auto            when another round is not worth it: what is left is little, or the rounds no longer halve
-    when-converged  when the window is expected to take a second at most
-    at-window       when it is expected to take at most ``window`` seconds
+    when-converged  when what is left is little: a second of copying at most
+    at-window       when the window is expected to take at most ``window`` seconds
     manual          when ``nbd-migrate cutover`` says so, which it may in any case
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from recipes.plans.policy import AUTO, CONVERGED, MANUAL, Cutover
+from recipes.plans.policy import AT_WINDOW, AUTO, CONVERGED, MANUAL, Cutover
 
 HALF = 0.5
 """The part of a round that the next one may be, for another to be worth it."""
@@ -26,11 +26,15 @@ class Look:
 
     copied  bytes of the round
     dirty   bytes that the guest has changed since it began: the next round
-    window  seconds that the window is expected to take if the guest goes now; None while that is not known
+    rest    seconds that it takes to copy that
+    window  seconds that the window is expected to take if the guest goes now
+
+    None while that is not known.
     """
 
     copied: int
     dirty: int
+    rest: float | None
     window: float | None
 
     @property
@@ -43,7 +47,8 @@ def judge(cutover: Cutover, look: Look) -> Verdict:
     """Return what follows from a round, unless somebody has asked for the cut-over."""
     if cutover.kind == MANUAL:
         return Verdict.AGAIN
-    if look.window is not None and look.window <= (CONVERGED if cutover.kind == AUTO else cutover.window):
+    seconds, most = (look.window, cutover.window) if cutover.kind == AT_WINDOW else (look.rest, CONVERGED)
+    if seconds is not None and seconds <= most:
         return Verdict.CONVERGED
     if cutover.kind == AUTO and not look.halves:
         return Verdict.DIVERGES
@@ -61,8 +66,13 @@ class Pace:
     rate: float
     fixed: float
 
+    def rest(self, missing: int) -> float | None:
+        """Return seconds in which so many bytes are copied; None if unknown."""
+        if not missing:
+            return 0.0
+        return missing / self.rate if self.rate else None
+
     def window(self, missing: int) -> float | None:
         """Return seconds from the guest's start on B until so many bytes are there; None if unknown."""
-        if missing and not self.rate:
-            return None
-        return self.fixed + (missing / self.rate if missing else 0.0)
+        rest = self.rest(missing)
+        return None if rest is None else self.fixed + rest

@@ -94,8 +94,9 @@ class Copier:
         targets = [disk.target for disk in m.disks]
         await m.during(m.host_b.run("sync", "--", *targets, limit=limit), limit, "writing to stable storage")
         begin = now()
-        # As long as the fence and its supervisor take to begin on A, and the last looks at the images on B.
-        for _ in range(2):
+        # As long as the fence and its supervisor take to begin on A, and its QEMU to end, and the last looks
+        # at the images on B.
+        for _ in range(3):
             await m.during(source_user(m), m.plan.limits.command, "looking at A")
         for disk in m.disks:
             await m.during(m.host_b.test("-e", disk.map, limit), limit, "looking at B")

@@ -44,7 +44,6 @@ class Rounds:
     """Those of one migration.
 
     tracker  what the guest changes
-    copied   bytes that were to be copied in all of them
     """
 
     def __init__(self, m: Migration, tracker: Tracker) -> None:
@@ -55,14 +54,22 @@ class Rounds:
         self._size: int | None = None
         """Bytes of the round that goes on; None: everything, and it is not known yet how much that is."""
         self._begin = now()
+        self._is_noted = False
+        """It is over, and kept."""
+        self._owed = 0
+        """Bytes that were forgotten since the copying was looked at last."""
         self._dirty = 0
         self._asked = 0.0
         """When A's QEMU was asked last how much is dirty."""
         self._stopping = asyncio.Event()
         self._failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._aside: asyncio.Task[None] | None = None
-        self.copied = 0
         self._kept: tuple[Round, ...] = ()
+
+    @property
+    def copied(self) -> int:
+        """Return how many bytes were copied in all of them."""
+        return self._copier.moved
 
     async def run(self) -> Verdict:
         """Copy in rounds until the guest is to go; return why. Raises MigrationError."""
@@ -98,7 +105,7 @@ class Rounds:
         self._m.refuse_the_dead()
         self._m.no_longer_need(_COPYING)
         count = await self.tracker.finish()
-        missing = self._copier.missing + count
+        missing = self._copier.missing + self._owed + count
         window = self._copier.expected.window(missing)
         prediction = None if window is None else Prediction(missing, window, self.tracker.added)
         return {"prediction": prediction, "rounds": self._kept, "precopied": self.copied}
@@ -114,6 +121,7 @@ class Rounds:
         await self.tracker.close()
 
     async def _go_on(self) -> None:
+        rested = now()
         try:
             while not self._stopping.is_set():
                 with suppress(TimeoutError):
@@ -122,9 +130,11 @@ class Rounds:
                         return
                 await self._look(tell=False)
                 # No sync: the guest, if it stood still meanwhile, would have to wait for that.
-                if self._copier.is_done and now() - self._begin > REST:
-                    self._note_round()
+                if self._copier.is_done and now() - rested > REST:
+                    if not self._is_noted:
+                        self._note_round()
                     await self._begin_round()
+                    rested = now()
         except MigrationError as error:
             self._failure.set_result(f"has failed: {error}")
 
@@ -140,6 +150,7 @@ class Rounds:
 
     async def _look(self, *, tell: bool = True) -> None:
         told = await self._copier.look()
+        self._owed = 0
         if not tell:
             return
         if now() - self._asked > ASK:
@@ -155,21 +166,23 @@ class Rounds:
         size = self._note_round()
         await self._copier.settle()
         self._dirty = await self.tracker.dirty()
-        return Look(size, self._dirty, self._copier.expected.window(self._dirty))
+        expected = self._copier.expected
+        return Look(size, self._dirty, expected.rest(self._dirty), expected.window(self._dirty))
 
     def _note_round(self) -> int:
         """Keep how a round went that is over; return its bytes."""
         size = self._copier.moved if self._size is None else self._size
         seconds = now() - self._begin
         self._copier.measured(size, seconds)
-        self.copied += size
         self._kept = (*self._kept, Round(self._number, size, seconds))[-MOST:]
+        self._is_noted = True
         return size
 
     async def _begin_round(self) -> None:
         self._size = await self.tracker.advance()
+        self._owed = self._size
         self._number += 1
-        self._begin = now()
+        self._begin, self._is_noted = now(), False
 
     async def _wait(self, seconds: float) -> bool:
         """Wait; tell whether the cut-over was asked for meanwhile."""

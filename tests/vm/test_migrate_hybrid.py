@@ -101,6 +101,31 @@ sys.exit(main(sys.argv[1:]))
 """nbd-migrate whose overlays are never told what the guest has changed."""
 
 
+HURRIED = """
+import sys
+from recipes.precopy import rounds
+
+rounds.REST = 0.2
+from recipes.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""nbd-migrate that does not rest between two rounds while the RAM moves."""
+
+
+@exhaustive
+def test_every_byte_is_right_where_there_are_rounds_while_the_ram_moves(tmp_path: Path) -> None:
+    with many_disks(tmp_path, sizes=THREE) as stage:
+        hybrid(stage)
+        with monitor(stage.monitor_a) as a:
+            a.execute("migrate-set-parameters", max_bandwidth=512 << 10)
+        argv = [sys.executable, "-c", HURRIED, "run", str(stage.plan_file()), "--name", NAME]
+        with Process(argv, tmp_path / "run.log", cwd=ROOT) as run:
+            assert run.wait(SECONDS) == 0, run.output()
+        assert "in one round before the cut-over" in run.output()
+        assert journal.last(NAME).rounds[-1].number >= 1
+        stage.assert_moved()
+
+
 def test_a_block_that_was_not_forgotten_would_be_seen(tmp_path: Path) -> None:
     """Of the test above: it fails where nothing is invalidated."""
     with many_disks(tmp_path, sizes=ONE) as stage:
@@ -196,7 +221,7 @@ def test_a_guest_may_be_told_to_go_in_the_middle_of_the_first_round(tmp_path: Pa
 ENTRIES = 22
 """How often an undisturbed run makes something durable; see test_migrate_journal.py."""
 
-PRECOPY_ENTRY = 13
+PRECOPY_ENTRY = 12
 """Which of these announces that the copying begins; the next ones, bitmaps, their server, and the RAM."""
 
 
@@ -239,8 +264,8 @@ def test_a_guest_that_has_changed_sides_unseen_is_found_on_b(tmp_path: Path) -> 
         with stage.run_doomed("ARRIVED", Role.ORCHESTRATOR) as run:
             run.wait(SECONDS)
         stage.wait_until_guest_works("b")
-        code, said = command("abort", "a")
+        code, said = command("abort", "a0")
         assert (code, "it is too late" in said) == (1, True), said
-        code, said = command("resume", "a")
+        code, said = command("resume", "a0")
         assert code == 0, said
         stage.assert_moved()
