@@ -34,7 +34,8 @@ class Copier:
     @property
     def expected(self) -> Expected:
         """Return what the window is made of, by what was measured."""
-        rate, speed = self._rate or self._seen, self._jobs.speed
+        speed = self._jobs.speed
+        rate = self._rate or self._seen or speed
         return Expected(min(rate, speed) if speed else rate, self._fixed)
 
     @property

@@ -75,6 +75,8 @@ class Rounds:
         """Copy in rounds until the guest is to go; return why. Raises MigrationError."""
         self._begin = now()
         await self._copier.start()
+        # For who lets the guest go before the first round is over.
+        await self._copier.settle()
         waits = False
         while True:
             if await self._copy():
