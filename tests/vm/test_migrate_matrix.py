@@ -8,10 +8,10 @@ import pytest
 
 from tests.support.hosts_of_matrix import FORMS, guest_on_a
 
-CELLS = tuple(itertools.product(FORMS, (1, 3), ("postcopy",), ("tls", "ssh")))
+CELLS = tuple(itertools.product(FORMS, (1, 3), ("postcopy", "hybrid"), ("tls", "ssh")))
 STAND_FOR_THE_OTHERS = {
     ("device", 3, "postcopy", "ssh"),
-    ("chain", 1, "postcopy", "tls"),
+    ("chain", 1, "hybrid", "tls"),
 }
 
 
@@ -32,7 +32,7 @@ def test_a_linux_moves_whatever_its_disks_are(
     form: str, disks: int, policy: str, channel: str, started_by: str
 ) -> None:
     with guest_on_a(form, disks, started_by) as stage:
-        stage.move("a", "b", "--channel", channel)
+        stage.move("a", "b", "--channel", channel, "--policy", policy)
         stage.works()
         memory = stage.verify_on(stage.guest_on_b)
         assert stage.faults(memory) == []
