@@ -10,7 +10,7 @@ A QEMU has one NBD server. Whoever starts it writes down first that there is one
 whatever ends the migration takes it away again: steps use channel/through_qemu.py, which does the one and has
 migrate/leftovers.py do the other.
 
-Measured on 7.2 (tests/vm/test_exporter.py):
+Measured on 7.2 and 10.0 (tests/vm/test_exporter.py):
 
 - a bitmap that records cannot be exported (``Enabled bitmap ... incompatible with readonly export``): begin
   another and disable this one first, in one transaction;
