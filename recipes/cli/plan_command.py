@@ -18,6 +18,7 @@ from recipes.hosts.interruption import interruptible
 from recipes.plans.channel import Channel
 from recipes.plans.plan import Plan
 from recipes.plans.planfile import build
+from recipes.plans.policy import POLICIES
 from recipes.plans.reaching import looked_at
 from recipes.plans.seeds import seeds_of
 
@@ -51,6 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--seed", metavar="[NODE=]FILE", action="append", default=[], help="a copy on B: see nbd-migrate run"
     )
     parser.add_argument("--channel", metavar="KIND", help="how disk and RAM get to B: see nbd-migrate run")
+    parser.add_argument("--policy", choices=POLICIES, help="when the disks go: see nbd-migrate run")
+    parser.add_argument("--cutover", metavar="WHEN", help="when the guest goes: see nbd-migrate run")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
 
 
@@ -63,7 +66,8 @@ def configure_places(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> int:
     """``nbd-migrate plan``."""
     try:
-        text = write(seeded(drafted(given), given.seed))
+        draft = seeded(drafted(given), given.seed)
+        text = write(replace(draft, policy=given.policy or "", cutover=given.cutover or ""))
     except asyncio.CancelledError:
         return program.EXIT_INTERRUPTED
     # What is printed is what would run.

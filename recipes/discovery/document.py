@@ -35,6 +35,8 @@ class Draft:
     migration  where B waits for the RAM
     channel    how both get there; empty: as a plan has it that does not say
     seeds      of each disk what B has of it already; an empty one is none, and so is an empty tuple
+    policy     when the disks go; empty: as a plan has it that does not say
+    cutover    when the guest does; the same
     """
 
     guest: Guest
@@ -48,6 +50,8 @@ class Draft:
     migration: str
     channel: str = ""
     seeds: tuple[str, ...] = ()
+    policy: str = ""
+    cutover: str = ""
 
     @property
     def on_one_machine(self) -> bool:
@@ -129,6 +133,10 @@ def _destination(draft: Draft) -> Table:
         table["host"] = _text(draft.destination.host)
     table["qmp"] = _text(draft.destination.qmp, "the monitor of B's QEMU")
     table["migration"] = _text(draft.migration, "where B's QEMU waits for the RAM")
+    if draft.policy:
+        table["policy"] = _text(draft.policy, "when the disks go: after the guest, or before it")
+    if draft.cutover:
+        table["cutover"] = _text(draft.cutover, "when the guest goes")
     if draft.derived.user:
         table["owner"] = _text(draft.derived.user, "who B's QEMU becomes, as A's")
     if draft.derived.same:

@@ -42,6 +42,14 @@ def test_what_is_written_is_a_plan_with_all_that_was_found() -> None:
     assert """type=1,serial=it's "x\"""" in plan.destination.qemu
 
 
+def test_what_the_operator_has_chosen_is_in_the_plan() -> None:
+    chosen = dataclasses.replace(draft(), policy="hybrid", cutover="at-window 5", channel="plain")
+    plan = build(tomllib.loads(write(chosen)), {})
+    assert plan.hybrid
+    assert (plan.cutover.window, plan.channel.kind) == (5.0, "plain")
+    assert not build(tomllib.loads(write(draft())), {}).hybrid
+
+
 def test_what_the_operator_has_to_know_stands_in_comments() -> None:
     comments = [line for line in write(draft()).splitlines() if line.startswith("#")]
     assert comments == [
