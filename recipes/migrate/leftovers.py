@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes.certificates import placing
+from recipes.checks.started import started
 from recipes.connections.listen import control_of
+from recipes.discovery.derive import made_paths
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.images import holds_something
-from recipes.hosts.quoting import pasted
+from recipes.hosts.quoting import on_one_line, pasted
 from recipes.migrate.state import State
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
@@ -61,7 +63,39 @@ async def remove_made(host: Host, state: State, limit: float) -> list[str]:
         left += kept
     for target in made_flash(state):
         left += await _remove(host, removing_flash(target), limit)
+    if state.made and not left:
+        left += await remove_dead_sockets(host, state, limit)
     return left
+
+
+async def remove_dead_sockets(host: Host, state: State, limit: float) -> list[str]:
+    """Remove the sockets that a killed QEMU of B has left: of its monitor, of the RAM, of its command line.
+
+    Those on which somebody listens stay, as they are another's. Returns phrases as remove_made().
+    """
+    sockets = sockets_of_qemu(state.plan)
+    try:
+        await host.run("sh", "-c", on_one_line(_REMOVE_DEAD), "sh", *sockets, limit=limit)
+    except MigrationError as error:
+        later = f"nbd-migrate abort {state.name}"
+        return [f"sockets of B's QEMU may still be on {host.name} ({error}): when it answers, type: {later}"]
+    return []
+
+
+def sockets_of_qemu(plan: Plan) -> list[str]:
+    """Return the absolute paths at which B's QEMU may listen; other files that it makes are among them."""
+    kind, _, path = plan.destination.migration.partition(":")
+    command = started(plan.destination.qemu).command
+    found = made_paths(command, "/") if command else []
+    found += [plan.destination.qmp] if plan.destination.qmp.startswith("/") else []
+    return [*found, path] if kind == "unix" else found
+
+
+_REMOVE_DEAD = """
+for p; do test -S "$p" || continue;
+sed "s/^[^\\/]*//" /proc/net/unix | grep -qxF -- "$p" || rm -f -- "$p"; done
+"""
+"""Removes sockets to which nobody is bound any more."""
 
 
 async def remove_channel(host_a: Host, host_b: Host, state: State, limit: float) -> list[str]:
