@@ -16,6 +16,7 @@ from recipes.discovery.discover import COMMAND, Wanted, discover
 from recipes.discovery.document import Draft, write
 from recipes.hosts.interruption import interruptible
 from recipes.plans.channel import Channel
+from recipes.plans.disks import check_absolute
 from recipes.plans.plan import Plan
 from recipes.plans.planfile import build
 from recipes.plans.policy import POLICIES
@@ -120,6 +121,8 @@ async def _look(given: argparse.Namespace) -> Draft:
         check_host("--from", here)
     if is_ssh(there):
         check_host("--to", there)
+    if given.to_dir:
+        check_absolute("--to-dir", given.to_dir)
     channel = given.channel or ""
     if channel:
         Channel(channel).check()
