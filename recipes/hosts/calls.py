@@ -142,7 +142,10 @@ class Call:
 
 def cannot_start(way: Way, what: str, error: OSError) -> MigrationError:
     """Return the error that the first word of a command line is no program of this host."""
-    reason = f"{what}: {error.filename}: {error.strerror}"
+    # Not for want of that program, where no file is named: too many are open, or there is no memory.
+    reason = f"{what}: {error.filename}: {error.strerror}" if error.filename else f"{what}: {error.strerror}"
+    if not error.filename:
+        return MigrationError(reason)
     return HostError(f"{reason}; install that on this host") if way.shell else MigrationError(reason)
 
 

@@ -34,3 +34,18 @@ def test_of_what_has_no_end_not_all_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(calls.HostError):
         clock.run(call.run(LIMIT))
     assert len(call._output) < 2 << 20
+
+
+def test_a_command_that_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not for want of the program the error names none."""
+    for error, said in (
+        (FileNotFoundError(2, "No such file or directory", "frob"), "frob: No such file or directory"),
+        (OSError(24, "Too many open files"), "Too many open files"),
+    ):
+
+        async def spawn(*_: object, failure: OSError = error, **__: object) -> None:
+            raise failure
+
+        monkeypatch.setattr(calls, "spawn", spawn)
+        with pytest.raises(MigrationError, match=f"^frob on A: {said}$"):
+            clock.run(Host("A").run("frob", limit=LIMIT))
