@@ -197,8 +197,10 @@ class Control:
         self._daemon.streamer.verifying.wanted = enable
 
     def _block_job(self) -> dict[str, object]:
-        """QEMU's BlockJobInfo."""
+        """QEMU's BlockJobInfo; with how far a comparison has come, where one is wanted."""
         job = self._job
+        verifying = self._daemon.streamer.verifying
+        more = {"x-verified": verifying.looked_at} if verifying.wanted else {}
         done, total = self._daemon.progress.look()
         return {
             "type": "stream",
@@ -211,9 +213,9 @@ class Control:
             "ready": self._daemon.streamer.is_ready,
             "io-status": self._io_status(),
             "status": STATUS[job.phase],
-            "x-verified": self._daemon.streamer.verifying.looked_at,
             "auto-finalize": True,
             "auto-dismiss": True,
+            **more,
         }
 
     def _verified(self) -> dict[str, object] | None:
