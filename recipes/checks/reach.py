@@ -29,7 +29,9 @@ def answer(address: str, port: int, token: str, seconds: float) -> int:
     try:
         listener = _listen(address, port)
     except OSError as error:
-        raise ConnectError(f"cannot listen at {_at(address, port)}: {error.strerror or error}") from error
+        raise ConnectError(
+            f"cannot listen at {with_port(address, port)}: {error.strerror or error}"
+        ) from error
     with listener:
         while (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
@@ -40,7 +42,7 @@ def answer(address: str, port: int, token: str, seconds: float) -> int:
                     if _receive(client, len(token)) == token.encode():
                         client.sendall(token.encode())
                         return program.EXIT_DONE
-    raise ConnectError(f"nobody came to {_at(address, port)} within {seconds:g} s")
+    raise ConnectError(f"nobody came to {with_port(address, port)} within {seconds:g} s")
 
 
 def ask(address: str, port: int, token: str, seconds: float) -> int:
@@ -54,13 +56,13 @@ def ask(address: str, port: int, token: str, seconds: float) -> int:
                 connection.sendall(token.encode())
                 if _receive(connection, len(token)) == token.encode():
                     return program.EXIT_DONE
-                raise ConnectError(f"somebody else answers at {_at(address, port)}")
+                raise ConnectError(f"somebody else answers at {with_port(address, port)}")
         except TimeoutError as error:
-            raise ConnectError(f"no answer from {_at(address, port)} within {seconds:g} s") from error
+            raise ConnectError(f"no answer from {with_port(address, port)} within {seconds:g} s") from error
         except OSError as error:
             # The other end may be about to begin.
             if not isinstance(error, ConnectionError) or time.monotonic() >= deadline:
-                raise ConnectError(f"{_at(address, port)}: {error.strerror or error}") from error
+                raise ConnectError(f"{with_port(address, port)}: {error.strerror or error}") from error
         time.sleep(AGAIN)
 
 
@@ -84,7 +86,8 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     return received
 
 
-def _at(address: str, port: int) -> str:
+def with_port(address: str, port: int) -> str:
+    """Return the address as it is written with its port."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 

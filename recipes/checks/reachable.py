@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from recipes.checks.reach import with_port
 from recipes.errors import MigrationError
 from recipes.hosts.calls import HostError
 from recipes.hosts.host import Host
@@ -27,7 +29,7 @@ class Direction:
 
     def __str__(self) -> str:
         """Return the address as it is written with its port."""
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return with_port(self.address, self.port)
 
 
 async def check_reachable(plan: Plan, host_a: Host, host_b: Host) -> None:
@@ -71,21 +73,21 @@ async def _check(way: Direction, seconds: float) -> None:
 def _judge(way: Direction, listening: asyncio.Future[None], connecting: asyncio.Future[None]) -> None:
     """Raise what one end has failed with, and what to do about it."""
     key, there, here = way.key, way.listens.name, way.connects.name
-    try:
-        if listening.done():
-            listening.result()
-    except HostError:
-        raise
-    except MigrationError as error:
+    if listening.done():
         remedy = f"write an address of {there} and a port that nobody uses (ss -ltnp on it tells who does)"
-        raise MigrationError(f"{key}: {error}; {remedy}") from error
+        _require(listening, lambda error: f"{key}: {error}; {remedy}")
+    let_in = f"let it in there, as in {there}'s firewall, or write another address"
+    _require(connecting, lambda error: f"{key}: {here} does not reach {there} at {way} ({error}); {let_in}")
+
+
+def _require(end: asyncio.Future[None], explain: Callable[[MigrationError], str]) -> None:
+    """Raise what an end has failed with, explained, unless its host was not reached at all."""
     try:
-        connecting.result()
+        end.result()
     except HostError:
         raise
     except MigrationError as error:
-        remedy = f"let it in there, as in {there}'s firewall, or write another address"
-        raise MigrationError(f"{key}: {here} does not reach {there} at {way} ({error}); {remedy}") from error
+        raise MigrationError(explain(error)) from error
 
 
 async def _end(host: Host, end: str, words: tuple[str, ...], seconds: float) -> None:

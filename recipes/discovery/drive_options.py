@@ -190,9 +190,8 @@ class DriveOptions:
         if node.read_only:
             self._stay(each, image)
             return
-        given = each.device.arguments if each.device else made_by_itself(drive)
+        given = self._device_of(each, "disk")
         if given is None:
-            self.refused.append(f"the disk {name_of(drive)} is in a {drive.type} that no -device has made")
             return
         name = self._name([given.text("drive"), drive.backend, node.name])
         self.disks.append(FoundDisk(image, node.name, name, node.size, drive.type, node.driver))
@@ -221,9 +220,8 @@ class DriveOptions:
             self.replaced[option] = Line(option.having(changed))
             self._keep(node, image)
             return
-        given = each.device.arguments if each.device else made_by_itself(drive)
+        given = self._device_of(each, "drive")
         if given is None:
-            self.refused.append(f"the drive {name_of(drive)} is in a {drive.type} that no -device has made")
             return
         name = drive.backend or f"medium{len(self.same)}"
         media = {"media": "cdrom"} if drive.type.endswith("-cd") else {}
@@ -235,6 +233,14 @@ class DriveOptions:
         else:
             self.added.append(Line(Option("device", str(made)), MADE_BY_ITSELF))
         self._keep(node, image)
+
+    def _device_of(self, each: Matched, what: str) -> Arguments | None:
+        """Return the arguments of the device, as QEMU made it or was told to; None where that is refused."""
+        drive = each.drive
+        given = each.device.arguments if each.device else made_by_itself(drive)
+        if given is None:
+            self.refused.append(f"the {what} {name_of(drive)} is in a {drive.type} that no -device has made")
+        return given
 
     def _keep(self, node: Node, image: str) -> None:
         self.same += [image, *(path_of(each, self._directory) for each in node.below)]
