@@ -35,8 +35,6 @@ _NOT_HERE = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EADDRNOTAVAIL, err
 """What says that this machine, or what confines this process, does not have an address or its family."""
 _TURN = 2.0
 """Seconds for which another server that takes a dead socket's place is waited for."""
-ACCEPT_PAUSE = 0.2
-"""Seconds to wait when no client can be accepted, for lack of descriptors or memory."""
 
 
 @dataclass(frozen=True)

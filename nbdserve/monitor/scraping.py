@@ -11,6 +11,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from nbdserve.common.threads import Thread
+from nbdserve.connection.accepting import ACCEPT_PAUSE, AcceptFailures
 
 _LOG = logging.getLogger("nbdserve")
 
@@ -42,6 +43,7 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         self._lock = threading.Lock()
         # Since when, by time.monotonic(), in the order of arrival.
         self._clients: dict[socket.socket, float] = {}
+        self._accept_failures = AcceptFailures()
         super().__init__(sock.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = sock
@@ -49,6 +51,16 @@ class HttpServer(ThreadingMixIn, WSGIServer):
         # Not by a look-up, which may take long.
         self.server_name, self.server_port = (str(self.server_address[0]), int(self.server_address[1]))
         self.setup_environ()
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a client. OSError is an end of the attempt, which follows again at once: not too soon."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if self._accept_failures.is_news(error):
+                _LOG.warning("metrics: cannot accept a client: %s", error.strerror or error)
+            time.sleep(ACCEPT_PAUSE)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a client that has come, in a thread of its own."""

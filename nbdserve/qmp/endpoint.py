@@ -14,7 +14,8 @@ from qemu.qmp.protocol import ConnectError
 
 from nbdserve import __version__
 from nbdserve.common.threads import Thread
-from nbdserve.connection.listeners import ACCEPT_PAUSE, Listener
+from nbdserve.connection.accepting import ACCEPT_PAUSE, AcceptFailures
+from nbdserve.connection.listeners import Listener
 from nbdserve.qmp.dispatch import Command, CommandError, Handler
 from nbdserve.qmp.session import Session
 
@@ -80,13 +81,14 @@ class Monitor:
         await asyncio.gather(*attending, return_exceptions=True)
 
     async def _accept(self, attending: set[asyncio.Task[None]]) -> None:
-        room = asyncio.Semaphore(MAX_SESSIONS)
+        room, failures = asyncio.Semaphore(MAX_SESSIONS), AcceptFailures()
         while True:
             await room.acquire()
             try:
                 sock, _ = await self._loop.sock_accept(self._listener.sock)
             except OSError as error:
-                _LOG.warning("monitor: cannot accept a client: %s", error.strerror or error)
+                if failures.is_news(error):
+                    _LOG.warning("monitor: cannot accept a client: %s", error.strerror or error)
                 room.release()
                 await asyncio.sleep(ACCEPT_PAUSE)
                 continue

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from nbdserve.common.logs import ClientLog
 from nbdserve.common.threads import Thread
+from nbdserve.connection.accepting import ACCEPT_PAUSE, AcceptFailures
 from nbdserve.connection.client_connection import Connection, Shared
 from nbdserve.connection.connected_clients import SILENCE, Clients
-from nbdserve.connection.listeners import ACCEPT_PAUSE, Listener, Visitor
+from nbdserve.connection.listeners import Listener, Visitor
 from nbdserve.connection.policy import Policy
 from nbdserve.exports.served_exports import Exports
 from nbdserve.service.notify import ServiceManager
@@ -54,6 +55,7 @@ class Server:
         self._manager = manager or ServiceManager({})
         self._pools = Pools(WORKERS, self.memory, policy.worker_idle)
         self._shared = Shared(exports, self.clients, self._pools, Watch(policy.busy_poll), policy.stall)
+        self._accept_failures = AcceptFailures()
         self._stopping = False
         # By time.monotonic(); 0 when there is room to haggle, or somebody has since left or shaken hands.
         self._crowded_until = 0.0
@@ -144,7 +146,8 @@ class Server:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
-            _LOG.warning("%s: cannot accept a client: %s", listener, error.strerror or error)
+            if self._accept_failures.is_news(error):
+                _LOG.warning("%s: cannot accept a client: %s", listener, error.strerror or error)
             time.sleep(ACCEPT_PAUSE)
             return
         if visitor.host is not None and not self._policy.allow.admits(visitor.host):

@@ -35,13 +35,19 @@ def answer(address: str, port: int, token: str, seconds: float) -> int:
     with listener:
         while (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
-            with suppress(OSError):
+            try:
                 client = listener.accept()[0]
-                with client:
-                    client.settimeout(min(left, BRIEF))
-                    if _receive(client, len(token)) == token.encode():
-                        client.sendall(token.encode())
-                        return program.EXIT_DONE
+            except TimeoutError:
+                break
+            except OSError:
+                # For want of descriptors, perhaps; who waits is still there then.
+                time.sleep(AGAIN)
+                continue
+            with suppress(OSError), client:
+                client.settimeout(min(left, BRIEF))
+                if _receive(client, len(token)) == token.encode():
+                    client.sendall(token.encode())
+                    return program.EXIT_DONE
     raise ConnectError(f"nobody came to {with_port(address, port)} within {seconds:g} s")
 
 

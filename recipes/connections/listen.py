@@ -5,7 +5,8 @@
 OWNER and MODE are those of the socket, as nbdserve's --socket-owner and --socket-mode; they may be empty. The
 first line that is written is a message: ``{"connected": true}``, or ``{"failed": REASON}``. What follows is
 ``{"accepted": NUMBER}`` for each client, which then belongs to who takes it (take.py) or drops it: a line
-``drop NUMBER`` on our standard input. End of file ends everything.
+``drop NUMBER`` on our standard input; and ``{"waiting": REASON}`` when for a while nobody is accepted. End of
+file ends everything.
 
 A tunnel whose connection was cut makes another, while its old end may not know of that for hours: the new one
 has the old one end first, by the socket beside this one (SOCKET.take), with all clients that it has led on.
@@ -18,12 +19,14 @@ import select
 import signal
 import socket
 import sys
+import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from nbdserve.common import standard_streams
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.ownership import ownership
+from nbdserve.connection.accepting import ACCEPT_PAUSE, AcceptFailures
 from nbdserve.connection.listeners import Listener, listen_unix
 from recipes.connections.bridge import tell
 
@@ -85,6 +88,7 @@ class End:
         self._control = control.sock
         self._waiting: dict[int, socket.socket] = {}
         self._takers: dict[int, socket.socket] = {}
+        self._failures = AcceptFailures()
         self._count = 0
         self._said = b""
 
@@ -133,11 +137,24 @@ class End:
         return bool(data)
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        try:
             client, _ = self._listener.accept()
-            self._count += 1
-            self._waiting[self._count] = client
+        except OSError as error:
+            self._pause(error)
+            return
+        self._count += 1
+        self._waiting[self._count] = client
+        with suppress(OSError):
             tell({"accepted": self._count})
+
+    def _pause(self, error: OSError) -> None:
+        """Nobody can be accepted, for want of descriptors perhaps: those who wait are there later, too."""
+        if isinstance(error, BlockingIOError | ConnectionError):
+            return
+        if self._failures.is_news(error):
+            with suppress(OSError):
+                tell({"waiting": f"a client cannot be accepted: {error.strerror}"})
+        time.sleep(ACCEPT_PAUSE)
 
     def _serve(self) -> int | None:
         """Give somebody a client; return what his end is noticed by, -1 if there is none, and None where it
@@ -145,7 +162,8 @@ class End:
         """
         try:
             taker, _ = self._control.accept()
-        except OSError:
+        except OSError as error:
+            self._pause(error)
             return -1
         try:
             taker.settimeout(TAKE_OVER)

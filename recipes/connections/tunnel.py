@@ -159,7 +159,10 @@ class Entrance:
         assert self._said
         with suppress(OSError):
             while line := await self._said.readline():
-                number = message_in(line).get("accepted")
+                told = message_in(line)
+                if "waiting" in told:
+                    say(f"{self._lead.what} on {self._here.name}: {told['waiting']}; whoever comes waits")
+                number = told.get("accepted")
                 if isinstance(number, int):
                     client = asyncio.create_task(self._lead_on(number))
                     self._clients.add(client)

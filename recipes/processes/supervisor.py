@@ -43,6 +43,7 @@ from pathlib import Path
 
 from nbdserve.common import standard_streams
 from nbdserve.common.errors import OperatorError
+from nbdserve.connection.accepting import ACCEPT_PAUSE
 from nbdserve.service.pid_file import remove_abandoned
 from recipes.processes.named_socket import listen, socket_beside
 
@@ -68,6 +69,8 @@ class Holder:
     def __init__(self, connection: socket.socket | None = None) -> None:
         self._connection = connection
         self.words, self._messages = (connection.fileno(),) * 2 if connection else (0, 1)
+        # Taken at once: later there may be no descriptors left.
+        self._null = -1 if connection else os.open(os.devnull, os.O_RDWR)
         self._pending = b""
         self.listening = True
 
@@ -98,10 +101,12 @@ class Holder:
             self._connection.close()
             self.words = self._messages = -1
             return
-        null = os.open(os.devnull, os.O_RDWR)
+        if self._null < 0:
+            return
         for number in (0, 1, 2):
-            os.dup2(null, number)
-        os.close(null)
+            os.dup2(self._null, number)
+        os.close(self._null)
+        self._null = -1
 
 
 class Supervisor:
@@ -189,7 +194,12 @@ class Supervisor:
 
     def _welcome(self, listener: socket.socket) -> None:
         """Somebody wants to be the holder. The one before may be behind a line that is dead."""
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            # For want of descriptors or memory; who waits is still there then.
+            time.sleep(ACCEPT_PAUSE)
+            return
         # A holder that takes no messages, as one that is stopped, is not waited for.
         connection.setblocking(False)
         self._let_go()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -382,6 +384,25 @@ def test_the_newest_holder_is_listened_to(tmp_path: Path) -> None:
             second.communicate(b"stop 60\n" + b"x" * 100, timeout=60.0)
         assert json.loads(first.stdout.readline()) == {"released": True}
         assert first.wait(60.0) == 0
+    wait_until(lambda: not lives(pid), "it is ended")
+
+
+def test_a_supervisor_without_descriptors_keeps_its_process_and_a_holder_waits(tmp_path: Path) -> None:
+    pid = talker(tmp_path, HERE)
+    kept = supervisor_of(pid)
+    most = resource.prlimit(kept.pid, resource.RLIMIT_NOFILE)
+    taken = {int(each) for each in os.listdir(f"/proc/{kept.pid}/fd")}
+    free = next(number for number in count() if number not in taken)
+    resource.prlimit(kept.pid, resource.RLIMIT_NOFILE, (free, most[1]))
+    before = kept.num_ctx_switches().voluntary
+    words = [*dying_with_parent(signal.SIGKILL), *module("attach", str(tmp_path / "its.log"))]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        # Each attempt is followed by a rest.
+        wait_until(lambda: kept.num_ctx_switches().voluntary > before + 2, "it has tried several times")
+        resource.prlimit(kept.pid, resource.RLIMIT_NOFILE, most)
+        assert json.loads(holder.stdout.readline()) == {"started": pid}
+        holder.communicate(b"stop 60\n", timeout=60.0)
     wait_until(lambda: not lives(pid), "it is ended")
 
 

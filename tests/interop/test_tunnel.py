@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -16,9 +20,9 @@ import pytest
 
 from recipes.connections.listen import control_of
 from recipes.connections.tunnel import Lead, Orders
-from recipes.hosts.host import Host
+from recipes.hosts.host import Host, module
 from tests.support.guests import short_directory
-from tests.support.processes import Process, listens, wait_until
+from tests.support.processes import Process, dying_with_parent, listens, wait_until
 from tests.support.servers import NBDSERVE, UnixAddress
 from tests.support.sshd import Sshd, sshd
 
@@ -213,3 +217,26 @@ def test_a_socket_is_whose_it_should_be(server: Sshd, runtime: Path) -> None:
     with tunnel(server, runtime, owner="nobody", mode="0660"):
         status = (runtime / "entry").stat()
         assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o660, 65534)
+
+
+def test_clients_wait_where_a_tunnels_end_has_no_descriptors_left(runtime: Path) -> None:
+    entry = runtime / "entry"
+    words = [*dying_with_parent(signal.SIGKILL), *module("listen", str(entry), "", "")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as end, ExitStack() as stack:
+        assert end.stdin
+        assert end.stdout
+        assert json.loads(end.stdout.readline()) == {"connected": True}
+        hard = resource.prlimit(end.pid, resource.RLIMIT_NOFILE)[1]
+        taken = {int(each) for each in os.listdir(f"/proc/{end.pid}/fd")}
+        free = next(number for number in count() if number not in taken)
+        resource.prlimit(end.pid, resource.RLIMIT_NOFILE, (free + 1, hard))
+        for _ in range(3):
+            stack.enter_context(connected(runtime))
+        assert json.loads(end.stdout.readline()) == {"accepted": 1}
+        waiting = "a client cannot be accepted: Too many open files"
+        assert json.loads(end.stdout.readline()) == {"waiting": waiting}
+        for number in (1, 2):
+            end.stdin.write(b"drop %d\n" % number)
+            end.stdin.flush()
+            # That it waits again is no news.
+            assert json.loads(end.stdout.readline()) == {"accepted": number + 1}
