@@ -2,7 +2,8 @@
 
 The kernel takes only aligned memory, offsets and lengths. Everything goes through an aligned bounce buffer,
 and what a request covers only in part is read first. The last bytes of a file whose size is not aligned have
-no place in this: they always go through the page cache, so that the file keeps its size.
+no place in this: they always go through the page cache, so that the file keeps its size. Those of a block
+device are only written so, and read from the disk like all others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import errno
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,17 +55,20 @@ class DirectBackend(FileBackend):
                 f"{path}: its file system has no direct access (O_DIRECT): use --cache=writeback"
             ) from error
         # Up to here the file consists of whole blocks.
-        self._border = os.lseek(self._direct, 0, os.SEEK_END) // ALIGNMENT * ALIGNMENT
+        end = os.lseek(self._direct, 0, os.SEEK_END)
+        self._border = end // ALIGNMENT * ALIGNMENT
+        is_device = stat.S_ISBLK(os.fstat(self._direct).st_mode)
+        self._border_of_reads = end if is_device else self._border
         self._ranges = Ranges()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer."""
         begin, end = self._base + offset, self._base + offset + len(buffer)
-        border = max(begin, min(end, self._border))
+        border = max(begin, min(end, self._border_of_reads))
         if begin < border:
             start, stop = _outwards(begin, border)
             blocks = _aligned(stop - start)
-            self._read_blocks(start, blocks)
+            self._read_blocks(start, blocks, border - start)
             buffer[: border - begin] = blocks[begin - start : border - start]
         if border < end:
             super().read_into(border - self._base, buffer[border - begin :])
@@ -105,12 +110,13 @@ class DirectBackend(FileBackend):
                     raise OSError(errno.EIO, f"{self.path} takes only {count} bytes at {start + position}")
                 position += count
 
-    def _read_blocks(self, start: int, blocks: memoryview) -> None:
-        position = 0
-        while position < len(blocks):
+    def _read_blocks(self, start: int, blocks: memoryview, wanted: int | None = None) -> None:
+        """Fill the blocks; or only so many bytes, where the last block may be cut off by the device's end."""
+        position, needed = 0, len(blocks) if wanted is None else wanted
+        while position < needed:
             count = os.preadv(self._direct, (blocks[position:],), start + position)
-            if count % ALIGNMENT or not count:
-                raise OSError(errno.EIO, f"{self.path} ends before offset {start + len(blocks)}")
+            if not count or (count % ALIGNMENT and position + count < needed):
+                raise OSError(errno.EIO, f"{self.path} ends before offset {start + needed}")
             position += count
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:

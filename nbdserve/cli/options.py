@@ -68,7 +68,7 @@ def _images(given: argparse.Namespace) -> ImageOptions:
         discard=given.discard in ("unmap", "on"),
         fence=given.fence,
         detect_zeroes=DetectZeroes(given.detect_zeroes),
-        caching=Caching(given.cache),
+        caching=None if given.cache is None else Caching(given.cache),
         block_hashes=given.block_hashes,
         aio=given.aio,
         patience=given.reconnect_timeout,
@@ -178,8 +178,8 @@ def _add_export_options(parser: Parser) -> None:
     group.add_argument(
         "--cache",
         choices=[mode.value for mode in Caching],
-        default=Caching.WRITEBACK.value,
-        help="how images are read and written, as in QEMU (default: %(default)s)",
+        help="how images are read and written, as in QEMU (default: writeback; none for a block device "
+        "that is served read-only, as others may write to it past the page cache)",
     )
     group.add_argument(
         "-n", "--nocache", dest="cache", action="store_const", const=Caching.NONE.value, help="--cache=none"

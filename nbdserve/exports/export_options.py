@@ -42,13 +42,26 @@ class ImageOptions:
     fence: bool = False
     """Whether QEMUs are kept from opening them for writing."""
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
-    caching: Caching = Caching.WRITEBACK
+    caching: Caching | None = None
+    """None: the page cache is used, but not for a block device that is served read-only: ``caching_of``."""
     block_hashes: bool = False
     """Whether clients are told hashes of their blocks."""
     aio: str | None = None
     """How qemu-nbd does its input and output, where it does."""
     patience: float = 10.0
     """Seconds for which requests wait for another server that is lost."""
+
+    def caching_of(self, path: Path, *, read_only: bool) -> Caching:
+        """Return how an image is opened.
+
+        What is served read-only may be written to by others, as by a QEMU with ``cache=none,aio=native``.
+        Of a block device Linux (6.18) may then keep a page that was read while it was written, with what was
+        there before: who reads through the page cache is told that long after the write has ended. In files
+        of ext4, XFS and Btrfs the page is dropped when the write ends.
+        """
+        if self.caching is not None:
+            return self.caching
+        return Caching.NONE if read_only and path.is_block_device() else Caching.WRITEBACK
 
 
 def source(text: str) -> Path | NbdUri:

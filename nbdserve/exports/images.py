@@ -58,7 +58,8 @@ def describe(wanted: ExportOptions, how: ImageOptions) -> Offer:
 
 
 def _open_raw(path: Path, wanted: ExportOptions, how: ImageOptions, *, locked: bool = True) -> Backend:
-    kind = DirectBackend if how.caching.direct else FileBackend
+    caching = how.caching_of(path, read_only=wanted.read_only)
+    kind = DirectBackend if caching.direct else FileBackend
     links = wanted.follow_links
     backend = kind(
         path, read_only=wanted.read_only, part=wanted.part, discard=how.discard, follow_links=links
@@ -90,12 +91,13 @@ def _open_formatted(path: Path, name: str, wanted: ExportOptions, how: ImageOpti
     # Imported where it is used, as libnbd takes a lot of memory.
     from nbdserve.backends.qemu import Manner, open_qemu
 
+    caching = how.caching_of(path, read_only=wanted.read_only)
     manner = Manner(
         format=name,
         read_only=wanted.read_only,
         discard="unmap" if how.discard else "ignore",
         detect_zeroes=None if how.detect_zeroes is DetectZeroes.OFF else how.detect_zeroes.value,
-        cache=None if how.caching is Caching.WRITEBACK else how.caching.value,
+        cache=None if caching is Caching.WRITEBACK else caching.value,
         aio=how.aio,
     )
     backend = open_qemu(path, manner, part=wanted.part)
@@ -124,7 +126,7 @@ def _open_nbd(uri: NbdUri, wanted: ExportOptions, how: ImageOptions) -> Backend:
 
 def _filtered(backend: Backend, how: ImageOptions) -> Backend:
     """What the options ask for and the backend does not do by itself."""
-    if how.caching.durable:
+    if how.caching is not None and how.caching.durable:
         backend = WriteThrough(backend)
     elif how.caching is Caching.UNSAFE:
         backend = Unsafe(backend)
