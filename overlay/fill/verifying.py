@@ -111,15 +111,20 @@ class Verifying:
             yield self._image.size
 
     def _look_again(self, client: Client) -> None:
-        """Compare what was different once more."""
-        size, before, self.differing = min(self._image.size, client.size), self.differing, []
-        for place in before:
-            length = min(BLOCK, size - place)
-            if length < BLOCK:
-                self._judge(place, length, block_hash(_read(client, place, length)))
-            else:
-                [told] = self._answered(Question(self._image, client, place, place + BLOCK))
+        """Compare what was different once more; what that does not come to, as it is cut short, stays so."""
+        size, places, self.differing = min(self._image.size, client.size), deque(self.differing), []
+        try:
+            while places:
+                place = places[0]
+                length = min(BLOCK, size - place)
+                if length < BLOCK:
+                    told = block_hash(_read(client, place, length))
+                else:
+                    [told] = self._answered(Question(self._image, client, place, place + BLOCK))
                 self._judge(place, length, told)
+                places.popleft()
+        finally:
+            self.differing += places
 
     def _answered(self, question: Question) -> list[bytes]:
         """Return the hashes of all blocks of a question; OSError where the source cannot tell one."""
