@@ -15,17 +15,20 @@ from recipes.qemu.vm import Vm
 
 _LOOK = """
 test -f "$1" || exit 0;
-size=$(stat -L -c %s -- "$1"); blocks=$(((size + 1048575) / 1048576)); most=64;
-if test "$blocks" -le "$most"; then sum=$(sha256sum < "$1");
+trap "exit 1" TERM;
+size=$(stat -L -c %s -- "$1") || exit; blocks=$(((size + 1048575) / 1048576)); most=64;
+if test "$blocks" -le "$most"; then sum=$(sha256sum < "$1") || exit;
 else
 sum=$(n=0; while test "$n" -lt "$most"; do
-dd if="$1" bs=1048576 count=1 skip=$((n * (blocks - 1) / (most - 1))) status=none || exit; n=$((n + 1));
-done | sha256sum);
+dd if="$1" bs=1048576 count=1 skip=$((n * (blocks - 1) / (most - 1))) status=none || { kill "$$"; exit 1; };
+n=$((n + 1));
+done | sha256sum) || exit;
 fi;
 echo "$size $sum"
 """
 """Says of the file $1 how long it is and what is in it: of more than 64 MiB so much at as many places, from
-the first to the last; nothing where there is none."""
+the first to the last; nothing where there is none. What cannot be read is a failure: of a pipe a shell knows
+only how its last command has ended."""
 
 
 async def check_same(plan: Plan, host_a: Host, host_b: Host) -> None:

@@ -19,10 +19,15 @@ if test ! -f "$seed" && test ! -b "$seed"; then echo other; exit; fi;
 if test ! -r "$seed"; then echo unreadable; exit; fi;
 shift;
 for target; do if test "$seed" -ef "$target"; then echo same; exit; fi; done;
-if test -b "$seed"; then size=$(blockdev --getsize64 "$seed"); else size=$(stat -L -c %s -- "$seed"); fi;
+PATH=$PATH:/usr/sbin:/sbin;
+if test -b "$seed"; then size=$(blockdev --getsize64 "$seed") || exit;
+else size=$(stat -L -c %s -- "$seed") || exit; fi;
 echo "$size $(head -c 512 -- "$seed" | base64 -w 0)"
 """
-"""Says in a word what is wrong with the seed $1, or its size and how it begins; the others are targets."""
+"""Says in a word what is wrong with the seed $1, or its size and how it begins; the others are targets.
+
+Who is not root may not have the directories of blockdev(8) on his PATH.
+"""
 
 _WRONG = {
     "absent": "is not there on B",

@@ -27,11 +27,18 @@ async def create_overlay(m: Migration) -> str:
     return listed(f"{disk.target} over {m.plan.export_of(disk)}" for disk in m.disks)
 
 
-_FLASH = """
-umask 077; set -C; : > "$1" || exit 3; truncate -s "$2" -- "$1" || exit;
-if test -n "$3"; then chown -- "$3" "$1" || exit; fi; if test -n "$4"; then chmod -- "$4" "$1"; fi
+_NOT_MADE = "nothing was made there"
+"""In what is said where nothing was."""
+
+_FLASH = f"""
+umask 077; set -C; why=$({{ true > "$1"; }} 2>&1) || {{ echo "$why ({_NOT_MADE})" >&2; exit 1; }};
+truncate -s "$2" -- "$1" || exit;
+if test -n "$3"; then chown -h -- "$3" "$1" || exit; fi; if test -n "$4"; then chmod -- "$4" "$1"; fi
 """
-"""Makes the file $1 of $2 bytes, for the user $3 with the mode $4; 3 where it is there."""
+"""Makes the file $1 of $2 bytes, for the user $3 with the mode $4; says so where it is there, or cannot be.
+
+Each shell has its own words for that, and ends at once where it is ``:`` that cannot be redirected.
+"""
 
 
 async def create_flash(m: Migration, target: str, size: int) -> None:
@@ -42,7 +49,7 @@ async def create_flash(m: Migration, target: str, size: int) -> None:
     try:
         await m.host_b.run(*words, limit=m.plan.limits.command)
     except MigrationError as error:
-        if "cannot create" in str(error):
+        if _NOT_MADE in str(error):
             # It is somebody else's, or none.
             m.record(made=before)
         raise MigrationError(f"flash.target: {target} cannot be made on B: {error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from nbdserve.common import clock
 from nbdserve.common.errors import UsageError
-from recipes.checks.other_media import check_same, flash_sizes
+from recipes.checks.other_media import check_same, flash_sizes, look
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.flash import PlannedFlash
@@ -82,6 +84,19 @@ def test_the_same_file_is_found_and_another_one_refused(sides: tuple[Path, Path]
             file.seek(at)
             file.write(b"x")
         assert "/x.iso is not on B as it is on A (" in refused(sides)
+
+
+@pytest.mark.parametrize("size", [5, 65 * MIB])
+def test_what_cannot_be_read_is_not_taken_for_the_same_on_both_hosts(size: int) -> None:
+    # Who runs commands there can enter the directory.
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        file = Path(directory, "x.iso")
+        file.write_bytes(bytes(size))
+        file.chmod(0)
+        somebody = ("setpriv", "--reuid=65534", "--clear-groups") if os.geteuid() == 0 else ()
+        with pytest.raises(MigrationError, match="Permission denied"):
+            clock.run(look(Host("A", somebody), str(file), 20.0))
 
 
 def test_a_flash_chip_is_known_by_the_name_that_qemu_has_for_its_file() -> None:
