@@ -41,6 +41,38 @@ def open_image(path: Path, *, read_only: bool, follow_links: bool) -> int:
     return descriptor
 
 
+def may_keep_old_pages(path: Path) -> bool:
+    """Tell whether what the page cache has of an image may be older than what is there, and can be avoided.
+
+    Of a block device, and of a file on FUSE, Linux (6.18) may keep a page that was read while a QEMU with
+    ``cache=none,aio=native`` wrote it, with what was there before: who reads through the page cache is told
+    that long after the write has ended. In files of ext4, XFS and Btrfs the page is dropped when it ends.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISBLK(status.st_mode):
+            return True
+        if not _is_on_fuse(status.st_dev):
+            return False
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError:
+        # Who opens it says why; where there is no direct access no guest has it either.
+        return False
+    return True
+
+
+def _is_on_fuse(device: int) -> bool:
+    """Whether a file system is in user space: FUSE, whatever is behind it."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            # proc(5): ID PARENT MAJOR:MINOR ROOT PLACE OPTIONS [FIELDS] - TYPE SOURCE OPTIONS
+            before, _, behind = line.partition(" - ")
+            if before.split(" ")[2] == number:
+                return behind.startswith("fuse")
+    return False
+
+
 def _is_read_only_device(descriptor: int) -> bool:
     """Whether this is a block device that takes no writes: the disk, or only this partition of it."""
     if not stat.S_ISBLK(os.fstat(descriptor).st_mode):

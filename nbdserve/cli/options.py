@@ -178,8 +178,8 @@ def _add_export_options(parser: Parser) -> None:
     group.add_argument(
         "--cache",
         choices=[mode.value for mode in Caching],
-        help="how images are read and written, as in QEMU (default: writeback; none for a block device "
-        "that is served read-only, as others may write to it past the page cache)",
+        help="how images are read and written, as in QEMU (default: writeback; none for a block device, or "
+        "a file on FUSE, that is served read-only, as others may write to it past the page cache)",
     )
     group.add_argument(
         "-n", "--nocache", dest="cache", action="store_const", const=Caching.NONE.value, help="--cache=none"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nbdserve.backends.filters import Caching, DetectZeroes
 from nbdserve.backends.offset import WHOLE, Slice
+from nbdserve.backends.opening import may_keep_old_pages
 from nbdserve.common.uri import NbdUri, parse_uri
 
 
@@ -43,7 +44,7 @@ class ImageOptions:
     """Whether QEMUs are kept from opening them for writing."""
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     caching: Caching | None = None
-    """None: the page cache is used, but not for a block device that is served read-only: ``caching_of``."""
+    """None: the page cache is used, unless that may be out of date: see ``caching_of``."""
     block_hashes: bool = False
     """Whether clients are told hashes of their blocks."""
     aio: str | None = None
@@ -54,14 +55,11 @@ class ImageOptions:
     def caching_of(self, path: Path, *, read_only: bool) -> Caching:
         """Return how an image is opened.
 
-        What is served read-only may be written to by others, as by a QEMU with ``cache=none,aio=native``.
-        Of a block device Linux (6.18) may then keep a page that was read while it was written, with what was
-        there before: who reads through the page cache is told that long after the write has ended. In files
-        of ext4, XFS and Btrfs the page is dropped when the write ends.
+        What is served read-only may be written to by others, past a page cache that is not told of that.
         """
         if self.caching is not None:
             return self.caching
-        return Caching.NONE if read_only and path.is_block_device() else Caching.WRITEBACK
+        return Caching.NONE if read_only and may_keep_old_pages(path) else Caching.WRITEBACK
 
 
 def source(text: str) -> Path | NbdUri:

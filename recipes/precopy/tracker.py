@@ -5,9 +5,9 @@ Why no block that is out of date can be served on B. Of each block that nbd-over
 1. It was asked for after the first bitmaps had begun to record. What was read before, as by B's QEMU when it
    started, is forgotten as soon as they do (:meth:`Tracker.begin`).
 2. A write of A's guest is marked when it completes. A read of A's server sees each write that had completed
-   before it (also one past the page cache: a file's pages are dropped as that completes, and a block device,
-   whose are not, is read past the page cache, too: ImageOptions.caching_of in nbdserve); so what a block
-   lacks is marked after it was asked for, in the bitmap that records at that time.
+   before it (also one past the page cache: a file's pages are dropped as that completes, and where they are
+   not it is read past the page cache, too: nbdserve/backends/opening.py); so what a block lacks is marked
+   after it was asked for, in the bitmap that records at that time.
 3. There is no time between two bitmaps: the next begins in the transaction that ends the one before.
 4. Each bitmap that has ended is read and its blocks are forgotten, in every overlay, or stays in the list of
    those for which that is to be done. nbd-overlay stores nothing that it had asked for before it was told to
