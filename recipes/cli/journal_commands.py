@@ -18,7 +18,7 @@ from recipes.commands import overview, report
 from recipes.commands.abort import abort
 from recipes.commands.resume import resume
 from recipes.errors import MigrationError
-from recipes.hosts.interruption import interruptible
+from recipes.hosts.interruption import interruptible, like_ctrl_c
 from recipes.migrate import journal
 from recipes.migrate.console import Board, choose_report
 from recipes.migrate.decide import PREPARING
@@ -164,7 +164,8 @@ def change_speed(given: argparse.Namespace) -> int:
         asked = speed.Asked.new(finish_by=speed.moment(given.finish_by, "--finish-by", time.time()))
     if journal.last(given.name).complete:
         raise MigrationError(f"{given.name}: every block is on B already, so nothing was changed")
-    speed.ask(journal.directory_of(given.name), asked, Running(given.name))
+    with like_ctrl_c():
+        speed.ask(journal.directory_of(given.name), asked, Running(given.name))
     _tell(f"{given.name}: the stream's speed: {speed.described(asked.speed, asked.finish_by)}")
     return program.EXIT_DONE
 
@@ -176,7 +177,8 @@ def cut_over(given: argparse.Namespace) -> int:
         raise MigrationError(f"{given.name}: its policy is postcopy: the guest goes first in any case")
     if state.phase not in PREPARING:
         raise MigrationError(f"{given.name}: it is too late, or not needed: it is at: {running.doing()}")
-    cutover_wish.ask(journal.directory_of(given.name), running)
+    with like_ctrl_c():
+        cutover_wish.ask(journal.directory_of(given.name), running)
     _tell(f"{given.name}: the guest goes now")
     return program.EXIT_DONE
 

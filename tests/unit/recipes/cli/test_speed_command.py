@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from recipes.cli.main import main
 from recipes.migrate.journal import Journal
 from recipes.migrate.state import Disk, Phase, State
 from recipes.plans.plan import Destination, Export, Plan, Source
+from tests.support.processes import Argument, Process
+from tests.support.vms import NBD_MIGRATE
 
 
 @pytest.fixture
@@ -74,3 +77,25 @@ def test_a_run_does_not_take_both(tmp_path: Path, capsys: pytest.CaptureFixture[
     plan.write_text("[source]\n")
     assert main(["run", "--speed", "1M", "--finish-by", "06:00", str(plan)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("what", ["speed", "cutover"])
+def test_who_is_interrupted_while_he_waits_asks_no_more(
+    state: State, tmp_path: Path, what: str, number: signal.Signals
+) -> None:
+    """As by the end of his terminal: a guest would go at a time at which nobody expects it."""
+    hybrid = dataclasses.replace(state.plan.destination, policy="hybrid")
+    plan = dataclasses.replace(state.plan, destination=hybrid)
+    journal = Journal.take_over("vm")
+    journal.append(dataclasses.replace(state, plan=plan, phase=Phase.LAUNCH))
+    words: list[Argument] = [NBD_MIGRATE, what, "vm", *(["1M"] if what == "speed" else [])]
+    asked = journal.directory / f"{what}.asked"
+    try:
+        with Process(words, tmp_path / "log") as process:
+            process.wait_for(asked.exists, "it is asked")
+            process.signal(number)
+            assert process.wait() == 130
+    finally:
+        journal.close()
+    assert not asked.exists()
