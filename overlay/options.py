@@ -21,6 +21,10 @@ class Options:
     """Of the export."""
     layout: Layout | None = None
     """None: as the file looks."""
+    map_file: Path | None = None
+    """Of an image on a block device, if it is not where the trailer says."""
+    size: int | None = None
+    """Of a complete disk on a block device that is larger; None: the device's."""
     monitor: str | None = None
     socket_owner: Ownership = PRIVATE
     monitor_owner: Ownership = PRIVATE

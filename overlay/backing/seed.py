@@ -71,7 +71,7 @@ class Seed:
             raise ImageError(f"{self.path}: a seed is a raw file or a block device")
         for other in others:
             try:
-                if os.path.samestat(found, os.stat(other)):
+                if _is_same(found, os.stat(other)):
                     raise ImageError(f"{self.path}: the seed is the image itself, {other}; leave out --seed")
             except FileNotFoundError:
                 continue
@@ -81,3 +81,10 @@ class Seed:
             return  # what cannot be read is copied
         if kind := looks_like(first):
             raise ImageError(f"{self.path}: looks like a {kind} image; a seed must be raw (qemu-img convert)")
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether two are one file, or nodes of one device."""
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return os.path.samestat(one, other)

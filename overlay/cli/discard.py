@@ -12,8 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbdserve.common.errors import ImageError
+from overlay.formats.device.block_device import open_device
+from overlay.formats.device.data import DeviceData
 from overlay.formats.flat.create import map_path
-from overlay.formats.flat.header import read_header, read_trailer, trailer_at
+from overlay.formats.flat.header import (
+    BACKINGS_AT,
+    SECTOR,
+    Device,
+    Header,
+    read_device_trailer,
+    read_header,
+    read_trailer,
+    trailer_at,
+)
+from overlay.formats.flat.open import Parts, place_of_map, remove_map
+from overlay.formats.image import Image
 from overlay.formats.open import open_image, real_path
 from overlay.formats.storage import Storage, open_file, sync_directory
 
@@ -32,12 +45,58 @@ def discard(path: Path, *, copies: bool = False) -> bool:
         for storage in opened:
             stack.callback(storage.close)
         if opened and not (_is_unfinished(path, opened) or _is_empty(path, copies)):
-            what = "overlay without a guest's writes" if copies else "empty overlay"
-            raise ImageError(f"{path}: it is no {what}: look at it (nbd-overlay info), nothing was removed")
+            raise _no_overlay(path, copies)
         for each in files:
             each.unlink()
         sync_directory(path.absolute().parent)
     return bool(files)
+
+
+def discard_on_device(path: Path, map_file: Path | None = None, *, copies: bool = False) -> bool:
+    """Put back what the trailer on a block device lies over, and remove the map; False where there is none.
+
+    Raises ImageError as ``discard``, and where the map is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        # Nobody uses them, or begins to, until it is gone.
+        device = open_device(path, writable=True)
+        stack.callback(device.close)
+        trailer = read_device_trailer(device, str(path))
+        beside = place_of_map(path, device, map_file)
+        if not os.path.lexists(beside):
+            if trailer is None:
+                return False
+            raise ImageError(
+                f"{path}: there is an overlay on it, whose map {beside} is missing: say where it is with "
+                "--map; if it is lost, nbd-overlay create --force makes a new one"
+            )
+        file = open_file(beside, writable=True)
+        stack.callback(file.close)
+        if not _is_headless(file):
+            _require_empty(path, beside, device, file, copies)
+            # From now on this is what a killed create leaves, whatever ends it.
+            file.write(0, bytes(SECTOR))
+            file.sync()
+        if trailer is not None:
+            kept_at = Header(trailer.size, trailer.uuid, trailer.uuid, device=Device(0, "")).kept_at
+            data = DeviceData(device, file, kept_at, trailer.size, is_whole=False)
+            data.truncate(trailer.size)
+            data.sync()
+        remove_map(beside, file)
+    return True
+
+
+def _is_headless(file: Storage) -> bool:
+    """Whether this is a map whose header ``create`` has not written yet."""
+    return not any(file.read(0, BACKINGS_AT))
+
+
+def _require_empty(path: Path, beside: Path, device: Storage, file: Storage, copies: bool) -> None:
+    parts = Parts.of_device(device, file, str(path), str(beside))
+    parts.check()
+    with open_image(path, force_share=True, layout="flat", map_file=beside) as image:
+        if parts.trailer is None or not _holds_nothing(image, copies):
+            raise _no_overlay(path, copies)
 
 
 def _is_unfinished(path: Path, files: Sequence[Storage]) -> bool:
@@ -58,5 +117,14 @@ def _is_empty(path: Path, copies: bool) -> bool:
     if not path.exists():
         return False
     with open_image(path, force_share=True) as image:
-        held = image.written_bytes if copies and image.records_writer else image.local_bytes
-        return bool(image.backings) and held == 0
+        return _holds_nothing(image, copies)
+
+
+def _holds_nothing(image: Image, copies: bool) -> bool:
+    held = image.written_bytes if copies and image.records_writer else image.local_bytes
+    return bool(image.backings) and held == 0
+
+
+def _no_overlay(path: Path, copies: bool) -> ImageError:
+    what = "overlay without a guest's writes" if copies else "empty overlay"
+    return ImageError(f"{path}: it is no {what}: look at it (nbd-overlay info), nothing was removed")

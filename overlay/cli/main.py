@@ -20,7 +20,10 @@ from nbdserve.common.sizes import format_size, parse_size
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, parse_uri
 from overlay.cli import control_command, map_command, serve_command, verify_command
-from overlay.cli.discard import discard
+from overlay.cli.discard import discard, discard_on_device
+from overlay.cli.map_option import add_map_option
+from overlay.formats.device.block_device import device_size
+from overlay.formats.device.map_place import check_map, default_map, is_among_devices
 from overlay.formats.flat import create as flat
 from overlay.formats.flat.check import check_flat
 from overlay.formats.image import Backing
@@ -102,6 +105,7 @@ def _parser() -> Parser:
     away.add_argument(
         "--copies", action="store_true", help="flat: also one that holds copies, but no guest's write"
     )
+    add_map_option(away)
     info = add("info", _info, "show what an image says of itself", "Show what an image says of itself.")
     checker = add("check", _check, "look for corruptions and leaks", _CHECK_HELP)
     checker.add_argument("--repair", action="store_true", help="repair what can be repaired")
@@ -109,6 +113,7 @@ def _parser() -> Parser:
     map_command.configure(mapper)
     for reader in (info, checker, mapper):
         reader.add_argument("--layout", choices=LAYOUTS, help=LAYOUT_HELP)
+        add_map_option(reader)
         reader.add_argument("--json", action="store_true", help="answer with qemu-img's JSON")
         reader.add_argument(
             "-U",
@@ -136,6 +141,13 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
         default="flat",
         help="flat: a raw file with a map beside it, IMAGE.map; qed: QEMU's format (default: flat)",
     )
+    parser.add_argument(
+        "--map",
+        type=Path,
+        metavar="FILE",
+        help="IMAGE is a block device: where its map is kept (default: in /var/lib/nbd-overlay, or, for "
+        "others than root, in ~/.local/state/nbd-overlay)",
+    )
     parser.add_argument("--cluster-size", metavar="SIZE", help="qed: 4K to 2M (default: 64K)")
     parser.add_argument("--force", action="store_true", help="overwrite an existing IMAGE")
     parser.add_argument("--mode", metavar="MODE", help="mode of IMAGE, octal (default: 0644 less the umask)")
@@ -145,13 +157,12 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _create(arguments: argparse.Namespace) -> int:
-    if not arguments.force and os.path.lexists(arguments.image):
-        raise ImageError(
-            f"{arguments.image}: the file exists; choose another name, or --force to overwrite it"
-        )
+    _check_place(arguments)
     uris = [_lasting(parse_uri(backing)) for backing in arguments.backing]
     size = parse_size(arguments.size, "--size") if arguments.size is not None else _size_of(uris)
     make = _create_qed if arguments.layout == "qed" else _create_flat
+    if arguments.image.is_block_device():
+        make = _create_on_device
     with _to_the_end():
         size = make(arguments, size, tuple(Backing(str(uri), raw=True) for uri in uris))
     backing = ", ".join(map(str, uris))
@@ -159,6 +170,25 @@ def _create(arguments: argparse.Namespace) -> int:
     if arguments.layout == "qed" and uris[0].tls:
         print("QEMU's file names have no TLS: to QEMU, give the backing with -blockdev")
     return EXIT_DONE
+
+
+def _check_place(arguments: argparse.Namespace) -> None:
+    """Raise ImageError or UsageError unless an image may be made there."""
+    image: Path = arguments.image
+    if image.is_block_device():
+        if arguments.layout == "qed":
+            raise UsageError(f"{image}: a block device cannot hold a QED image, which grows; name a file")
+        if arguments.owner or arguments.mode:
+            raise UsageError(
+                f"{image}: it is a block device, and udev says whose these are: leave out --owner and --mode"
+            )
+        return
+    if arguments.map is not None:
+        raise UsageError(f"--map: the map of a file lies beside it, {image}.map: leave it out")
+    if is_among_devices(os.path.realpath(image)):
+        raise ImageError(f"{image}: there is no such block device; check the path")
+    if not arguments.force and os.path.lexists(image):
+        raise ImageError(f"{image}: the file exists; choose another name, or --force to overwrite it")
 
 
 def _whose(arguments: argparse.Namespace) -> Ownership:
@@ -176,6 +206,12 @@ def _to_the_end() -> Iterator[None]:
 
 
 def _discard(arguments: argparse.Namespace) -> int:
+    if arguments.image.is_block_device():
+        if discard_on_device(arguments.image, arguments.map, copies=arguments.copies):
+            print(f"{arguments.image}: the overlay on it is removed; what the device held at its end is back")
+        return EXIT_DONE
+    if arguments.map is not None:
+        raise UsageError(f"--map: {arguments.image} is no block device: leave it out")
     if discard(arguments.image, copies=arguments.copies):
         held = "held nothing but copies" if arguments.copies else "was empty"
         print(f"{arguments.image} {held}, and is removed")
@@ -187,6 +223,15 @@ def _create_flat(arguments: argparse.Namespace, size: int, backings: tuple[Backi
         raise UsageError("--cluster-size is for --layout qed: a flat image has grains of 4K")
     header = flat.new_header(size, backings)
     flat.create(real_path(arguments.image), header, replace=arguments.force, whose=_whose(arguments))
+    return header.size
+
+
+def _create_on_device(arguments: argparse.Namespace, size: int, backings: tuple[Backing, ...]) -> int:
+    if arguments.cluster_size is not None:
+        raise UsageError("--cluster-size is for --layout qed: a flat image has grains of 4K")
+    beside = check_map(arguments.map or default_map(arguments.image))
+    header = flat.new_header(size, backings)
+    flat.create_on_device(arguments.image, header, beside, replace_old=arguments.force)
     return header.size
 
 
@@ -226,10 +271,12 @@ def _size_of(uris: list[NbdUri]) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     path = real_path(arguments.image)
-    if (arguments.layout or layout_of(path)) == "flat":
+    if (arguments.layout or layout_of(path, arguments.map)) == "flat":
         show_flat = flat_report.info_json if arguments.json else flat_report.info_text
-        with open_image(path, force_share=arguments.force_share, layout="flat") as image:
-            print(show_flat(str(arguments.image), image, path.stat().st_blocks * 512))
+        sharing, beside = arguments.force_share, arguments.map
+        with open_image(path, force_share=sharing, layout="flat", map_file=beside) as image:
+            occupied, of_device = path.stat().st_blocks * 512, device_size(path)
+            print(show_flat(str(arguments.image), image, occupied, of_device))
         return EXIT_DONE
     storage = open_file(path, force_share=arguments.force_share)
     try:
@@ -250,8 +297,8 @@ def _check(arguments: argparse.Namespace) -> int:
     if repair and arguments.force_share:
         raise UsageError("an image in use cannot be repaired: --force-share and --repair exclude each other")
     path, name = real_path(arguments.image), str(arguments.image)
-    if (arguments.layout or layout_of(path)) == "flat":
-        found = check_flat(path, repair=repair, force_share=arguments.force_share)
+    if (arguments.layout or layout_of(path, arguments.map)) == "flat":
+        found = check_flat(path, repair=repair, force_share=arguments.force_share, map_file=arguments.map)
         print((flat_report.check_json if arguments.json else flat_report.check_text)(name, found))
         return EXIT_FAILED if found.corruptions else EXIT_DONE
     storage = open_file(path, writable=repair, force_share=arguments.force_share)

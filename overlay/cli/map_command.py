@@ -36,13 +36,19 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError("--png and --json exclude each other")
     title = printable(str(arguments.image))
     if arguments.png is not None:
-        _require_harmless(arguments.png, arguments.image)
-    with open_image(arguments.image, force_share=arguments.force_share, layout=arguments.layout) as image:
+        _require_harmless(arguments.png, arguments.image, arguments.map)
+    with open_image(
+        arguments.image,
+        force_share=arguments.force_share,
+        layout=arguments.layout,
+        map_file=arguments.map,
+    ) as image:
         if arguments.json:
             sys.stdout.writelines(map_json(image))
         elif arguments.png is not None:
             from overlay.inspect.drawing import save_png
 
+            _require_harmless(arguments.png, Path(image.map_path))
             save_png(image, arguments.png, title)
         elif _wants_colours(arguments.color):
             from rich.console import Console
@@ -56,9 +62,9 @@ def main(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _require_harmless(png: Path, image: Path) -> None:
+def _require_harmless(png: Path, image: Path, beside: Path | None = None) -> None:
     """No picture may take the place of a disk."""
-    taken = {os.path.realpath(image), os.path.realpath(f"{image}.map")}
+    taken = {os.path.realpath(image), os.path.realpath(beside or f"{image}.map")}
     if os.path.realpath(png) in taken:
         raise UsageError(f"--png {png}: that is the image itself: name another file")
 

@@ -13,6 +13,8 @@ from nbdserve.common.program import Parser, RawHelpFormatter, patience, positive
 from nbdserve.common.sizes import parse_size
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, parse_uri
+from overlay.cli.map_option import add_map_option
+from overlay.formats.device.map_place import is_among_devices
 from overlay.formats.open import LAYOUT_HELP, LAYOUTS
 from overlay.options import Options
 
@@ -48,6 +50,8 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         choices=LAYOUTS,
         help=LAYOUT_HELP,
     )
+    add_map_option(parser)
+    add("--size", metavar="SIZE", help="the disk's, once it is complete on a block device that is larger")
     add("--qmp", metavar="unix:PATH", help="live control: stream, status, pause, ... over QEMU's protocol")
     add_options(add, "--qmp-", "the monitor's socket")
     add(
@@ -139,6 +143,8 @@ def read_options(given: argparse.Namespace) -> Options:
         metrics=None if given.metrics is None else host_and_port(given.metrics),
         structured_replies=not given.simple_replies,
         layout=given.layout,
+        map_file=given.map,
+        size=None if given.size is None else parse_size(given.size, "--size"),
         daemonize=given.daemonize,
         pid_file=given.pid_file,
         verbose=given.verbose,
@@ -161,7 +167,7 @@ def parse_backings(texts: list[str]) -> tuple[NbdUri, ...]:
 
 def _check_paths(options: Options) -> None:
     """What the options name must be there, and nothing named twice."""
-    if not options.image.is_file():
+    if not (options.image.is_file() or options.image.is_block_device()):
         what = "it is no file" if options.image.exists() else "there is no such file"
         raise ImageError(f"{options.image}: {what}; make an image with nbd-overlay create")
     new = {"--socket": options.socket, "--qmp": options.monitor, "--pid-file": options.pid_file}
@@ -170,6 +176,8 @@ def _check_paths(options: Options) -> None:
         if path is None:
             continue
         real = os.path.realpath(path)
+        if is_among_devices(real):
+            raise UsageError(f"{option} {path}: it is among the devices; name a path in a file system")
         if real in seen:
             raise UsageError(f"{option} {path}: it is the same file as {seen[real]}")
         seen[real] = option

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from nbdserve.common import logs, program
 from nbdserve.common.errors import ImageError, UsageError
@@ -22,7 +23,6 @@ from nbdserve.service.server import Server
 from overlay.backing.failover import Sources
 from overlay.backing.seed import Seed
 from overlay.daemon import Daemon
-from overlay.formats.flat.create import map_path
 from overlay.formats.image import Image
 from overlay.formats.open import open_image, real_path
 from overlay.options import Options
@@ -64,7 +64,13 @@ def serve(options: Options) -> int:
 
 def _put_together(options: Options) -> Daemon:
     """Open the image and prepare what it needs; nothing is connected to yet."""
-    image = open_image(options.image, writable=True, layout=options.layout)
+    image = open_image(
+        options.image,
+        writable=True,
+        layout=options.layout,
+        map_file=options.map_file,
+        size=options.size,
+    )
     try:
         sources = _sources(image, options)
         if options.verify and not image.records_writer:
@@ -75,7 +81,7 @@ def _put_together(options: Options) -> Daemon:
         seed = None
         if options.seed is not None:
             path = real_path(options.image)
-            seed = Seed(options.seed, path, map_path(path))
+            seed = Seed(options.seed, path, Path(image.map_path or path))
     except BaseException:
         image.close()
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, tell
 from nbdserve.common.sizes import format_size
+from overlay.cli.map_option import add_map_option
 from overlay.formats.open import LAYOUT_HELP, LAYOUTS
 
 _DESCRIPTION = """\
@@ -42,6 +43,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         "is compared with",
     )
     parser.add_argument("--layout", choices=LAYOUTS, help=LAYOUT_HELP)
+    add_map_option(parser)
     parser.add_argument("--json", action="store_true", help="what was found, as a JSON object")
 
 
@@ -53,7 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
     backings = parse_backings(arguments.backing)
     progress = _Progress()
     try:
-        verdict = verify(arguments.image, backings, progress.show, arguments.layout)
+        verdict = verify(arguments.image, backings, progress.show, arguments.layout, arguments.map)
     finally:
         progress.clear()
     if arguments.json:

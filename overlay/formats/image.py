@@ -75,6 +75,9 @@ class Image(ABC):
     _path: str
     """The file's name, for messages."""
 
+    map_path: str = ""
+    """The file that belongs to the image beside its data; empty where there is none."""
+
     _writable: bool
     """Whether it is open for changes."""
 

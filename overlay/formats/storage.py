@@ -27,6 +27,9 @@ class Storage(Protocol):
     nobody knows what the disk holds, so from then on every change and every sync fails.
     """
 
+    zero_step: int
+    """Most bytes that one ``zero`` is to be given while others wait: it may take as long as writing them."""
+
     def size(self) -> int:
         """Return the length of the file."""
 
@@ -63,6 +66,8 @@ class Storage(Protocol):
 
 class FileStorage:
     """A regular file, with QEMU's image locks held on it for as long as it is open."""
+
+    zero_step = 1 << 40
 
     def __init__(self, fd: int, path: Path, locks: ImageLocks | None = None) -> None:
         """Take over an open descriptor and its locks; most callers want :func:`open_file`."""
@@ -129,7 +134,7 @@ class FileStorage:
         """Punch a hole; write zeros where the file system has none."""
         self._refuse_after_failed_sync()
         try:
-            is_done = try_fallocate(self._fd, Mode.PUNCH_HOLE | Mode.KEEP_SIZE, offset, length)
+            is_done = self._unmap(offset, length)
         except OSError as error:
             raise self._named(error) from error
         for done in range(0, 0 if is_done else length, len(_ZEROS)):
@@ -175,6 +180,10 @@ class FileStorage:
         """Close the descriptor, which also gives the image locks back."""
         os.close(self._fd)
 
+    def _unmap(self, offset: int, length: int) -> bool:
+        """Make zeros without writing them; False, with nothing done, where that cannot be."""
+        return try_fallocate(self._fd, Mode.PUNCH_HOLE | Mode.KEEP_SIZE, offset, length)
+
     def _named(self, error: OSError) -> OSError:
         """The same error with the file's name."""
         return OSError(error.errno, error.strerror, str(self.path))
@@ -191,8 +200,11 @@ def open_file(path: Path, *, writable: bool = False, force_share: bool = False) 
     ``force_share`` reads an image that a QEMU may be writing to; what is read then need not be consistent.
     Raises ImageError if the file is missing, not a regular file or in use.
     """
-    fd = _open(path, os.O_RDWR if writable else os.O_RDONLY)
-    return _locked(fd, path, WRITER if writable else READER, Permission.NONE if force_share else EXCLUSIVE)
+    fd = open_descriptor(path, os.O_RDWR if writable else os.O_RDONLY)
+    _require_file(fd, path)
+    return FileStorage(
+        *locked(fd, path, WRITER if writable else READER, Permission.NONE if force_share else EXCLUSIVE)
+    )
 
 
 def create_file(path: Path, *, replace: bool = False, whose: Ownership | None = None) -> FileStorage:
@@ -202,9 +214,10 @@ def create_file(path: Path, *, replace: bool = False, whose: Ownership | None = 
     not to be replaced, is in use, or cannot be made, OperatorError if it cannot be given to its owner.
     """
     flags = os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL)
-    fd = _open(path, flags, 0o600 if whose else 0o644)
+    fd = open_descriptor(path, flags, 0o600 if whose else 0o644)
     try:
-        storage = _locked(fd, path, WRITER, EXCLUSIVE)
+        _require_file(fd, path)
+        storage = FileStorage(*locked(fd, path, WRITER, EXCLUSIVE))
         try:
             if whose:
                 whose.apply(fd, path)
@@ -228,28 +241,36 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _open(path: Path, flags: int, mode: int = 0o644) -> int:
+def open_descriptor(path: Path, flags: int, mode: int = 0o644) -> int:
+    """Open what is to be an image; ImageError says why it cannot be."""
     try:
-        # Non-blocking, so that a FIFO is refused below instead of waited for here.
+        # Non-blocking, so that a FIFO is refused later instead of waited for here.
         return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode)
     except OSError as error:
         advice = {
             errno.ENOENT: "no such file or directory; check the path",
             errno.EEXIST: "the file exists; choose another name, or --force to overwrite it",
             errno.EISDIR: "a directory, not an image",
+            errno.EBUSY: "the device is in use: mounted, or held by another device or program (see lsblk); "
+            "free it, or take another",
         }
         reason = advice.get(error.errno or 0, f"cannot be opened: {error.strerror}")
         raise ImageError(f"{path}: {reason}") from error
 
 
-def _locked(fd: int, path: Path, used: Permission, unshared: Permission) -> FileStorage:
-    """Take the locks, or close the descriptor and say why not."""
+def locked(fd: int, path: Path, used: Permission, unshared: Permission) -> tuple[int, Path, ImageLocks]:
+    """Take the locks, or close the descriptor and say why not: what a storage is made of."""
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ImageError(f"{path}: not a regular file; an overlay image needs one, as it grows")
         locks = ImageLocks(fd, str(path))
         locks.hold(used, unshared)
     except BaseException:
         os.close(fd)
         raise
-    return FileStorage(fd, path, locks)
+    return fd, path, locks
+
+
+def _require_file(fd: int, path: Path) -> None:
+    """Close a descriptor of anything else, and say so."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ImageError(f"{path}: not a regular file; an overlay image needs one, as it grows")

@@ -10,8 +10,11 @@ from overlay.formats.image import Image
 from overlay.inspect.report import printable
 
 
-def info_json(path: str, image: Image, actual_size: int) -> str:
-    """Return what ``qemu-img info --output=json`` says, with all the backings; a complete image is raw."""
+def info_json(path: str, image: Image, actual_size: int, device_size: int | None = None) -> str:
+    """Return what ``qemu-img info --output=json`` says, with all the backings; a complete image is raw.
+
+    ``actual_size`` is what the file occupies, ``device_size`` that of the device which it is on, in bytes.
+    """
     answer: dict[str, object] = {
         "filename": path,
         "format": "flat" if image.backings else "raw",
@@ -20,7 +23,10 @@ def info_json(path: str, image: Image, actual_size: int) -> str:
         "cluster-size": image.cluster_size,
         "local-size": image.local_bytes,
     }
+    if device_size is not None:
+        answer["device-size"] = device_size
     if image.backings:
+        answer["map-filename"] = image.map_path
         answer["written-size"] = image.written_bytes
         answer["backing-filename"] = image.backings[0].name
         answer["backing-filename-format"] = "raw"
@@ -28,19 +34,22 @@ def info_json(path: str, image: Image, actual_size: int) -> str:
     return json.dumps(answer, indent=4)
 
 
-def info_text(path: str, image: Image, actual_size: int) -> str:
+def info_text(path: str, image: Image, actual_size: int, device_size: int | None = None) -> str:
     """Return the same for people."""
     share = 100 * image.local_bytes // image.size
+    on_device = device_size is not None
+    occupied = device_size if device_size is not None else actual_size
     return "\n".join(
         [
             f"image: {path}",
             "layout: flat" if image.backings else "layout: raw, a complete disk",
             f"disk: {format_size(image.size)} ({image.size} bytes)",
-            f"occupied: {format_size(actual_size)}",
+            f"{'block device' if on_device else 'occupied'}: {format_size(occupied)}",
             f"local: {format_size(image.local_bytes)} ({share}%)",
             *([f"written by the guest: {format_size(image.written_bytes)}"] if image.backings else []),
             *(f"backing: {printable(backing.name)}" for backing in image.backings),
             *([] if image.backings else ["backing: none"]),
+            *([f"map: {printable(image.map_path)}"] if on_device and image.backings else []),
         ]
     )
 

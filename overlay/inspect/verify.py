@@ -49,13 +49,14 @@ def verify(
     backings: Sequence[NbdUri] = (),
     on_progress: OnProgress = lambda done, total: None,
     layout: Layout | None = None,
+    map_file: Path | None = None,
 ) -> Verdict:
     """Compare an image that nobody else writes to with its backing: at ``backings``, or where it says itself.
 
     Raises ImageError where the image does not say what was copied, ConnectError, and OSError when the
     backing, or the file, cannot be read.
     """
-    with open_image(path, layout=layout) as image:
+    with open_image(path, layout=layout, map_file=map_file) as image:
         _require_knowledge(image, path)
         with _connect(image, path, backings or [parse_uri(each.name) for each in image.backings]) as client:
             verdict = Verdict(str(path), str(client.uri), image.size)

@@ -11,10 +11,10 @@ NAME is the device's path as LVM writes paths: /dev/vg-a/lv is dev-vg--a-lv.
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from overlay.formats.device.map_place import name_of
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import on_one_line
 
@@ -30,12 +30,6 @@ async def place_of(host: Host, image: str, limit: float) -> PurePosixPath:
     script = on_one_line(_STATE)
     state = (await host.run("sh", "-c", script, "sh", image, limit=limit)).strip()
     return PurePosixPath(state, "nbd-migrate", name_of(image)) if state else PurePosixPath(image).parent
-
-
-def name_of(image: str) -> str:
-    """Return a path as the name of one file; no two paths have the same."""
-    parts = posixpath.normpath(image).strip("/").split("/")
-    return "-".join(part.replace("-", "--") for part in parts)
 
 
 class Places:

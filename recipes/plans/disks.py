@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nbdserve.common.errors import UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
+from overlay.formats.device.map_place import is_among_devices
 from recipes.qemu.images import FORMATS, RAW
 
 OF_DRIVE = ("export", "backing", "overlay", "access", "local", "socket")
@@ -113,12 +114,6 @@ def check_together(disks: Sequence[PlannedDisk]) -> None:
                 f"disk.drive: {disk.drive} is what a node beside {nodes[disk.drive].drive} is called; "
                 "choose another"
             )
-
-
-def is_among_devices(path: str) -> bool:
-    """Tell whether an absolute path is below /dev, but for /dev/shm, which is for files."""
-    parts = posixpath.normpath(path).strip("/").split("/")
-    return parts[0] == "dev" and parts[1:2] != ["shm"]
 
 
 def check_absolute(where: str, path: str) -> None:

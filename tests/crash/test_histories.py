@@ -18,7 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from overlay.formats.image import Image, State
-from tests.crash.worlds import CHUNK, CLUSTER, CLUSTERS, SIZE, FlatWorld, QedWorld, World, small_tables
+from tests.crash.worlds import (
+    CHUNK,
+    CLUSTER,
+    CLUSTERS,
+    SIZE,
+    DeviceWorld,
+    FlatWorld,
+    LargerDeviceWorld,
+    QedWorld,
+    World,
+    small_tables,
+)
 from tests.support.simulation import SECTOR, KilledError, SimulatedDisk
 
 HISTORIES = int(os.environ.get("CRASH_HISTORIES", "3000"))
@@ -283,7 +294,7 @@ def live(world: World, seed: int) -> Image:
     return history.image
 
 
-@pytest.mark.parametrize("world", [FlatWorld, QedWorld])
+@pytest.mark.parametrize("world", [FlatWorld, QedWorld, DeviceWorld, LargerDeviceWorld])
 @pytest.mark.timeout(3600)
 def test_whatever_dies_each_sector_holds_an_allowed_value(world: type[World]) -> None:
     @settings(max_examples=HISTORIES, deadline=None, suppress_health_check=list(HealthCheck), database=None)

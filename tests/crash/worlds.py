@@ -6,6 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -13,8 +14,8 @@ import pytest
 from overlay.formats.flat import changes, grains, header, log
 from overlay.formats.flat import image as flat_image
 from overlay.formats.flat.create import new_header as new_flat_header
-from overlay.formats.flat.create import write_map, write_trailer
-from overlay.formats.flat.open import assemble
+from overlay.formats.flat.create import write_map, write_on_device, write_trailer
+from overlay.formats.flat.open import Parts, assemble
 from overlay.formats.image import Backing, Image
 from overlay.formats.qed import tables
 from overlay.formats.qed.create import new_header as new_qed_header
@@ -82,11 +83,8 @@ class FlatWorld(World):
         self.boot = 0
 
     def open(self) -> Image:
-        data, *maps = self.disks
         return assemble(
-            data,
-            maps[0] if maps else None,
-            "disk",
+            self._parts(),
             writable=True,
             boot=UUID(int=self.boot),
             remove_map=self._remove_map,
@@ -99,9 +97,45 @@ class FlatWorld(World):
     def during_sync(self, call: Callable[[], object]) -> None:
         self.disks[0].during_sync = call
 
+    def _parts(self) -> Parts:
+        data, *maps = self.disks
+        return Parts.of_file(data, maps[0] if maps else None, "disk")
+
     def _remove_map(self) -> None:
         self.disks[1].before_change()
         del self.disks[1:]
+
+
+class DeviceWorld(FlatWorld):
+    """The same on a block device that is a little larger than the disk, or exactly as large."""
+
+    ROOM = 0
+    OLD = bytes(range(256)) * (-(-(SIZE + 4096) // 256))
+    """What was on the device before."""
+
+    def __init__(self) -> None:
+        old = self.OLD[: SIZE + self.ROOM]
+        self.disks = [SimulatedDisk.holding(old), SimulatedDisk()]
+        made = replace(new_flat_header(SIZE, (BACKING,)), device=header.Device(len(old), "/dev/x"))
+        write_on_device(self.disks[0], self.disks[1], made, "/state/x.map", old[-4096:])
+        self.boot = 0
+
+    def _parts(self) -> Parts:
+        device, *maps = self.disks
+        return Parts.of_device(device, maps[0] if maps else None, "/dev/x", "/state/x.map")
+
+    def open(self) -> Image:
+        parts = self._parts()
+        size = SIZE if parts.header is None else None
+        return assemble(
+            parts, writable=True, boot=UUID(int=self.boot), remove_map=self._remove_map, size=size
+        )
+
+
+class LargerDeviceWorld(DeviceWorld):
+    """A part of the trailer lies behind the disk."""
+
+    ROOM = 5 * SECTOR
 
 
 @contextmanager

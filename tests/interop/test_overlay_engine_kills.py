@@ -9,9 +9,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,8 @@ import pytest
 from overlay.formats.image import State
 from overlay.formats.open import open_image
 from tests.support.disks import KIB, MIB, random_disk
-from tests.support.overlays import LAYOUTS, NONE, Guest, Layout, make_overlay, overlay
+from tests.support.loops import loop_device
+from tests.support.overlays import LAYOUTS, NBD_OVERLAY, NONE, Guest, Layout, make_overlay, overlay
 from tests.support.processes import check, run, wait_until
 from tests.support.servers import nbdserve
 
@@ -111,45 +112,64 @@ def local_part(image: Path, layout: Layout) -> int:
         return sum(run.length for run in opened.runs(0, SIZE) if run.state is not State.ABSENT)
 
 
+@contextmanager
+def on_a_device(directory: Path, uri: str) -> Iterator[Path]:
+    """An overlay on a block device that is exactly as large as the disk, and not empty."""
+    random_disk(directory / "device", SIZE)
+    with loop_device(directory / "device") as device:
+        check(NBD_OVERLAY, "create", "--force", "--map", directory / "map", "--backing", uri, device)
+        yield device
+
+
 @pytest.mark.timeout(900 + 20 * KILLS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [*LAYOUTS, "device"])
 def test_kill_9_at_any_moment_loses_no_acknowledged_write_and_leaves_no_wrong_block(
-    layout: Layout, tmp_path: Path
+    kind: str, tmp_path: Path
 ) -> None:
+    layout: Layout = "qed" if kind == "qed" else "flat"
+    with nbdserve("--read-only", random_file(tmp_path), directory=tmp_path) as server, ExitStack() as stack:
+        if kind == "device":
+            image = stack.enter_context(on_a_device(tmp_path, server.uri()))
+        else:
+            image = make_overlay(tmp_path / "overlay", layout, SIZE, server.uri())
+        kill_again_and_again(image, layout, tmp_path)
+
+
+def random_file(directory: Path) -> Path:
+    """The disk at the source."""
+    random_disk(directory / "disk", SIZE)
+    return directory / "disk"
+
+
+def kill_again_and_again(image: Path, layout: Layout, tmp_path: Path) -> None:
     chance = random.Random(os.environ.get("OVERLAY_SEED", layout))
-    content = random_disk(tmp_path / "disk", SIZE)
-    model = Model(content)
-    acknowledged = 0
-    with nbdserve("--read-only", tmp_path / "disk", directory=tmp_path) as server:
-        image = make_overlay(tmp_path / "overlay", layout, SIZE, server.uri())
-        local = 0
-        for number in range(KILLS):
-            with ExitStack() as stack:
-                daemon = stack.enter_context(
-                    overlay(image, "--stream", f"--speed={2 * MIB}", directory=tmp_path)
-                )
-                guest = stack.enter_context(daemon.guest())
-                # The first look is at what the kill before has left.
-                model.log_writes(guest.read)
-                place = number % (SIZE // (4 * MIB)) * 4 * MIB
-                writer = Writer(guest, model, place, chance.randrange(1 << 30))
-                wait_until(partial(writer.has_done, chance.randrange(40)), "so many writes are acknowledged")
-                time.sleep(chance.random() * 0.1)
-                daemon.process.kill()
-                writer.thread.join(120)
-                assert not writer.thread.is_alive()
-                acknowledged += writer.acknowledged
-            if layout == "qed":
-                # Clusters that nothing refers to yet are leaked, which is all that may be wrong.
-                checked = run("qemu-img", "check", "-f", "qed", image)
-                assert checked.returncode in (0, 3), checked.stdout
-            now = local_part(image, layout)
-            assert now >= local or layout == "qed"
-            local = now
-        with overlay(image, "--stream", directory=tmp_path) as daemon, daemon.guest() as guest:
+    model = Model((tmp_path / "disk").read_bytes())
+    acknowledged = local = 0
+    for number in range(KILLS):
+        with ExitStack() as stack:
+            daemon = stack.enter_context(overlay(image, "--stream", f"--speed={2 * MIB}", directory=tmp_path))
+            guest = stack.enter_context(daemon.guest())
+            # The first look is at what the kill before has left.
             model.log_writes(guest.read)
-            daemon.wait_for_status(complete=True)
-            assert guest.read(0, SIZE) == model.acknowledged
+            place = number % (SIZE // (4 * MIB)) * 4 * MIB
+            writer = Writer(guest, model, place, chance.randrange(1 << 30))
+            wait_until(partial(writer.has_done, chance.randrange(40)), "so many writes are acknowledged")
+            time.sleep(chance.random() * 0.1)
+            daemon.process.kill()
+            writer.thread.join(120)
+            assert not writer.thread.is_alive()
+            acknowledged += writer.acknowledged
+        if layout == "qed":
+            # Clusters that nothing refers to yet are leaked, which is all that may be wrong.
+            checked = run("qemu-img", "check", "-f", "qed", image)
+            assert checked.returncode in (0, 3), checked.stdout
+        now = local_part(image, layout)
+        assert now >= local or layout == "qed"
+        local = now
+    with overlay(image, "--stream", directory=tmp_path) as daemon, daemon.guest() as guest:
+        model.log_writes(guest.read)
+        daemon.wait_for_status(complete=True)
+        assert guest.read(0, SIZE) == model.acknowledged
     assert acknowledged > 5 * KILLS
     (tmp_path / "expected").write_bytes(model.acknowledged)
     driver = "raw" if layout == "flat" else "qed"

@@ -35,6 +35,7 @@ class SimulatedDisk:
     failing: bool = False
     """Whether syncs fail; like with a real file nothing can be changed after one has."""
     _failed: bool = False
+    zero_step: int = 1 << 40
 
     @classmethod
     def holding(cls, content: bytes) -> SimulatedDisk:

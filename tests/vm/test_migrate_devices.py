@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.hosts.places import name_of
+from overlay.formats.device.map_place import name_of
 from tests.support.loops import loop_device
 from tests.support.vms import Role, Scene, running
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.hosts.places import name_of
+from overlay.formats.device.map_place import name_of
 from recipes.migrate import journal
 from recipes.migrate.state import Phase
 from tests.support.killed import command

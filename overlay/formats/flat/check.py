@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from overlay.formats.flat.create import map_path
 from overlay.formats.flat.grains import Grains
-from overlay.formats.flat.header import GRAIN, Flag, Header, Trailer, read_header, read_trailer, trailer_at
+from overlay.formats.flat.header import GRAIN, Flag, Header, Trailer, trailer_at
 from overlay.formats.flat.log import clear_log, current_boot, read_log
-from overlay.formats.flat.open import check_finished, check_pair, raw_size
-from overlay.formats.storage import Storage, open_file
+from overlay.formats.flat.open import open_parts, raw_size
+from overlay.formats.storage import Storage
 
 
 @dataclass(slots=True)
@@ -32,31 +31,25 @@ class FlatReport:
     problems: list[str] = field(default_factory=list)
 
 
-def check_flat(path: Path, *, repair: bool = False, force_share: bool = False) -> FlatReport:
+def check_flat(
+    path: Path, *, repair: bool = False, force_share: bool = False, map_file: Path | None = None
+) -> FlatReport:
     """Compare directory and bitmaps, and see that the files belong together.
 
     ``repair`` corrects the directory, and lets an image be used again after a failed sync: the log is dropped
     then, with what it says of writes that nobody knows the fate of. Raises ImageError for files that do not
     belong together or are damaged beyond that, OSError.
     """
-    data = open_file(path, writable=repair, force_share=force_share)
+    parts = open_parts(path, writable=repair, force_share=force_share, map_file=map_file)
     try:
-        beside = map_path(path)
-        trailer = read_trailer(data, str(path))
-        if not beside.exists():
-            return _all_present(raw_size(data, trailer, str(path)))
-        file = open_file(beside, writable=repair, force_share=force_share)
-        try:
-            header = read_header(file, str(beside))
-            if trailer is None:
-                check_finished(data, file, header, str(path))
-                return _all_present(header.size)
-            check_pair(trailer, header, str(path))
-            return _check_map(data, file, header, trailer, str(path), repair)
-        finally:
-            file.close()
+        parts.check()
+        if parts.header is None or parts.file is None:
+            return _all_present(raw_size(parts))
+        if parts.trailer is None:
+            return _all_present(parts.header.size)
+        return _check_map(parts.data, parts.file, parts.header, parts.trailer, parts.map_path, repair)
     finally:
-        data.close()
+        parts.close()
 
 
 def _all_present(size: int) -> FlatReport:
@@ -66,9 +59,9 @@ def _all_present(size: int) -> FlatReport:
 
 
 def _check_map(
-    data: Storage, file: Storage, header: Header, trailer: Trailer, path: str, repair: bool
+    data: Storage, file: Storage, header: Header, trailer: Trailer, map_path: str, repair: bool
 ) -> FlatReport:
-    grains = Grains(file, header, f"{path}.map")
+    grains = Grains(file, header, map_path)
     report = FlatReport(header.grains, is_clean=bool(header.flags & Flag.CLEAN))
     wrong = grains.recount()
     report.present, report.written = grains.present, grains.written
@@ -89,7 +82,7 @@ def _check_map(
     if failed:
         clear_log(file)
         file.write(0, replace(header, flags=Flag.CLEAN | Flag.UNCERTAIN).pack())
-        data.write(trailer_at(header.size), Trailer(header.size, header.uuid).pack())
+        data.write(trailer_at(header.size), replace(trailer, flags=trailer.flags & ~Flag.FAILED).pack())
         data.sync()
     file.sync()
     return report

@@ -1,24 +1,35 @@
-"""Making an empty flat image: a data file that is a hole and a trailer, and its map."""
+"""Making an empty flat image: a data file that is a hole and a trailer, or a device with one; and its map."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 from nbdserve.common.errors import ImageError, UsageError
 from nbdserve.common.ownership import Ownership
+from overlay.formats.device.block_device import open_device
 from overlay.formats.flat.header import (
     BACKINGS_AT,
     MAX_BACKINGS,
+    MAX_DEVICE_PATH,
+    MAX_MAP_PATH,
     MAX_SIZE,
     SECTOR,
+    TRAILER_BYTES,
+    Device,
     Header,
-    Trailer,
+    read_device_trailer,
     trailer_at,
 )
 from overlay.formats.flat.log import clear_log, current_boot
 from overlay.formats.image import Backing
 from overlay.formats.storage import Storage, create_file, sync_directory
+
+_LOOK = 1 << 20
+"""Bytes at the beginning of a device in which file systems and partition tables show."""
 
 
 def map_path(path: Path) -> Path:
@@ -83,7 +94,7 @@ def create(path: Path, header: Header, *, replace: bool = False, whose: Ownershi
 def write_trailer(data: Storage, header: Header) -> None:
     """Put a trailer behind a hole, durably."""
     place = trailer_at(header.size)
-    trailer = Trailer(header.size, header.uuid).pack()
+    trailer = header.trailer("").pack()
     data.truncate(place + len(trailer))
     data.write(place, trailer)
     data.sync()
@@ -91,9 +102,94 @@ def write_trailer(data: Storage, header: Header) -> None:
 
 def write_map(file: Storage, header: Header) -> None:
     """Write an empty map to an empty file, durably; the header last, as until then it is none."""
+    write_map_body(file, header)
+    write_map_header(file, header)
+
+
+def write_map_body(file: Storage, header: Header, kept: bytes = b"") -> None:
+    """Write all of an empty map but its header, durably; ``kept`` is what a device's trailer replaces."""
     file.truncate(header.map_bytes)
     clear_log(file)  # so that its space is taken now
     file.write(BACKINGS_AT, header.pack_backings())
+    if kept:
+        file.write(header.kept_at, kept)
     file.sync()
+
+
+def write_map_header(file: Storage, header: Header) -> None:
+    """From now on it is a map, durably."""
     file.write(0, header.pack())
     file.sync()
+
+
+def create_on_device(path: Path, header: Header, beside: Path, *, replace_old: bool = False) -> None:
+    """Make an empty image on a block device, whose map is the new file ``beside``, an absolute path.
+
+    With ``replace_old`` also where something is on the device already, or in the file. Raises ImageError when
+    that is not to be overwritten, when the device is in use or too small, OSError; then no map is left
+    behind, and the device is as it was.
+    """
+    if len(os.fsencode(beside)) > MAX_MAP_PATH:
+        raise ImageError(
+            f"{beside}: the path of a device's map has at most {MAX_MAP_PATH} bytes; choose another"
+        )
+    if not replace_old and os.path.lexists(beside):
+        raise ImageError(f"{beside}: the map of another image exists; choose another name, or --force")
+    device = open_device(path, writable=True)
+    try:
+        there = device.size()
+        if there < max(header.size, TRAILER_BYTES):
+            raise ImageError(
+                f"{path}: it has {there} bytes, too few for a disk of {header.size}; take a larger one"
+            )
+        kept = kept_page(device, str(path))
+        if not replace_old and (kept is None or any(device.read(0, _LOOK)) or any(kept)):
+            what = "something" if kept is not None else "an overlay that is not complete"
+            raise ImageError(f"{path}: there is {what} on it; --force overwrites it")
+        name = os.fsencode(os.path.abspath(path))[:MAX_DEVICE_PATH]
+        header = dataclasses.replace(header, device=Device(there, os.fsdecode(name)))
+        beside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write_on_device(device, header, beside, kept or bytes(TRAILER_BYTES), replace_old=replace_old)
+    finally:
+        device.close()
+    sync_directory(beside.parent)
+
+
+def kept_page(device: Storage, path: str) -> bytes | None:
+    """Return the last bytes of a device, in whose place a trailer comes; None where there is one already."""
+    try:
+        if read_device_trailer(device, path) is not None:
+            return None
+    except ImageError:
+        pass  # it is overwritten, or refused as something
+    return device.read(device.size() - TRAILER_BYTES, TRAILER_BYTES)
+
+
+def write_on_device(device: Storage, file: Storage, header: Header, beside: str, kept: bytes) -> None:
+    """Write an empty map and the trailer, durably: the page that this replaces is safe before."""
+    assert header.device is not None
+    write_map_body(file, header, kept)
+    try:
+        device.write(header.device.size - TRAILER_BYTES, header.trailer(beside).pack())
+        device.sync()
+        write_map_header(file, header)
+    except BaseException:
+        with suppress(OSError):
+            device.write(header.device.size - TRAILER_BYTES, kept)
+            device.sync()
+        raise
+
+
+def _write_on_device(
+    device: Storage, header: Header, beside: Path, kept: bytes, *, replace_old: bool
+) -> None:
+    file = create_file(beside, replace=replace_old)
+    try:
+        try:
+            write_on_device(device, file, header, str(beside), kept)
+        finally:
+            file.close()
+    except BaseException:
+        if not replace_old:
+            beside.unlink()
+        raise

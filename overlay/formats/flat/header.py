@@ -6,11 +6,16 @@ rounded up to 4096:
 byte  size
    0     8  magic, "NBDFDAT\\0"
    8     4  version, 1
-  12     4  flags: FAILED if a sync of the map has failed
+  12     4  flags: FAILED if a sync of the map has failed, ON_DEVICE
   16     8  size of the disk, in bytes
   24    16  UUID, also in the map
   40     4  CRC-32 of the bytes before
   44        zeros, to 4096
+
+On a block device it lies over the device's last 4096 bytes, which the map keeps meanwhile, and has also
+
+  44     4  CRC-32 of the next 464 bytes
+  48   464  the map's absolute path, NULs behind it
 
 The map, in IMAGE.map, begins with a header, of which each change is one write within one sector:
 
@@ -28,16 +33,24 @@ byte  size
   84     4  CRC-32 of the backings
   88     4  CRC-32 of the bytes before
 
-and goes on with
+With the feature ON_DEVICE also
+
+  92     4  CRC-32 of the bytes 96 to 511
+  96     8  size of the device, in bytes
+ 104   408  the device's path, NULs behind it: for people
+
+The map goes on with
 
 4096        the backings' URIs in UTF-8, a NUL behind each
 32768       the log: two halves of 1 MiB, see log.py
 2129920     the directory: 4 bytes for each 128 MiB of disk, see grains.py
             from the next multiple of 4096 on, the bitmaps: 8192 bytes for each 128 MiB of disk
+            behind them, with ON_DEVICE, the 4096 bytes in whose place the trailer lies
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from enum import IntFlag
@@ -70,6 +83,19 @@ PAIR_BYTES = 2 * CHUNK_GRAINS // 8
 _TRAILER = struct.Struct("<8sIIQ16s")
 _HEADER = struct.Struct("<8sIIQII16s16sQQII")
 _CRC = struct.Struct("<I")
+_DEVICE = struct.Struct("<Q408s")
+_DEVICE_AT = 96
+_MAP_AT = 48
+MAX_MAP_PATH = SECTOR - _MAP_AT - 1
+"""Bytes of the map's path in a trailer on a device: all of that lies in one sector."""
+MAX_DEVICE_PATH = 407
+
+
+class Feature(IntFlag):
+    """Bits of ``features``, each of which a program must know."""
+
+    ON_DEVICE = 1
+    """The data is on a block device, which cannot grow: the map keeps what the trailer lies over."""
 
 
 class Flag(IntFlag):
@@ -82,6 +108,12 @@ class Flag(IntFlag):
     UNCERTAIN = 4
     """The power failed at some time: the guest may have written more than the map says that it wrote."""
 
+    ON_DEVICE = 8
+    """Only of a trailer: it lies over the last bytes of a block device, and names its map."""
+
+
+_OF_MAP = Flag.CLEAN | Flag.FAILED | Flag.UNCERTAIN
+
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
@@ -90,11 +122,24 @@ class Trailer:
     size: int
     uuid: UUID
     flags: int = 0
+    map: str = ""
+    """On a device: the map's absolute path."""
 
     def pack(self) -> bytes:
         """Return the trailer as it lies in the file."""
-        fixed = _TRAILER.pack(TRAILER_MAGIC, VERSION, self.flags, self.size, self.uuid.bytes)
-        return _sealed(fixed).ljust(TRAILER_BYTES, b"\0")
+        fixed = _sealed(_TRAILER.pack(TRAILER_MAGIC, VERSION, self.flags, self.size, self.uuid.bytes))
+        if self.flags & Flag.ON_DEVICE:
+            name = os.fsencode(self.map).ljust(MAX_MAP_PATH + 1, b"\0")
+            fixed += _CRC.pack(crc32(name)) + name
+        return fixed.ljust(TRAILER_BYTES, b"\0")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The block device of a map: its size in bytes, and the path by which it was named."""
+
+    size: int
+    path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +152,8 @@ class Header:
     generations: tuple[int, int] = (1, 2)
     flags: Flag = Flag.CLEAN
     backings: tuple[Backing, ...] = ()
+    device: Device | None = None
+    """What the data is on, if it is no file."""
 
     @property
     def grains(self) -> int:
@@ -124,9 +171,24 @@ class Header:
         return -(-(DIRECTORY_AT + self.chunks * ENTRY_BYTES) // 4096) * 4096
 
     @property
+    def kept_at(self) -> int:
+        """Tell where the map keeps the bytes that the trailer on a device lies over."""
+        return -(-self._tables_end // 4096) * 4096
+
+    @property
     def map_bytes(self) -> int:
         """Return the length of the map."""
+        return self.kept_at + TRAILER_BYTES if self.device else self._tables_end
+
+    @property
+    def _tables_end(self) -> int:
         return self.bitmaps_at + self.chunks * PAIR_BYTES
+
+    def trailer(self, map_path: str) -> Trailer:
+        """Return the trailer that belongs to this map."""
+        if self.device is None:
+            return Trailer(self.size, self.uuid)
+        return Trailer(self.size, self.uuid, Flag.ON_DEVICE, map_path)
 
     def pack(self) -> bytes:
         """Return the header as it lies in the file."""
@@ -134,7 +196,7 @@ class Header:
         fixed = _HEADER.pack(
             MAP_MAGIC,
             VERSION,
-            0,
+            Feature.ON_DEVICE if self.device else 0,
             self.size,
             GRAIN,
             self.flags,
@@ -144,7 +206,11 @@ class Header:
             len(names),
             crc32(names),
         )
-        return _sealed(fixed).ljust(SECTOR, b"\0")
+        sealed = _sealed(fixed)
+        if self.device:
+            told = _DEVICE.pack(self.device.size, os.fsencode(self.device.path))
+            sealed += _CRC.pack(crc32(told)) + told
+        return sealed.ljust(SECTOR, b"\0")
 
     def pack_backings(self) -> bytes:
         """Return the backings as they lie in the file."""
@@ -158,6 +224,41 @@ def trailer_at(size: int) -> int:
 
 def read_trailer(data: Storage, path: str) -> Trailer | None:
     """Return the trailer at a file's end, or None. Raises ImageError if it is damaged, OSError."""
+    trailer = _trailer_at_end(data, path)
+    if trailer is None:
+        return None
+    if trailer.flags & Flag.ON_DEVICE:
+        raise ImageError(
+            f"{path}: a copy of a block device on which an overlay is not complete: its map, {trailer.map}, "
+            "belongs to the device; copy the device once that is complete"
+        )
+    if trailer_at(trailer.size) + TRAILER_BYTES != data.size():
+        raise ImageError(
+            f"{path}: the file has {data.size()} bytes, not those of a disk of {trailer.size} bytes and its "
+            "trailer; it was cut off or has grown: make a new overlay"
+        )
+    return trailer
+
+
+def read_device_trailer(device: Storage, path: str) -> Trailer | None:
+    """Return the trailer that lies over the last bytes of a block device, or None; raises as read_trailer."""
+    trailer = _trailer_at_end(device, path)
+    if trailer is None:
+        return None
+    if not trailer.flags & Flag.ON_DEVICE:
+        raise ImageError(
+            f"{path}: a copy of an overlay's data file, not of a whole disk: its map belongs to that file; "
+            "make a new overlay on the device (--force)"
+        )
+    if trailer.size > device.size():
+        raise ImageError(
+            f"{path}: by its trailer the disk has {trailer.size} bytes, and the device only {device.size()}; "
+            "make a new overlay"
+        )
+    return trailer
+
+
+def _trailer_at_end(data: Storage, path: str) -> Trailer | None:
     length = data.size()
     raw = data.read(length - TRAILER_BYTES, TRAILER_BYTES) if length >= TRAILER_BYTES else b""
     if raw[:8] != TRAILER_MAGIC:
@@ -165,13 +266,13 @@ def read_trailer(data: Storage, path: str) -> Trailer | None:
     if not _is_sealed(raw, _TRAILER.size):
         raise ImageError(f"{path}: damaged trailer: its checksum is wrong; make a new overlay")
     _, version, flags, size, uuid = _TRAILER.unpack_from(raw)
-    _check_version(version, flags, path)
-    if trailer_at(size) + TRAILER_BYTES != length:
-        raise ImageError(
-            f"{path}: the file has {length} bytes, not those of a disk of {size} bytes and its trailer; "
-            "it was cut off or has grown: make a new overlay"
-        )
-    return Trailer(size, UUID(bytes=uuid), flags)
+    _check_version(version, flags & ~sum(Flag), path)
+    name = ""
+    if flags & Flag.ON_DEVICE:
+        if _CRC.unpack_from(raw, _MAP_AT - 4)[0] != crc32(raw[_MAP_AT:SECTOR]):
+            raise ImageError(f"{path}: damaged trailer: the checksum of its map's path is wrong")
+        name = os.fsdecode(raw[_MAP_AT:SECTOR].rstrip(b"\0"))
+    return Trailer(size, UUID(bytes=uuid), flags, name)
 
 
 def read_header(file: Storage, path: str) -> Header:
@@ -182,10 +283,10 @@ def read_header(file: Storage, path: str) -> Header:
     if len(raw) < SECTOR or not _is_sealed(raw, _HEADER.size):
         raise _damaged(path, "the header's checksum is wrong")
     _, version, features, size, grain, flags, uuid, boot, *generations, length, crc = _HEADER.unpack_from(raw)
-    _check_version(version, flags, path)
-    if features:
+    _check_version(version, flags & ~int(_OF_MAP), path)
+    if unknown := features & ~int(Feature.ON_DEVICE):
         raise ImageError(
-            f"{path}: the map has feature bits {features:#x}, unknown here; use the program that made it"
+            f"{path}: the map has feature bits {unknown:#x}, unknown here; use the program that made it"
         )
     if grain != GRAIN:
         raise _damaged(path, f"its grain is {grain} bytes, not {GRAIN}")
@@ -196,10 +297,18 @@ def read_header(file: Storage, path: str) -> Header:
         raise _damaged(path, "the checksum of the backings is wrong")
     backings = tuple(Backing(name.decode(), raw=True) for name in names.split(b"\0")[:-1])
     first, second = generations
-    header = Header(size, UUID(bytes=uuid), UUID(bytes=boot), (first, second), Flag(flags), backings)
+    device = _read_device(raw, path) if features & Feature.ON_DEVICE else None
+    header = Header(size, UUID(bytes=uuid), UUID(bytes=boot), (first, second), Flag(flags), backings, device)
     if file.size() < header.map_bytes:
         raise _damaged(path, f"it has {file.size()} bytes, {header.map_bytes} are needed")
     return header
+
+
+def _read_device(raw: bytes, path: str) -> Device:
+    if _CRC.unpack_from(raw, _DEVICE_AT - 4)[0] != crc32(raw[_DEVICE_AT:SECTOR]):
+        raise _damaged(path, "the checksum of what it says of its device is wrong")
+    size, name = _DEVICE.unpack_from(raw, _DEVICE_AT)
+    return Device(size, os.fsdecode(name.rstrip(b"\0")))
 
 
 def _sealed(fixed: bytes) -> bytes:
@@ -210,10 +319,10 @@ def _is_sealed(raw: bytes, length: int) -> bool:
     return bool(_CRC.unpack_from(raw, length)[0] == crc32(raw[:length]))
 
 
-def _check_version(version: int, flags: int, path: str) -> None:
+def _check_version(version: int, unknown: int, path: str) -> None:
     if version != VERSION:
         raise ImageError(f"{path}: version {version} of the flat layout, unknown here; use a newer program")
-    if unknown := flags & ~sum(Flag):
+    if unknown:
         raise ImageError(f"{path}: flags {unknown:#x}, unknown here; use the program that made it")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from threading import Lock
 from uuid import UUID
 
 from overlay.formats.flat import bits
-from overlay.formats.flat.header import CHUNK_GRAINS, GRAIN, Flag, Header, Trailer, trailer_at
+from overlay.formats.flat.header import CHUNK_GRAINS, GRAIN, Flag, Header, trailer_at
 from overlay.formats.flat.leftover import Leftover
 from overlay.formats.flat.map import Map
 from overlay.formats.image import Buffer, Image, Run, State, zero_runs
@@ -47,17 +48,21 @@ class FlatImage(Image):
         writable: bool,
         boot: UUID,
         remove_map: Callable[[], None],
+        map_path: str = "",
     ) -> None:
         """Open what belongs together (see open.py); the image closes both storages in the end.
 
-        ``boot`` is the current boot; ``remove_map`` lets the map's file disappear, durably. Raises OSError,
-        and ImageError if the map's directory is damaged.
+        ``boot`` is the current boot; ``remove_map`` lets the map's file disappear, durably; ``map_path`` is
+        its path, for the trailer on a device, and for messages. Raises OSError, and ImageError if the map's
+        directory is damaged.
         """
         self.size, self.backings = header.size, header.backings
         self._data, self._path = data, path
+        self.map_path = map_path or f"{path}.map"
+        self._step = min(_STEP, data.zero_step)
         self._writable = writable
         self.was_killed = not header.flags & Flag.CLEAN
-        self._leftover = Leftover(file, remove_map, path)
+        self._leftover = Leftover(file, remove_map, self.map_path)
         self._map = Map(file, header, path, writable=writable, boot=boot)
         self._grains = self._map.grains
         self._lock = self._grains.lock
@@ -162,7 +167,7 @@ class FlatImage(Image):
             if self.needs_fetch(offset, length):
                 return False
         while offset < end:
-            stop = min(end, offset - offset % _STEP + _STEP)
+            stop = min(end, offset - offset % self._step + self._step)
             self._make_room()
             with self._lock:
                 if self._map.is_full:
@@ -203,7 +208,7 @@ class FlatImage(Image):
         self._check_fill(offset, length)
         filled, end = 0, offset + length
         while offset < end:
-            stop = min(end, offset - offset % _STEP + _STEP)
+            stop = min(end, offset - offset % self._step + self._step)
             self._make_room()
             with self._lock:
                 if self._is_stale(asked_at):
@@ -340,9 +345,10 @@ class FlatImage(Image):
         """Let nobody who comes later believe the log: say so in whichever file still works."""
         self._map.mark_failed()
         if not self._is_raw:
-            trailer = Trailer(self.size, self._map.header.uuid, Flag.FAILED)
+            trailer = self._map.header.trailer(self.map_path)
             with suppress(OSError):
-                self._data.write(trailer_at(self.size), trailer.pack())
+                failed = replace(trailer, flags=trailer.flags | Flag.FAILED)
+                self._data.write(trailer_at(self.size), failed.pack())
 
     def _empty_log(self) -> None:
         """Flush until the log holds nothing but what was written meanwhile."""

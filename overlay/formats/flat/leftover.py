@@ -19,7 +19,7 @@ class Leftover:
     """
 
     def __init__(self, file: Storage, remove: Callable[[], None], path: str) -> None:
-        """``remove`` lets the file disappear, durably; OSError when that fails."""
+        """``remove`` lets the file disappear, durably; OSError when that fails. ``path`` is the map's."""
         self._file, self._remove, self._path = file, remove, path
         self._lock = Lock()
         self._is_there = True
@@ -35,13 +35,13 @@ class Leftover:
             except OSError as error:
                 if str(error) != self._trouble:
                     reason = error.strerror or error
-                    _LOG.error("%s.map cannot be removed: %s; trying again", self._path, reason)
+                    _LOG.error("%s cannot be removed: %s; trying again", self._path, reason)
                 self._trouble = str(error)
                 return
             self._is_there = False
             self._file.close()
             if self._trouble:
-                _LOG.info("%s.map has been removed", self._path)
+                _LOG.info("%s has been removed", self._path)
 
     def close(self) -> None:
         """Try for the last time, and let go of it."""

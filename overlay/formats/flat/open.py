@@ -12,13 +12,26 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
 from nbdserve.common.errors import ImageError
+from overlay.formats.device.block_device import open_device
+from overlay.formats.device.data import DeviceData
+from overlay.formats.device.map_place import default_map
 from overlay.formats.flat.create import map_path
 from overlay.formats.flat.grains import Grains
-from overlay.formats.flat.header import SECTOR, Flag, Header, Trailer, read_header, read_trailer
+from overlay.formats.flat.header import (
+    SECTOR,
+    Flag,
+    Header,
+    Trailer,
+    read_device_trailer,
+    read_header,
+    read_trailer,
+    trailer_at,
+)
 from overlay.formats.flat.image import FlatImage
 from overlay.formats.flat.leftover import Leftover
 from overlay.formats.flat.log import current_boot
@@ -28,25 +41,130 @@ from overlay.formats.image import Image
 from overlay.formats.storage import Storage, open_file, sync_directory
 
 
-def open_flat(path: Path, *, writable: bool = False, force_share: bool = False) -> Image:
+@dataclass(slots=True)
+class Parts:
+    """Data and map of an image, open, and what they say; ``path`` and ``map_path`` are for messages.
+
+    data      the data file, or what a device and the map together hold in its place
+    trailer   None: the data is complete
+    file      the map; None where there is none
+    """
+
+    data: Storage
+    trailer: Trailer | None
+    path: str
+    map_path: str
+    file: Storage | None = None
+    header: Header | None = None
+
+    @classmethod
+    def of_file(cls, data: Storage, file: Storage | None, path: str) -> Parts:
+        """Read a data file and its map. Raises ImageError if one is damaged, or a device's; OSError."""
+        beside = f"{path}.map"
+        trailer = read_trailer(data, path)
+        header = None if file is None else read_header(file, beside)
+        if header is not None and header.device is not None:
+            raise ImageError(f"{beside}: the map of an overlay on a block device, {header.device.path}")
+        return cls(data, trailer, path, beside, file, header)
+
+    @classmethod
+    def of_device(cls, device: Storage, file: Storage | None, path: str, beside: str) -> Parts:
+        """Read a block device, and its map. Raises ImageError as ``of_file``, and if the size changed."""
+        trailer = read_device_trailer(device, path)
+        if file is None:
+            return cls(device, trailer, path, beside)
+        header = read_header(file, beside)
+        if header.device is None:
+            raise ImageError(f"{beside}: the map of a data file, not of a block device")
+        if header.device.size != device.size():
+            raise ImageError(
+                f"{path}: the device has {device.size()} bytes, and {header.device.size} when its map, "
+                f"{beside}, was made: give it that size again; is it the right one?"
+            )
+        data = DeviceData(device, file, header.kept_at, header.size, is_whole=trailer is None)
+        return cls(data, trailer, path, beside, file, header)
+
+    def check(self) -> None:
+        """Raises ImageError unless the two belong together, or the data is a whole disk."""
+        if self.header is None:
+            raw_size(self)
+        elif self.trailer is None:
+            self._check_finished(self.header)
+        elif self.trailer.uuid != self.header.uuid or self.trailer.size != self.header.size:
+            what = "data file" if self.header.device is None else "device"
+            raise ImageError(
+                f"{self.path}: the map {self.map_path} belongs to another {what}: put the right one "
+                f"{'beside it' if self.header.device is None else 'there, or name it with --map'}"
+            )
+
+    def _check_finished(self, header: Header) -> None:
+        """Raises ImageError unless data without a trailer can be the disk of the map."""
+        assert self.file is not None
+        right = (
+            "put the right files beside each other" if header.device is None else "is it the right device?"
+        )
+        if self.data.size() != header.size:
+            raise ImageError(
+                f"{self.path}: the file has {self.data.size()} bytes, but by its map {self.map_path} it is "
+                f"part of a disk of {header.size} bytes: it was cut off or replaced; {right}"
+            )
+        if Grains(self.file, header, self.map_path).present != header.grains:
+            raise ImageError(
+                f"{self.path}: the {'file' if header.device is None else 'device'} has lost its trailer, and "
+                f"by its map {self.map_path} the disk is not complete: {right}"
+            )
+
+    def close(self) -> None:
+        """Give the files back."""
+        self.data.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def open_flat(
+    path: Path,
+    *,
+    writable: bool = False,
+    force_share: bool = False,
+    map_file: Path | None = None,
+    size: int | None = None,
+) -> Image:
     """Open a flat image, or the raw disk that it has become, under QEMU's image locks.
 
-    Raises ImageError for whatever does not fit together, OSError.
+    ``map_file`` is the map of a block device, if it is not where the device's trailer says; ``size`` that of
+    the disk in bytes, where it may be on a larger device. Raises ImageError for whatever does not fit
+    together, OSError.
     """
-    beside = map_path(path)
-    data = open_file(path, writable=writable, force_share=force_share)
-    file: Storage | None = None
+    parts = open_parts(path, writable=writable, force_share=force_share, map_file=map_file)
     try:
-        if beside.is_symlink() or beside.exists():
-            file = open_file(beside, writable=writable, force_share=force_share)
+        beside, file = Path(parts.map_path), parts.file
         return assemble(
-            data,
-            file,
-            str(path),
+            parts,
             writable=writable,
             boot=current_boot(),
-            remove_map=lambda: _remove(beside, file),
+            remove_map=lambda: remove_map(beside, file),
+            size=size,
         )
+    except BaseException:
+        parts.close()
+        raise
+
+
+def open_parts(
+    path: Path, *, writable: bool = False, force_share: bool = False, map_file: Path | None = None
+) -> Parts:
+    """Open data and map, and read what they say of themselves. Raises ImageError, OSError."""
+    is_device = path.is_block_device()
+    opening = open_device if is_device else open_file
+    data: Storage = opening(path, writable=writable, force_share=force_share)
+    file: Storage | None = None
+    try:
+        beside = place_of_map(path, data, map_file) if is_device else map_path(path)
+        if beside.is_symlink() or beside.exists():
+            file = open_file(beside, writable=writable, force_share=force_share)
+        if is_device:
+            return Parts.of_device(data, file, str(path), str(beside))
+        return Parts.of_file(data, file, str(path))
     except BaseException:
         data.close()
         if file is not None:
@@ -54,72 +172,82 @@ def open_flat(path: Path, *, writable: bool = False, force_share: bool = False) 
         raise
 
 
+def place_of_map(path: Path, device: Storage, map_file: Path | None = None) -> Path:
+    """Tell where the map of a device is: where it is said, where the trailer says, or by default."""
+    if map_file is not None:
+        return map_file
+    trailer = read_device_trailer(device, str(path))
+    return default_map(path) if trailer is None else Path(trailer.map)
+
+
 def assemble(
-    data: Storage,
-    file: Storage | None,
-    path: str,
+    parts: Parts,
     *,
     writable: bool,
     boot: UUID,
     remove_map: Callable[[], None],
+    size: int | None = None,
 ) -> Image:
-    """Return what a data file and a map, if there is one, make. Raises ImageError, OSError."""
-    trailer = read_trailer(data, path)
-    if file is None:
-        return RawImage(data, raw_size(data, trailer, path), path, writable=writable)
-    header = read_header(file, f"{path}.map")
+    """Return what a data file, or a device, and a map, if there is one, make. Raises ImageError, OSError."""
+    parts.check()
+    data, header, trailer, path = parts.data, parts.header, parts.trailer, parts.path
+    if size is not None and header is not None and header.size != size:
+        raise ImageError(f"{path}: by its map the disk has {header.size} bytes, not {size}")
+    if header is None or parts.file is None:
+        return RawImage(data, raw_size(parts, size), path, writable=writable)
     if trailer is None:
-        check_finished(data, file, header, path)
         if not writable:
-            file.close()
+            parts.file.close()
             return RawImage(data, header.size, path, writable=False)
-        data.sync()  # who cut the trailer off may not have come so far
-        leftover = Leftover(file, remove_map, path)
+        data.sync()  # who took the trailer away may not have come so far
+        leftover = Leftover(parts.file, remove_map, parts.map_path)
         leftover.remove()
         return RawImage(data, header.size, path, writable=True, leftover=leftover)
-    check_pair(trailer, header, path)
     if writable and (trailer.flags | header.flags) & Flag.FAILED:
         raise sync_failed(path)
-    return FlatImage(data, file, header, path, writable=writable, boot=boot, remove_map=remove_map)
+    if writable and trailer.map and trailer.map != os.path.abspath(parts.map_path):
+        moved = header.trailer(os.path.abspath(parts.map_path))
+        data.write(trailer_at(header.size), moved.pack())
+        data.sync()
+    return FlatImage(
+        data,
+        parts.file,
+        header,
+        path,
+        writable=writable,
+        boot=boot,
+        remove_map=remove_map,
+        map_path=parts.map_path,
+    )
 
 
-def check_pair(trailer: Trailer, header: Header, path: str) -> None:
-    """Raises ImageError unless a data file and a map belong together."""
-    if trailer.uuid != header.uuid or trailer.size != header.size:
+def raw_size(parts: Parts, size: int | None = None) -> int:
+    """Return the size of a disk that has no map: ``size``, if it is on a larger device.
+
+    Raises ImageError unless it can be a whole one.
+    """
+    path = parts.path
+    if parts.trailer is not None and parts.trailer.map:
         raise ImageError(
-            f"{path}: the map {path}.map belongs to another data file: put the right one beside it"
+            f"{path}: not a whole disk, and its map {parts.map_path} is missing: put it back, or say where "
+            "it is with --map"
         )
-
-
-def check_finished(data: Storage, file: Storage, header: Header, path: str) -> None:
-    """Raises ImageError unless a file without a trailer can be the disk of a map."""
-    if data.size() != header.size:
+    if parts.trailer is not None:
         raise ImageError(
-            f"{path}: the file has {data.size()} bytes, but by its map {path}.map it is part of a disk of "
-            f"{header.size} bytes: it was cut off or replaced; put the right files beside each other"
+            f"{path}: not a whole disk, and its map {parts.map_path} is missing: put it back beside the file"
         )
-    if Grains(file, header, f"{path}.map").present != header.grains:
+    there = parts.data.size()
+    if size is not None and size > there:
+        raise ImageError(f"{path}: it has {there} bytes, too few for a disk of {size}")
+    found = there if size is None else size
+    if not found or found % SECTOR:
         raise ImageError(
-            f"{path}: the file has lost its trailer, and by its map {path}.map the disk is not complete: "
-            "put the right files beside each other"
+            f"{path}: neither an overlay image nor a whole disk: it has {found} bytes, not a multiple of 512"
         )
+    return found
 
 
-def raw_size(data: Storage, trailer: Trailer | None, path: str) -> int:
-    """Return the size of a disk that has no map. Raises ImageError unless it can be a whole one."""
-    if trailer is not None:
-        raise ImageError(
-            f"{path}: not a whole disk, and its map {path}.map is missing: put it back beside the file"
-        )
-    size = data.size()
-    if not size or size % SECTOR:
-        raise ImageError(
-            f"{path}: neither an overlay image nor a whole disk: it has {size} bytes, not a multiple of 512"
-        )
-    return size
-
-
-def _remove(beside: Path, file: Storage | None) -> None:
+def remove_map(beside: Path, file: Storage | None) -> None:
     """Remove the map of this name, if it is still this file: an operator may have put another there."""
     fd = None if file is None else file.fileno()
     with contextlib.suppress(FileNotFoundError):

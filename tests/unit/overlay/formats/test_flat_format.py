@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from overlay.formats.flat.create import create, new_header
+from overlay.formats.flat.create import create, new_header, write_on_device
+from overlay.formats.flat.header import Device
 from overlay.formats.flat.image import FlatImage
 from overlay.formats.flat.open import open_flat
 from overlay.formats.image import Backing, State
+from overlay.formats.storage import FileStorage
 
 MIB = 1 << 20
 GRAIN = 4096
@@ -134,3 +138,33 @@ def test_a_reader_written_from_the_page_sees_what_the_package_sees(
         if end == "killed" and present and not written:
             continue
         assert page.state_of(grain) == (present, written), grain
+
+
+@pytest.mark.parametrize("room", [0, 1536, 5 * MIB])
+def test_a_reader_written_from_the_page_finds_what_the_trailer_on_a_device_lies_over(
+    tmp_path: Path, room: int
+) -> None:
+    size = 5 * MIB + 512
+    before = random.Random(room).randbytes(size + room)
+    (tmp_path / "device").write_bytes(before)
+    (tmp_path / "map").touch()
+    device = FileStorage(os.open(tmp_path / "device", os.O_RDWR), tmp_path / "device")
+    file = FileStorage(os.open(tmp_path / "map", os.O_RDWR), tmp_path / "map")
+    made = replace(new_header(size, (Backing("nbd://h/x", raw=True),)), device=Device(size + room, "/dev/x"))
+    write_on_device(device, file, made, "/state/x.map", before[-4096:])
+    device.close()
+    file.close()
+    data, found = (tmp_path / "device").read_bytes(), (tmp_path / "map").read_bytes()
+    assert data[:-4096] == before[:-4096]
+    trailer = data[-4096:]
+    assert struct.unpack_from("<8sIIQ16s", trailer) == (b"NBDFDAT\0", 1, 8, size, made.uuid.bytes)
+    assert struct.unpack_from("<I", trailer, 40)[0] == zlib.crc32(trailer[:40])
+    assert struct.unpack_from("<I", trailer, 44)[0] == zlib.crc32(trailer[48:512])
+    assert trailer[48:512].rstrip(b"\0") == b"/state/x.map"
+    assert struct.unpack_from("<I", found, 12)[0] == 1
+    assert struct.unpack_from("<I", found, 88)[0] == zlib.crc32(found[:88])
+    assert struct.unpack_from("<I", found, 92)[0] == zlib.crc32(found[96:512])
+    assert struct.unpack_from("<Q", found, 96)[0] == size + room
+    assert found[104:512].rstrip(b"\0") == b"/dev/x"
+    bitmaps = -(-(2129920 + 4) // 4096) * 4096
+    assert found[bitmaps + 8192 :] == before[-4096:]

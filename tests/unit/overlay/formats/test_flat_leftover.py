@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 def failing(times: int, number: int) -> Callable[[Path, Storage | None], None]:
     """A removal that fails so often before it works."""
-    remove, left = flat_open._remove, [times]
+    remove, left = flat_open.remove_map, [times]
 
     def fail(beside: Path, file: Storage | None) -> None:
         left[0] -= 1
@@ -45,7 +45,7 @@ def failing(times: int, number: int) -> Callable[[Path, Storage | None], None]:
 def test_a_map_that_cannot_be_removed_is_removed_later(
     number: int, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(flat_open, "_remove", failing(4, number))
+    monkeypatch.setattr(flat_open, "remove_map", failing(4, number))
     beside = path.with_name("x.map")
     image = open_flat(path, writable=True)
     image.fill(0, b"x" * MIB)
@@ -73,7 +73,7 @@ def test_a_map_that_cannot_be_removed_is_removed_later(
 def test_closing_tries_for_the_last_time_and_the_next_who_opens_goes_on(
     number: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flat_open, "_remove", failing(4, number))
+    monkeypatch.setattr(flat_open, "remove_map", failing(4, number))
     beside = path.with_name("x.map")
     with open_flat(path, writable=True) as image:
         image.fill(0, b"x" * MIB)
@@ -112,7 +112,7 @@ def test_one_who_has_removed_the_name_but_not_made_that_durable_goes_on(
 def test_a_map_that_an_operator_has_put_in_its_place_stays(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flat_open, "_remove", failing(1, errno.EIO))
+    monkeypatch.setattr(flat_open, "remove_map", failing(1, errno.EIO))
     beside = path.with_name("x.map")
     with open_flat(path, writable=True) as image:
         image.fill(0, b"x" * MIB)

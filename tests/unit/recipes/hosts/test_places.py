@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from overlay.formats.device.map_place import name_of
 from recipes.hosts.host import Host
-from recipes.hosts.places import Places, name_of, place_of
+from recipes.hosts.places import Places, place_of
 from tests.support.loops import loop_device
 
 

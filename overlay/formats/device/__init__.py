@@ -1,0 +1,1 @@
+"""Block devices in the place of an image's data file."""
