@@ -5,16 +5,19 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from recipes.errors import MigrationError
 from tests.bench.migrate.bounds import verdicts
 from tests.bench.migrate.guest import Done, Guest, GuestError, Listener
-from tests.bench.migrate.hosts import LINKS, Link
+from tests.bench.migrate.hosts import LINKS, Hosts, Link
 from tests.bench.migrate.link import QUEUE, Direction
+from tests.bench.migrate.run import last_words, nothing_left
 from tests.bench.migrate.sample import Latency, Phase, Sample, latency, sample
-from tests.bench.migrate.setting import Moved
+from tests.bench.migrate.setting import Moved, MoveError, Setting
 from tests.support.guests import short_directory
 from tests.support.processes import wait_until
 
@@ -117,3 +120,34 @@ def test_what_the_guest_says_may_begin_on_one_host_and_end_on_the_other() -> Non
                     qemu.sendall(told)
             wait_until(lambda: len(heard.done) == 3, "all is heard")
         assert [(each.host, each.kind) for each in heard.done] == [("a", "w"), ("b", "w"), ("b", "r")]
+
+
+@pytest.mark.parametrize(
+    ("console", "told"),
+    [
+        ("", "silent"),
+        ("MemoryError\n\n", "MemoryError"),
+        (
+            "[1.0] Kernel panic - not syncing: Attempted to kill init!\n[1.1] Call Trace:\n",
+            "[1.0] Kernel panic - not syncing: Attempted to kill init!",
+        ),
+    ],
+)
+def test_a_guest_that_has_ended_is_told_of_with_why_its_kernel_says(console: str, told: str) -> None:
+    assert last_words(console) == told
+
+
+def test_a_migration_that_fails_is_told_with_the_consoles_before_they_are_removed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(sockets: Path, disks: Path) -> None:
+        guest = Guest(Path("kernel"), Path("initramfs"), 50.0, sockets)
+        setting = Setting(Hosts("", None, disks), guest, disks, disks / "a.raw", 0, Listener(), ExitStack())
+        with nothing_left(setting):
+            (sockets / "a.console").write_text("BUG: first\nKernel panic - not syncing: why\n")
+            raise MigrationError("first line\nA's QEMU has ended")
+
+    with short_directory() as sockets, short_directory() as disks, pytest.raises(MoveError) as raised:
+        fail(sockets, disks)
+    assert str(raised.value) == "A's QEMU has ended; its console on a: Kernel panic - not syncing: why"
+    assert "a.console: BUG: first" in capsys.readouterr().err

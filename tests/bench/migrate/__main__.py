@@ -73,10 +73,11 @@ def main() -> None:
     links = [each for each in LINKS if not chosen.link or each.name in chosen.link]
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         guest = guests.build(Path(scratch), chosen.rate)
+        described = describe_machine(guest.initramfs)
         machine = {
-            **describe_machine(guest.initramfs),
+            **{what: described[what] for what in ("date", "processors", "kernel", "Python")},
             "QEMU": check("qemu-system-x86_64", "--version").splitlines()[0],
-            "load average when it began, and what others did": f"{os.getloadavg()[0]:.1f}",
+            "load average before it began": f"{os.getloadavg()[0]:.1f}",
             "guest": page.load(chosen.rate, chosen.size),
         }
         parts = list(measured(chosen, there, links, guest))

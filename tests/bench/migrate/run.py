@@ -33,6 +33,9 @@ _PIECE = 64 << 10
 _PLACES = 24
 """Places that are compared."""
 
+FAILURES = (MoveError, GuestError, MigrationError, NotReadyError)
+"""Of a migration, which do not end the bench."""
+
 BOOT = 60.0
 """Seconds in which an idle machine boots the guest."""
 
@@ -41,8 +44,13 @@ def attempt(contender: Contender, link: Link, guest: Guest, image: Path, seconds
     """Move a guest, and return what that has shown, or in one line why it has failed."""
     try:
         return migrate(contender, link, guest, image, seconds)
-    except (MoveError, GuestError, MigrationError, NotReadyError) as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[-1]
+    except FAILURES as error:
+        return in_one_line(error)
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what a failure says in the end."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def migrate(contender: Contender, link: Link, guest: Guest, image: Path, seconds: float) -> Sample:
@@ -94,10 +102,14 @@ def nothing_left(setting: Setting) -> Iterator[None]:
     """Kill what a migration has left running, and remove its files; a guest on B lives on by design."""
     try:
         yield
-    except BaseException:
-        for log in sorted(setting.guest.sockets.glob("*.log")):
-            print(f"{log.name}: {log.read_text(errors='replace')[-2000:]}", file=sys.stderr)
-        raise
+    except BaseException as error:
+        for pattern in ("*.log", "*.console"):
+            for log in sorted(setting.guest.sockets.glob(pattern)):
+                print(f"{log.name}: {log.read_text(errors='replace')[-4000:]}", file=sys.stderr)
+        if not isinstance(error, FAILURES):
+            raise
+        # The files are gone in a moment.
+        raise MoveError(f"{in_one_line(error)}; {consoles(setting.guest.sockets)}") from error
     finally:
         marks = str(setting.guest.sockets), str(setting.directory)
         for process in psutil.process_iter(["cmdline"]):
@@ -107,6 +119,20 @@ def nothing_left(setting: Setting) -> Iterator[None]:
                     process.kill()
         for path in setting.directory.glob("b.*"):
             path.unlink()
+
+
+def consoles(sockets: Path) -> str:
+    """Return in one line what the guest's consoles ended with; they are silent unless its kernel panics, or
+    its program fails.
+    """
+    found = {each.stem: last_words(each.read_text(errors="replace")) for each in sockets.glob("*.console")}
+    return "; ".join(f"its console on {host}: {found[host]}" for host in sorted(found))
+
+
+def last_words(console: str) -> str:
+    """Return the line in which a kernel says why it gives up, or else the last one."""
+    lines = [line.strip() for line in console.splitlines() if line.strip()]
+    return ([line for line in lines if "Kernel panic" in line] or lines or ["silent"])[-1]
 
 
 def ours() -> set[int]:
