@@ -99,14 +99,18 @@ MILLIONS := 20
 soak: setup
 	$(BIN)/python -m tests.soak --millions $(MILLIONS)
 
-# ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run, ENGINE is qemu or overlay, DISKS
-# how many the guest has, up to three.
+# ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run, ENGINE is qemu or overlay.
+# POLICY, CHANNEL, FORMAT and DISKS (up to three) are drawn for each, unless they are given.
 ROUNDS := 50
 SEED := $(shell echo $$RANDOM$$RANDOM)
 ENGINE := overlay
-DISKS := 1
+POLICY := any
+CHANNEL := any
+FORMAT := any
+DISKS := any
 chaos: setup
-	$(BIN)/python -m tests.vm.chaos --disks $(DISKS) $(ROUNDS) $(SEED) $(ENGINE)
+	$(BIN)/python -m tests.vm.chaos --engine $(ENGINE) --policy $(POLICY) --channel $(CHANNEL) --format $(FORMAT) \
+	    --disks $(DISKS) $(ROUNDS) $(SEED)
 
 docs: setup
 	$(BIN)/python -m tests.support.manual docs/commands.md

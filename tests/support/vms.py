@@ -90,6 +90,8 @@ class Role(Enum):
         SUPERVISOR,
         ("-incoming", "recipes.qemu.fence", "nbd-overlay", TUNNEL_MODULE),
     )
+    CONNECTION = ("[mux]", ())
+    """Of ssh, shared by several; of a stage whose XDG_RUNTIME_DIR is in its directory."""
     ORCHESTRATOR = ("plan.toml", ())
 
     def find(self, directory: Path) -> list[psutil.Process]:
