@@ -42,7 +42,7 @@ PARALLEL := -n $(JOBS) --dist worksteal
 test: setup
 	$(BIN)/pytest $(PARALLEL)
 
-# Every cell of every matrix, of which `make test` runs those that stand for the others.
+# Every test and cell, of which `make test` runs those that stand for the others.
 test-all: setup
 	$(BIN)/pytest $(PARALLEL) -m ''
 

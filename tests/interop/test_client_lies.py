@@ -220,6 +220,7 @@ def is_distrusted(told: dict[str, object]) -> bool:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lie", LIES)
+@pytest.mark.sampled(8)
 def test_a_guest_gets_an_error_from_a_source_that_lies_and_nothing_is_kept(
     lie: Answer, layout: Layout, tmp_path: Path, stack: ExitStack
 ) -> None:

@@ -124,6 +124,7 @@ NEEDY = {
 
 
 @pytest.mark.parametrize("what", NEEDY)
+@pytest.mark.sampled(4)
 def test_what_needs_libnbd_says_in_a_line_which_package_has_it(
     installed: Installed, source: Server, tmp_path: Path, what: str
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_migration_says_so_too_and_the_guest_is_not_touched(installed: Install
     ],
     ids=" ".join,
 )
+@pytest.mark.sampled(6)
 def test_what_needs_no_server_needs_no_libnbd(
     installed: Installed, source: Server, tmp_path: Path, words: list[str]
 ) -> None:

@@ -44,6 +44,7 @@ def is_answered(wire: Wire, seconds: float) -> bool:
 @pytest.mark.parametrize("end", ["close", "reset", "half-close"])
 @pytest.mark.parametrize("local", [True, False], ids=["in-line", "worker"])
 @pytest.mark.parametrize("tcp", [True, False], ids=["tcp", "unix"])
+@pytest.mark.sampled(4)
 def test_an_old_write_never_lands_on_a_newer_one(tmp_path: Path, local: bool, tcp: bool, end: str) -> None:
     disk = GatedBackend(SIZE, local=local)
     with running(one_export(disk), tmp_path, tcp=tcp) as (server, address):
@@ -234,6 +235,7 @@ HARMLESS = {
 )
 @pytest.mark.parametrize("asked", HARMLESS)
 @pytest.mark.parametrize("local", [True, False], ids=["in-line", "worker"])
+@pytest.mark.sampled(10)
 def test_what_only_reads_keeps_no_newcomer_out_and_no_change_that_follows_it_lands_later(
     tmp_path: Path, tcp: bool, local: bool, asked: str, left: str
 ) -> None:

@@ -106,6 +106,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("what", GARBAGE)
+@pytest.mark.sampled(5)
 def test_garbage_instead_of_haggling_ends_with_that_client(server: Server, what: str) -> None:
     before = sockets(server)
     with undisturbed(server), Wire(server.address) as wire:
@@ -160,6 +161,7 @@ def test_a_request_that_starts_wrong_ends_with_that_client(server: Server) -> No
 
 @pytest.mark.parametrize("end", ["close", "reset"])
 @pytest.mark.parametrize("sent", [0, 1, 4096, 1 * MIB - 1])
+@pytest.mark.sampled(5)
 def test_a_client_killed_in_the_middle_of_a_write_changes_at_most_what_it_was_writing(
     server: Server, image: Path, end: str, sent: int
 ) -> None:

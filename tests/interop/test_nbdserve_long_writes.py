@@ -186,6 +186,7 @@ def killed_in_a_write(
 @pytest.mark.parametrize("kind", [FileBackend, Looking, Unwilling])
 @pytest.mark.parametrize("transport", ["unix", "tcp", "tls"])
 @pytest.mark.parametrize("length", [4096, SHORT - 1, SHORT, 3 * MIB])
+@pytest.mark.sampled(8)
 def test_a_client_that_dies_in_a_write_leaves_nothing_of_a_short_one_and_at_most_what_it_sent_of_a_long_one(
     tmp_path: Path, identities: Identities, kind: type[FileBackend], transport: str, length: int
 ) -> None:

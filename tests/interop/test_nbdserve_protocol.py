@@ -89,6 +89,7 @@ def test_holes_of_a_file_are_read_without_sending_their_zeroes(server: Server) -
 
 
 @pytest.mark.parametrize("length", [512, 64 * KIB, 256 * KIB + 1, SIZE])
+@pytest.mark.sampled(1)
 def test_a_read_that_must_not_be_fragmented_is_one_chunk_of_data(
     server: Server, image: Path, length: int
 ) -> None:
@@ -128,6 +129,7 @@ BEYOND = [(SIZE - 1, 2), (SIZE, 1), (SIZE + 1, 1), (2**63, 512), (2**64 - 512, 5
 
 
 @pytest.mark.parametrize("command", PAST_END)
+@pytest.mark.sampled(2)
 def test_no_request_goes_past_the_end_nor_wraps_around(server: Server, image: Path, command: Command) -> None:
     before = image.read_bytes()
     with Wire(server.address) as wire:

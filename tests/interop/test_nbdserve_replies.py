@@ -148,6 +148,7 @@ def is_as_before(server: Server) -> bool:
 @pytest.mark.parametrize(
     ("leaves", "far"), [("closes", False), ("closes", True), ("resets", True), ("stays", True)]
 )
+@pytest.mark.sampled(6)
 def test_a_client_that_takes_nothing_gives_everything_back_and_keeps_nobody_out(
     tmp_path: Path, identities: Identities, framing: str, transport: str, leaves: str, far: bool
 ) -> None:

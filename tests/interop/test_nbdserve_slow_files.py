@@ -134,6 +134,7 @@ def close(wires: list[Wire]) -> None:
         wire.socket.close()
 
 
+@pytest.mark.exhaustive
 def test_a_file_that_hangs_costs_those_who_want_it_and_nobody_else(
     hanging: Hanging, observed: Observed
 ) -> None:

@@ -86,6 +86,7 @@ class Model:
 
 
 @pytest.mark.parametrize(("cluster", "table"), SIZES)
+@pytest.mark.sampled(10)
 def test_any_history_over_clusters_of_any_size_streams_to_a_whole_disk(
     cluster: int, table: int, tmp_path: Path
 ) -> None:

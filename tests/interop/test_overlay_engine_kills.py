@@ -123,6 +123,7 @@ def on_a_device(directory: Path, uri: str) -> Iterator[Path]:
 
 @pytest.mark.timeout(900 + 20 * KILLS)
 @pytest.mark.parametrize("kind", [*LAYOUTS, "device"])
+@pytest.mark.sampled(2)
 def test_kill_9_at_any_moment_loses_no_acknowledged_write_and_leaves_no_wrong_block(
     kind: str, tmp_path: Path
 ) -> None:

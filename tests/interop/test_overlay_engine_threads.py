@@ -92,6 +92,7 @@ def failing_once(work: Callable[..., object], failure: Exception) -> Callable[..
 @both
 @anything
 @pytest.mark.parametrize("where", ["fill", "fill_zero", "runs", "is_local"])
+@pytest.mark.sampled(8)
 def test_a_job_whose_thread_fails_inside_has_failed_and_can_be_resumed(
     where: str, failure: Exception, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

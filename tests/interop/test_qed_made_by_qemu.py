@@ -284,6 +284,7 @@ def counts(report: dict[str, Any]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.sampled(5)
 def test_both_checks_count_the_same_damage(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     image = made(tmp_path / "x.qed", 40 * GIB)
     qemu_io(image, "write -P 1 0 64k", "write -P 2 256k 128k", "write -P 3 30G 64k", "write -z 1M 64k")
@@ -297,6 +298,7 @@ def test_both_checks_count_the_same_damage(tmp_path: Path, damage: Callable[[Pat
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.sampled(5)
 def test_what_our_repair_leaves_satisfies_qemu_or_is_still_refused(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

@@ -95,6 +95,7 @@ def test_our_image_is_qemus_to_the_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cluster", [4 * KIB, 8 * KIB, CLUSTER, MIB, 2 * MIB, 4 * MIB])
 @pytest.mark.parametrize("table", [2, 4, 8, 16])
+@pytest.mark.sampled(6)
 def test_qemu_writes_to_images_of_every_geometry_that_it_can_open(
     tmp_path: Path, cluster: int, table: int
 ) -> None:

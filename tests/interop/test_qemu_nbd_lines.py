@@ -154,6 +154,7 @@ def _accepts(address: UnixAddress | TcpAddress, directory: Path) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "line", "export"), LINES, ids=[line for _, line, _ in LINES])
+@pytest.mark.sampled(10)
 def test_a_line_serves_the_same_with_both(tmp_path: Path, kind: str, line: str, export: str) -> None:
     seen = {}
     for program in PROGRAMS:

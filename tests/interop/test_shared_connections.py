@@ -251,6 +251,7 @@ def test_a_monitor_whose_way_is_cut_is_gone_and_can_be_reached_again(
     with_host(server, body)
 
 
+@pytest.mark.exhaustive
 def test_a_monitor_that_says_nothing_is_told_of_as_on_this_machine(server: Sshd, tmp_path: Path) -> None:
     path = tmp_path / "silent"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -265,6 +266,7 @@ def test_a_monitor_that_says_nothing_is_told_of_as_on_this_machine(server: Sshd,
         with_host(server, body)
 
 
+@pytest.mark.exhaustive
 def test_a_monitor_that_lets_nobody_in_is_told_of_as_on_this_machine(server: Sshd, tmp_path: Path) -> None:
     path = tmp_path / "full"
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:

@@ -69,6 +69,7 @@ def took_one_connection_each(daemon: Daemon) -> None:
     ],
     ids=lambda value: str(value),
 )
+@pytest.mark.sampled(1)
 def test_a_disk_streams_over_a_slow_link_and_nothing_is_asked_for_twice(
     layout: Layout, size: int, options: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_verify_compares_over_a_slow_link(tmp_path: Path) -> None:
         assert told.startswith("no difference")
 
 
+@pytest.mark.exhaustive
 def test_nbdserve_passes_a_slow_export_on_in_short_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_nbdserve_passes_a_slow_export_on_in_short_requests(
     assert len(set(reads)) == len(reads), "nothing was asked for twice"
 
 
+@pytest.mark.exhaustive
 def test_one_slow_read_gets_the_operators_time_and_status_tells(tmp_path: Path) -> None:
     """A disk that takes 12 s, as one that has to spin up; also when it is compared after a restart."""
     size = 128 * KIB
@@ -190,6 +193,7 @@ def test_one_slow_read_gets_the_operators_time_and_status_tells(tmp_path: Path) 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("what", ["extents", "open"])
+@pytest.mark.exhaustive
 def test_a_server_that_is_slow_to_tell_of_its_disk_is_waited_for(what: str, tmp_path: Path) -> None:
     size = 64 * KIB
     with nbdkit(*slow(tmp_path, size, "delay", f"delay-{what}=12"), directory=tmp_path) as server:

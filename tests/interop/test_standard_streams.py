@@ -103,6 +103,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.mark.parametrize("redirected", [*CLOSED, ">/dev/full", "| true", "2>/dev/full"])
+@pytest.mark.sampled(3)
 def test_a_supervisor_needs_nobody_to_hear_it(place: Place, redirected: str) -> None:
     for words, code in SUPERVISORS:
         done = place.run(f"set -o pipefail; {words}", redirected)
@@ -111,6 +112,7 @@ def test_a_supervisor_needs_nobody_to_hear_it(place: Place, redirected: str) -> 
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("closed", CLOSED)
+@pytest.mark.sampled(1)
 def test_closed_streams_change_nothing_but_what_is_seen(place: Place, closed: str) -> None:
     for case in CASES:
         done = place.run(case.words, closed)
@@ -132,6 +134,7 @@ def test_output_that_cannot_be_written_is_a_failure_with_a_line(place: Place) ->
             assert len(lines) == (case.code != 0), f"{case}: {done}"
 
 
+@pytest.mark.exhaustive
 def test_a_reader_that_goes_is_no_news(place: Place) -> None:
     for case in CASES:
         done = place.run(f"set -o pipefail; {case.words}", "| true")
@@ -142,6 +145,7 @@ def test_a_reader_that_goes_is_no_news(place: Place) -> None:
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("redirected", ["2>/dev/full", ">/dev/full 2>&1", "2>/dev/full >&-"])
+@pytest.mark.exhaustive
 def test_errors_that_cannot_be_told_leave_the_exit_code(place: Place, redirected: str) -> None:
     for case in CASES:
         done = place.run(case.words, redirected)

@@ -127,6 +127,7 @@ LINES: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("line", "option"), LINES, ids=lambda value: " ".join(value)[:30])
+@pytest.mark.sampled(3)
 def test_a_path_that_is_too_long_is_refused_with_the_limit(
     image: Path, tmp_path: Path, line: list[str], option: str
 ) -> None:

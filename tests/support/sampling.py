@@ -1,14 +1,18 @@
-"""Which cells of a large matrix `make test` runs; `make test-all` runs every one.
+"""Which tests `make test` runs, so that it stays short; `make test-all` runs every one.
 
 @pytest.mark.sampled(3)                 the first, the middle and the last one of the test's cells
 @pytest.mark.exhaustive                 none: other tests stand for this one
+@pytest.mark.representative             in tests/vm, where each test starts guests: this one stands for others
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
+
+WITH_GUESTS = Path(__file__).resolve().parent.parent / "vm"
 
 
 def chosen(count: int, wanted: int) -> set[int]:
@@ -25,9 +29,11 @@ def chosen(count: int, wanted: int) -> set[int]:
 
 
 def leave_out_the_others(items: Iterable[pytest.Item]) -> None:
-    """Mark as exhaustive those cells of sampled tests that do not stand for others."""
+    """Mark as exhaustive those tests with guests and cells of matrices that do not stand for others."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if WITH_GUESTS in item.path.parents and not item.get_closest_marker("representative"):
+            item.add_marker("exhaustive")
         if item.get_closest_marker("sampled"):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cells in tests.values():

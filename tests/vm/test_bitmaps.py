@@ -66,6 +66,7 @@ async def names(vm: Vm) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.representative
 def test_no_write_is_between_two_bitmaps_and_each_is_marked_for_its_granule(tmp_path: Path) -> None:
     async def body(vm: Vm) -> None:
         await bitmaps.begin(vm, NODES, 0)
@@ -86,6 +87,7 @@ def test_no_write_is_between_two_bitmaps_and_each_is_marked_for_its_granule(tmp_
     with_qemu(tmp_path, body)
 
 
+@pytest.mark.representative
 def test_they_begin_on_all_disks_or_on_none(tmp_path: Path) -> None:
     async def body(vm: Vm) -> None:
         await vm.execute("block-dirty-bitmap-add", node="disk1", name=bitmaps.name_of(0))
@@ -96,6 +98,7 @@ def test_they_begin_on_all_disks_or_on_none(tmp_path: Path) -> None:
     with_qemu(tmp_path, body)
 
 
+@pytest.mark.representative
 def test_a_migration_that_is_given_up_leaves_those_of_others_alone(tmp_path: Path) -> None:
     monitor = tmp_path / "nbdserve.qmp"
     monitor.touch()

@@ -98,6 +98,7 @@ def refused(monitor: Path, image: Path, **more: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.representative
 def test_a_chain_is_found_however_it_was_opened(images: Path) -> None:
     top = images / "top.qcow2"
     with opened(images, f"file={top},if=none,id=d,format=qcow2") as monitor:
@@ -109,6 +110,7 @@ def test_a_chain_is_found_however_it_was_opened(images: Path) -> None:
         assert (node.name, node.size) == ("n", 4 * MIB)
 
 
+@pytest.mark.representative
 def test_an_image_that_was_opened_over_others_than_its_file_says_is_refused(images: Path) -> None:
     top, middle, base = (images / name for name in ("top.qcow2", "middle.qcow2", "base.raw"))
     chain = f"{top} (qcow2) over {middle} (qcow2) over {base} (raw)"

@@ -100,6 +100,8 @@ async def migrate(pair: Pair, hostname: str, issued_a: Issued | None = None, *ro
 
 
 @pytest.mark.parametrize("hostname", ["localhost", "127.0.0.2"])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_source_and_a_destination_that_know_each_other_migrate(pair: Pair, hostname: str) -> None:
     assert clock.run(migrate(pair, hostname)) == "completed"
 
@@ -108,6 +110,7 @@ def test_a_source_sends_nothing_to_who_is_not_the_host_that_it_expects(pair: Pai
     assert clock.run(migrate(pair, "127.0.0.3")) == "failed"
 
 
+@pytest.mark.representative
 def test_a_destination_takes_nothing_from_a_source_of_another_migration(pair: Pair) -> None:
     assert clock.run(migrate(pair, "localhost", issue(["127.0.0.1"], ["localhost"]))) == "failed"
 

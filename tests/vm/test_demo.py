@@ -38,6 +38,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("options", [(), ("--engine", "qemu")], ids=["overlay", "qemu"])
+@pytest.mark.representative
 def test_the_demo_migrates_a_guest_and_leaves_nothing_behind(
     temporary: Path, options: tuple[str, ...]
 ) -> None:
@@ -95,6 +96,8 @@ def users(directory: Path) -> list[int]:
         (["--keep", "/etc"], "--keep /etc: name an empty directory"),
     ],
 )
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_bad_usage_is_one_line(temporary: Path, arguments: list[str], complaint: str) -> None:
     done = run(NBD_MIGRATE, "demo", *arguments)
     assert done.returncode == 2
@@ -103,6 +106,7 @@ def test_bad_usage_is_one_line(temporary: Path, arguments: list[str], complaint:
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.representative
 def test_too_little_space_is_one_line_before_anything_is_written(temporary: Path) -> None:
     done = run(NBD_MIGRATE, "demo", "--size", "512T")
     assert done.returncode == 1
@@ -121,6 +125,8 @@ def where_it_lies(stage: Stage, offset: int) -> int:
 
 
 @pytest.mark.parametrize("engine", ["overlay", "qemu"])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_byte_changed_in_the_copy_makes_the_verdict_fail(tmp_path: Path, engine: str) -> None:
     with staged(tmp_path, 64 * MIB, engine) as stage:
         tampered, memory, phases = asyncio.run(migrate_and_tamper(stage))

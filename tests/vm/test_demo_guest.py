@@ -101,6 +101,7 @@ def test_a_write_that_was_undone_is_found_although_the_older_record_is_sound(
     assert f"now begins with 'record {older} sector {place.first} " in memory.complaint
 
 
+@pytest.mark.representative
 def test_the_guest_finds_its_records_and_the_host_the_rest_of_the_disk(stage: Stage, guest: Guest) -> None:
     """The last one to use the shared guest: the disk can only be compared when it is switched off."""
     write_until(guest, 100)

@@ -93,6 +93,7 @@ async def placed(source: Source) -> str:
     return await exporter.place(HERE, str(source.place), "", SECONDS)
 
 
+@pytest.mark.representative
 def test_an_image_in_use_is_served_with_all_that_is_below_it_to_nobody_else(source: Source) -> None:
     async def body(vm: Vm) -> None:
         await exporter.require_none(vm)
@@ -109,6 +110,7 @@ def test_an_image_in_use_is_served_with_all_that_is_below_it_to_nobody_else(sour
     source.during(body)
 
 
+@pytest.mark.representative
 def test_a_qemu_that_has_an_nbd_server_is_refused_and_keeps_it(source: Source) -> None:
     another = {"type": "unix", "data": {"path": str(source.directory / "another")}}
 
@@ -173,6 +175,8 @@ def journal_that_names(source: Source) -> Journal:
 
 
 @pytest.mark.parametrize("made", ["nothing", "the directory", "the server", "everything"])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_migration_that_is_given_up_leaves_none_of_it_however_far_it_came(
     source: Source, made: str
 ) -> None:

@@ -109,6 +109,7 @@ def seconds_until(begun: float, happened: Callable[[], bool]) -> float:
     return time.monotonic() - begun
 
 
+@pytest.mark.representative
 def test_a_guest_starts_from_a_template_far_away_while_its_disk_fills(
     template: Server, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -245,8 +246,9 @@ def test_an_nbd_overlay_that_dies_at_once_each_time_is_given_up_and_the_guest_lo
     assert again.wrong_sectors() == []
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 1.0, 1.5, 2.0])
+@pytest.mark.representative
 def test_an_nbd_overlay_may_be_killed_at_any_moment(template: Server, tmp_path: Path, delay: float) -> None:
     """Before QEMU has connected, while the guest boots, and while the disk is finished."""
     with started(tmp_path, uri(template.address), SPEED=str(48 * MIB), RESTARTS="20") as guest:
@@ -326,6 +328,8 @@ def test_a_qed_overlay_is_a_disk_only_for_who_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["flat", "qed"])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_file_that_is_no_whole_raw_disk_is_not_started(tmp_path: Path, layout: str) -> None:
     backing, image = "nbd://192.0.2.1/x", tmp_path / "vm.raw"
     made = ("create", "--layout", layout, "--backing", backing, "--size", "1M", image)
@@ -345,6 +349,8 @@ def test_a_file_that_is_no_whole_raw_disk_is_not_started(tmp_path: Path, layout:
         (["nbd+unix:///?socket=/nowhere", "nowhere/vm.raw"], 1, "/nowhere"),
     ],
 )
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], code: int, complaint: str) -> None:
     words = [str(tmp_path / word) if word.endswith(".raw") else word for word in arguments]
     done = run(RECIPE, *words, env=environment(tmp_path), seconds=40)

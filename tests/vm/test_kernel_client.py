@@ -7,6 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.support import versions
 from tests.support.appliance import run_in_guest
 from tests.support.servers import TcpAddress, free_tcp_address, nbdserve
@@ -36,6 +38,7 @@ nbd-client -d /dev/nbd0
 """
 
 
+@pytest.mark.representative
 def test_a_file_system_made_and_used_through_the_kernels_client_is_sound_on_the_host(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     with image.open("wb") as file:

@@ -22,6 +22,7 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("engine", ["qemu", "overlay"])
+@pytest.mark.representative
 def test_a_guest_and_its_disk_move_while_it_writes(tmp_path: Path, engine: str) -> None:
     with scene(tmp_path, engine) as stage:
         with stage.run() as run:
@@ -61,6 +62,8 @@ def test_a_migration_goes_on_when_nobody_reads_what_it_prints(stage: Scene) -> N
         ("--json", "2>/dev/full", 0),
     ],
 )
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_migration_whose_streams_take_nothing_is_complete_all_the_same(
     stage: Scene, options: str, redirected: str, code: int
 ) -> None:
@@ -80,6 +83,7 @@ def test_a_migration_whose_streams_take_nothing_is_complete_all_the_same(
     assert stage.wrong_sectors() == []
 
 
+@pytest.mark.representative
 def test_commas_in_paths_are_not_taken_for_options(stage: Scene) -> None:
     stage.overlay = stage.directory / "b,1.raw"
     stage.monitor_b = stage.directory / "b,1.qmp"
@@ -99,6 +103,7 @@ def test_no_process_of_a_migration_runs_what_lies_in_the_current_directory(stage
     assert sprung(traps) == ""
 
 
+@pytest.mark.representative
 def test_the_outcome_is_one_json_object(stage: Scene) -> None:
     with stage.run("--json") as run:
         assert run.wait(60.0) == 0

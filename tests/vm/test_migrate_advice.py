@@ -63,6 +63,8 @@ def tools(directory: Path, name: str, script: str) -> str:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_bad_sector_on_a_is_called_that(tmp_path: Path, engine: str) -> None:
     there, directory = tmp_path / "there", tmp_path / "scene"
     directory.mkdir()
@@ -100,6 +102,8 @@ def small_disk(directory: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_full_disk_on_b_is_called_that(tmp_path: Path, engine: str) -> None:
     directory = tmp_path / "scene"
     directory.mkdir()

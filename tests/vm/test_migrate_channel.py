@@ -77,6 +77,8 @@ def ports(stage: ApartScene) -> set[int]:
         ("overlay", "plain"),
     ],
 )
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_what_is_on_the_wire_and_what_a_stranger_gets(tmp_path: Path, engine: str, channel: str) -> None:
     with apart(tmp_path, engine=engine) as stage, ExitStack() as onlookers:
         captured, visited = stage.directory / "captured", stage.directory / "visited"

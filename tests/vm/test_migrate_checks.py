@@ -32,6 +32,7 @@ def assert_refused(stage: Scene, complaint: str) -> None:
     assert stage.capabilities_of_a() == []
 
 
+@pytest.mark.representative
 def test_one_look_at_both_hosts_finds_what_does_not_fit(stage: Scene, tmp_path: Path) -> None:
     """Each of these would be found with a guest of its own; one guest serves them all."""
     plan, there = stage.plan, tmp_path / "there"
@@ -95,7 +96,7 @@ def test_the_destination_must_wait_when_the_export_is_away(stage: Scene, device:
 DIMM = "-object memory-backend-ram,id=m,size=128M -device pc-dimm,memdev=m"
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("word", "other", "complaint"),
     [
@@ -109,6 +110,7 @@ DIMM = "-object memory-backend-ram,id=m,size=128M -device pc-dimm,memdev=m"
         ),
     ],
 )
+@pytest.mark.representative
 def test_a_destination_that_is_another_machine_is_refused_before_anything_is_sent(
     stage: Scene, word: str, other: str, complaint: str
 ) -> None:
@@ -157,6 +159,7 @@ def test_a_disk_that_was_opened_by_a_relative_path_moves(tmp_path: Path) -> None
         assert stage.wrong_sectors() == []
 
 
+@pytest.mark.representative
 def test_a_paused_guest_is_not_migrated(stage: Scene) -> None:
     with monitor(stage.monitor_a) as a:
         a.execute("stop")
@@ -167,6 +170,7 @@ def test_a_paused_guest_is_not_migrated(stage: Scene) -> None:
         assert a.state == "paused"
 
 
+@pytest.mark.representative
 def test_a_disk_that_is_not_raw_and_not_said_to_be_otherwise_is_refused(tmp_path: Path) -> None:
     stage = Scene(tmp_path)
     stage.image.unlink()

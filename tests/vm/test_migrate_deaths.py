@@ -39,8 +39,9 @@ def assert_as_before(stage: Scene) -> None:
     assert stage.capabilities_of_a() == []
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("moment", BEFORE)
+@pytest.mark.representative
 def test_the_guard_brings_the_guest_back_when_the_orchestrator_is_killed(stage: Scene, moment: str) -> None:
     with stage.run_doomed(moment, Role.ORCHESTRATOR) as run:
         assert run.wait(SECONDS) == -signal.SIGKILL
@@ -49,11 +50,12 @@ def test_the_guard_brings_the_guest_back_when_the_orchestrator_is_killed(stage: 
     assert_as_before(stage)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("moment", "number"),
     [("OVERLAY", signal.SIGINT), ("MIGRATE", signal.SIGHUP), ("SWITCHOVER", signal.SIGTERM)],
 )
+@pytest.mark.representative
 def test_an_interrupted_migration_leaves_the_guest_on_a(
     stage: Scene, moment: str, number: signal.Signals
 ) -> None:
@@ -100,6 +102,8 @@ def test_two_interruptions_while_the_overlay_is_created_leave_none(stage: Scene,
         ("SWITCHOVER", Role.SUPERVISOR_OF_B, "B's QEMU ended, as its supervisor was killed"),
     ],
 )
+@pytest.mark.representative
+@pytest.mark.sampled(2)
 def test_the_guest_stays_on_a_when_something_dies_before_the_cut_over(
     stage: Scene, moment: str, victim: Role, complaint: str
 ) -> None:
@@ -148,6 +152,8 @@ def test_the_source_may_die_as_soon_as_the_guest_has_left(stage: Scene) -> None:
 
 
 @pytest.mark.parametrize("victim", [Role.SERVER, Role.SUPERVISOR_OF_SERVER, Role.SUPERVISOR_OF_B])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_the_stream_goes_on_when_the_server_or_a_supervisor_dies(stage: Scene, victim: Role) -> None:
     stage.change("limits", speed=32 << 20)
     with stage.run_doomed("PROGRESS", victim) as run:
@@ -165,6 +171,8 @@ def test_the_stream_goes_on_when_the_server_or_a_supervisor_dies(stage: Scene, v
 
 
 @pytest.mark.parametrize("moment", ["ARRIVED", "PROGRESS"])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_the_guest_survives_on_b_when_the_orchestrator_is_killed_after_the_cut_over(
     stage: Scene, moment: str
 ) -> None:
@@ -205,6 +213,7 @@ def test_an_interrupted_stream_leaves_the_guest_on_b(stage: Scene) -> None:
     assert stage.wrong_sectors() == []
 
 
+@pytest.mark.representative
 def test_both_halves_of_the_disk_are_kept_when_the_destination_dies_while_streaming(stage: Scene) -> None:
     stage.change("limits", speed=8 << 20)
     with stage.run_doomed("PROGRESS", Role.B) as run:
@@ -224,6 +233,7 @@ def test_a_server_that_dies_at_the_very_end_is_only_told(stage: Scene) -> None:
     stage.wait_until_only({Role.B})
 
 
+@pytest.mark.representative
 def test_a_destination_that_hangs_during_the_switch_over_is_ended_before_the_source_goes_on(
     stage: Scene,
 ) -> None:
@@ -245,6 +255,7 @@ def test_a_destination_that_hangs_during_the_switch_over_is_ended_before_the_sou
     assert_as_before(stage)
 
 
+@pytest.mark.representative
 def test_two_migrations_of_a_guest_do_not_meet(stage: Scene) -> None:
     with stage.run_doomed("LAUNCH", Role.ORCHESTRATOR, number=signal.SIGSTOP) as first:
         first.wait_for_line("step 3")

@@ -35,6 +35,7 @@ def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
             shutil.rmtree(STATE / name_of(str(disk)), ignore_errors=True)
 
 
+@pytest.mark.representative
 def test_no_logs_and_process_ids_land_among_the_devices(stage: Scene) -> None:
     stage.change("limits", speed=32 << 20)
     place = STATE / name_of(str(stage.image))
@@ -52,6 +53,7 @@ def test_no_logs_and_process_ids_land_among_the_devices(stage: Scene) -> None:
     assert stage.wrong_sectors() == []
 
 
+@pytest.mark.representative
 def test_a_device_is_not_moved_aside_nor_taken_for_the_destination(stage: Scene) -> None:
     stage.change("finish", move_aside=str(stage.moved))
     with stage.run() as run:

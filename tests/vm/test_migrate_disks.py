@@ -37,6 +37,7 @@ def stage(tmp_path: Path) -> Iterator[ManyDisks]:
 
 
 @pytest.mark.parametrize("engine", ["overlay", "qemu"])
+@pytest.mark.representative
 def test_a_guest_and_all_its_disks_move_while_it_writes_on_each(tmp_path: Path, engine: str) -> None:
     with many_disks(tmp_path, engine) as stage:
         with stage.run("--json") as run:
@@ -46,8 +47,9 @@ def test_a_guest_and_all_its_disks_move_while_it_writes_on_each(tmp_path: Path, 
         stage.assert_moved()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("victim", [Role.SERVER, Role.ONE_OVERLAY, Role.OVERLAY])
+@pytest.mark.representative
 def test_the_streams_go_on_when_what_feeds_them_dies(stage: ManyDisks, victim: Role) -> None:
     with stage.run_doomed("PROGRESS", victim) as run:
         assert run.wait(SECONDS) == 0, run.output()
@@ -71,8 +73,9 @@ def test_with_the_qemu_engine_a_dead_server_is_a_pause_and_a_dead_qemu_is_not_th
         assert stage.verdict() == []
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("victim", [Role.B, Role.ONE_OVERLAY, Role.SERVER, Role.ORCHESTRATOR])
+@pytest.mark.representative
 def test_before_the_cut_over_the_guest_stays_on_a_and_nothing_is_left_on_b(
     stage: ManyDisks, victim: Role
 ) -> None:

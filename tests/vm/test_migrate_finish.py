@@ -44,9 +44,10 @@ def assert_finished(stage: Scene, guest: Role | None = Role.B) -> None:
     assert stage.moved.exists()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("moment", ["ARRIVED", "STREAM", "PROGRESS", "SHUTDOWN", "PIVOTED"])
+@pytest.mark.representative
 def test_what_the_guard_says_finishes_a_migration_whose_orchestrator_was_killed(
     tmp_path: Path, engine: str, moment: str
 ) -> None:
@@ -82,7 +83,7 @@ def test_what_an_interrupted_run_says_finishes_it(tmp_path: Path, engine: str, m
         assert_finished(stage)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("engine", "victims"),
     [
@@ -94,6 +95,7 @@ def test_what_an_interrupted_run_says_finishes_it(tmp_path: Path, engine: str, m
         ("qemu", (Role.SERVER, Role.FENCE)),
     ],
 )
+@pytest.mark.representative
 def test_what_died_with_the_orchestrator_is_started_again(
     tmp_path: Path, engine: str, victims: tuple[Role, ...]
 ) -> None:
@@ -105,9 +107,10 @@ def test_what_died_with_the_orchestrator_is_started_again(
         assert_finished(stage)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("boot", [False, True])
+@pytest.mark.representative
 def test_the_disk_of_a_guest_whose_qemu_died_is_completed_with_or_without_it(
     tmp_path: Path, engine: str, boot: bool
 ) -> None:
@@ -174,6 +177,7 @@ def test_a_complete_disk_is_the_guests_own_although_a_is_away(tmp_path: Path, en
         assert_finished(stage)
 
 
+@pytest.mark.representative
 def test_a_guest_that_is_on_a_is_not_touched(tmp_path: Path) -> None:
     with scene(tmp_path) as stage:
         plan = stage.plan_file()

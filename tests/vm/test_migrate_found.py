@@ -170,6 +170,8 @@ def guest(directory: Path, way: str) -> Iterator[Found]:
     ],
     indirect=True,
 )
+@pytest.mark.representative
+@pytest.mark.sampled(2)
 def test_a_guest_moves_without_a_plan_however_it_was_started(stage: Found) -> None:
     plan = stage.plan_of(str(stage.monitor_a))
     assert tomllib.loads(plan)["source"]["qmp"] == str(stage.monitor_a)
@@ -197,6 +199,7 @@ def test_all_disks_of_a_guest_are_found_and_move_together(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("stage", ["-drive if=virtio"], indirect=True)
+@pytest.mark.representative
 def test_what_hinders_is_told_in_one_line_and_nothing_is_touched(stage: Found) -> None:
     def refused(*words: str | Path) -> str:
         done = run(NBD_MIGRATE, *words)
@@ -233,6 +236,7 @@ def test_what_hinders_is_told_in_one_line_and_nothing_is_touched(stage: Found) -
 
 
 @pytest.mark.parametrize("stage", ["JSON"], indirect=True)
+@pytest.mark.representative
 def test_a_plan_that_was_written_runs_as_its_first_lines_say(stage: Found) -> None:
     file = stage.directory / "plan.toml"
     done = run(NBD_MIGRATE, "plan", "--source", stage.pid, "--to-dir", stage.target, "--output", file)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.support.disks import MIB
 from tests.support.many_disks import ManyDisks
 from tests.support.processes import wait_until
@@ -46,6 +48,7 @@ def allocated(image: Path) -> int:
     return image.stat().st_blocks * 512
 
 
+@pytest.mark.representative
 def test_holes_stay_holes_and_what_the_guest_discards_is_given_back(tmp_path: Path) -> None:
     stage = ManyDisks(tmp_path, sizes=(8 * MIB, SIZE))
     content = make_sparse(stage)

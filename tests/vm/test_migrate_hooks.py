@@ -63,6 +63,7 @@ def runs_hook(stage: Scene) -> bool:
     return any(hook in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
 
+@pytest.mark.representative
 def test_hooks_are_called_in_their_places(stage: Scene) -> None:
     with stage.run() as migration:
         assert migration.wait(SECONDS) == 0, migration.output()
@@ -72,6 +73,7 @@ def test_hooks_are_called_in_their_places(stage: Scene) -> None:
     assert not re.search(r"hook (before|after|done|failed)", migration.output())
 
 
+@pytest.mark.representative
 def test_where_the_first_one_fails_the_guest_stays_on_a(stage: Scene) -> None:
     does(stage, "before_cutover", "echo not tonight; exit 1")
     with stage.run() as migration:

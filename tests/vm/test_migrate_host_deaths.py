@@ -61,6 +61,7 @@ def test_without_host_b_the_guest_runs_on_on_a(stage: ManyDisks, moment: str) ->
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("moment", ["PROGRESS", "SHUTDOWN"])
+@pytest.mark.representative
 def test_what_served_on_a_is_started_again_after_the_cut_over(stage: ManyDisks, moment: str) -> None:
     with stage.run_doomed(moment, *SERVED, Role.FENCE) as run:
         assert run.wait(SECONDS) == 0, run.output()

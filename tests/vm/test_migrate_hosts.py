@@ -52,6 +52,7 @@ def apart(tmp_path: Path, namespaces: tuple[str, str]) -> Iterator[Scene]:
         yield stage
 
 
+@pytest.mark.representative
 def test_a_guest_moves_over_tcp_from_one_host_to_another(apart: Scene) -> None:
     with apart.run() as run:
         assert run.wait(60.0) == 0, run.output()

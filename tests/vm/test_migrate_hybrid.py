@@ -64,6 +64,7 @@ def moves(stage: ManyDisks) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("sizes", [ONE, pytest.param(THREE, marks=exhaustive)])
+@pytest.mark.representative
 def test_every_byte_is_right_of_a_guest_that_writes_during_all_rounds(
     tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:
@@ -126,6 +127,7 @@ def test_every_byte_is_right_where_there_are_rounds_while_the_ram_moves(tmp_path
         stage.assert_moved()
 
 
+@pytest.mark.representative
 def test_a_block_that_was_not_forgotten_would_be_seen(tmp_path: Path) -> None:
     """Of the test above: it fails where nothing is invalidated."""
     with many_disks(tmp_path, sizes=ONE) as stage:
@@ -146,6 +148,7 @@ def test_a_block_that_was_not_forgotten_would_be_seen(tmp_path: Path) -> None:
         *(pytest.param(each, marks=exhaustive) for each in (Role.SERVER, Role.OVERLAY, Role.B)),
     ],
 )
+@pytest.mark.representative
 def test_whatever_dies_while_it_is_copied_the_guest_stays_on_a_and_nothing_is_left(
     tmp_path: Path, victim: Role
 ) -> None:

@@ -75,8 +75,9 @@ def test_a_run_makes_as_many_entries_as_are_tried(stage: Scene, tmp_path: Path) 
     is_on_b(stage)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("number", "entry"), KILLED_AT)
+@pytest.mark.representative
 def test_a_migration_that_was_killed_is_taken_up_again(stage: Scene, number: int, entry: int) -> None:
     kill_at(stage, entry, guards=number % 2 == 0)
     code, said = command("resume", NAME)
@@ -85,8 +86,9 @@ def test_a_migration_that_was_killed_is_taken_up_again(stage: Scene, number: int
     is_on_b(stage)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("number", "entry"), KILLED_AT)
+@pytest.mark.representative
 def test_a_migration_that_was_killed_is_taken_back_until_the_guest_has_left(
     stage: Scene, number: int, entry: int
 ) -> None:
@@ -123,6 +125,7 @@ def test_a_guest_that_has_changed_sides_unseen_is_found_on_b(stage: Scene) -> No
     assert command("list") == (0, "")
 
 
+@pytest.mark.representative
 def test_a_guest_that_stands_still_before_the_switch_over_is_let_run(stage: Scene) -> None:
     assert kill_at(stage, ARRIVAL - 1, guards=True, call="pwrite64") is Phase.MIGRATE
     with monitor(stage.monitor_a) as a:
@@ -322,6 +325,7 @@ def test_a_migration_that_was_interrupted_is_not_begun_again_unawares(stage: Sce
     is_on_a_as_before(stage)
 
 
+@pytest.mark.representative
 def test_the_guests_name_is_the_migrations_unless_one_is_given(stage: Scene) -> None:
     """One whose QEMU was given none is called as its disk."""
     with Process([NBD_MIGRATE, "run", stage.plan_file()], stage.directory / "run.log") as made:

@@ -28,6 +28,7 @@ def parameters() -> list[object]:
 
 
 @pytest.mark.parametrize(("form", "disks", "policy", "channel", "started_by"), parameters())
+@pytest.mark.representative
 def test_a_linux_moves_whatever_its_disks_are(
     form: str, disks: int, policy: str, channel: str, started_by: str
 ) -> None:

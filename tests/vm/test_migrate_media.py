@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from tests.support.disks import MIB, random_bytes
 from tests.support.processes import Process, check
 from tests.support.vms import NBD_MIGRATE, QEMU, ROOT, Scene, monitor, running
@@ -62,6 +64,7 @@ def media_of(address: Path) -> set[tuple[str, bool]]:
     return {(each["file"], each["ro"]) for each in found}
 
 
+@pytest.mark.representative
 def test_media_and_read_only_disks_are_on_b_as_on_a(tmp_path: Path) -> None:
     stage = WithMedia(tmp_path)
     with running(stage):

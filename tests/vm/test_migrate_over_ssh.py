@@ -58,6 +58,7 @@ def is_on_a_as_before(stage: ApartScene) -> None:
     assert stage.capabilities_of_a() == []
 
 
+@pytest.mark.representative
 def test_a_guest_moves_over_one_connection_to_each_host(stage: ApartScene) -> None:
     with stage.run() as run:
         assert run.wait(LONG) == 0, run.output()
@@ -161,6 +162,7 @@ def test_a_cable_that_is_pulled_for_a_moment_after_the_cut_over_costs_only_time(
     is_on_b_whole(stage)
 
 
+@pytest.mark.representative
 def test_what_is_wrong_with_a_way_is_one_line_before_anything_is_started(stage: ApartScene) -> None:
     def complaint(**changes: object) -> str:
         before = stage.plan

@@ -53,6 +53,8 @@ def assert_complete(stage: Scene) -> None:
 
 @pytest.mark.parametrize("moment", ["LAUNCH", "MIGRATE"])
 @pytest.mark.parametrize("victim", [Role.ORCHESTRATOR, Role.SERVER])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_before_the_cut_over_the_guest_stays_on_a(stage: Scene, moment: str, victim: Role) -> None:
     with stage.run_doomed(moment, victim) as run:
         assert run.wait(SECONDS) == (-signal.SIGKILL if victim is Role.ORCHESTRATOR else 1), run.output()
@@ -87,6 +89,8 @@ def test_nbd_overlay_that_dies_when_the_guest_arrives_is_started_again(stage: Sc
 
 
 @pytest.mark.parametrize("victim", [Role.SERVER, Role.OVERLAY, Role.SUPERVISOR_OF_OVERLAY])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_the_stream_goes_on_when_what_feeds_it_dies(stage: Scene, victim: Role) -> None:
     with stage.run_doomed("PROGRESS", victim) as run:
         assert run.wait(SECONDS) == 0, run.output()
@@ -111,6 +115,7 @@ def test_a_failure_behind_the_stream_does_not_say_that_the_source_is_needed(stag
     assert stage.wrong_sectors() == []
 
 
+@pytest.mark.representative
 def test_what_is_in_the_place_of_the_disk_or_of_its_sockets_is_not_touched(stage: Scene) -> None:
     for name in ("b.raw", "b.raw.map", "b.raw.nbd", "b.raw.qmp"):
         path = stage.directory / name
@@ -131,6 +136,7 @@ def test_the_guest_survives_on_b_when_the_orchestrator_is_killed_while_the_disk_
     stage.wait_until_only({Role.B, Role.SERVER, Role.OVERLAY, Role.FENCE})
 
 
+@pytest.mark.representative
 def test_an_overlay_that_dies_just_before_the_pivot_is_started_again(stage: Scene) -> None:
     """QEMU flushes to it before it parts from it."""
     with stage.run_doomed("SHUTDOWN", Role.OVERLAY) as run:

@@ -68,6 +68,8 @@ def finished(stage: Scene, guest: Role | None = Role.B, *, by_hand: bool = True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_one_command_finishes_a_run_that_was_killed(tmp_path: Path, engine: str) -> None:
     with scene(tmp_path, engine) as stage:
         orphaned(stage, "PROGRESS")
@@ -136,6 +138,7 @@ def test_a_guest_that_stands_still_before_the_switch_over_is_let_run(tmp_path: P
         assert "the guest is on A" in done.stderr
 
 
+@pytest.mark.representative
 def test_the_six_recipes_are_typed_as_their_page_has_them(tmp_path: Path) -> None:
     with scene(tmp_path, "qemu") as stage:
         exports, steps = blocks(ROOT / "docs" / "recipes.md", "The six steps by hand")

@@ -44,6 +44,7 @@ def serves_nothing(stage: ManyDisks) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["overlay", pytest.param("qemu", marks=EXHAUSTIVE)])
+@pytest.mark.representative
 def test_disks_with_and_without_others_below_them_move_and_a_is_free_at_once(
     tmp_path: Path, engine: str
 ) -> None:
@@ -229,6 +230,7 @@ def test_a_guest_with_qcow2_disks_is_found_out_and_moves_without_a_plan(tmp_path
 
 
 @pytest.mark.parametrize("drive", ["disk0", pytest.param("disk1", marks=EXHAUSTIVE)])
+@pytest.mark.representative
 def test_a_snapshot_that_is_taken_on_the_way_ends_the_migration_with_the_guest_on_a(
     stage: Qcow2Disks, drive: str
 ) -> None:

@@ -45,6 +45,7 @@ def refusal(stage: Scene) -> str:
     return last
 
 
+@pytest.mark.representative
 def test_a_qemu_that_could_not_go_on_is_refused_and_what_to_write_helps(stage: Scene) -> None:
     said = refusal(stage)
     assert re.search(r"B's QEMU runs as nobody and will not be able to connect to \S+ again \(", said)

@@ -38,6 +38,7 @@ def stage(tmp_path: Path) -> Iterator[Scene]:
         yield made
 
 
+@pytest.mark.representative
 def test_a_guest_whose_server_is_gone_pauses_and_the_operator_takes_it_up_again(stage: Scene) -> None:
     stage.change("limits", speed=16 * MIB, reconnect_delay=1, restarts=0)
     with stage.run_doomed("PROGRESS", Role.SERVER) as run:
@@ -82,6 +83,7 @@ def test_a_server_that_hangs_ends_the_wait_but_not_the_guest(stage: Scene) -> No
     assert stage.wrong_sectors() == []
 
 
+@pytest.mark.representative
 def test_an_export_that_offers_structured_replies_is_refused(stage: Scene, tmp_path: Path) -> None:
     nbdserve_of_a = tmp_path / "bin" / "nbdserve"
     nbdserve_of_a.parent.mkdir()
@@ -220,6 +222,7 @@ def test_a_source_that_has_migrated_away_cannot_go_on_behind_the_fence(stage: Sc
         assert a.state == "running", "without the fence nothing keeps it from going on"
 
 
+@pytest.mark.representative
 def test_nobody_opens_the_image_for_writing_behind_the_fence(stage: Scene) -> None:
     with monitor(stage.monitor_a) as a:
         a.execute("quit")
@@ -330,6 +333,7 @@ async def resume_source(stage: Scene) -> None:
         await a.disconnect()
 
 
+@pytest.mark.representative
 def test_a_failure_does_not_cancel_somebody_elses_migration(tmp_path: Path) -> None:
     stage = TwoMonitors(tmp_path)
     with running(stage), stage.run_doomed("MIGRATE", Role.ORCHESTRATOR, number=signal.SIGSTOP) as run:
@@ -347,6 +351,7 @@ def test_a_failure_does_not_cancel_somebody_elses_migration(tmp_path: Path) -> N
         stage.wait_until_guest_works("a")
 
 
+@pytest.mark.representative
 def test_a_destination_without_space_pauses_the_guest_and_says_so(stage: Scene, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")

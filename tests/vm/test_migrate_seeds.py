@@ -24,6 +24,7 @@ def older(stage: Scene, size: int | None = None) -> Path:
     return path
 
 
+@pytest.mark.representative
 def test_what_b_has_already_is_not_sent_and_what_the_guest_writes_is_kept(tmp_path: Path) -> None:
     with scene(tmp_path) as stage:
         seed = older(stage, len(stage.original) - 5)
@@ -43,6 +44,7 @@ def test_what_b_has_already_is_not_sent_and_what_the_guest_writes_is_kept(tmp_pa
 
 
 @pytest.mark.exhaustive
+@pytest.mark.representative
 def test_a_seed_that_goes_away_does_not_keep_the_guest_from_going_on(tmp_path: Path) -> None:
     with scene(tmp_path) as stage:
         seed = older(stage)
@@ -60,6 +62,7 @@ def test_a_seed_that_goes_away_does_not_keep_the_guest_from_going_on(tmp_path: P
         assert stage.wrong_sectors(interrupted=True) == []
 
 
+@pytest.mark.representative
 def test_a_seed_that_is_of_no_use_is_told_of_before_anything_starts(tmp_path: Path) -> None:
     with scene(tmp_path) as stage:
 

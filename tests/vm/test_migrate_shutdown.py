@@ -66,6 +66,8 @@ def assert_complete(stage: Scene) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_the_disk_of_a_guest_that_switches_itself_off_is_completed(tmp_path: Path, engine: str) -> None:
     with ending(tmp_path, engine) as stage:
         with stage.run() as run:
@@ -121,6 +123,8 @@ def test_a_qemu_that_stays_when_its_guest_is_off_pivots_as_always(tmp_path: Path
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_crash_in_the_last_step_is_told_and_everything_else_is_done(tmp_path: Path, engine: str) -> None:
     for moment in ("SHUTDOWN", "PIVOTED"):
         directory = tmp_path / moment

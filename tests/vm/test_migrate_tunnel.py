@@ -57,6 +57,7 @@ def last_line(run: Process) -> str:
     return run.output().splitlines()[-1]
 
 
+@pytest.mark.representative
 def test_whatever_leads_through_ssh_may_die_after_the_cut_over(stage: ApartScene) -> None:
     with stage.run() as run:
         run.wait_for_line(" of 64 MiB", LONG)
@@ -137,6 +138,7 @@ def test_the_guest_is_on_a_as_before_when_it_fails_before_the_cut_over(
     assert stage.capabilities_of_a() == []
 
 
+@pytest.mark.representative
 def test_a_socket_in_the_way_is_told_of_before_anything_starts(stage: ApartScene) -> None:
     (stage.directory / "a.raw.ram").touch()
     with stage.run() as run:

@@ -51,8 +51,9 @@ def test_before_the_switch_over_the_guest_runs_on_on_a(stage: TwoMonitors, other
     assert stage.capabilities_of_a() == []
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("others", [*((other,) for other in OTHERS), (Role.CHIEF, Role.DEPUTY)])
+@pytest.mark.representative
 def test_in_the_switch_over_the_guest_comes_to_b(stage: TwoMonitors, others: tuple[Role, ...]) -> None:
     """B's QEMU stands still until they are dead, and then takes the guest up; even if three are."""
     with stage.run_doomed("SWITCHOVER", Role.B, number=signal.SIGSTOP) as run:

@@ -31,6 +31,7 @@ def copied(stage: Scene) -> int:
     return 0
 
 
+@pytest.mark.representative
 def test_a_guest_that_writes_meanwhile_is_verified_without_a_false_alarm(tmp_path: Path) -> None:
     with scene(tmp_path) as stage:
         with stage.run("--verify", "--json") as going:
@@ -46,6 +47,7 @@ def test_a_guest_that_writes_meanwhile_is_verified_without_a_false_alarm(tmp_pat
         assert stage.wrong_sectors() == []
 
 
+@pytest.mark.representative
 def test_a_damaged_block_is_found_and_a_is_kept(tmp_path: Path) -> None:
     with scene(tmp_path) as stage:
         stage.change("limits", speed=8 * MIB)

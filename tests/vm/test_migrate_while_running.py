@@ -50,6 +50,7 @@ def status(*options: str) -> str:
     return run(NBD_MIGRATE, "status", "a", *options).stdout
 
 
+@pytest.mark.representative
 def test_a_guest_that_was_paused_on_a_is_said_to_be_paused_on_b(stage: TwoMonitors) -> None:
     throttle(stage)
     with stage.run() as migration:
@@ -176,6 +177,7 @@ def test_a_stream_ends_when_it_is_to_end(stage: TwoMonitors) -> None:
     stage.wait_until_guest_works("b")
 
 
+@pytest.mark.representative
 def test_what_is_told_of_a_stream_never_goes_back(stage: TwoMonitors) -> None:
     stage.change("limits", speed=4 << 20)
     told: list[Progress] = []

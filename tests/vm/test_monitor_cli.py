@@ -53,6 +53,7 @@ def complaint(monitor: Path, *words: str, code: int = 1) -> str:
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.representative
 def test_what_the_command_returns_is_printed_whole_or_in_part(monitor: Path) -> None:
     assert json.loads(printed(monitor, "query-status"))["running"] is True
     assert printed(monitor, "query-status", "--get", "running") == "true\n"
@@ -67,6 +68,7 @@ def test_what_the_command_returns_is_printed_whole_or_in_part(monitor: Path) -> 
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.representative
 def test_a_path_that_leads_nowhere_is_one_line(monitor: Path) -> None:
     nodes = ("query-named-block-nodes", '{"flat": true}', "--get")
     assert "there is no two in [" in complaint(monitor, *nodes, "two.drv")
@@ -76,11 +78,13 @@ def test_a_path_that_leads_nowhere_is_one_line(monitor: Path) -> None:
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.representative
 def test_what_qemu_refuses_is_one_line(monitor: Path) -> None:
     assert "refused blockdev-del: " in complaint(monitor, "blockdev-del", '{"node-name": "nobody"}')
     assert "refused make-coffee: " in complaint(monitor, "make-coffee")
 
 
+@pytest.mark.representative
 def test_wrong_usage_is_one_line(monitor: Path) -> None:
     assert "not JSON" in complaint(monitor, "quit", "now", code=2)
     assert "not JSON" in complaint(monitor, "quit", "[" * 20000, code=2)
@@ -95,12 +99,14 @@ def test_wrong_usage_is_one_line(monitor: Path) -> None:
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.representative
 def test_arguments_reach_qemu_under_the_names_that_were_given(monitor: Path) -> None:
     for name in ("command", "self", "limit", "a_b"):
         assert f"Parameter '{name}' is unexpected" in complaint(monitor, "query-status", f'{{"{name}": 1}}')
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.representative
 def test_waiting_ends_with_what_is_wanted_or_feared_or_the_time(monitor: Path) -> None:
     status = ("query-status", "--get", "status")
     assert printed(monitor, *status, "--until", "paused|running") == "running\n"
@@ -110,6 +116,7 @@ def test_waiting_ends_with_what_is_wanted_or_feared_or_the_time(monitor: Path) -
     assert "after 0.5 s query-status: status is running, not yet paused" in late
 
 
+@pytest.mark.representative
 def test_waiting_leaves_the_monitor_to_others_and_ends_with_qemu(
     monitor: Path, machine: Process, tmp_path: Path
 ) -> None:

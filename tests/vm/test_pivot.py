@@ -172,6 +172,7 @@ def guest(tmp_path: Path, device: str) -> Iterator[Machine]:
                 yield made
 
 
+@pytest.mark.representative
 def test_a_guest_moves_to_the_local_file_while_it_writes(machine: Machine) -> None:
     machine.pivot()
     assert machine.nodes == MOVED
@@ -222,6 +223,8 @@ def test_whoever_comes_after_an_orchestrator_that_died_between_two_commands_goes
 
 
 @pytest.mark.parametrize("commands", range(1, 9))
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_an_orchestrator_that_dies_leaves_what_another_one_can_finish_at_once(
     machine: Machine, commands: int
 ) -> None:
@@ -235,6 +238,8 @@ def test_an_orchestrator_that_dies_leaves_what_another_one_can_finish_at_once(
 
 
 @pytest.mark.parametrize("moment", ["blockdev-add", "blockdev-reopen", "blockdev-del"])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_a_server_that_dies_in_the_middle_costs_time_but_no_data(tmp_path: Path, moment: str) -> None:
     """QEMU flushes to the server before it parts from it; once that is there again, it does."""
     disk, address = tmp_path / "disk.raw", UnixAddress(tmp_path / "nbd")
@@ -290,6 +295,7 @@ def refused(machine: Machine, image: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.representative
 def test_a_file_that_cannot_be_the_guests_disk_is_refused(machine: Machine) -> None:
     assert "refused blockdev-add: Could not open" in refused(machine, machine.directory / "no.raw")
     other = machine.directory / "other.raw"

@@ -56,6 +56,7 @@ def test_a_migrated_sources_own_nbd_server_gives_data_but_since_10_no_block_stat
 
 
 @pytest.mark.skipif(versions.qemu() < (10, 0), reason="before QEMU 10 there is no such command")
+@pytest.mark.representative
 def test_the_fence_keeps_a_source_from_making_its_disk_active_again(stage: Scene) -> None:
     with migrated_by_hand(stage):
         pass

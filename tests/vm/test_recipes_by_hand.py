@@ -76,6 +76,7 @@ def end(stage: Scene, role: Role) -> None:
         wait_until(lambda pid=process.pid: not lives(pid), "it is dead")  # type: ignore[misc]
 
 
+@pytest.mark.representative
 def test_a_server_and_a_fence_that_have_ended_are_no_obstacle(stage: Scene) -> None:
     operator = moved(stage)
     operator.must(5)
@@ -165,6 +166,7 @@ def test_what_a_run_has_started_and_what_its_messages_start_step_6_ends(stage: S
     assert stage.wrong_sectors(interrupted=True) == []
 
 
+@pytest.mark.representative
 def test_step_4_does_not_cancel_a_switch_over(tmp_path: Path) -> None:
     """B's QEMU, which hangs there, may have all of the guest, and runs it when it goes on."""
     stage = TwoMonitors(tmp_path, "qemu")

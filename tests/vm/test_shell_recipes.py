@@ -73,6 +73,7 @@ def judge(stage: Stage, phases: tuple[int, int, int]) -> Verdict:
     return demo.judge(stage, demo.Evidence(memory, Phases(*phases, memory.written), leftovers))
 
 
+@pytest.mark.representative
 def test_the_six_recipes_migrate_a_guest_and_its_disk(
     stage: Stage, operator: Operator, source: Process
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_server_that_dies_while_the_disk_is_streamed_costs_time_but_no_data(
     assert verdict.holds, list(verdict.lines())
 
 
+@pytest.mark.representative
 def test_a_destination_that_fails_leaves_the_guest_running_on_a(
     stage: Stage, operator: Operator, tmp_path: Path
 ) -> None:
@@ -164,6 +166,8 @@ def dead_process() -> int:
 
 
 @pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+@pytest.mark.representative
+@pytest.mark.sampled(1)
 def test_an_interrupted_recipe_gives_the_guest_back(
     stage: Stage, operator: Operator, tmp_path: Path, number: signal.Signals, group: bool
 ) -> None:

@@ -176,6 +176,7 @@ async def cancelled_early(address: Path, directory: Path) -> None:
     there.unlink(missing_ok=True)
 
 
+@pytest.mark.representative
 def test_a_guest_whose_migration_is_cancelled_as_it_stops_for_the_switch_over_goes_on(tmp_path: Path) -> None:
     """QEMU would let it stand for ever."""
     with scene(tmp_path) as stage:
