@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
 from nbdserve.common.errors import ConnectError, UsageError
 from recipes.connections.monitors import monitor_of
+from recipes.engines.choice import engine_for
 from recipes.engines.overlay_engine import monitor_name
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
@@ -56,6 +57,7 @@ async def found(
     m.no_longer_need("A's QEMU")
     await take_over(m)
     journal.held = False
+    await account_for(m)
     m.enter(state.phase)
     return m
 
@@ -161,11 +163,30 @@ def found_on_b(journal: Journal, plan: Plan, disks: Sequence[Disk], again: str) 
         known,
         plan=plan,
         phase=Phase.COMPLETE if all(disk.complete for disk in disks) else Phase.ARRIVED,
-        disks=tuple(disks),
+        disks=tuple(with_account(each, known) for each in disks),
         arrived=known.arrived or time.time(),
         made=(),
         finish=again,
     )
+
+
+def with_account(disk: Disk, known: State) -> Disk:
+    """Return a disk as it was found, with what the journal has of how it became complete."""
+    before = next((each for each in known.disks if each.target == disk.target), None)
+    if before is None or not disk.complete:
+        return disk
+    return replace(disk, seeded=before.seeded, verified=before.verified, written=before.written)
+
+
+async def account_for(m: Migration) -> None:
+    """Write down how those disks have become complete of which the command died before it had done so."""
+    for disk in m.disks:
+        known = m.state.disk(disk)
+        is_told = known.seeded or known.verified or known.written
+        if known.complete and not is_told and disk.drive in m.overlay_monitors:
+            # It is of no other account.
+            with suppress(MigrationError):
+                await engine_for(m).account(m, disk)
 
 
 async def look_at(plan: Plan, disk: PlannedDisk, host: Host, b: Vm | None) -> Disk:

@@ -79,6 +79,9 @@ class Engine(ABC):
     async def confirm(self, m: Migration, disk: PlannedDisk) -> None:
         """Step 5, when the job has ended well: see that the image says so too."""
 
+    async def account(self, m: Migration, disk: PlannedDisk) -> None:
+        """Write down how a disk has become complete, as far as who has copied it can tell."""
+
     @abstractmethod
     async def carries(self, m: Migration, disk: PlannedDisk) -> bool:
         """Tell whether a guest uses a process of ours for a disk of which every block is local already."""

@@ -110,11 +110,12 @@ class OverlayEngine(Engine):
         """The map must be gone: what is left is the raw disk."""
         if await m.host_b.test("-e", disk.map, m.plan.limits.command):
             raise MigrationError(f"{disk.target} is not a plain raw disk yet: there is {disk.map}")
-        if disk.seed or m.plan.verifies:
-            await self._note(m, disk)
+        await self.account(m, disk)
 
-    async def _note(self, m: Migration, disk: PlannedDisk) -> None:
+    async def account(self, m: Migration, disk: PlannedDisk) -> None:
         """Write down what did not have to be sent, and what was compared."""
+        if not (disk.seed or m.plan.verifies):
+            return
         told = await m.overlay_monitors[disk.drive].execute("query-overlay")
         verify = told.get("verify") or {"over": False, "compared": 0, "written": 0}
         equal, written = verify["compared"], verify["written"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import MIB
-from tests.support.processes import check, run
+from tests.support.processes import check, run, wait_until
 from tests.support.vms import NBD_MIGRATE, Role, Scene, scene
 
 BLOCK = 1 << 16
@@ -39,6 +39,28 @@ def test_what_b_has_already_is_not_sent_and_what_the_guest_writes_is_kept(tmp_pa
         report = stage.directory / "report.html"
         check(NBD_MIGRATE, "report", "a", "--output", report)
         assert "which was not sent" in report.read_text()
+        stage.quit_b()
+        assert stage.wrong_sectors() == []
+
+
+@pytest.mark.parametrize("moment", ["PROGRESS", pytest.param("SHUTDOWN", marks=pytest.mark.exhaustive)])
+def test_what_was_spared_and_compared_is_told_also_where_the_command_was_killed(
+    tmp_path: Path, moment: str
+) -> None:
+    """Before nbd-overlay has come to the end, which it does alone then, or when that was written down."""
+    with scene(tmp_path) as stage:
+        stage.change("destination", seed=str(older(stage)))
+        stage.change("finish", verify=True)
+        with stage.run_doomed(moment, Role.ORCHESTRATOR) as going:
+            going.wait(120.0)
+        wait_until(lambda: not Path(f"{stage.overlay}.map").exists(), "everything is there", 120.0)
+        check(NBD_MIGRATE, "resume", "a", seconds=120.0)
+        told = json.loads(check(NBD_MIGRATE, "status", "a", "--json"))
+        [disk] = told["disks"]
+        assert 0 < disk["seeded"] <= len(stage.original) * 3 // 4
+        assert disk["verified"] > 0
+        assert disk["verified"] + disk["written"] == len(stage.original)
+        stage.wait_until_guest_works("b")
         stage.quit_b()
         assert stage.wrong_sectors() == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.common.errors import ConnectError
-from recipes.commands.finding import refuse_unless_on_b, source
+from recipes.commands.finding import found_on_b, refuse_unless_on_b, source
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.migrate.progress import Report
@@ -47,6 +47,19 @@ def test_a_migration_whose_guest_did_not_come_to_b_is_not_finished(tmp_path: Pat
 def test_a_migration_whose_guest_has_run_on_b_is_finished(tmp_path: Path, phase: Phase) -> None:
     state = state_of(tmp_path, phase, b"x" * 512)
     asyncio.run(refuse_unless_on_b(state, GONE, None, Host("B")))
+
+
+def test_what_was_counted_of_a_complete_disk_is_kept(tmp_path: Path) -> None:
+    known = begun(tmp_path, "/a", Phase.SHUT_DOWN)
+    assert known.state
+    [disk] = known.state.disks
+    counted = replace(disk, complete=True, seeded=1, verified=2, written=3)
+    known.append(replace(known.state, disks=(counted,)))
+    for complete in (True, False):
+        as_found = replace(disk, complete=complete)
+        [kept] = found_on_b(known, known.state.plan, [as_found], "again").disks
+        assert kept == (counted if complete else as_found)
+    known.close()
 
 
 def test_a_complete_disk_needs_no_a_that_can_be_reached(tmp_path: Path) -> None:
