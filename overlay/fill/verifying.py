@@ -55,15 +55,22 @@ class Verifying:
         self.compared = self.written = 0
         self.differing: list[int] = []
         self._image, self._sources = image, sources
+        self._begin = self._end = 0.0
 
     @property
     def looked_at(self) -> int:
         """Return how many bytes have been looked at."""
         return self.compared + self.written
 
+    @property
+    def seconds(self) -> float:
+        """Return how long it took, or has taken until now."""
+        return (self._end or time.monotonic()) - self._begin if self._begin else 0.0
+
     def run(self, session: Callable[[], Session], pause_point: Callable[[float], None]) -> None:
         """Compare everything. Raises DifferenceError, OSError, and what ``pause_point`` does."""
         self.is_over, self.compared, self.written, self.differing = False, 0, 0, []
+        self._begin, self._end = time.monotonic(), 0.0
         come, deadline, lost_since = 0, 0.0, 0.0
         while come < self._image.size or self.differing:
             if self.differing and come == self._image.size:
@@ -87,6 +94,7 @@ class Verifying:
                 if time.monotonic() - lost_since > self._sources.patience:
                     raise OSError(errno.EIO, f"the copy cannot be verified: {error}") from error
                 pause_point(_PAUSE)
+        self._end = time.monotonic()
         self.is_over = True
         _LOG.info("%d bytes are as the source has them, %d are the guest's", self.compared, self.written)
 

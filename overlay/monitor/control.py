@@ -229,6 +229,7 @@ class Control:
             "written": verifying.written,
             "differing": len(verifying.differing),
             "first": min(verifying.differing, default=None),
+            "seconds": verifying.seconds,
         }
 
     def _io_status(self) -> str:

@@ -101,7 +101,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="compare what was copied on both hosts by hashes, but for what the guest has written, before "
-        "A's image is given up",
+        "A's image is given up; default: with the policy hybrid",
     )
 
 

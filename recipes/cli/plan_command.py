@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nbdserve.common import clock, program
 from nbdserve.common.errors import OperatorError, UsageError
+from recipes.cli.journal_commands import add_verify
 from recipes.connections.address import check_host, is_ssh
 from recipes.discovery.discover import COMMAND, Wanted, discover
 from recipes.discovery.document import Draft, write
@@ -19,7 +20,7 @@ from recipes.plans.channel import Channel
 from recipes.plans.disks import check_absolute
 from recipes.plans.plan import Plan
 from recipes.plans.planfile import build
-from recipes.plans.policy import POLICIES
+from recipes.plans.policy import HYBRID, POLICIES
 from recipes.plans.reaching import looked_at
 from recipes.plans.seeds import seeds_of
 
@@ -55,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channel", metavar="KIND", help="how disk and RAM get to B: see nbd-migrate run")
     parser.add_argument("--policy", choices=POLICIES, help="when the disks go: see nbd-migrate run")
     parser.add_argument("--cutover", metavar="WHEN", help="when the guest goes: see nbd-migrate run")
+    add_verify(parser)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
 
 
@@ -68,7 +70,9 @@ def main(given: argparse.Namespace) -> int:
     """``nbd-migrate plan``."""
     try:
         draft = seeded(drafted(given), given.seed)
-        text = write(replace(draft, policy=given.policy or "", cutover=given.cutover or ""))
+        verify = True if given.verify is None and given.policy == HYBRID else given.verify
+        policy, cutover = given.policy or "", given.cutover or ""
+        text = write(replace(draft, policy=policy, cutover=cutover, verify=verify))
     except asyncio.CancelledError:
         return program.EXIT_INTERRUPTED
     # What is printed is what would run.

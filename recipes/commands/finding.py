@@ -161,7 +161,7 @@ def found_on_b(journal: Journal, plan: Plan, disks: Sequence[Disk], again: str) 
     known = journal.state or State(journal.directory.name, plan)
     return replace(
         known,
-        plan=plan,
+        plan=plan.settled,
         phase=Phase.COMPLETE if all(disk.complete for disk in disks) else Phase.ARRIVED,
         disks=tuple(with_account(each, known) for each in disks),
         arrived=known.arrived or time.time(),

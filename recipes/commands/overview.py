@@ -105,6 +105,8 @@ def lines(name: str) -> list[str]:
                 f"verified: {format_size(disk.verified)} of {disk.target} are as on A, "
                 f"{format_size(disk.written)} have been written by the guest on B"
             )
+    if state.plan.verifies and state.phase not in OVER and not state.complete:
+        told.append("what is copied is compared with A in the end")
     if state.paused and state.phase not in BEFORE:
         told.append(advice.paused(state))
     if (moving := progress(name, state)) is not None:

@@ -81,6 +81,10 @@ def _facts(told: Account) -> Iterator[tuple[str, ...]]:
     verified, written = (sum(getattr(disk, key) for disk in told.disks) for key in ("verified", "written"))
     if verified or written:
         yield "verified", f"{format_size(verified)} are as on A, {format_size(written)} are the guest's own"
+    elif told.verifies:
+        yield "verified", "not yet: what is copied is compared with A in the end"
+    else:
+        yield "verified", "no: what was copied is not compared with A (run --verify)"
     if told.interruptions:
         yield "interruptions", f"{told.interruptions} of the stream, which was taken up again"
     waited = sum(waits.requests for waits in told.waits)

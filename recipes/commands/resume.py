@@ -13,6 +13,7 @@ from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
 from recipes.migrate.state import Hook, Phase, State
+from recipes.plans.plan import Plan
 from recipes.plans.reaching import hosts, source_monitor
 from recipes.running.hooks import tell
 
@@ -35,23 +36,22 @@ async def resume(name: str, report: Report, *, boot: bool = False, verify: bool 
         raise MigrationError(f"{said}; the journal cannot be written: {unwritten}; then resume again")
     if verdict.action is Action.START_OVER and not state.is_clear:
         raise MigrationError(f"{said}; when that is mended: nbd-migrate resume {name}")
+    plan = state.plan
+    if verify is not None:
+        plan = replace(plan, finish=replace(plan.finish, verify=verify))
     # A guest whose disk is complete may have ended since.
     boots = boot and state.phase is Phase.DONE
     if verdict.action is Action.NOTHING and not boots:
         report.note(said)
     elif verdict.action in (Action.FINISH, Action.NOTHING):
-        plan = state.plan
-        if verify is not None:
-            plan = replace(plan, finish=replace(plan.finish, verify=verify))
         await finish_with(Journal.take_over(name), plan, report, boot=boot, again=state.finish, sure=True)
     else:
         report.note(f"{said}; the migration begins anew")
-        await start_over(name, state, report)
+        await start_over(name, plan, state, report)
 
 
-async def start_over(name: str, state: State, report: Report) -> None:
+async def start_over(name: str, plan: Plan, state: State, report: Report) -> None:
     """Run the six steps once more, under the same name."""
-    plan = state.plan
     async with AsyncExitStack() as stack:
         journal = stack.enter_context(closing(Journal.begin(name)))
         places = await stack.enter_async_context(hosts(plan))

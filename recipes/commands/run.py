@@ -125,10 +125,12 @@ async def migrate_from(
             report.note(warning)
         for warning in await check_seeds(plan, needs, places[1]):
             report.note(warning)
+        if plan.verifies:
+            report.note("what is copied is compared with A in the end (--no-verify leaves that out)")
         capabilities = await capabilities_on(a)
     state = State(
         journal.directory.name,
-        plan,
+        plan.settled,
         disks=tuple(
             Disk(disk.image, disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)
         ),

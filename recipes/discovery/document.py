@@ -37,6 +37,7 @@ class Draft:
     seeds      of each disk what B has of it already; an empty one is none, and so is an empty tuple
     policy     when the disks go; empty: as a plan has it that does not say
     cutover    when the guest does; the same
+    verify     whether what was copied is compared on both hosts; None: as a plan has it that does not say
     """
 
     guest: Guest
@@ -52,6 +53,7 @@ class Draft:
     seeds: tuple[str, ...] = ()
     policy: str = ""
     cutover: str = ""
+    verify: bool | None = None
 
     @property
     def on_one_machine(self) -> bool:
@@ -95,6 +97,13 @@ def write(draft: Draft) -> str:
         channel = tomlkit.table()
         channel["kind"] = _text(draft.channel, "how disk and RAM get to B")
         document["channel"] = channel
+    if draft.verify is not None:
+        finish = tomlkit.table()
+        verify = tomlkit.item(draft.verify)
+        finish["verify"] = verify.comment(
+            "compare what was copied on both hosts before A's image is given up"
+        )
+        document["finish"] = finish
     return tomlkit.dumps(document)
 
 

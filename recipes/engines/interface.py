@@ -79,8 +79,11 @@ class Engine(ABC):
     async def confirm(self, m: Migration, disk: PlannedDisk) -> None:
         """Step 5, when the job has ended well: see that the image says so too."""
 
-    async def account(self, m: Migration, disk: PlannedDisk) -> None:
-        """Write down how a disk has become complete, as far as who has copied it can tell."""
+    async def account(self, m: Migration, disk: PlannedDisk) -> float:
+        """Write down how a disk has become complete, as far as who has copied it can tell; return for how
+        many seconds it was compared with A when all of it was there.
+        """
+        return 0.0
 
     @abstractmethod
     async def carries(self, m: Migration, disk: PlannedDisk) -> bool:

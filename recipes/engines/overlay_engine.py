@@ -110,12 +110,11 @@ class OverlayEngine(Engine):
         """The map must be gone: what is left is the raw disk."""
         if await m.host_b.test("-e", disk.map, m.plan.limits.command):
             raise MigrationError(f"{disk.target} is not a plain raw disk yet: there is {disk.map}")
-        await self.account(m, disk)
 
-    async def account(self, m: Migration, disk: PlannedDisk) -> None:
-        """Write down what did not have to be sent, and what was compared."""
+    async def account(self, m: Migration, disk: PlannedDisk) -> float:
+        """Write down what did not have to be sent, and what was compared; return how long that took."""
         if not (disk.seed or m.plan.verifies):
-            return
+            return 0.0
         told = await m.overlay_monitors[disk.drive].execute("query-overlay")
         verify = told.get("verify") or {"over": False, "compared": 0, "written": 0}
         equal, written = verify["compared"], verify["written"]
@@ -128,7 +127,11 @@ class OverlayEngine(Engine):
                 "been written by the guest on B"
             )
         elif m.plan.verifies:
-            m.report.note(f"{disk.target} was not verified: it was complete before that was asked for")
+            m.report.note(
+                f"{disk.target} was complete before this nbd-overlay began: whether it is verified stands in "
+                "the log of the one before"
+            )
+        return float(verify.get("seconds", 0.0))
 
     async def carries(self, m: Migration, disk: PlannedDisk) -> bool:
         """Tell whether B's QEMU has not pivoted yet."""

@@ -24,7 +24,6 @@ class Unattended(OverlayEngine):
         if "backing-filename" in await image_facts(m.host_b, disk.target, m.plan.limits.command):
             tool = m.host_b.tool("nbd-overlay")
             raise MigrationError(f"{disk.target} is not complete: it has a backing, {tool} info says")
-        await self.account(m, disk)
 
     async def detach(self, m: Migration, disk: PlannedDisk) -> None:
         """Nothing: there is no guest that would have to pivot."""

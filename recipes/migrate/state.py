@@ -18,6 +18,7 @@ from recipes.plans.channel import PLAIN
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.limits import GONE
 from recipes.plans.plan import Plan
+from recipes.plans.policy import HYBRID
 from recipes.qemu.credentials import Parameters
 
 VERSION = 1
@@ -333,6 +334,10 @@ class State:
                 values["plan"]["limits"].pop(limit, None)
             # Before there was anything else, all went as it was.
             values["plan"].setdefault("channel", {"kind": PLAIN})
+            finish = values["plan"]["finish"]
+            if values["plan"]["destination"].get("policy") == HYBRID and finish.get("verify") is None:
+                # Before that was its default; A's server tells no hashes then.
+                finish["verify"] = False
             state = decoded(cls, values)
         except (UsageError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MigrationError(f"not a state of a migration: {error}") from error

@@ -150,8 +150,8 @@ class Destination:
 class Finish:
     """What happens at the end to the source's image: it is kept where it is, or moved to ``move_aside``.
 
-    Where there are several, that is a directory, in which each keeps its name. With ``verify`` what was
-    copied is compared on both hosts before.
+    Where there are several, that is a directory, in which each keeps its name. ``verify`` says whether what
+    was copied is compared on both hosts before; None: with policy hybrid.
     """
 
     move_aside: str = ""
@@ -276,8 +276,16 @@ class Plan:
 
     @property
     def verifies(self) -> bool:
-        """Tell whether what was copied is compared on both hosts before A's image is given up."""
-        return bool(self.finish.verify)
+        """Tell whether what was copied is compared on both hosts before A's image is given up.
+
+        With policy hybrid it is, unless the plan says no.
+        """
+        return self.hybrid if self.finish.verify is None else self.finish.verify
+
+    @property
+    def settled(self) -> Plan:
+        """Return it with what it leaves to the policy written out, as a journal keeps it."""
+        return replace(self, finish=replace(self.finish, verify=self.verifies))
 
     @property
     def tells_hashes(self) -> bool:

@@ -40,6 +40,7 @@ class Account:
     rate      of the disk, from the cut-over on, on average
     precopied bytes that were copied before it, in rounds, of which these are the last
     predicted what the window was expected to be, when the guest stood still
+    verifies  what was copied is compared on both hosts
     """
 
     name: str
@@ -48,6 +49,7 @@ class Account:
     end: float
     stretches: tuple[Stretch, ...]
     disks: tuple[Disk, ...]
+    verifies: bool
     downtime: float | None
     ram_time: float | None
     ram_bytes: int | None
@@ -94,6 +96,7 @@ def account(history: Sequence[State], samples: Sequence[Sample], now: float) -> 
         end=end,
         stretches=tuple(_stretches(history, end)),
         disks=state.disks,
+        verifies=state.plan.verifies,
         downtime=arrival.downtime_ms / 1000 if arrival else None,
         ram_time=arrival.total_ms / 1000 if arrival else None,
         ram_bytes=arrival.ram_bytes if arrival else None,

@@ -26,17 +26,17 @@ async def stream(m: Migration) -> str:
     """Step 5: until every block of every disk is in its overlay, and on stable storage there."""
     m.enter(Phase.STREAM)
     try:
-        await Stream(m).run()
+        compared = await Stream(m).run()
     except MigrationError:
         # A guest that has shut down needs its disks no less than before; one whose QEMU died may be started
         # again at once, on what is there.
         if not (await m.guest_has_ended() and m.guest_end and m.guest_end.good):
             raise
         await go_without_guest(m)
-        await Stream(m).run()
-    # From here on nothing on A is needed.
+        compared = await Stream(m).run()
+    # From here on nothing on A is needed; by the guest, nothing was while the copy was compared with it.
     whole = tuple(replace(disk, complete=True) for disk in m.state.disks)
-    m.enter(Phase.COMPLETE, disks=whole, window=m.since_arrival)
+    m.enter(Phase.COMPLETE, disks=whole, window=max(0.0, m.since_arrival - compared))
     again = f", interrupted {m.state.recoveries} times" if m.state.recoveries else ""
     return f"every block of {m.size} bytes is in {listed(disk.target for disk in m.disks)}{again}"
 
@@ -52,16 +52,21 @@ class Stream:
         self._recovery = Recovery(m, self._jobs)
         self._restarts = self._ways = 0
         self._settling: set[asyncio.Task[None]] = set()
+        self._local = self._compared = 0.0
+        """Seconds since the arrival: when every block was here, and when it had been compared."""
 
-    async def run(self) -> None:
-        """Stream to the end; MigrationError says what to do when that cannot be reached."""
+    async def run(self) -> float:
+        """Stream to the end; return for how many seconds nothing was done but comparing with A.
+
+        MigrationError says what to do when the end cannot be reached.
+        """
         await self._jobs.find()
         self._pace.choose(self._jobs.missing)
         try:
             while True:
                 try:
                     await self._stream()
-                    return
+                    return self._compared - self._local
                 except VmGoneError as error:
                     if await self._found_way_again():
                         continue
@@ -191,7 +196,11 @@ class Stream:
     async def _settle(self, disk: PlannedDisk) -> None:
         """See that the image is whole, and that a power failure on B does not change that."""
         m, limit = self._m, self._limits.stall
+        end = m.since_arrival
         await engine_for(m).confirm(m, disk)
+        seconds = await engine_for(m).account(m, disk)
+        self._compared = max(self._compared, end)
+        self._local = max(self._local, end - seconds)
         syncing = m.host_b.run("sync", "--", disk.target, limit=limit)
         await m.during(syncing, limit, f"writing {disk.target} to stable storage")
         if len(m.pending) > 1:

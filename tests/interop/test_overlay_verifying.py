@@ -55,11 +55,23 @@ def copied(daemon: Daemon) -> None:
 def test_an_equal_copy_is_verified_and_cut_loose(tmp_path: Path, image: Path, content: bytes) -> None:
     with overlay(image, "--stream", "--verify", directory=tmp_path) as daemon:
         told = daemon.wait_for_status(60.0, phase="done")
+        assert told["verify"].pop("seconds") > 0
         assert told["verify"] == {"over": True, "compared": SIZE, "written": 0, "differing": 0, "first": None}
         shown = check(NBD_OVERLAY, "status", "--qmp", f"unix:{daemon.qmp_path}")
         assert "verified  8 MiB" in shown or "verified" in shown
     assert not Path(f"{image}.map").exists()
     assert image.read_bytes() == content
+
+
+def test_one_that_is_started_again_when_the_copy_is_complete_serves_it(
+    tmp_path: Path, image: Path, content: bytes
+) -> None:
+    """Its guest has not moved to the file yet, and needs no comparison."""
+    with overlay(image, "--stream", "--verify", directory=tmp_path) as daemon:
+        daemon.wait_for_status(60.0, phase="done")
+    options = ("--layout", "flat", "--verify")
+    with overlay(image, *options, directory=tmp_path) as again, again.guest() as guest:
+        assert guest.read(0, SIZE) == content
 
 
 def test_what_the_guest_writes_before_and_meanwhile_is_left_out_and_counted(

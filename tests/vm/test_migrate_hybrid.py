@@ -73,10 +73,36 @@ def test_every_byte_is_right_of_a_guest_that_writes_during_all_rounds(
         outcome = moves(stage)
         assert outcome["precopied"] >= sum(sizes) * 0.9  # type: ignore[operator]
         assert outcome["predicted"] is not None
+        # Nobody has asked for it.
+        assert outcome["verified"] + outcome["written"] == sum(sizes)  # type: ignore[operator]
         code, told = command("status", NAME)
         assert code == 0
         assert re.search(r"copied before the cut-over: .*, rounds: [1-9]", told), told
         assert re.search(r"predicted to take .* were left\), and took .* of the downtime", told), told
+
+
+def test_hybrid_takes_a_seed_and_what_came_of_it_is_compared(tmp_path: Path) -> None:
+    with many_disks(tmp_path, sizes=ONE) as stage:
+        hybrid(stage)
+        seed = tmp_path / "yesterday"
+        seed.write_bytes(stage.disks[0].original)
+        with stage.run("--json", "--name", NAME, "--seed", str(seed)) as run:
+            assert run.wait(SECONDS) == 0, run.output()
+        stage.assert_moved()
+        told = json.loads(run.output().splitlines()[-1])
+        assert told["verified"] + told["written"] == sum(ONE)
+        assert f"{stage.disks[0].target} is verified: " in run.output()
+
+
+@exhaustive
+def test_hybrid_compares_nothing_where_it_is_told_not_to(tmp_path: Path) -> None:
+    with many_disks(tmp_path, sizes=ONE) as stage:
+        hybrid(stage)
+        with stage.run("--json", "--name", NAME, "--no-verify") as run:
+            assert run.wait(SECONDS) == 0, run.output()
+        stage.assert_moved()
+        told = json.loads(run.output().splitlines()[-1])
+        assert (told["verified"], told["written"]) == (0, 0)
 
 
 @exhaustive

@@ -23,9 +23,9 @@ _LOOK = 0.01
 """Seconds between two looks for it."""
 
 
-def moves(policy: str, channel: str) -> Callable[[Setting], Moved]:
+def moves(policy: str, channel: str, *options: str) -> Callable[[Setting], Moved]:
     """Return what moves a guest in this way."""
-    return lambda setting: move(setting, "--policy", policy, "--channel", channel)
+    return lambda setting: move(setting, "--policy", policy, "--channel", channel, *options)
 
 
 def knows(policy: str) -> bool:

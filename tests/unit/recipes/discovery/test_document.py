@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 
+import pytest
+
 from recipes.discovery.document import Draft, Place, write
 from recipes.plans.planfile import build
 from tests.unit.recipes.discovery.test_derive import VIRTIO, derived, guest, has
@@ -65,3 +67,9 @@ def test_what_the_operator_has_to_know_stands_in_comments() -> None:
     ]
     apart = dataclasses.replace(draft(), destination=Place("ssh://b", "/run/b.qmp"))
     assert "Only one QEMU" not in write(apart)
+
+
+@pytest.mark.parametrize("verify", [True, False, None])
+def test_whether_the_copy_is_compared_is_written_where_it_was_said(verify: bool | None) -> None:
+    document = tomllib.loads(write(dataclasses.replace(draft(), verify=verify)))
+    assert document.get("finish", {}).get("verify") is verify

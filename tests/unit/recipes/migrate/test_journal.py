@@ -95,6 +95,17 @@ def test_a_journal_from_before_there_were_several_disks_means_what_it_meant() ->
     assert State.from_json(state.to_json()) == state
 
 
+def test_a_journal_from_before_hybrid_compared_by_default_does_not_compare() -> None:
+    """Its server on A was not told to help with that."""
+    told = json.loads(FULL.to_json())
+    told["plan"]["destination"]["policy"] = "hybrid"
+    assert not State.from_json(json.dumps(told)).plan.verifies
+    hybrid = replace(PLAN, destination=replace(PLAN.destination, policy="hybrid"))
+    now = replace(FULL, plan=hybrid.settled)
+    assert now.plan.verifies
+    assert State.from_json(now.to_json()) == now
+
+
 def test_processes_of_several_disks_are_told_apart() -> None:
     first, second = (Process(Role.OVERLAY, pid, "mark", f"disk{pid}") for pid in (1, 2))
     again = replace(first, pid=3)

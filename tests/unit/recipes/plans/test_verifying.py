@@ -24,7 +24,13 @@ def verifies(verify: object = None, *words: str) -> tuple[bool, bool]:
     return plan.verifies, plan.tells_hashes
 
 
-def test_it_must_be_asked_for_and_the_command_line_wins() -> None:
+def test_with_policy_hybrid_it_is_the_default() -> None:
+    assert verifies(None, "--policy", "hybrid") == (True, True)
+    assert verifies(False, "--policy", "hybrid") == (False, False)
+    assert verifies(None, "--policy", "hybrid", "--no-verify") == (False, False)
+
+
+def test_it_must_be_asked_for_with_the_other_and_the_command_line_wins() -> None:
     assert verifies() == (False, False)
     assert verifies(True) == (True, True)
     assert verifies(False, "--verify") == (True, True)
