@@ -20,8 +20,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 BEFORE = timedelta(days=1)
 """How far the clock of a host may be behind ours."""
 
-LIFE = timedelta(days=14)
-"""How long new connections can be made: of a stream that takes longer, those that are made stay."""
+LIFE = timedelta(days=365)
+"""How long new connections can be made.
+
+Nothing limits how long a stream takes, or a guest waits for its cut-over. A longer life gives nothing away:
+only the servers of this migration trust the authority, and its keys are removed with them.
+"""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable
 from dataclasses import replace
+from datetime import timedelta
 
+from nbdserve.common.errors import UsageError
+from nbdserve.common.sizes import format_size
 from nbdserve.common.uri import NbdUri, Tls, TlsType
-from recipes.certificates.authority import issue
+from recipes.certificates.authority import LIFE, issue
 from recipes.certificates.placing import place
 from recipes.channel.source_user import source_user
 from recipes.errors import MigrationError
@@ -21,6 +24,7 @@ from recipes.migrate.leftovers import remove_certificates
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Certificates
 from recipes.plans.disks import PlannedDisk
+from recipes.plans.plan import Plan
 from recipes.qemu.credentials import (
     ID,
     Parameters,
@@ -33,6 +37,21 @@ from recipes.qemu.vm import CommandError
 
 DISK_ID = "nbd-migrate-disk"
 """Of the object of a QEMU that reads the disk itself."""
+
+
+def check_life(plan: Plan, size: int, until: float, now: float) -> None:
+    """Raise UsageError where a stream of ``size`` bytes is meant to take longer than certificates live.
+
+    ``until`` is when it is to have ended (0: that was not said), ``now`` is now, in seconds since the epoch.
+    """
+    speed, life = plan.limits.speed, LIFE.total_seconds()
+    remedy = f"the certificates of a migration live {LIFE.days} days; choose --channel ssh, or less time"
+    if plan.disk_over_tls and until > now + life:
+        raise UsageError(f"--finish-by: {remedy}")
+    if plan.disk_over_tls and speed and size / speed > life:
+        days = size / speed / timedelta(days=1).total_seconds()
+        told = f"at {format_size(speed)} per second the disks take {days:.0f} days"
+        raise UsageError(f"limits.speed: {told}, and {remedy}")
 
 
 async def make_certificates(m: Migration) -> None:

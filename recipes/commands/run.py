@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdserve.common.errors import OperatorError
+from recipes.channel import tls
 from recipes.checks.both_hosts import check_hosts
 from recipes.checks.space import Need
 from recipes.commands.abort import abort
@@ -120,6 +121,7 @@ async def migrate_from(
     """Run the six steps from the first one on, with a journal of which nothing is needed any more."""
     with nothing_started():
         sizes = await preflight.check(plan, a, *places)
+        tls.check_life(plan, sum(sizes), finish_by, time.time())
         needs = [Need(disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)]
         async for warning in check_hosts(plan, needs, a, *places):
             report.note(warning)

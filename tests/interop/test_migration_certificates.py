@@ -5,12 +5,15 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from nbdserve.common import clock
+from recipes.certificates import authority
 from recipes.certificates.authority import Issued, issue
 from recipes.certificates.placing import NAMES, place, remove
 from recipes.errors import MigrationError
@@ -63,6 +66,19 @@ def test_host_b_alone_gets_the_export(tmp_path: Path, issued: Issued, port: int)
     other = tmp_path / "other"
     other.mkdir()
     assert probed(port, certificates=placed(other, "b", issue(["127.0.0.1"], ["b.example"]))) == 1
+
+
+def test_a_server_is_not_started_with_those_that_have_expired_and_says_so_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(authority, "LIFE", timedelta(hours=-1))
+    where = placed(tmp_path, "a", issue(["127.0.0.1"], ["b.example"]))
+    (tmp_path / "disk.raw").write_bytes(bytes(512))
+    trust = ("--tls-certificates", str(where), "--tls-require", "--tls-verify-peer")
+    done = run(NBDSERVE, "-r", "-f", "raw", "-k", tmp_path / "socket", *trust, tmp_path / "disk.raw")
+    assert done.returncode != 0
+    [line] = done.stderr.splitlines()
+    assert re.search(r"\.tls/.*-cert\.pem: the certificate of .* has expired, on 20.*: renew it", line), line
 
 
 def test_host_b_takes_nobody_for_a_by_another_address(tmp_path: Path, issued: Issued, port: int) -> None:
