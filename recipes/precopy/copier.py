@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from nbdserve.common.clock import now
 from recipes.channel.source_user import source_user
 from recipes.engines.jobs import Job, Jobs
 from recipes.engines.pace import Pace
 from recipes.errors import MigrationError
+from recipes.hosts.stable_storage import sync
 from recipes.migrate.progress import Progress
 from recipes.migrate.runtime import Migration
 from recipes.precopy.convergence import Pace as Expected
@@ -91,17 +93,18 @@ class Copier:
         """Have on stable storage what was copied, so that the window need not wait for that; and see how long
         a window takes in any case.
         """
-        m, limit = self._m, self._m.plan.limits.stall
+        m, limits = self._m, self._m.plan.limits
         targets = [disk.target for disk in m.disks]
-        await m.during(m.host_b.run("sync", "--", *targets, limit=limit), limit, "writing to stable storage")
+        await m.during(sync(m.host_b, targets, limits.stall), math.inf, "writing to stable storage")
         begin = now()
         # As long as the fence and its supervisor take to begin on A, and its QEMU to end, and the last looks
         # at the images on B.
         for _ in range(3):
-            await m.during(source_user(m), m.plan.limits.command, "looking at A")
+            await m.during(source_user(m), limits.command, "looking at A")
         for disk in m.disks:
-            await m.during(m.host_b.test("-e", disk.map, limit), limit, "looking at B")
-        await m.during(m.host_b.run("sync", "--", *targets, limit=limit), limit, "writing to stable storage")
+            looking = m.host_b.test("-e", disk.map, limits.command)
+            await m.during(looking, limits.command, "looking at B")
+        await m.during(sync(m.host_b, targets, limits.stall), math.inf, "writing to stable storage")
         self._fixed = now() - begin
 
     def measured(self, count: int, seconds: float) -> None:

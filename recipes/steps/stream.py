@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from recipes.engines.jobs import Job, Jobs, News, heard
 from recipes.engines.pace import Pace
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
+from recipes.hosts.stable_storage import Written, sync
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role
 from recipes.plans.disks import PlannedDisk
@@ -52,6 +54,7 @@ class Stream:
         self._recovery = Recovery(m, self._jobs)
         self._restarts = self._ways = 0
         self._settling: set[asyncio.Task[None]] = set()
+        self._written: dict[str, Written] = {}
         self._local = self._compared = 0.0
         """Seconds since the arrival: when every block was here, and when it had been compared."""
 
@@ -195,14 +198,14 @@ class Stream:
 
     async def _settle(self, disk: PlannedDisk) -> None:
         """See that the image is whole, and that a power failure on B does not change that."""
-        m, limit = self._m, self._limits.stall
+        m = self._m
         end = m.since_arrival
         await engine_for(m).confirm(m, disk)
         seconds = await engine_for(m).account(m, disk)
         self._compared = max(self._compared, end)
         self._local = max(self._local, end - seconds)
-        syncing = m.host_b.run("sync", "--", disk.target, limit=limit)
-        await m.during(syncing, limit, f"writing {disk.target} to stable storage")
+        syncing = sync(m.host_b, [disk.target], self._limits.stall)
+        await m.during(syncing, math.inf, f"writing {disk.target} to stable storage")
         if len(m.pending) > 1:
             # That of the last one begins a phase.
             m.record(disks=m.state.with_complete(disk))
@@ -231,12 +234,22 @@ class Stream:
         names = (event.get("node-name"), event.get("device"))
         return any(self._jobs.of_device(vm, name) for name in names)
 
+    async def _is_written(self, job: Job) -> bool:
+        """Tell whether a job that has come to its end has its disk write since this was asked last."""
+        if job.bytes_missing:
+            return False
+        written = self._written.setdefault(job.disk.target, Written(self._m.host_b, [job.disk.target]))
+        return await self._m.during(written.has_moved(), self._limits.stall, "looking at B's disk")
+
     async def _look(self) -> None:
         """Report how far the jobs are; MigrationError when one has not moved for too long."""
         progress = await self._pace.look()
         self._m.report.progress(progress)
         self._m.journal.note_progress(progress)
         for job in self._jobs.running:
-            if job.still.seconds > self._limits.stall:
+            if job.still.seconds > self._limits.stall and await self._is_written(job):
+                # Everything is there, and may take long to be on stable storage.
+                job.still.restart()
+            elif job.still.seconds > self._limits.stall:
                 why = f"the stream{self._m.about(job.disk)} has not moved for {self._limits.stall:g} s"
                 raise await self._recovery.advised(why, await advice.server_hangs(self._m))

@@ -11,9 +11,13 @@ from typing import Any, cast
 
 import pytest
 
+from recipes.engines.jobs import Job, Stillness
 from recipes.errors import MigrationError
+from recipes.hosts.stable_storage import Written
+from recipes.migrate.progress import Progress, Report
 from recipes.migrate.runtime import Migration
 from recipes.plans.limits import Limits
+from recipes.steps import advice
 from recipes.steps.stream import Stream
 
 
@@ -53,3 +57,37 @@ def test_what_was_under_way_for_a_complete_disk_ends_with_the_stream_and_says_no
     asyncio.run(run())
     gc.collect()
     assert complaints == []
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_job_of_which_everything_is_there_is_waited_for_as_long_as_its_disk_writes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, writes: bool
+) -> None:
+    """As nbd-overlay has it all on stable storage before it is over."""
+
+    async def has_moved(_: object) -> bool:
+        return writes
+
+    async def look() -> Progress:
+        return Progress(1, 1, 0.0, 1.0)
+
+    monkeypatch.setattr(Written, "has_moved", has_moved)
+    limits = Limits(stall=60.0)
+    state, journal = SimpleNamespace(finish_by=0.0), SimpleNamespace(directory=tmp_path)
+    journal.note_progress = lambda _: None
+    m = SimpleNamespace(plan=SimpleNamespace(limits=limits), disks=(), state=state, journal=journal, b=None)
+    m.host_b, m.report, m.about = None, Report(), lambda _: ""
+    m.during = lambda work, *_: work
+    stream = Stream(cast(Migration, m))
+    stream._pace.look = look  # type: ignore[method-assign]
+    still = Stillness(iter([0.0, 100.0, 100.0, 100.0, 100.0]).__next__)
+    job = SimpleNamespace(done=False, still=still, bytes_missing=0, disk=SimpleNamespace(target="/b"))
+    stream._jobs.all = [cast(Job, job)]
+    monkeypatch.setattr(advice, "server_hangs", lambda _: asyncio.sleep(0, ""))
+    stream._recovery.advised = lambda why, _: asyncio.sleep(0, MigrationError(why))  # type: ignore
+    if writes:
+        asyncio.run(stream._look())
+        assert still.seconds == 0
+        return
+    with pytest.raises(MigrationError, match="has not moved for 60 s"):
+        asyncio.run(stream._look())
