@@ -201,7 +201,11 @@ class Stream:
         m = self._m
         end = m.since_arrival
         await engine_for(m).confirm(m, disk)
-        seconds = await engine_for(m).account(m, disk)
+        seconds = 0.0
+        try:
+            seconds = await engine_for(m).account(m, disk)
+        except VmGoneError as error:
+            m.report.note(f"{error}, with all of {disk.target} there; what came of it stands in its log")
         self._compared = max(self._compared, end)
         self._local = max(self._local, end - seconds)
         syncing = sync(m.host_b, [disk.target], self._limits.stall)

@@ -16,7 +16,9 @@ from recipes.errors import MigrationError
 from recipes.hosts.stable_storage import Written
 from recipes.migrate.progress import Progress, Report
 from recipes.migrate.runtime import Migration
+from recipes.plans.disks import PlannedDisk
 from recipes.plans.limits import Limits
+from recipes.qemu.vm import VmGoneError
 from recipes.steps import advice
 from recipes.steps.stream import Stream
 
@@ -91,3 +93,26 @@ def test_a_job_of_which_everything_is_there_is_waited_for_as_long_as_its_disk_wr
         return
     with pytest.raises(MigrationError, match="has not moved for 60 s"):
         asyncio.run(stream._look())
+
+
+def test_an_overlay_that_has_ended_when_everything_is_there_costs_only_what_it_had_counted() -> None:
+    """It is started again for its guest, and the disk is as complete as before."""
+    told: list[str] = []
+
+    async def gone(*_: object) -> float:
+        raise VmGoneError("nbd-overlay has ended")
+
+    async def nothing(*_: object, **__: object) -> str:
+        return ""
+
+    engine = SimpleNamespace(confirm=nothing, account=gone)
+    disk = SimpleNamespace(target="/b.raw")
+    m = SimpleNamespace(plan=SimpleNamespace(limits=Limits()), since_arrival=1.0, pending=[disk])
+    m.host_b, m.during = SimpleNamespace(run=nothing), lambda work, *_: work
+    m.report = SimpleNamespace(note=told.append)
+    stream = Stream.__new__(Stream)
+    stream._m, stream._limits, stream._local, stream._compared = cast(Any, m), Limits(), 0.0, 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipes.steps.stream.engine_for", lambda _: engine)
+        asyncio.run(stream._settle(cast(PlannedDisk, disk)))
+    assert told == ["nbd-overlay has ended, with all of /b.raw there; what came of it stands in its log"]
