@@ -71,6 +71,25 @@ def may_be(name: str, image: str) -> bool:
     return posixpath.normpath(image).endswith(f"/{name}")
 
 
+async def check_recorded(nodes: Sequence[DiskNode], a: Vm) -> None:
+    """Raise UsageError for a disk of which a dirty bitmap would not have all that its guest writes.
+
+    Such a device sends the guest's commands to the host's, and QEMU does not know which of them write.
+    """
+    names = {node.name for node in nodes}
+    for each in await a.execute("query-block"):
+        if "qdev" in each and each.get("inserted", {}).get("node-name") in names:
+            kind = await a.execute("qom-get", path=each["qdev"], property="type")
+            if kind in _PAST_QEMU:
+                raise UsageError(
+                    f"destination.policy: the disk of {each['qdev']} is in a {kind}, and what its guest "
+                    "writes goes past A's QEMU, which cannot record it: use postcopy"
+                )
+
+
+_PAST_QEMU = ("scsi-block", "scsi-generic")
+
+
 async def check_open(plan: Plan, nodes: Sequence[DiskNode], host_a: Host) -> None:
     """Raise UsageError for an image that may be what A's QEMU names, and that its process has not open."""
     unsure = [

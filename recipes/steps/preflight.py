@@ -11,7 +11,7 @@ from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
 from recipes.channel import ssh
 from recipes.checks.chains import IDENTITIES, check_chains, held
-from recipes.checks.disk_nodes import check_open, disk_nodes
+from recipes.checks.disk_nodes import DiskNode, check_open, check_recorded, disk_nodes
 from recipes.checks.other_media import check_flash, check_same
 from recipes.checks.space import Need, shortages
 from recipes.connections.installed import check_version
@@ -41,9 +41,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     check_hooks(plan.hooks)
     await check_tools(plan, host_a, host_b)
     await check_open(plan, nodes, host_a)
-    if plan.through_qemu:
-        await check_chains(plan, nodes, host_a)
-        await require_none(a)
+    await check_served(plan, nodes, a, host_a)
     await check_same(plan, host_a, host_b)
     await check_flash(plan, a, host_b)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
@@ -61,6 +59,16 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
         for disk in plan.disks:
             await check_move(plan, disk, host_a)
     return tuple(node.size for node in nodes)
+
+
+async def check_served(plan: Plan, nodes: Sequence[DiskNode], a: Vm, host_a: Host) -> None:
+    """What A's QEMU has to serve, disks or bitmaps of them, it must be able to serve."""
+    if plan.through_qemu:
+        await check_chains(plan, nodes, host_a)
+    if plan.hybrid:
+        await check_recorded(nodes, a)
+    if plan.through_qemu or plan.hybrid:
+        await require_none(a)
 
 
 async def check_guest(a: Vm, source: Source) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
+from nbdserve.common.errors import UsageError
+from recipes.checks.disk_nodes import DiskNode
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Destination, Export, Plan, Source
-from recipes.steps.preflight import check_apart, check_space
+from recipes.qemu.vm import CommandError
+from recipes.steps.preflight import check_apart, check_served, check_space
 from tests.support.loops import loop_device
+from tests.unit.recipes.checks.hosts import ToldVm
 
 GIB = 1 << 30
 
@@ -83,3 +89,40 @@ def test_two_nodes_of_one_device_are_one_disk(tmp_path: Path) -> None:
         plan = plan_of(str(device), str(link))
         with pytest.raises(MigrationError, match="are the same on A"):
             asyncio.run(check_apart(plan, Host("A"), [str(device), str(link)], "image"))
+
+
+class Serving(ToldVm):
+    """A QEMU that has an NBD server already, or cannot listen where nobody can."""
+
+    def __init__(self, kind: str, refusal: str) -> None:
+        disk = {"device": "", "qdev": "disk", "inserted": {"node-name": "#block1"}}
+        super().__init__({"query-block": [disk, {"device": "cd", "qdev": "cd"}], "qom-get": kind})
+        self._refusal = refusal
+
+    async def call(self, command: str, given: Mapping[str, object], *, limit: float | None = None) -> Any:
+        if command == "nbd-server-start":
+            raise CommandError(f"refused: {self._refusal}", self._refusal)
+        return await super().call(command, given, limit=limit)
+
+
+def served(policy: str, kind: str = "virtio-blk-pci", refusal: str = "Not a directory") -> None:
+    """See whether A's QEMU can serve what this policy needs, of a raw disk."""
+    plan = plan_of("/a.raw")
+    plan = replace(plan, destination=replace(plan.destination, policy=policy))
+    nodes = [DiskNode("#block1", GIB, {})]
+    asyncio.run(check_served(plan, nodes, Serving(kind, refusal), Host("A")))
+
+
+def test_who_has_an_nbd_server_is_told_before_anything_starts_where_bitmaps_are_read() -> None:
+    served("hybrid")
+    served("postcopy", refusal="NBD server already running")
+    with pytest.raises(MigrationError, match="A's QEMU has an NBD server already"):
+        served("hybrid", refusal="NBD server already running")
+
+
+@pytest.mark.parametrize("kind", ["scsi-block", "scsi-generic"])
+def test_a_disk_whose_writes_no_bitmap_would_have_is_not_copied_before(kind: str) -> None:
+    served("postcopy", kind)
+    served("hybrid", "scsi-hd")
+    with pytest.raises(UsageError, match=f"the disk of disk is in a {kind}, and what its guest writes goes"):
+        served("hybrid", kind)
