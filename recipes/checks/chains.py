@@ -90,7 +90,8 @@ def described(chain: Sequence[Layer]) -> str:
 
 async def held(plan: Plan, disk: PlannedDisk, host_a: Host) -> int:
     """Return how many bytes a disk holds that is no raw one, with what is below it."""
-    answer = await host_a.told(*looking("measure", disk, "-O", QCOW2), limit=plan.limits.command)
+    # All its tables are read, which takes as long as A's disk does.
+    answer = await host_a.told(*looking("measure", disk, "-O", QCOW2), limit=plan.limits.stall)
     return int(answer["required"])
 
 

@@ -33,7 +33,8 @@ only how its last command has ended."""
 
 async def check_same(plan: Plan, host_a: Host, host_b: Host) -> None:
     """Raise MigrationError for the first of ``destination.same`` that is not on B as it is on A."""
-    limit = plan.limits.start
+    # Up to 64 MiB are read, which takes as long as the disk does.
+    limit = plan.limits.stall
     for path in plan.destination.same:
         here, there = await asyncio.gather(look(host_a, path, limit), look(host_b, path, limit))
         remedy = (

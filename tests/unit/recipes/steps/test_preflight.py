@@ -11,10 +11,13 @@ from typing import Any, cast
 import pytest
 
 from nbdserve.common.errors import UsageError
+from recipes.checks.chains import held
 from recipes.checks.disk_nodes import DiskNode
+from recipes.checks.other_media import check_same
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.disks import PlannedDisk
+from recipes.plans.limits import Limits
 from recipes.plans.plan import Destination, Export, Plan, Source
 from recipes.qemu.vm import CommandError
 from recipes.steps.preflight import check_apart, check_served, check_space
@@ -126,3 +129,21 @@ def test_a_disk_whose_writes_no_bitmap_would_have_is_not_copied_before(kind: str
     served("hybrid", "scsi-hd")
     with pytest.raises(UsageError, match=f"the disk of disk is in a {kind}, and what its guest writes goes"):
         served("hybrid", kind)
+
+
+@pytest.mark.parametrize("tool", ["qemu-img", "sha256sum"])
+def test_what_a_slow_disk_is_asked_has_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    """The tables of a large qcow2 image, or what is in a CD, take longer to read than a command has."""
+    (tmp_path / tool).write_text(f"#!/bin/sh\nsleep 2; echo '{{\"required\": {GIB}}}'\n")
+    (tmp_path / tool).chmod(0o755)
+    (tmp_path / "x.iso").write_bytes(b"x")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    plan = replace(plan_of("/a.qcow2"), limits=Limits(command=1.0, start=1.0))
+    plan = replace(plan, destination=replace(plan.destination, same=(str(tmp_path / "x.iso"),)))
+    host = Host("A")
+    if tool == "qemu-img":
+        assert asyncio.run(held(plan, plan.disks[0], host)) == GIB
+    else:
+        asyncio.run(check_same(plan, host, host))
