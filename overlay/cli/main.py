@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from nbdserve.common.uri import NbdUri, parse_uri
 from overlay.cli import control_command, map_command, serve_command, verify_command
 from overlay.cli.discard import discard, discard_on_device
 from overlay.cli.map_option import add_map_option
-from overlay.formats.device.block_device import device_size
+from overlay.formats.device.block_device import device_size, open_device
 from overlay.formats.device.map_place import check_map, default_map, is_among_devices
 from overlay.formats.flat import create as flat
 from overlay.formats.flat.check import check_flat
@@ -150,6 +151,12 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cluster-size", metavar="SIZE", help="qed: 4K to 2M (default: 64K)")
     parser.add_argument("--force", action="store_true", help="overwrite an existing IMAGE")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="IMAGE is a block device: only look whether an image can be made on it, and print what is there "
+        "as a JSON object",
+    )
     parser.add_argument("--mode", metavar="MODE", help="mode of IMAGE, octal (default: 0644 less the umask)")
     parser.add_argument(
         "--owner", metavar="USER[:GROUP]", help="owner of IMAGE, as of a QEMU that runs as another user"
@@ -165,6 +172,8 @@ def _create(arguments: argparse.Namespace) -> int:
         make = _create_on_device
     with _to_the_end():
         size = make(arguments, size, tuple(Backing(str(uri), raw=True) for uri in uris))
+    if arguments.check:
+        return EXIT_DONE
     backing = ", ".join(map(str, uris))
     print(f"{arguments.image}: {format_size(size)} ({size} bytes), backing {backing}")
     if arguments.layout == "qed" and uris[0].tls:
@@ -183,6 +192,8 @@ def _check_place(arguments: argparse.Namespace) -> None:
                 f"{image}: it is a block device, and udev says whose these are: leave out --owner and --mode"
             )
         return
+    if arguments.check:
+        raise UsageError(f"--check: {image} is no block device; nothing was looked at")
     if arguments.map is not None:
         raise UsageError(f"--map: the map of a file lies beside it, {image}.map: leave it out")
     if is_among_devices(os.path.realpath(image)):
@@ -231,6 +242,12 @@ def _create_on_device(arguments: argparse.Namespace, size: int, backings: tuple[
         raise UsageError("--cluster-size is for --layout qed: a flat image has grains of 4K")
     beside = check_map(arguments.map or default_map(arguments.image))
     header = flat.new_header(size, backings)
+    if arguments.check:
+        with contextlib.closing(open_device(arguments.image, writable=True)) as device:
+            held = flat.examine(device, arguments.image, header.size, beside)
+            told = {"device-size": device.size(), "sector-size": device.sector(), "holds": held.name.lower()}
+        print(json.dumps(told, indent=4))
+        return header.size
     flat.create_on_device(arguments.image, header, beside, replace_old=arguments.force)
     return header.size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from nbdserve.backends.holes import Mode, try_fallocate
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, Permission
 from nbdserve.common.errors import ImageError
 from overlay.formats.storage import FileStorage, locked, open_descriptor
+
+_BLKSSZGET = 0x1268
+"""The ioctl that tells the bytes of a logical sector (linux/fs.h)."""
 
 
 class BlockDevice(FileStorage):
@@ -26,6 +30,10 @@ class BlockDevice(FileStorage):
     def size(self) -> int:
         """Return the size of the device in bytes."""
         return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def sector(self) -> int:
+        """Return the bytes of a logical sector."""
+        return int.from_bytes(fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)), "little")
 
     def allocated(self) -> int:
         """Return all of it, as nobody tells what a thin volume occupies."""

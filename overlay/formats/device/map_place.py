@@ -17,7 +17,7 @@ from nbdserve.common.errors import UsageError
 
 
 def name_of(path: str) -> str:
-    """Return a path as the name of one file; no two paths have the same."""
+    """Return a path as the name of one file; no two have the same, but for hyphens that begin a part."""
     parts = posixpath.normpath(path).strip("/").split("/")
     return "-".join(part.replace("-", "--") for part in parts)
 

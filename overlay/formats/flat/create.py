@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from uuid import uuid4
 
 from nbdserve.common.errors import ImageError, UsageError
 from nbdserve.common.ownership import Ownership
-from overlay.formats.device.block_device import open_device
+from overlay.formats.device.block_device import BlockDevice, open_device
 from overlay.formats.flat.header import (
     BACKINGS_AT,
     MAX_BACKINGS,
@@ -129,30 +130,49 @@ def create_on_device(path: Path, header: Header, beside: Path, *, replace_old: b
     that is not to be overwritten, when the device is in use or too small, OSError; then no map is left
     behind, and the device is as it was.
     """
-    if len(os.fsencode(beside)) > MAX_MAP_PATH:
-        raise ImageError(
-            f"{beside}: the path of a device's map has at most {MAX_MAP_PATH} bytes; choose another"
-        )
     if not replace_old and os.path.lexists(beside):
         raise ImageError(f"{beside}: the map of another image exists; choose another name, or --force")
     device = open_device(path, writable=True)
     try:
-        there = device.size()
-        if there < max(header.size, TRAILER_BYTES):
-            raise ImageError(
-                f"{path}: it has {there} bytes, too few for a disk of {header.size}; take a larger one"
-            )
+        held = examine(device, path, header.size, beside)
+        if held is not Held.NOTHING and not replace_old:
+            raise ImageError(f"{path}: there is {held.value} on it; --force overwrites it")
         kept = kept_page(device, str(path))
-        if not replace_old and (kept is None or any(device.read(0, _LOOK)) or any(kept)):
-            what = "something" if kept is not None else "an overlay that is not complete"
-            raise ImageError(f"{path}: there is {what} on it; --force overwrites it")
-        name = os.fsencode(os.path.abspath(path))[:MAX_DEVICE_PATH]
+        there, name = device.size(), os.fsencode(os.path.abspath(path))[:MAX_DEVICE_PATH]
         header = dataclasses.replace(header, device=Device(there, os.fsdecode(name)))
         beside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_on_device(device, header, beside, kept or bytes(TRAILER_BYTES), replace_old=replace_old)
     finally:
         device.close()
     sync_directory(beside.parent)
+
+
+class Held(Enum):
+    """What is on a device that an image would overwrite."""
+
+    NOTHING = "nothing"
+    SOMETHING = "something"
+    OVERLAY = "an overlay that is not complete"
+
+
+def examine(device: BlockDevice, path: Path, size: int, beside: Path) -> Held:
+    """Look at what is on a device, as far as that shows; ImageError where it can have no disk of ``size``."""
+    if len(os.fsencode(beside)) > MAX_MAP_PATH:
+        raise ImageError(
+            f"{beside}: the path of a device's map has at most {MAX_MAP_PATH} bytes; choose another"
+        )
+    there, sector = device.size(), device.sector()
+    if there < max(size, TRAILER_BYTES):
+        raise ImageError(f"{path}: it has {there} bytes, too few for a disk of {size}; take a larger one")
+    if size % sector:
+        raise ImageError(
+            f"{path}: it has sectors of {sector} bytes, and a disk of {size} is no multiple of that; take "
+            "another"
+        )
+    kept = kept_page(device, str(path))
+    if kept is None:
+        return Held.OVERLAY
+    return Held.SOMETHING if any(kept) or any(device.read(0, _LOOK)) else Held.NOTHING
 
 
 def kept_page(device: Storage, path: str) -> bytes | None:
