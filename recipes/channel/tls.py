@@ -59,8 +59,9 @@ async def make_certificates(m: Migration) -> None:
     plan = m.plan
     if not (plan.disk_over_tls or plan.ram_over_tls) or m.state.certificates:
         return
-    source, target, limit = plan.disks[0].image, plan.disks[0].target, plan.limits.command
-    made = Certificates(await _beside(m.host_a, source, limit), await _beside(m.host_b, target, limit))
+    first, limit = plan.disks[0], plan.limits.command
+    on_b = f"{first.stem}.tls" if first.on_device else await _beside(m.host_b, first.target, limit)
+    made = Certificates(await _beside(m.host_a, first.image, limit), on_b)
     m.record(certificates=made)
     disk_host = plan.export.address.host if plan.disk_over_tls else ""
     issued = issue([disk_host or "a"], [plan.ram_host or "b"])

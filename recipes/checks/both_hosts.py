@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import AsyncIterator, Sequence
 
 from recipes.checks.chains import left_on_a
@@ -30,6 +31,8 @@ async def check_hosts(
     sockets = [plan.destination.qmp] if plan.destination.qmp.startswith("/") else []
     kind, _, path = plan.destination.migration.partition(":")
     sockets += [path] if kind == "unix" else []
+    ours = [disk.directory for disk in plan.disks if disk.on_device]
+    sockets = [each for each in sockets if posixpath.dirname(each) not in ours]  # these are made
     for warning in left_on_a(plan, await disk_nodes(plan, a)):
         yield warning
     await check_local(host_b, qemu, sockets, limit, [flash.target for flash in plan.flash])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from nbdserve.common.sizes import format_size
+from overlay.formats.device.map_place import is_among_devices
 from recipes.hosts.host import Host
 
 
@@ -30,6 +31,11 @@ class Shortage:
 
 async def shortages(needs: Sequence[Need], host_b: Host, limit: float) -> list[Shortage]:
     """Compare what the disks need, one after the other, with what is free; one for each that is too much."""
+    needs = [
+        need for need in needs if not is_among_devices(need.target)
+    ]  # these have the space that they have
+    if not needs:
+        return []
     directories = [str(PurePosixPath(need.target).parent) for need in needs]
     said = await host_b.run("stat", "-f", "--format=%i %a %S", "--", *directories, limit=limit)
     needed: dict[str, int] = {}

@@ -174,8 +174,8 @@ def run_plan(given: argparse.Namespace) -> int:
     finish_by = finishing(given)
     if given.plan is None:
         return run_found(given, finish_by)
-    for name in ("to_dir", "export"):
-        if getattr(given, name) is not None:
+    for name in ("to_dir", "export", "target"):
+        if getattr(given, name):
             option = f"--{name.replace('_', '-')}"
             raise UsageError(
                 f"{option} is for a guest that is to be looked at; the plan's file says that itself"

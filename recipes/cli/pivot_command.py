@@ -38,7 +38,7 @@ def main(given: argparse.Namespace) -> int:
     monitor, image = given.qmp.removeprefix("unix:"), given.image.absolute()
     check_monitor("--qmp", monitor)
     check_complete(image)
-    clock.run(move(monitor, Pivot(given.node, str(image), given.timeout)))
+    clock.run(move(monitor, Pivot(given.node, str(image), given.timeout, image.is_block_device())))
     print(f"the guest's disk is {image}; nbd-overlay is not needed any more")
     return program.EXIT_DONE
 

@@ -63,6 +63,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def configure_places(parser: argparse.ArgumentParser) -> None:
     """Give a subcommand what says where a guest that is looked at moves from and to."""
     parser.add_argument("--to-dir", metavar="DIR", help="B's directory for the disks; default: as on A")
+    parser.add_argument(
+        "--target",
+        metavar="[NODE=]PATH",
+        action="append",
+        default=[],
+        help="where a disk ends on B, a file or a block device; of several disks NODE says of which; may be "
+        "repeated; default: as --to-dir says",
+    )
     parser.add_argument("--export", metavar="URI", help="where A serves the disks; default: as B reaches A")
 
 
@@ -130,6 +138,8 @@ async def _look(given: argparse.Namespace) -> Draft:
     channel = given.channel or ""
     if channel:
         Channel(channel).check()
-    wanted = Wanted(given.source, there, given.to_dir or "", given.export or "", channel)
+    for target in given.target:
+        check_absolute("--target", target.rpartition("=")[2])
+    wanted = Wanted(given.source, there, given.to_dir or "", given.export or "", channel, tuple(given.target))
     async with looked_at(here, there if is_ssh(there) else "", COMMAND) as (a, b):
         return await discover(wanted, a, b)

@@ -44,7 +44,7 @@ async def found(
     b = await destination(plan, places[1], a)
     if b:
         stack.push_async_callback(b.disconnect)
-    disks = [await look_at(plan, disk, places[1], b) for disk in plan.disks]
+    disks = [await look_at(plan, disk, places[1], b, journal.state) for disk in plan.disks]
     if not sure and journal.state is not None:
         await refuse_unless_on_b(journal.state, a, b, places[1])
     state = found_on_b(journal, plan, disks, again)
@@ -68,7 +68,7 @@ async def refuse_unless_on_b(state: State, a: Vm, b: Vm | None, host_b: Host) ->
     on_a = await guest_on_a(a) if a.connected else OnA.GONE
     on_b = OnB.HAS_GUEST
     if b is None:
-        on_b = OnB.STOPPED if await any_holds_something(host_b, state.plan) else OnB.NONE
+        on_b = OnB.STOPPED if await any_holds_something(host_b, state) else OnB.NONE
     decision = decide(state.phase, Wish.GO_ON, Facts(on_a, on_b))
     if state.phase is not Phase.DONE and decision.action is not Action.FINISH:
         raise MigrationError(
@@ -189,8 +189,10 @@ async def account_for(m: Migration) -> None:
                 await engine_for(m).account(m, disk)
 
 
-async def look_at(plan: Plan, disk: PlannedDisk, host: Host, b: Vm | None) -> Disk:
-    """See how complete B's image of a disk is."""
+async def look_at(
+    plan: Plan, disk: PlannedDisk, host: Host, b: Vm | None, state: State | None = None
+) -> Disk:
+    """See how complete B's image of a disk is; ``state`` is what is known of the migration."""
     image, limit = disk.target, plan.limits.command
     if not await host.test("-e", image, limit):
         if b:
@@ -208,6 +210,15 @@ async def look_at(plan: Plan, disk: PlannedDisk, host: Host, b: Vm | None) -> Di
             f"{image} on B is of engine {made_by}: give --engine {made_by}, as the run was given"
         )
     size, complete = int(facts["virtual-size"]), "backing-filename" not in facts
+    if disk.on_device and complete:
+        if not b and not (state and state.arrived):
+            raise MigrationError(
+                f"there is no overlay on {image} on B, and the guest is not known to have been there, so "
+                "there is nothing to finish; is it the right plan?"
+            )
+        # The device may be larger.
+        known = [each.size for each in state.disks if each.target == image] if state else []
+        size = known[0] if known else size
     return Disk(disk.image, image, size, complete=complete)
 
 

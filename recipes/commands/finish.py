@@ -142,7 +142,7 @@ async def start_guest(m: Migration) -> None:
             await engine.prepare_again(m, disk)
             nodes += engine.nodes(m.plan, disk)
         else:
-            nodes.append(engine.complete_node(disk))
+            nodes.append(engine.complete_node(disk, m.state.disk(disk).size))
     objects = tls.qemu_options(m, reads_disk=engine.read_by_qemu and not m.complete)
     argv = [*destination.qemu, *objects, *blockdev_options(nodes), "-qmp", monitor_option(destination.qmp)]
     qemu = await m.start(Role.QEMU, argv)

@@ -16,6 +16,7 @@ from recipes.checks.both_hosts import check_hosts
 from recipes.checks.space import Need
 from recipes.commands.abort import abort
 from recipes.commands.retreat import retreat
+from recipes.engines.devices import device_warnings
 from recipes.engines.seeds import check_seeds
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
@@ -124,6 +125,8 @@ async def migrate_from(
         tls.check_life(plan, sum(sizes), finish_by, time.time())
         needs = [Need(disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)]
         async for warning in check_hosts(plan, needs, a, *places):
+            report.note(warning)
+        for warning in await device_warnings(plan, needs, places[1]):
             report.note(warning)
         for warning in await check_seeds(plan, needs, places[1]):
             report.note(warning)

@@ -23,6 +23,8 @@ from recipes.discovery.process import Process
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.channel import SSH
+from recipes.plans.disks import stem_of
+from recipes.plans.seeds import seeds_of
 from recipes.qemu.images import RAW
 from recipes.qemu.vm import Vm, connect, nobody_listens
 
@@ -42,6 +44,7 @@ class Wanted:
     to_dir    the directory of B's disks; empty: as on A
     export    where A serves the disks; empty: as B reaches A
     channel   how disk and RAM get there; empty: as a plan has it that does not say
+    targets   where disks end on B, [NODE=]PATH each; the others as to_dir says
     """
 
     source: str
@@ -49,6 +52,7 @@ class Wanted:
     to_dir: str = ""
     export: str = ""
     channel: str = ""
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,18 @@ async def discover(wanted: Wanted, host_a: Host, host_b: Host) -> Draft:
     running = await find(wanted.source, host_a)
     derived = await derived_for(running, host_b, wanted.to_dir)
     refuse(running.guest, derived)
-    targets = tuple([target_of(disk.image, disk.format, wanted.to_dir) for disk in derived.disks])
+    said = seeds_of(wanted.targets, [(disk.drive, disk.node) for disk in derived.disks], "--target")
+    targets = tuple(
+        said.get(number) or target_of(disk.image, disk.format, wanted.to_dir)
+        for number, disk in enumerate(derived.disks)
+    )
     await refuse_same(derived, targets, host_a, host_b)
     address = "" if host_b.address else wanted.to
     if wanted.channel == SSH:
         # Neither host has to reach the other.
-        there = sockets(targets[0])
+        there = sockets(stem_of(targets[0]))
     else:
-        there = await addresses(address, host_a, host_b, beside=targets[0])
+        there = await addresses(address, host_a, host_b, beside=stem_of(targets[0]))
     return Draft(
         guest=running.guest,
         pid=running.process.pid,
@@ -190,7 +198,9 @@ async def refuse_same(derived: Derived, targets: Sequence[str], host_a: Host, ho
     for image, target, what in pairs:
         here, there = await identity(host_a, image), await identity(host_b, target)
         if there and here == there:
-            raise UsageError(f"{target} is the {what}'s own file on A, as B sees it too: give --to-dir DIR")
+            raise UsageError(
+                f"{target} is the {what}'s own file on A, as B sees it too: give --to-dir DIR, or --target"
+            )
 
 
 async def identity(host: Host, path: str) -> str:
@@ -201,7 +211,7 @@ async def identity(host: Host, path: str) -> str:
 
 async def monitor_on_b(running: Running, host_b: Host, target: str) -> str:
     """Return where the monitor of B's QEMU is: as on A, if that is a socket's path and B has none there."""
-    address = running.address if running.address.startswith("/") else f"{target}.monitor"
+    address = running.address if running.address.startswith("/") else f"{stem_of(target)}.monitor"
     found = names([address], await existing(host_b, [address]))
     made = found.get(address, address)
     if len(os.fsencode(made)) > SOCKET_PATH_LIMIT:

@@ -9,6 +9,7 @@ import tomlkit
 from tomlkit.items import Array, Item, Table
 
 from nbdserve.common.sizes import format_size
+from overlay.formats.device.map_place import is_among_devices
 from recipes.discovery.derive import Derived
 from recipes.discovery.guest import Guest
 from recipes.qemu.images import RAW
@@ -75,7 +76,8 @@ def write(draft: Draft) -> str:
         disk["node"] = _text(found.node)
         if found.format != RAW:
             disk["format"] = _text(found.format, "as A has it; on B it is raw")
-        disk["target"] = _text(target)
+        on_device = is_among_devices(target)
+        disk["target"] = _text(target, "a block device: what is on it is overwritten" if on_device else "")
         disk["drive"] = _text(found.drive)
         if seed:
             disk["seed"] = _text(seed, "a copy that B has: what is the same in it is not sent")

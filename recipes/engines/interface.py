@@ -56,8 +56,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def complete_node(self, disk: PlannedDisk) -> dict[str, object]:
-        """Return the disk in B's QEMU once every block of it is local, as a -blockdev option."""
+    def complete_node(self, disk: PlannedDisk, size: int) -> dict[str, object]:
+        """Return the disk, of ``size`` bytes, in B's QEMU once it is all local, as a -blockdev option."""
 
     @abstractmethod
     def streamed(self, plan: Plan, disk: PlannedDisk) -> tuple[str, str]:

@@ -62,13 +62,14 @@ class OverlayEngine(Engine):
                 "read-only": True,
             },
             # Without locks, as nbd-overlay holds them until it is complete.
-            f"open {disk.target} in the end": {"driver": "file", "filename": disk.target, "locking": "off"},
+            f"open {disk.target} in the end": {**disk.file_node(), "locking": "off"},
         }
 
-    def complete_node(self, disk: PlannedDisk) -> dict[str, object]:
-        """Return the raw file."""
-        file = {"driver": "file", "filename": disk.target, "discard": "unmap"}
-        return {"node-name": disk.drive, "driver": "raw", "discard": "unmap", "file": file}
+    def complete_node(self, disk: PlannedDisk, size: int) -> dict[str, object]:
+        """Return the raw file, or the part of the device that is the disk."""
+        file = {**disk.file_node(), "discard": "unmap"}
+        only = {"size": size} if disk.on_device else {}
+        return {"node-name": disk.drive, "driver": "raw", "discard": "unmap", "file": file, **only}
 
     def streamed(self, plan: Plan, disk: PlannedDisk) -> tuple[str, str]:
         """nbd-overlay has only one disk, and one job."""
@@ -140,7 +141,7 @@ class OverlayEngine(Engine):
     async def detach(self, m: Migration, disk: PlannedDisk) -> None:
         """Let QEMU pivot to the file."""
         destination, limits = m.plan.destination, m.plan.limits
-        what = Pivot(disk.drive, disk.target, limits.command + limits.reconnect_delay)
+        what = Pivot(disk.drive, disk.target, limits.command + limits.reconnect_delay, disk.on_device)
         deadline = now() + limits.recover
         try:
             # A guest may have booted on the file.
@@ -189,6 +190,7 @@ class OverlayEngine(Engine):
         argv = [
             *(m.host_b.tool("nbd-overlay"), "serve", "--layout", self.layout, disk.target),
             *("-k", disk.overlay_socket, "--qmp", f"unix:{disk.overlay_monitor}"),
+            *self._on_device(m, disk),
             # What QEMU 7.2 does with a failed block status, see QemuEngine, it does here too.
             *("--copy-on-read", "on", "--simple-replies", "--pid-file", READY),
             *("--connections", str(limits.connections)),
@@ -200,6 +202,10 @@ class OverlayEngine(Engine):
         overlay = await m.start(Role.OVERLAY, argv, ready=True, drive=disk.drive)
         await m.during(overlay.ready(limits.start), limits.start, f"starting {overlay.name}")
         return overlay
+
+    def _on_device(self, m: Migration, disk: PlannedDisk) -> list[str]:
+        """Return the words for a block device, which may be larger than the disk that is on it."""
+        return ["--map", disk.map, "--size", str(m.state.disk(disk).size)] if disk.on_device else []
 
     async def _seed(self, m: Migration, disk: PlannedDisk) -> list[str]:
         """Return the words for a copy that B has; one that has gone since must not stop the guest."""

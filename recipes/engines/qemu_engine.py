@@ -59,7 +59,7 @@ class QemuEngine(Engine):
         del export["node-name"]
         return {f"connect to {plan.export_of(disk)} again": export}
 
-    def complete_node(self, disk: PlannedDisk) -> dict[str, object]:
+    def complete_node(self, disk: PlannedDisk, size: int) -> dict[str, object]:
         """Return the image, which has let go of its backing."""
         file = {"driver": "file", "filename": disk.target}
         return {"node-name": disk.drive, "driver": "qed", "file": file}

@@ -16,16 +16,19 @@ async def image_facts(host: Host, image: str, limit: float) -> dict[str, Any]:
     return await host.told(host.tool("nbd-overlay"), "info", "-U", "--json", image, limit=limit)
 
 
-async def holds_something(host: Host, image: str, limit: float, *, copies: bool = False) -> bool:
+async def holds_something(
+    host: Host, image: str, limit: float, *, copies: bool = False, is_disk: bool = True
+) -> bool:
     """Tell whether anything of a disk is in an image; with ``copies`` only what a guest wrote counts.
 
-    Raises as ``image_facts``, also if that is not told.
+    ``is_disk`` says what an image without a backing is: a complete disk, or none of ours. Raises as
+    ``image_facts``, also if that is not told.
     """
     if not await host.test("-e", image, limit):
         return False
     facts = await image_facts(host, image, limit)
     if "backing-filename" not in facts:
-        return True
+        return is_disk
     if copies and "written-size" in facts:
         return bool(facts["written-size"])
     if "local-size" not in facts:

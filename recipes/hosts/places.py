@@ -6,12 +6,15 @@ in memory. What belongs to one of these is kept where a system keeps such things
     root        /var/lib/nbd-migrate/NAME/
     others      $XDG_STATE_HOME/nbd-migrate/NAME/, by default in ~/.local/state
 
+What belongs to a block device to which a disk moves is in the first of these, whoever runs the commands, or
+where its ``state`` in the plan says.
+
 NAME is the device's path as LVM writes paths: /dev/vg-a/lv is dev-vg--a-lv.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from overlay.formats.device.map_place import name_of
@@ -35,12 +38,21 @@ async def place_of(host: Host, image: str, limit: float) -> PurePosixPath:
 class Places:
     """Where what belongs to the images of a migration is kept; for each its host is asked once."""
 
-    def __init__(self, directory: str, images: Sequence[Sequence[str]], limit: float) -> None:
-        """``directory`` is the plan's log.directory; ``images`` are those of each host."""
+    def __init__(
+        self,
+        directory: str,
+        images: Sequence[Sequence[str]],
+        limit: float,
+        known: Mapping[tuple[Host, str], str] | None = None,
+    ) -> None:
+        """``directory`` is the plan's log.directory; ``images`` are those of each host; ``known`` are
+        directories of images that need not be asked for.
+        """
         self._directory = directory
         self._images = images
         self._limit = limit
-        self._known: dict[tuple[Host, str], Path] = {}
+        said = {} if directory else known or {}
+        self._known = {image: Path(place) for image, place in said.items()}
 
     async def place(self, host: Host, image: str, suffix: str) -> Path:
         """Return where log and pid file of what belongs to an image are, without ``.log`` and ``.pid``."""

@@ -24,13 +24,17 @@ def but(where: str, *left: str) -> str:
     return "; but ".join(dict.fromkeys([where, *left]))
 
 
-async def any_holds_something(host: Host, plan: Plan) -> bool:
+async def any_holds_something(host: Host, state: State) -> bool:
     """Tell whether anything of the guest's disks is in their images on B; raises MigrationError where that is
     not told.
+
+    A block device without an overlay does not tell whether it has the disk, or has never had any of it: the
+    former is so only when the guest has come to B.
     """
+    plan = state.plan
     for disk in plan.disks:
-        held = holds_something(host, disk.target, plan.limits.command, copies=plan.hybrid)
-        if await held:
+        is_disk = bool(state.arrived) or not disk.on_device
+        if await holds_something(host, disk.target, plan.limits.command, copies=plan.hybrid, is_disk=is_disk):
             return True
     return False
 
@@ -46,7 +50,8 @@ def discarding(host: Host, plan: Plan, disk: PlannedDisk) -> list[str]:
     What was copied before the cut-over is A's still.
     """
     copies = ["--copies"] if plan.hybrid else []
-    return [host.tool("nbd-overlay"), "discard", *copies, disk.target]
+    beside = ["--map", disk.map] if disk.on_device else []
+    return [host.tool("nbd-overlay"), "discard", *copies, *beside, disk.target]
 
 
 async def remove_made(host: Host, state: State, limit: float) -> list[str]:

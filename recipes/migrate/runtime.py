@@ -91,7 +91,8 @@ class Migration:
         self.unattended = self.cleared = False
         self._started: dict[tuple[Role, str], Child] = {}
         images = [disk.image for disk in self.disks], [disk.target for disk in self.disks]
-        self._places = Places(self.plan.log.directory, images, self.plan.limits.command)
+        known = {(self.host_b, each.target): each.directory for each in self.disks if each.on_device}
+        self._places = Places(self.plan.log.directory, images, self.plan.limits.command, known)
         self._needed: dict[str, asyncio.Task[str]] = {}
         self._guard = guard
         if guard:

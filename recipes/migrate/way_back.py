@@ -90,7 +90,7 @@ class Hands(ABC):
                 return OnB.SILENT
             if state.phase in BEFORE_IMAGE:
                 return OnB.NONE
-            holds = await any_holds_something(host, plan)
+            holds = await any_holds_something(host, state)
         except MigrationError as error:
             self.why = str(error)
             return OnB.SILENT

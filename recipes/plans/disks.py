@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nbdserve.common.errors import UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
-from overlay.formats.device.map_place import is_among_devices
+from overlay.formats.device.map_place import is_among_devices, name_of
 from recipes.qemu.images import FORMATS, RAW
 
 OF_DRIVE = ("export", "backing", "overlay", "access", "local", "socket")
@@ -31,11 +31,12 @@ class PlannedDisk:
     """A disk of the guest.
 
     image   on A: a file or a block device
-    target  on B: where it ends as a file
+    target  on B: where it ends, a file or, below /dev, a block device
     drive   the block node of B's QEMU that the -device there refers to
     node    A's block node or device; empty: found by the image's name
     format  of the image on A; on B the disk is raw in any case
     seed    on B: a raw copy of the disk, an older one perhaps; what is the same in it is not sent
+    state   on B: the directory for what belongs to a target that is a block device; empty: see ``places.py``
     """
 
     image: str
@@ -44,21 +45,43 @@ class PlannedDisk:
     node: str = ""
     format: str = RAW
     seed: str = ""
+    state: str = ""
+
+    @property
+    def on_device(self) -> bool:
+        """Tell whether it ends on a block device, beside which nothing is made."""
+        return is_among_devices(self.target)
+
+    @property
+    def stem(self) -> str:
+        """Return the path to which a suffix is added for what belongs to the target."""
+        if not self.on_device:
+            return self.target
+        return posixpath.join(self.state or state_of(self.target), posixpath.basename(self.target))
+
+    @property
+    def directory(self) -> str:
+        """Return the directory for what belongs to the target."""
+        return posixpath.dirname(self.stem)
 
     @property
     def map(self) -> str:
         """Return where nbd-overlay keeps what is local already."""
-        return f"{self.target}.map"
+        return f"{self.stem}.map"
 
     @property
     def overlay_socket(self) -> str:
         """Return where nbd-overlay serves the disk to B's QEMU."""
-        return f"{self.target}.nbd"
+        return f"{self.stem}.nbd"
 
     @property
     def overlay_monitor(self) -> str:
         """Return nbd-overlay's own QMP socket."""
-        return f"{self.target}.qmp"
+        return f"{self.stem}.qmp"
+
+    def file_node(self) -> dict[str, object]:
+        """Return the block node of B's QEMU for the target itself."""
+        return {"driver": "host_device" if self.on_device else "file", "filename": self.target}
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -83,10 +106,17 @@ class PlannedDisk:
             check_absolute(keys["seed"], self.seed)
             if posixpath.normpath(self.seed) in self.beside:
                 raise UsageError(f"{keys['seed']}: {self.seed!r} is what is made there; name another copy")
-        if is_among_devices(self.target):
+        if self.state and not self.on_device:
             raise UsageError(
-                f"{keys['target']}: {self.target!r} is among the devices; name a file in a file system"
+                "disk.state: this is for a target that is a block device, named by its path below /dev; "
+                "leave it out"
             )
+        if self.state:
+            check_absolute("disk.state", self.state)
+            if is_among_devices(self.state):
+                raise UsageError(
+                    f"disk.state: {self.state!r} is among the devices; name a directory in a file system"
+                )
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,19}", self.drive):
             raise UsageError(
                 f"{keys['drive']}: {self.drive!r} is not usable: up to 20 letters, digits and ._- that begin "
@@ -102,7 +132,12 @@ def check_together(disks: Sequence[PlannedDisk]) -> None:
         twice = next((value for n, value in enumerate(same) if value in same[:n]), None)
         if twice is not None:
             raise UsageError(f"disk.{key}: {twice} is that of two disks")
-    taken = {path: disk for disk in disks for path in disk.beside[1:]}
+    taken: dict[str, PlannedDisk] = {}
+    for disk in disks:
+        for path in disk.beside[1:]:
+            if path in taken:
+                raise UsageError(f"disk.state: {path} would be of {taken[path].target} and {disk.target}")
+            taken[path] = disk
     for disk in disks:
         if disk.target in taken:
             other = taken[disk.target].target
@@ -114,6 +149,16 @@ def check_together(disks: Sequence[PlannedDisk]) -> None:
                 f"disk.drive: {disk.drive} is what a node beside {nodes[disk.drive].drive} is called; "
                 "choose another"
             )
+
+
+def state_of(device: str) -> str:
+    """Return the directory on B for what belongs to a block device, as root's commands keep it."""
+    return posixpath.join("/var/lib/nbd-migrate", name_of(device))
+
+
+def stem_of(target: str) -> str:
+    """Return the path to which a suffix is added for what belongs to a target; see PlannedDisk.stem."""
+    return PlannedDisk("", target, "").stem
 
 
 def check_absolute(where: str, path: str) -> None:

@@ -221,6 +221,11 @@ class Plan:
                 raise UsageError(f"{name}: with [[disk]] say it there, once for each disk")
         for disk in self.disks:
             disk.check({key: self.called(key) for key in SHORTHAND}, sockets=self.by_overlay)
+            if disk.on_device and not self.by_overlay:
+                raise UsageError(
+                    f"{self.called('target')}: {disk.target} is a block device, which cannot hold a QED "
+                    "image, as it grows: use the engine overlay, or name a file"
+                )
             if self.by_overlay and self.destination.qmp in disk.beside:
                 taken = f"{self.destination.qmp} is where nbd-overlay has a file of {disk.target}"
                 raise UsageError(f"destination.qmp: {taken}")

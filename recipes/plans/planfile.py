@@ -26,7 +26,8 @@ migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOS
 
 [[disk]]                                  in the place of source.image and node, destination.image and node;
 image = "/var/lib/images/vm.raw"          once for each disk that moves: where it is on A,
-target = "/var/lib/images/vm.raw"         the image that is made on B,
+target = "/var/lib/images/vm.raw"         the image that is made on B, or a block device, as "/dev/vg/vm";
+state = "/var/lib/nbd-migrate/dev-vg-vm"  the directory on B for what belongs to that; default: see places.py;
 drive = "disk0"                           the block node that a -device there refers to,
 node = "disk0"                            and A's block node or device, as above;
 format = "raw"                            of the image on A: "raw" (the default) or "qcow2";

@@ -1,4 +1,4 @@
-"""What ``--seed`` says: which copy, that B has already, is of which disk."""
+"""What ``--seed`` says, which copy that B has already is of which disk; and ``--target``, where one goes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from nbdserve.common.errors import UsageError
 from recipes.plans.plan import Plan
 
 
-def seeds_of(given: Iterable[str], names: Sequence[tuple[str, ...]]) -> dict[int, str]:
+def seeds_of(
+    given: Iterable[str], names: Sequence[tuple[str, ...]], option: str = "--seed"
+) -> dict[int, str]:
     """Return the file for each disk that has a seed, by its number; ``names`` are those of each disk.
 
-    One disk's needs no name: FILE. Of several it is NODE=FILE. Raises UsageError.
+    One disk's needs no name: FILE. Of several it is NODE=FILE. ``option`` is the one that says it. Raises
+    UsageError.
     """
     found: dict[int, str] = {}
     for text in given:
@@ -22,11 +25,11 @@ def seeds_of(given: Iterable[str], names: Sequence[tuple[str, ...]]) -> dict[int
             if len(names) > 1:
                 known = ", ".join(each[0] for each in names)
                 raise UsageError(
-                    f"--seed {text}: there are several disks: write NODE=FILE, NODE is of {known}"
+                    f"{option} {text}: there are several disks: write NODE=FILE, NODE is of {known}"
                 )
             number, file = 0, text
         if number in found:
-            raise UsageError(f"--seed {text}: {names[number][0]} has one already")
+            raise UsageError(f"{option} {text}: {names[number][0]} has one already")
         found[number] = file
     return found
 

@@ -16,7 +16,7 @@ def between_sockets(plan: Plan) -> Plan:
     Raises UsageError where their paths are too long for sockets.
     """
     address, there = plan.export.address, plan.destination
-    beside = plan.disks[0].target
+    beside = plan.disks[0].stem
     check_socket_path(control_of(f"{beside}.export"), plan.called("target"))
     if address.socket is None:
         uri = str(NbdUri(socket=f"{beside}.export", export=address.export))

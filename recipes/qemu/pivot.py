@@ -23,6 +23,7 @@ commands goes on where it was:
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -48,14 +49,16 @@ class Pivot:
     """What moves where.
 
     node   the raw node that the guest's device uses, on an NBD node
-    image  the local raw file, an absolute path; complete, and locked by nobody
+    image  the local raw file, or block device, an absolute path; complete, and locked by nobody
     limit  seconds that each command may take: with a server that is away, QEMU answers only after its
            reconnect-delay
+    on_device  whether the image is a block device, which may be larger than the disk
     """
 
     node: str
     image: str
     limit: float
+    on_device: bool = False
 
     @property
     def socket(self) -> str:
@@ -69,11 +72,21 @@ class Pivot:
 
     def blockdev(self) -> dict[str, object]:
         """Return the local node; QEMU takes its image locks, which keep others from writing to the file."""
-        return {"driver": "file", "node-name": self.local, "filename": self.image, "discard": "unmap"}
+        driver = "host_device" if self.on_device else "file"
+        return {"driver": driver, "node-name": self.local, "filename": self.image, "discard": "unmap"}
 
-    def reopened(self) -> dict[str, object]:
-        """Return the guest's node on the local one."""
-        return {"driver": "raw", "node-name": self.node, "discard": "unmap", "file": self.local}
+    def reopened(self, size: int | None = None) -> dict[str, object]:
+        """Return the guest's node on the local one; with ``size``, on so many bytes of it."""
+        only = {} if size is None else {"size": size}
+        return {"driver": "raw", "node-name": self.node, "discard": "unmap", "file": self.local, **only}
+
+    def is_on(self, file: str) -> bool:
+        """Tell whether a raw node of which QEMU tells this file is on the image."""
+        if file.startswith("json:"):
+            # So it writes a raw node that is a part of its file.
+            options = json.loads(file.removeprefix("json:"))
+            file = options.get("file", {}).get("filename", "")
+        return file == self.image
 
 
 def socket_of(node: str) -> str:
@@ -89,7 +102,7 @@ async def pivot(vm: Vm, what: Pivot) -> None:
     """
     nodes = await _nodes(vm, what)
     await _check(vm, what, nodes)
-    if nodes[what.node]["file"] != what.image:
+    if not what.is_on(nodes[what.node]["file"]):
         try:
             await _move(vm, what, nodes)
         except (MigrationError, asyncio.CancelledError):
@@ -120,12 +133,13 @@ async def _move(vm: Vm, what: Pivot, nodes: dict[str, dict[str, Any]]) -> None:
     if nodes[what.local]["file"] != what.image:
         raise MigrationError(f"{what.local} in B's QEMU is {nodes[what.local]['file']}, not {what.image}")
     remote, local = (int(nodes[name]["image"]["virtual-size"]) for name in (what.node, what.local))
-    if remote != local:
+    if local < remote or (local > remote and not what.on_device):
         raise MigrationError(
             f"{what.image} has {local} bytes, the guest's disk {remote}; is it the right one?"
         )
+    reopened = what.reopened(None if local == remote else remote)
     try:
-        await vm.call("blockdev-reopen", {"options": [what.reopened()]}, limit=what.limit)
+        await vm.call("blockdev-reopen", {"options": [reopened]}, limit=what.limit)
     except CommandError as error:
         if _NOT_FLUSHED in error.reason:
             raise ServerAwayError(f"{error}: its server is away; serve {what.image} there again") from error
@@ -150,7 +164,7 @@ async def _withdraw(vm: Vm, what: Pivot) -> None:
         deadline = now() + what.limit
         while now() < deadline:
             nodes = await _nodes(vm, what)
-            if what.local not in nodes or nodes[what.node]["file"] == what.image:
+            if what.local not in nodes or what.is_on(nodes[what.node]["file"]):
                 return
             with suppress(CommandError):
                 await vm.call("blockdev-del", {"node-name": what.local}, limit=what.limit)

@@ -55,12 +55,19 @@ async def create_flash(m: Migration, target: str, size: int) -> None:
         raise MigrationError(f"flash.target: {target} cannot be made on B: {error}") from error
 
 
+def placed(m: Migration, disk: PlannedDisk) -> list[str]:
+    """Return the words that say whose the image is; on a device, where its map is, and to overwrite that."""
+    if disk.on_device:
+        return ["--map", disk.map, "--force"]
+    return m.plan.destination.ownership("--")
+
+
 async def create(m: Migration, disk: PlannedDisk) -> None:
     """Create the image of one disk."""
     uri, limit, before = str(tls.disk_uri(m, disk)), m.plan.limits.start, m.state.made
     size, engine = m.state.disk(disk).size, engine_for(m)
     argv = [m.host_b.tool("nbd-overlay"), "create", "--backing", uri, "--size", str(size)]
-    argv += ["--layout", engine.layout, *m.plan.destination.ownership("--"), disk.target]
+    argv += ["--layout", engine.layout, *placed(m, disk), disk.target]
     # From now on it may be there, and is removed when the guest stays on A.
     m.record(made=(*before, disk.target))
     maker = await m.run("nbd-overlay create", Role.OVERLAY, argv, drive=disk.drive)

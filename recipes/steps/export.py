@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from nbdserve.common.uri import NbdUri
 from recipes.channel import plain, ssh, through_qemu, tls
 from recipes.engines.choice import engine_for
+from recipes.engines.devices import make_places
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import Migration
@@ -23,6 +24,7 @@ SECTOR = 512
 async def export(m: Migration) -> str:
     """Step 1: serve the source's disks, and see from B that they are the right ones."""
     m.enter(Phase.EXPORT)
+    await make_places(m.host_b, m.plan)
     server = await start_server(m)
     m.need("the server on A", server.wait())
     await ssh.stand(m)

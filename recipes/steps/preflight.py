@@ -17,6 +17,7 @@ from recipes.checks.space import Need, shortages
 from recipes.connections.installed import check_version
 from recipes.connections.monitors import MonitorAt
 from recipes.engines.choice import engine_of
+from recipes.engines.devices import check_device
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
@@ -45,8 +46,8 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     await check_same(plan, host_a, host_b)
     await check_flash(plan, a, host_b)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
-    for disk in plan.disks:
-        await check_target(plan, disk, host_b)
+    for disk, node in zip(plan.disks, nodes, strict=True):
+        await check_target(plan, disk, node.size, host_b)
     await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
     await check_space(plan, host_a, host_b)
     await check_tunnel(plan, host_a, host_b)
@@ -123,6 +124,8 @@ async def check_space(plan: Plan, host_a: Host, host_b: Host) -> None:
     told = await host_a.run("stat", "-L", "--format=%b %B", "--", *images, limit=limit)
     needs = []
     for disk, said in zip(plan.disks, told.splitlines(), strict=True):
+        if disk.on_device:
+            continue
         blocks, block = said.split()
         of_file = int(blocks) * int(block)
         needs.append(Need(disk.target, of_file if disk.format == RAW else await held(plan, disk, host_a)))
@@ -153,17 +156,23 @@ async def check_tunnel(plan: Plan, host_a: Host, host_b: Host) -> None:
             )
 
 
-async def check_target(plan: Plan, disk: PlannedDisk, host_b: Host) -> None:
-    """Nothing of what is made on B may be there."""
+async def check_target(plan: Plan, disk: PlannedDisk, size: int, host_b: Host) -> None:
+    """Nothing of what is made on B may be there, but for a block device of ``size`` bytes at least."""
     image, key = disk.target, plan.called("target")
-    limit = plan.limits.command
-    if not await host_b.test("-d", str(PurePosixPath(image).parent), limit):
+    limit, beside = plan.limits.command, engine_of(plan).files(disk)
+    if disk.on_device:
+        await check_device(plan, disk, size, host_b)
+        beside.remove(image)
+    elif not await host_b.test("-d", str(PurePosixPath(image).parent), limit):
         raise MigrationError(f"{key}: there is no directory for {image} on B")
-    if await host_b.test("-b", image, limit):
-        raise MigrationError(f"{key}: {image} is a block device on B; name a file, as its map lies beside it")
-    for path in engine_of(plan).files(disk):
+    elif await host_b.test("-b", image, limit):
+        raise MigrationError(f"{key}: {image} is a block device on B; name it by its path below /dev")
+    for path in beside:
         if await in_the_way(host_b, path, limit):
-            discard = pasted(host_b.typed([host_b.tool("nbd-overlay"), "discard", image]))
+            tool = host_b.tool("nbd-overlay")
+            discard = pasted(
+                host_b.typed([tool, "discard", *(["--map", disk.map] if disk.on_device else []), image])
+            )
             raise MigrationError(
                 f"{key}: {path} exists on B; remove it if it is left from an interrupted run, an "
                 f"overlay that holds nothing, and no other, with: {discard}"

@@ -64,6 +64,6 @@ def test_a_device_is_not_moved_aside_nor_taken_for_the_destination(stage: Scene)
     link.symlink_to(stage.image)
     with stage.run() as run:
         assert run.wait(30.0) == 1
-    assert f"destination.image: {link} is a block device on B; name a file" in run.output()
+    assert f"destination.image: {link} is a block device on B; name it by its path below /dev" in run.output()
     link.unlink()
     stage.wait_until_guest_works("a")

@@ -269,10 +269,24 @@ def test_a_plan_that_is_built_by_a_program_is_checked_as_well(tmp_path: Path) ->
         dataclasses.replace(plan, source=dataclasses.replace(plan.source, image="vm.raw"))
 
 
-@pytest.mark.parametrize("image", ["/dev/vg/lv", "/dev/new", "//dev/./mapper/vg-lv"])
-def test_a_destination_among_the_devices_is_refused(tmp_path: Path, image: str) -> None:
-    with pytest.raises(UsageError, match="is among the devices; name a file in a file system"):
-        plan_of(tmp_path, MINIMAL.replace("/images/vm.qed", image))
+@pytest.mark.parametrize(
+    ("image", "name"),
+    [
+        ("/dev/vg/lv", "dev-vg-lv"),
+        ("/dev/new-a", "dev-new--a"),
+        ("//dev/./mapper/vg-lv", "dev-mapper-vg--lv"),
+    ],
+)
+def test_nothing_of_a_destination_among_the_devices_is_beside_it(
+    tmp_path: Path, image: str, name: str
+) -> None:
+    text = MINIMAL.replace("/images/vm.qed", image)
+    [disk] = plan_of(tmp_path, text).disks
+    assert disk.on_device
+    stem = f"/var/lib/nbd-migrate/{name}/{Path(image).name}"
+    assert disk.beside[1:] == (f"{stem}.map", f"{stem}.nbd", f"{stem}.qmp")
+    with pytest.raises(UsageError, match="is a block device, which cannot hold a QED image"):
+        plan_of(tmp_path, text.replace("[destination]", '[destination]\nengine = "qemu"'))
 
 
 def test_a_destination_in_memory_is_a_file_like_any_other(tmp_path: Path) -> None:
@@ -355,7 +369,13 @@ def test_several_images_are_moved_into_a_directory(tmp_path: Path) -> None:
         ("disk1", "disk0", "disk.drive: disk0 is that of two disks"),
         ("disk1", "disk0-local", "disk.drive: disk0-local is what a node beside disk0 is called"),
         ("/b/data.raw", "/b/system.raw.map", "is where nbd-overlay has a file of /b/system.raw"),
-        ("/b/data.raw", "/dev/vg/data", "disk.target: '/dev/vg/data' is among the devices"),
+        (
+            'drive = "disk1"',
+            'drive = "disk1"\nstate = "/x"',
+            "disk.state: this is for a target that is a block",
+        ),
+        ('/b/data.raw"', '/dev/vg/data"\nstate = "x"', "disk.state: 'x' must be an absolute path"),
+        ('/b/data.raw"', '/dev/vg/data"\nstate = "/dev/x"', "disk.state: '/dev/x' is among the devices"),
         ("/b/data.raw", "data.raw", "disk.target: 'data.raw' must be an absolute path"),
         ("/dev/vg/data", "data", "disk.image: 'data' must be an absolute path"),
         ('drive = "disk1"', "", "disk.drive: this is missing, in [[disk]] number 2"),

@@ -64,6 +64,12 @@ def test_disks_that_fit_each_by_itself_may_be_too_much_for_one_file_system() -> 
     check((half, half), ("fs1 262144 4096", "fs2 262144 4096"))
 
 
+def test_a_disk_that_goes_to_a_device_needs_no_space_in_a_file_system() -> None:
+    plan = replace(plan_of("/0.raw"), disk=(PlannedDisk("/0.raw", "/dev/vg/lv", "disk0"),))
+    full = Answering("fs1 0 4096")
+    asyncio.run(check_space(plan, cast(Host, Answering(f"{GIB // 512} 512")), cast(Host, full)))
+
+
 def test_a_sparse_image_needs_no_more_than_it_holds() -> None:
     check((f"{GIB // 512} 512", "0 512"), ("fs1 262144 4096", "fs1 262144 4096"))
 

@@ -1,0 +1,106 @@
+"""Block devices on B, as they are looked at before anything is started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes.checks.space import Need
+from recipes.engines.devices import device_warnings
+from recipes.errors import MigrationError
+from recipes.hosts.host import Host
+from recipes.plans.disks import PlannedDisk
+from recipes.plans.plan import Destination, Export, Plan, Source
+from recipes.steps.preflight import check_target
+from tests.support.disks import MIB, random_disk
+from tests.support.loops import loop_device
+from tests.support.overlays import NBD_OVERLAY
+from tests.support.processes import check
+
+SIZE = 8 * MIB
+B = Host("B")
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """A device on which there is something."""
+    random_disk(tmp_path / "file", SIZE + MIB)
+    with loop_device(tmp_path / "file") as made:
+        yield made
+
+
+def plan_of(target: Path, state: Path) -> Plan:
+    """A plan for one disk that goes there."""
+    return Plan(
+        Source(qmp="/a.qmp"),
+        Export(uri="nbd://127.0.0.1/vm"),
+        Destination(qemu=("qemu",), qmp="/b.qmp", migration="unix:/m"),
+        disk=(PlannedDisk("/a.raw", str(target), "disk0", state=str(state)),),
+    )
+
+
+def complaint(plan: Plan, size: int = SIZE) -> str:
+    """The line with which a disk of this size is refused."""
+    with pytest.raises(MigrationError) as caught:
+        asyncio.run(check_target(plan, plan.disks[0], size, B))
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_larger_device_is_taken_and_what_is_to_be_known_is_told(device: Path, tmp_path: Path) -> None:
+    plan, before = plan_of(device, tmp_path / "state" / "x"), device.read_bytes()
+    asyncio.run(check_target(plan, plan.disks[0], SIZE, B))
+    told = asyncio.run(device_warnings(plan, [Need(str(device), SIZE)], B))
+    assert told == [
+        f"{device} on B: what is on it is overwritten",
+        f"{device} on B is 1 MiB larger than the disk: the guest sees none of that until it is started anew; "
+        f"with size={SIZE} on the raw node it never does",
+    ]
+    device.write_bytes(bytes(SIZE + MIB))
+    assert asyncio.run(device_warnings(plan, [Need(str(device), SIZE + MIB)], B)) == []
+    device.write_bytes(before)
+    assert not (tmp_path / "state").exists()
+
+
+def test_what_is_no_place_for_the_disk_is_refused(device: Path, tmp_path: Path) -> None:
+    plan = plan_of(device, tmp_path / "state")
+    assert f"it has {SIZE + MIB} bytes, too few for a disk of {16 * MIB}" in complaint(plan, 16 * MIB)
+    held = os.open(device, os.O_RDONLY | os.O_EXCL)
+    try:
+        assert "disk.target: " in (told := complaint(plan))
+        assert "the device is in use: mounted, or held by another" in told
+    finally:
+        os.close(held)
+    there = "disk.target: there is no block device /dev/no-such on B; make it (lvcreate), of 8388608 bytes"
+    assert there in complaint(plan_of(Path("/dev/no-such"), tmp_path))
+    link = tmp_path / "link"
+    link.symlink_to(device)
+    disk = replace(plan.disks[0], target=str(link), state="")
+    by_link = replace(plan, disk=(disk,))
+    assert f"{link} is a block device on B; name it by its path below /dev" in complaint(by_link)
+    (tmp_path / "file-in-the-way").touch()
+    blocked = plan_of(device, tmp_path / "file-in-the-way" / "x")
+    assert f"nothing may be made in {tmp_path}/file-in-the-way: name another directory" in complaint(blocked)
+
+
+def test_an_overlay_that_is_not_complete_is_refused_with_what_removes_it(
+    device: Path, tmp_path: Path
+) -> None:
+    plan, before = plan_of(device, tmp_path / "state"), device.read_bytes()
+    create = (NBD_OVERLAY, "create", "--force", "--backing", "nbd://h/x", "--size", str(SIZE))
+    check(*create, "--map", tmp_path / "other.map", device)
+    told = complaint(plan)
+    assert f"there is an overlay on {device} on B that is not complete" in told
+    check(*told.rpartition("with: ")[2].split())
+    assert device.read_bytes() == before
+    check(*create, "--map", plan.disks[0].map, device)
+    told = complaint(plan)
+    check(*told.rpartition("with: ")[2].split())
+    assert device.read_bytes() == before
+    asyncio.run(check_target(plan, plan.disks[0], SIZE, B))
