@@ -50,6 +50,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Refuse ``--option=--``, of which Python before 3.13 makes an empty list."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "'--' is no value")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with argparse's own words and a pointer to ``--help``.
 
@@ -128,6 +134,13 @@ def tell(text: str, end: str = "\n") -> None:
     """Print something on standard error, if that takes it."""
     with contextlib.suppress(OSError):
         print(text, end=end, file=sys.stderr, flush=True)
+
+
+def filled(given: str) -> str:
+    """Return an argument of at least one character, as its type: what a script left empty is not left out."""
+    if not given:
+        raise argparse.ArgumentTypeError("it is empty; give it a value, or leave it out")
+    return given
 
 
 def count(text: str) -> int:

@@ -151,6 +151,15 @@ def is_ipv6(text: str) -> bool:
     return not percent or _ZONE.fullmatch(zone) is not None
 
 
+def is_host_name(text: str) -> bool:
+    """Tell whether a name can be looked up: no part of it, between dots, is empty or too long."""
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return True
+
+
 def _parse(text: str, default_host: str) -> NbdUri:
     try:
         text.encode()
@@ -289,7 +298,8 @@ def _decoded(text: str, part: str) -> str:
 
 def _checked_host(text: str, host: str) -> str:
     if not host.startswith("["):
-        if _UNPRINTABLE.search(host) or set(host) & set("/?#@:[]"):
+        wrong = _UNPRINTABLE.search(host) or set(host) & set("/?#@:[]")
+        if wrong or not is_host_name(host):
             raise UsageError(f"{text!r}: {host!r} is not a host's name or address")
         return host
     if not is_ipv6(host[1:-1]):

@@ -128,16 +128,26 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
     source = "A's monitor: a socket's path, or HOST:PORT"
     if optional:
         source += "; without PLAN.toml also the process id of its QEMU"
-    parser.add_argument("--source", metavar="QMP|PID" if optional else "QMP", help=source)
-    parser.add_argument("--from", dest="from_host", metavar="HOST", help="host A: ssh://[USER@]HOST[:PORT]")
+    parser.add_argument(
+        "--source", metavar="QMP|PID" if optional else "QMP", type=program.filled, help=source
+    )
+    parser.add_argument(
+        "--from",
+        dest="from_host",
+        metavar="HOST",
+        type=program.filled,
+        help="host A: ssh://[USER@]HOST[:PORT]",
+    )
     parser.add_argument(
         "--to",
         metavar="HOST",
+        type=program.filled,
         help="host B: ssh://[USER@]HOST[:PORT]; or HOST[:PORT], where it listens for the RAM (port 4444)",
     )
     parser.add_argument(
         "--channel",
         metavar="KIND",
+        type=program.filled,
         help="tls (the default): disk and RAM encrypted, with certificates for this migration; ssh: both "
         "through your ssh, without any port; or plain",
     )
@@ -149,19 +159,31 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
     parser.add_argument(
         "--cutover",
         metavar="WHEN",
+        type=program.filled,
         help="with hybrid, when the guest goes: auto (default), when-converged, 'at-window SECONDS', manual",
     )
     parser.add_argument(
         "--seed",
         metavar="[NODE=]FILE",
+        type=program.filled,
         action="append",
         default=[],
         help="a raw copy of a disk on B, an older one perhaps: what is the same in it is not sent; of "
         "several disks NODE says of which; may be repeated",
     )
     add_verify(parser)
-    parser.add_argument("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
-    parser.add_argument("--move-aside", metavar="PATH", help="where to move the source's image at the end")
+    parser.add_argument(
+        "--speed",
+        metavar="SIZE",
+        type=program.filled,
+        help="bytes per second that the stream may take; 0: any",
+    )
+    parser.add_argument(
+        "--move-aside",
+        metavar="PATH",
+        type=program.filled,
+        help="where to move the source's image at the end",
+    )
     parser.add_argument(
         "--engine",
         choices=["overlay", "qemu"],

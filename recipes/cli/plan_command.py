@@ -11,14 +11,16 @@ from pathlib import Path
 
 from nbdserve.common import clock, program
 from nbdserve.common.errors import OperatorError, UsageError
+from nbdserve.common.uri import is_ipv6
 from recipes.cli.journal_commands import add_verify
 from recipes.connections.address import check_host, is_ssh
+from recipes.discovery.addresses import MIGRATION_PORT
 from recipes.discovery.discover import COMMAND, Wanted, discover
 from recipes.discovery.document import Draft, write
 from recipes.hosts.interruption import interruptible
 from recipes.plans.channel import Channel
 from recipes.plans.disks import check_absolute
-from recipes.plans.plan import Plan
+from recipes.plans.plan import Plan, check_monitor, is_host_and_port
 from recipes.plans.planfile import build
 from recipes.plans.policy import HYBRID, POLICIES
 from recipes.plans.reaching import looked_at
@@ -39,6 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         metavar="QMP|PID",
+        type=program.filled,
         required=True,
         help="the guest: its monitor, a socket's path or HOST:PORT, or the process id of its QEMU",
     )
@@ -46,32 +49,53 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="from_host",
         metavar="HOST",
+        type=program.filled,
         help="host A: ssh://[USER@]HOST[:PORT]; default: this machine",
     )
-    parser.add_argument("--to", metavar="HOST", help=TO)
+    parser.add_argument("--to", metavar="HOST", type=program.filled, help=TO)
     configure_places(parser)
     parser.add_argument(
-        "--seed", metavar="[NODE=]FILE", action="append", default=[], help="a copy on B: see nbd-migrate run"
+        "--seed",
+        metavar="[NODE=]FILE",
+        type=program.filled,
+        action="append",
+        default=[],
+        help="a copy on B: see nbd-migrate run",
     )
-    parser.add_argument("--channel", metavar="KIND", help="how disk and RAM get to B: see nbd-migrate run")
+    parser.add_argument(
+        "--channel",
+        metavar="KIND",
+        type=program.filled,
+        help="how disk and RAM get to B: see nbd-migrate run",
+    )
     parser.add_argument("--policy", choices=POLICIES, help="when the disks go: see nbd-migrate run")
-    parser.add_argument("--cutover", metavar="WHEN", help="when the guest goes: see nbd-migrate run")
+    parser.add_argument(
+        "--cutover", metavar="WHEN", type=program.filled, help="when the guest goes: see nbd-migrate run"
+    )
     add_verify(parser)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
 
 
 def configure_places(parser: argparse.ArgumentParser) -> None:
     """Give a subcommand what says where a guest that is looked at moves from and to."""
-    parser.add_argument("--to-dir", metavar="DIR", help="B's directory for the disks; default: as on A")
+    parser.add_argument(
+        "--to-dir", metavar="DIR", type=program.filled, help="B's directory for the disks; default: as on A"
+    )
     parser.add_argument(
         "--target",
         metavar="[NODE=]PATH",
+        type=program.filled,
         action="append",
         default=[],
         help="where a disk ends on B, a file or a block device; of several disks NODE says of which; may be "
         "repeated; default: as --to-dir says",
     )
-    parser.add_argument("--export", metavar="URI", help="where A serves the disks; default: as B reaches A")
+    parser.add_argument(
+        "--export",
+        metavar="URI",
+        type=program.filled,
+        help="where A serves the disks; default: as B reaches A",
+    )
 
 
 def main(given: argparse.Namespace) -> int:
@@ -127,12 +151,37 @@ def drafted(given: argparse.Namespace) -> Draft:
     return clock.run(interruptible(_look(given)))
 
 
+def check_source(source: str) -> None:
+    """Raise UsageError unless this is a process id or the address of a monitor."""
+    if source.isdecimal():
+        if not 0 < len(source) < 10:
+            raise UsageError(f"--source: there is no process {source[:40]}")
+        return
+    if not source.startswith("/") and not is_host_and_port(source):
+        what = "write a process id, a socket's absolute path or HOST:PORT"
+        raise UsageError(f"--source: {source[:100]!r} is not usable: {what}")
+    check_monitor("--source", source)
+
+
+def check_to(to: str) -> None:
+    """Raise UsageError unless this is an address of this machine, with a port or without."""
+    alone = f"[{to}]" if is_ipv6(to) else to
+    if not is_host_and_port(to) and not is_host_and_port(f"{alone}:{MIGRATION_PORT}"):
+        raise UsageError(
+            f"--to: {to!r} is not usable: write ssh://[USER@]HOST[:PORT]; or HOST[:PORT], with an IPv6 "
+            "HOST in brackets where a PORT follows"
+        )
+
+
 async def _look(given: argparse.Namespace) -> Draft:
     here, there = given.from_host or "", given.to or ""
     if here:
         check_host("--from", here)
     if is_ssh(there):
         check_host("--to", there)
+    elif there:
+        check_to(there)
+    check_source(given.source)
     if given.to_dir:
         check_absolute("--to-dir", given.to_dir)
     channel = given.channel or ""

@@ -22,6 +22,7 @@ from recipes.migrate.leftovers import (
     removing_flash,
     removing_sockets,
 )
+from recipes.migrate.lock import UNKNOWN_PROCESS
 from recipes.migrate.progress import PrecopyProgress, Progress, RamProgress
 from recipes.migrate.state import BEFORE, OVER, Phase, State, called
 from recipes.plans.reaching import host_of
@@ -130,7 +131,8 @@ def lines(name: str) -> list[str]:
         told.append(f"to clear that away: nbd-migrate abort {name}")
     else:
         told.append(f"nobody is at work; to go on: nbd-migrate resume {name}")
-        told.append(f"to give up: nbd-migrate abort {name}")
+        if state.phase in BEFORE:
+            told.append(f"to give up: nbd-migrate abort {name}")
         if state.complete:
             told.append(f"if A's host is gone for good: nbd-migrate cleanup --force {name}")
     return told
@@ -242,8 +244,11 @@ def watch(name: str, tell: Callable[[str, Progress | None], None], *, as_object:
 def to_be_forgotten(name: str, *, force: bool = False) -> list[str]:
     """Return a phrase for each thing of a migration that may still be there when it is forgotten.
 
-    Raises MigrationError when it is not over, unless with ``force``.
+    Raises MigrationError when somebody is at work on it, or when it is not over, unless with ``force``.
     """
+    if pid := journal.actor(name):
+        shown = "somebody" if pid == UNKNOWN_PROCESS else f"process {pid}"
+        raise MigrationError(f"{name}: {shown} is at work on this migration; end that first")
     try:
         state = journal.last(name)
     except journal.EmptyJournalError:
@@ -254,15 +259,7 @@ def to_be_forgotten(name: str, *, force: bool = False) -> list[str]:
             raise
         state = None
     if state is not None and not state.gives_way and not force:
-        if state.phase in OVER:
-            raise MigrationError(
-                f"{name} has left something behind ({state.phase.value}): nbd-migrate abort {name} clears "
-                "it away"
-            )
-        raise MigrationError(
-            f"{name} is not over ({state.phase.value}): nbd-migrate resume {name} goes on, "
-            f"nbd-migrate abort {name} gives up"
-        )
+        raise MigrationError(f"{name} {state.standing}")
     return [] if state is None else left_behind(state)
 
 

@@ -22,7 +22,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.interruption import undisturbed
 from recipes.migrate.guard import start_guard
-from recipes.migrate.journal import Journal, check_name, last, of_destination, usable_name
+from recipes.migrate.journal import Journal, actor, check_name, last, of_destination, usable_name
 from recipes.migrate.progress import Outcome, Report, Step, StepResult
 from recipes.migrate.runtime import FINISH, AdvisedError, Migration
 from recipes.migrate.state import OVER, Disk, Hook, Phase, State
@@ -182,9 +182,10 @@ def refuse_another(name: str, plan: Plan) -> None:
         if state.name != name and not state.over:
             taken = {disk.target for disk in state.plan.disks}
             target = next(disk.target for disk in plan.disks if disk.target in taken)
+            pid = actor(state.name)
+            stands = f"is still at work, process {pid}" if pid > 0 else state.standing
             raise MigrationError(
-                f"{plan.called('target')}: {target} is that of migration {state.name} "
-                f"({state.phase.value}): nbd-migrate resume {state.name}, or nbd-migrate abort {state.name}"
+                f"{plan.called('target')}: {target} is that of migration {state.name}, which {stands}"
             )
 
 

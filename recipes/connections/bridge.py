@@ -37,6 +37,9 @@ def main(arguments: list[str]) -> int:
     [address] = arguments
     try:
         peer = connect(address)
+    except ValueError:
+        tell({"failed": f"{address!r} is no monitor: write PATH or HOST:PORT", "nobody": False})
+        return 1
     except OSError as error:
         nobody = isinstance(error, ConnectionRefusedError | FileNotFoundError)
         tell({"failed": reason_of(error), "nobody": nobody})

@@ -48,12 +48,17 @@ class Process:
 
 def find(source: str) -> Process:
     """Return the process with this id, or the one that listens at this monitor. Raises OperatorError."""
-    pid = int(source) if source.isdecimal() else listener(source)
+    try:
+        pid = int(source) if source.isdecimal() else listener(source)
+    except ValueError as error:
+        raise UsageError(
+            f"{source!r} is neither a process id nor a monitor: write PID, PATH or HOST:PORT"
+        ) from error
     try:
         found = psutil.Process(pid)
         argv, directory, user = tuple(found.cmdline()), start_directory(found), found.username()
         files = open_files(pid)
-    except (psutil.NoSuchProcess, FileNotFoundError) as error:
+    except (psutil.NoSuchProcess, FileNotFoundError, OverflowError) as error:
         raise UsageError(f"there is no process {pid}") from error
     except (psutil.AccessDenied, PermissionError) as error:
         raise OperatorError(f"process {pid} is another user's; look at it as root") from error

@@ -24,6 +24,8 @@ def local_address(other: str) -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)
             name = probe.getsockname()
+    except UnicodeError as error:
+        raise ConnectError(f"there is no route to {other!r}, which is no name of a host") from error
     except OSError as error:
         raise ConnectError(f"there is no route to {other}: {error.strerror or error}") from error
     host = str(name[0])

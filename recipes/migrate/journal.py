@@ -38,7 +38,7 @@ from recipes.migrate.decoding import decoded
 from recipes.migrate.lock import NAME as LOCK
 from recipes.migrate.lock import Lock, holder
 from recipes.migrate.progress import PrecopyProgress, Progress, RamProgress
-from recipes.migrate.state import OVER, State
+from recipes.migrate.state import State
 from recipes.plans.plan import Plan, way_to
 
 LONGEST_NAME = 40
@@ -246,17 +246,9 @@ class Journal:
             ) from error
         journal = cls._opened(directory)
         if journal.state is not None and not journal.state.gives_way:
-            phase = journal.state.phase
+            state = journal.state
             journal.close()
-            if phase in OVER:
-                raise MigrationError(
-                    f"migration {name} ({phase.value}) has left something behind: nbd-migrate abort {name} "
-                    "clears it away; or give this one another --name"
-                )
-            raise MigrationError(
-                f"migration {name} was interrupted ({phase.value}): nbd-migrate resume {name} takes it up, "
-                f"nbd-migrate abort {name} takes it back; or give this one another --name"
-            )
+            raise MigrationError(f"migration {name} {state.standing}; or give this one another --name")
         journal.begin_anew()
         return journal
 

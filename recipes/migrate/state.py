@@ -280,6 +280,18 @@ class State:
         """
         return self.is_clear and self.phase in OVER | BEFORE
 
+    @property
+    def standing(self) -> str:
+        """Return what is wrong with a migration that is not over and on which nobody acts, and what is typed.
+
+        ``abort`` is named as long as the guest may be on A: afterwards it refuses.
+        """
+        back = f"nbd-migrate abort {self.name}"
+        if self.phase in OVER:
+            return f"has left something behind ({self.phase.value}): {back} clears it away"
+        onward = f"is not over ({self.phase.value}): nbd-migrate resume {self.name} takes it up"
+        return f"{onward}, {back} takes it back" if self.phase in BEFORE else onward
+
     def disk(self, planned: PlannedDisk) -> Disk:
         """Return how far a disk of the plan has come."""
         return next(each for each in self.disks if each.target == planned.target)

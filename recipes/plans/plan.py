@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import parse_mode
 from nbdserve.common.socket_paths import check_socket_path
-from nbdserve.common.uri import NbdUri, is_ipv6, parse_uri
+from nbdserve.common.uri import NbdUri, is_host_name, is_ipv6, parse_uri
 from recipes.connections.address import check_host
 from recipes.hosts.ssh import sessions
 from recipes.plans.channel import SSH, TLS, Channel
@@ -356,10 +356,10 @@ def is_host_and_port(text: str) -> bool:
 
     A link-local one names its interface, ``[fe80::1%eth0]:4444``.
     """
-    match = re.fullmatch(r"(?:\[([^\]]*)\]|[^\s:\[\]/]+):([0-9]{1,5})", text)
+    match = re.fullmatch(r"(?:\[([^\]]*)\]|[^\s:\[\]/@]+):([0-9]{1,5})", text)
     if match is None or not 0 < int(match[2]) < 65536:
         return False
-    return match[1] is None or is_ipv6(match[1])
+    return is_host_name(text.rpartition(":")[0]) if match[1] is None else is_ipv6(match[1])
 
 
 def check_place(section: str, host: str, shell: Command) -> None:

@@ -24,7 +24,8 @@ MISSING = (
 
 _BEFORE, _STILL, _OPEN, _AFTER, _BACK = "#4c78a8", "#e45756", "#f2a03d", "#54a24b", "#9d755d"
 COLOURS: Mapping[Phase, str] = {
-    **dict.fromkeys((Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH, Phase.MIGRATE), _BEFORE),
+    **dict.fromkeys((Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH), _BEFORE),
+    **dict.fromkeys((Phase.PRECOPY, Phase.MIGRATE), _BEFORE),
     Phase.SWITCH_OVER: _STILL,
     Phase.ARRIVED: _OPEN,
     Phase.STREAM: _OPEN,

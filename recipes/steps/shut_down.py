@@ -6,7 +6,6 @@ from recipes.channel import ssh, through_qemu, tls
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
-from recipes.hosts.stable_storage import sync
 from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase
@@ -25,7 +24,6 @@ async def shut_down(m: Migration) -> str:
 async def clear_source(m: Migration) -> str:
     """End what there still is on A, and put its disk out of reach."""
     limits, images = m.plan.limits, listed(disk.image for disk in m.disks)
-    await settle_flash(m)
     if m.server:
         await m.server.stop(limits.stop)
         if m.server.status:
@@ -59,17 +57,6 @@ async def clear_source(m: Migration) -> str:
     else:
         end = f"{images} {are} out of date: never start a guest on {it}"
     return f"the server and A's QEMU have ended; {end}"
-
-
-async def settle_flash(m: Migration) -> None:
-    """Have on stable storage what B's QEMU has written to the guest's flash chips; a failure is told."""
-    targets = [flash.target for flash in m.plan.flash]
-    try:
-        if targets:
-            # As the guest arrived, all of it, and without a flush.
-            await sync(m.host_b, targets, m.plan.limits.stall)
-    except MigrationError as error:
-        m.report.note(f"a power failure on B may take the guest's flash chips with it: {error}")
 
 
 async def detach(m: Migration) -> None:

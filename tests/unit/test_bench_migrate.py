@@ -7,13 +7,10 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 
 from recipes.errors import MigrationError
-from tests.bench.migrate import workload
 from tests.bench.migrate.bounds import verdicts
 from tests.bench.migrate.guest import Done, Guest, GuestError, Listener
 from tests.bench.migrate.hosts import LINKS, Hosts, Link
@@ -123,40 +120,6 @@ def test_what_the_guest_says_may_begin_on_one_host_and_end_on_the_other() -> Non
                     qemu.sendall(told)
             wait_until(lambda: len(heard.done) == 3, "all is heard")
         assert [(each.host, each.kind) for each in heard.done] == [("a", "w"), ("b", "w"), ("b", "r")]
-
-
-class Clock:
-    """Time that goes on with every look at it, and stops the work after so many pauses."""
-
-    def __init__(self, step: float, pauses: int) -> None:
-        self._now, self._step, self._pauses = 0.0, step, pauses
-
-    def monotonic(self) -> float:
-        self._now += self._step
-        return self._now
-
-    def monotonic_ns(self) -> int:
-        return int(self.monotonic() * 1e9)
-
-    def sleep(self, seconds: float) -> None:
-        if seconds < 0:
-            raise ValueError("sleep length must be non-negative")
-        self._now += seconds
-        self._pauses -= 1
-        if self._pauses < 0:
-            raise TimeoutError("enough")
-
-
-@pytest.mark.parametrize("step", [0.001, 0.0049, 0.0051, 0.0067, 0.0099, 0.02, 0.1])
-def test_the_guest_goes_on_however_close_the_next_request_is(
-    monkeypatch: pytest.MonkeyPatch, step: float
-) -> None:
-    """Its program ended where that came due between two looks at the clock, and then so did the guest."""
-    monkeypatch.setattr(workload, "time", Clock(step, pauses=100))
-    said: list[str] = []
-    workload.work("w", lambda: None, 50.0, cast(workload.Port, SimpleNamespace(say=said.append)))
-    assert [line.split()[1] for line in said[:-1]] == [str(number) for number in range(1, 102)]
-    assert said[-1] == "! w: TimeoutError('enough')"
 
 
 @pytest.mark.parametrize(

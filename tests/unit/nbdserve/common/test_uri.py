@@ -92,6 +92,8 @@ def test_every_form_of_address_is_understood(text: str, expected: NbdUri) -> Non
         ("nbd://[192.0.2.1%eth0]/", "is not an IPv6 address"),
         ("nbd:[fe80::1%a b]:99", "is not an IPv6 address"),
         ("nbd://h%2Fx/", "is not a host"),
+        ("nbd://a..b/", "is not a host"),
+        (f"nbd://{'x' * 64}/", "is not a host"),
         ("nbd://h/%zz", "not a percent-encoded byte"),
         ("nbd://h/%4", "not a percent-encoded byte"),
         ("nbd://h/%ff", "not UTF-8"),

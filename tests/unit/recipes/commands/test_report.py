@@ -17,6 +17,7 @@ from recipes.migrate.journal import Journal
 from recipes.migrate.state import Arrival, Disk, Hook, Phase, State
 from recipes.plans.plan import Destination, Export, Plan, Source
 from recipes.running.account import account
+from recipes.running.charts import COLOURS
 from recipes.running.samples import Sample, Samples
 
 MIB = 1 << 20
@@ -26,6 +27,7 @@ PHASES = {
     Phase.EXPORT: 0.5,
     Phase.OVERLAY: 1.0,
     Phase.LAUNCH: 1.5,
+    Phase.PRECOPY: 2.0,
     Phase.MIGRATE: 3.0,
     Phase.SWITCH_OVER: 7.0,
     Phase.ARRIVED: 7.25,
@@ -100,6 +102,10 @@ def test_an_account_says_what_a_migration_was_like() -> None:
     assert told.waits[0].requests == 4
     assert told.waits[0].seconds == pytest.approx(0.005)
     assert (told.hooks_begun, told.hooks_ended) == (("after_cutover",), ())
+
+
+def test_every_phase_has_a_colour() -> None:
+    assert set(COLOURS) == set(Phase)
 
 
 def test_one_of_a_migration_that_goes_on_ends_now() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,15 @@ import pytest
 
 from nbdserve.common.errors import UsageError
 from recipes.commands import overview
+from recipes.commands.run import refuse_another
 from recipes.errors import MigrationError
 from recipes.migrate import journal
 from recipes.migrate.journal import Journal, check_name, usable_name
 from recipes.migrate.lock import JournalBusyError
 from recipes.migrate.progress import Progress
 from recipes.migrate.state import (
+    BEFORE,
+    OVER,
     Arrival,
     Disk,
     Phase,
@@ -200,6 +204,15 @@ def test_a_damaged_journal_is_nobody_elses_trouble() -> None:
     assert "bad" not in journal.names()
 
 
+def test_what_somebody_is_at_work_on_is_not_forgotten_by_force_nor_what_it_has_told_as_left() -> None:
+    """What one is told to remove then, the other one needs."""
+    with closing(Journal.begin("vm")) as kept:
+        kept.append(FULL)
+        with pytest.raises(MigrationError, match=f"vm: process {os.getpid()} is at work"):
+            overview.to_be_forgotten("vm", force=True)
+    assert overview.to_be_forgotten("vm", force=True)
+
+
 def test_an_entry_that_was_damaged_does_not_hide_the_last_one() -> None:
     kept = Journal.begin("vm")
     kept.append(FULL)
@@ -255,13 +268,31 @@ def test_a_migration_that_is_not_over_is_not_begun_anew() -> None:
     kept = Journal.begin("vm")
     kept.append(FULL)
     kept.close()
-    with pytest.raises(MigrationError, match="nbd-migrate resume vm takes it up, nbd-migrate abort vm"):
+    with pytest.raises(MigrationError, match="nbd-migrate resume vm takes it up"):
         Journal.begin("vm")
     kept = Journal.take_over("vm")
     over = replace(FULL, phase=Phase.DONE, processes=(), exporter="", tunnel=None, tracking=None)
     kept.append(over)
     kept.close()
     Journal.begin("vm").close()
+
+
+@pytest.mark.parametrize("phase", [each for each in Phase if each not in OVER])
+def test_abort_is_named_only_as_long_as_the_guest_may_be_on_a(phase: Phase) -> None:
+    """Afterwards it refuses. To begin another one, to forget it and to look at it say the same."""
+    kept = Journal.begin("vm")
+    kept.append(replace(FULL, phase=phase))
+    kept.close()
+    with pytest.raises(MigrationError) as begun:
+        Journal.begin("vm")
+    with pytest.raises(MigrationError) as forgotten:
+        overview.to_be_forgotten("vm")
+    with pytest.raises(MigrationError) as another:
+        refuse_another("other", FULL.plan)
+    seen = "\n".join(overview.lines("vm"))
+    for said in (str(begun.value), str(forgotten.value), str(another.value), seen):
+        assert "nbd-migrate resume vm" in said
+        assert ("nbd-migrate abort vm" in said) == (phase in BEFORE), said
 
 
 def test_a_migration_that_has_left_something_behind_is_not_begun_anew() -> None:

@@ -137,6 +137,7 @@ def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> Non
             "destination.migration: 'tcp:[fe80::g%e0]:1' is not",
         ),
         ("tcp:[2001:db8::2]:4444", "tcp:[]:4444", "destination.migration: 'tcp:[]:4444' is not usable"),
+        ("tcp:[2001:db8::2]:4444", "tcp:a..b:4444", "destination.migration: 'tcp:a..b:4444' is not usable"),
         ("tcp:[2001:db8::2]:4444", "unix:migration", "destination.migration: 'unix:migration' is not usable"),
         (
             "tcp:[2001:db8::2]:4444",
