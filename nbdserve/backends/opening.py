@@ -62,14 +62,14 @@ def may_keep_old_pages(path: Path) -> bool:
 
 
 def _is_on_fuse(device: int) -> bool:
-    """Whether a file system is in user space: FUSE, whatever is behind it."""
+    """Whether a file system is in user space, or beyond the virtual machine: FUSE, whatever is behind it."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
         for line in mounts:
             # proc(5): ID PARENT MAJOR:MINOR ROOT PLACE OPTIONS [FIELDS] - TYPE SOURCE OPTIONS
             before, _, behind = line.partition(" - ")
             if before.split(" ")[2] == number:
-                return behind.startswith("fuse")
+                return behind.startswith(("fuse", "virtiofs"))
     return False
 
 
