@@ -50,10 +50,11 @@ def text(directory: Path, name: str) -> str:
         return ""
 
 
-def take(directory: Path, wish: Wish, mark: str, is_it: Callable[[str], bool]) -> None:
+def take(directory: Path, wish: Wish, mark: str, is_it: Callable[[str], bool]) -> bool:
     """Say that what was asked is done; what was asked in the same instant is asked still.
 
     ``mark`` is no other wish's, ``is_it`` tells whether a file of this name has the wish that was done.
+    Returns False where it was asked no more.
     """
     ours = directory / f"{wish.taken}.{mark}"
     with suppress(OSError):
@@ -61,10 +62,13 @@ def take(directory: Path, wish: Wish, mark: str, is_it: Callable[[str], bool]) -
         os.link(directory / wish.asked, ours)
         if not is_it(ours.name):
             ours.unlink()
-            return
+            return False
         ours.replace(directory / wish.taken)
-        if is_it(wish.asked):
-            (directory / wish.asked).unlink()
+        with suppress(OSError):
+            if is_it(wish.asked):
+                (directory / wish.asked).unlink()
+        return True
+    return False
 
 
 def withdraw(directory: Path, wish: Wish, asked: str) -> None:
@@ -101,10 +105,12 @@ def ask(
         raise MigrationError(f"{path}: {error.strerror}") from error
     try:
         _wait_until_taken(directory, wish, asked, known, patience, sleep)
-    except BaseException:
+    except BaseException as error:
         # Also an operator who does not wait for it any more: later nobody would expect it.
         withdraw(directory, wish, asked)
-        raise
+        if not isinstance(error, MigrationError) or text(directory, wish.taken) != asked:
+            raise
+        # Just now.
     if text(directory, wish.taken) != asked:
         raise MigrationError(f"{name}: something else was asked meanwhile, which counts")
 

@@ -20,13 +20,13 @@ WISH = asking.Wish(CUTOVER_ASKED, CUTOVER_TAKEN)
 
 
 def was_asked(m: Migration) -> bool:
-    """Tell whether it was asked of a running migration; then that is taken."""
+    """Tell whether it was asked of a running migration, and is still; then that is taken."""
     directory = m.journal.directory
     asked = asking.text(directory, WISH.asked)
     if not asked:
         return False
-    asking.take(directory, WISH, os.urandom(8).hex(), lambda name: asking.text(directory, name) == asked)
-    return True
+    mark = os.urandom(8).hex()
+    return asking.take(directory, WISH, mark, lambda name: asking.text(directory, name) == asked)
 
 
 def ask(directory: Path, known: Known, sleep: Callable[[float], None] = time.sleep) -> None:

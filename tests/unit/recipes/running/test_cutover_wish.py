@@ -10,6 +10,7 @@ import pytest
 
 from recipes.errors import MigrationError
 from recipes.migrate.runtime import Migration
+from recipes.running import asking, cutover_wish
 from recipes.running.cutover_wish import ask, was_asked
 
 
@@ -46,3 +47,29 @@ def test_a_run_that_does_not_take_it_is_asked_no_more(tmp_path: Path) -> None:
     with pytest.raises(MigrationError, match=r"has not taken this within 60 s, .* step 3, B's QEMU"):
         ask(tmp_path, run, run.sleep)
     assert not was_asked(run.m)
+
+
+def test_who_gives_up_just_as_it_is_taken_is_told_what_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = Run(tmp_path, takes_after=1 << 30), asking.text
+
+    def seen_a_moment_ago(directory: Path, name: str) -> str:
+        """What a run has read before it was withdrawn."""
+        return asked if name == cutover_wish.WISH.asked else said(directory, name)
+
+    with pytest.raises(MigrationError, match="nothing was changed"):
+        ask(tmp_path, run, run.sleep)
+    asked = '{"mark": "ours"}'
+    with monkeypatch.context() as context:
+        context.setattr(asking, "text", seen_a_moment_ago)
+        assert not was_asked(run.m), "it was withdrawn before it was taken"
+
+    withdraw = asking.withdraw
+
+    def too_late(directory: Path, wish: asking.Wish, asked: str) -> None:
+        assert was_asked(run.m)
+        withdraw(directory, wish, asked)
+
+    monkeypatch.setattr(asking, "withdraw", too_late)
+    ask(tmp_path, run, run.sleep)
