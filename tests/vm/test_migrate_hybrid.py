@@ -247,7 +247,7 @@ def test_a_guest_may_be_told_to_go_in_the_middle_of_the_first_round(tmp_path: Pa
         stage.assert_moved()
 
 
-ENTRIES = 22
+ENTRIES = 23
 """How often an undisturbed run makes something durable; see test_migrate_journal.py."""
 
 PRECOPY_ENTRY = 12
@@ -283,6 +283,20 @@ def test_a_migration_that_was_killed_while_it_copied_is_taken_back_or_begun_anew
             assert journal.last(NAME).phase is Phase.TAKEN_BACK
         else:
             stage.assert_moved()
+
+
+@exhaustive
+@pytest.mark.parametrize("entry", [ENTRIES - 4, ENTRIES - 3])
+def test_what_was_compared_while_the_command_was_killed_is_told_by_resume(tmp_path: Path, entry: int) -> None:
+    """The last entries before the disk is complete: that it is copied and compared, and what came of that."""
+    with many_disks(tmp_path, sizes=ONE) as stage:
+        hybrid(stage)
+        assert kill_at(stage, entry, guards=True) is Phase.STREAM
+        code, said = command("resume", NAME)
+        assert code == 0, said
+        stage.assert_moved()
+        [disk] = journal.last(NAME).disks
+        assert disk.verified + disk.written == disk.size
 
 
 @exhaustive
