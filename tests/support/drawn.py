@@ -39,6 +39,9 @@ SINCE = {
 }
 """The step in which a process is started, where it is not there from the beginning."""
 
+UNTIL = {Role.GUARD: 4, Role.CHIEF: 4, Role.DEPUTY: 4}
+"""The last step in which it is there, where that is not the last of all."""
+
 LONGEST = 2.5
 """Seconds after which at the latest: what is shorter is left by then, and the next is struck."""
 
@@ -109,9 +112,11 @@ class Fate:
             drawn["policy"] = "postcopy"
         setting = Setting(engine, **drawn)
         victim = chance.choice(setting.victims)
-        steps = [step for step in STEPS if step >= SINCE.get(victim, 0)]
-        rest = chance.choice(("finish", "resume"))
-        return cls(setting, victim, chance.choice(steps), chance.uniform(0.0, LONGEST), rest)
+        steps = [step for step in STEPS if SINCE.get(victim, 0) <= step <= UNTIL.get(victim, 6)]
+        rest, step = chance.choice(("finish", "resume")), chance.choice(steps)
+        # Little is left to do then.
+        is_short = setting.policy == "hybrid" and step > 4
+        return cls(setting, victim, step, chance.uniform(0.0, LONGEST / 3 if is_short else LONGEST), rest)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ runs again, or ``nbd-migrate finish`` or ``resume`` does what is left, and must 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -40,15 +40,21 @@ def play(directory: Path, fate: Fate) -> str:
             wait_until(lambda: line in run.output() or not run.running, line, LIMIT)
             time.sleep(fate.delay)
             # What dies after the migration has ended is not the migration's business.
-            killed = [process.pid for process in fate.victim.find(directory)] if run.running else []
-            for pid in killed:
-                psutil.Process(pid).send_signal(signal.SIGKILL)
+            killed = [each for each in fate.victim.find(directory) if run.running and struck(each)]
             status = run.wait(LIMIT)
             time.sleep(1.0 if fate.victim is Role.ORCHESTRATOR else 0.0)
             said = run.output()
         assert "Traceback" not in said, said
         outcome = judge(stage, fate, fate.victim if killed else None, status, said)
         return outcome if killed else f"nobody was killed; {outcome}"
+
+
+def struck(process: psutil.Process) -> bool:
+    """Kill a process; tell whether it was still there."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+        return True
+    return False
 
 
 def judge(stage: ManyDisks, fate: Fate, victim: Role | None, status: int, said: str) -> str:
