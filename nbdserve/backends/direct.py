@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +27,9 @@ from nbdserve.common.errors import ImageError
 from nbdserve.protocol.constants import Command
 
 ALIGNMENT = 4096
-"""Bytes; no disk of today asks for more."""
+"""Bytes; few disks ask for more."""
+_BLKSSZGET = 0x1268
+"""ioctl(2) of a block device: the bytes of a logical sector (linux/fs.h)."""
 
 
 class DirectBackend(FileBackend):
@@ -54,10 +58,10 @@ class DirectBackend(FileBackend):
             raise ImageError(
                 f"{path}: its file system has no direct access (O_DIRECT): use --cache=writeback"
             ) from error
+        end, is_device = os.lseek(self._direct, 0, os.SEEK_END), stat.S_ISBLK(os.fstat(self._direct).st_mode)
+        self._block = max(ALIGNMENT, _sector(self._direct)) if is_device else ALIGNMENT
         # Up to here the file consists of whole blocks.
-        end = os.lseek(self._direct, 0, os.SEEK_END)
-        self._border = end // ALIGNMENT * ALIGNMENT
-        is_device = stat.S_ISBLK(os.fstat(self._direct).st_mode)
+        self._border = end // self._block * self._block
         self._border_of_reads = end if is_device else self._border
         self._ranges = Ranges()
 
@@ -66,7 +70,7 @@ class DirectBackend(FileBackend):
         begin, end = self._base + offset, self._base + offset + len(buffer)
         border = max(begin, min(end, self._border_of_reads))
         if begin < border:
-            start, stop = _outwards(begin, border)
+            start, stop = self._outwards(begin, border)
             blocks = _aligned(stop - start)
             self._read_blocks(start, blocks, border - start)
             buffer[: border - begin] = blocks[begin - start : border - start]
@@ -93,20 +97,20 @@ class DirectBackend(FileBackend):
 
     def _write_through_blocks(self, begin: int, data: memoryview, fua: bool) -> None:
         end = begin + len(data)
-        start, stop = _outwards(begin, end)
+        start, stop = self._outwards(begin, end)
         whole = start == begin and stop == end
         blocks = _aligned(stop - start)
         with self._ranges.held(start, stop, alone=not whole):
             if start < begin:
-                self._read_blocks(start, blocks[:ALIGNMENT])
-            if end < stop and (stop - start > ALIGNMENT or start == begin):
-                self._read_blocks(stop - ALIGNMENT, blocks[-ALIGNMENT:])
+                self._read_blocks(start, blocks[: self._block])
+            if end < stop and (stop - start > self._block or start == begin):
+                self._read_blocks(stop - self._block, blocks[-self._block :])
             blocks[begin - start : end - start] = data
             flags = os.RWF_DSYNC if fua else 0
             position = 0
             while position < len(blocks):
                 count = os.pwritev(self._direct, (blocks[position:],), start + position, flags)
-                if count % ALIGNMENT or not count:
+                if count % self._block or not count:
                     raise OSError(errno.EIO, f"{self.path} takes only {count} bytes at {start + position}")
                 position += count
 
@@ -115,7 +119,7 @@ class DirectBackend(FileBackend):
         position, needed = 0, len(blocks) if wanted is None else wanted
         while position < needed:
             count = os.preadv(self._direct, (blocks[position:],), start + position)
-            if not count or (count % ALIGNMENT and position + count < needed):
+            if not count or (count % self._block and position + count < needed):
                 raise OSError(errno.EIO, f"{self.path} ends before offset {start + needed}")
             position += count
 
@@ -145,8 +149,14 @@ class DirectBackend(FileBackend):
         os.close(self._direct)
         super().close()
 
+    def _outwards(self, begin: int, end: int) -> tuple[int, int]:
+        """The smallest range of whole blocks around a range."""
+        return begin // self._block * self._block, -(-end // self._block) * self._block
+
     def _held(self, offset: int, length: int) -> contextlib.AbstractContextManager[None]:
-        return self._ranges.held(*_outwards(self._base + offset, self._base + offset + length), alone=True)
+        return self._ranges.held(
+            *self._outwards(self._base + offset, self._base + offset + length), alone=True
+        )
 
 
 class Ranges:
@@ -178,9 +188,9 @@ def _collide(one: tuple[int, int, bool], other: tuple[int, int, bool]) -> bool:
     return one[0] < other[1] and other[0] < one[1] and (one[2] or other[2])
 
 
-def _outwards(begin: int, end: int) -> tuple[int, int]:
-    """The smallest range of whole blocks around a range."""
-    return begin // ALIGNMENT * ALIGNMENT, -(-end // ALIGNMENT) * ALIGNMENT
+def _sector(device: int) -> int:
+    """The bytes of a block device's logical sector."""
+    return int.from_bytes(fcntl.ioctl(device, _BLKSSZGET, bytes(4)), sys.byteorder)
 
 
 def _aligned(length: int) -> memoryview:

@@ -19,6 +19,7 @@ import pytest
 from nbdserve.client import connect
 from nbdserve.common.uri import parse_uri
 from nbdserve.protocol.block_hashes import BLOCK, BLOCK_HASHES, block_hash, told_hashes
+from nbdserve.protocol.constants import CommandFlags
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.fuse import mounted
 from tests.support.loops import loop_device
@@ -171,6 +172,23 @@ def test_a_device_is_read_to_its_last_sector(tmp_path: Path, device: Path) -> No
     ):
         for offset, length in ((0, SIZE), (TAIL - 4 * KIB, 4 * KIB + 512), (SIZE - 1, 1), (TAIL - 1, 2)):
             assert client.read(offset, length) == content[offset : offset + length]
+
+
+@pytest.mark.parametrize("options", [["-r"], ["--cache=none"]], ids=str)
+def test_a_device_whose_sectors_are_longer_than_a_page_is_served(tmp_path: Path, options: list[str]) -> None:
+    content = random_disk(tmp_path / "disk", 4 * MIB)
+    with (
+        loop_device(tmp_path / "disk", "--sector-size", "16384") as device,
+        nbdserve("-f", "raw", *options, device, directory=tmp_path) as server,
+        connect(parse_uri(server.uri())) as client,
+    ):
+        for offset, length in ((0, 4 * MIB), (4096, 4096), (16384 - 1, 2), (4 * MIB - 512, 512)):
+            assert client.read(offset, length) == content[offset : offset + length]
+        if "-r" not in options:
+            client.start_write(16384 - 512, bytes(1024), CommandFlags(0)).result()
+            assert (
+                client.read(0, 32768) == content[: 16384 - 512] + bytes(1024) + content[16384 + 512 : 32768]
+            )
 
 
 def test_the_files_of_a_qcow2_disk_on_a_device_are_read_past_the_page_cache(tmp_path: Path) -> None:
