@@ -171,9 +171,12 @@ def found_on_b(journal: Journal, plan: Plan, disks: Sequence[Disk], again: str) 
 
 
 def with_account(disk: Disk, known: State) -> Disk:
-    """Return a disk as it was found, with what the journal has of how it became complete."""
+    """Return a disk as it was found, with what the journal has of it, and of how it became complete."""
     before = next((each for each in known.disks if each.target == disk.target), None)
-    if before is None or not disk.complete:
+    if before is None:
+        return disk
+    disk = replace(disk, file=before.file)
+    if not disk.complete:
         return disk
     return replace(disk, seeded=before.seeded, verified=before.verified, written=before.written)
 

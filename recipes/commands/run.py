@@ -20,6 +20,7 @@ from recipes.engines.devices import device_warnings
 from recipes.engines.seeds import check_seeds
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.hosts.images import files_at
 from recipes.hosts.interruption import undisturbed
 from recipes.migrate.guard import start_guard
 from recipes.migrate.journal import Journal, actor, check_name, last, of_destination, usable_name
@@ -31,6 +32,7 @@ from recipes.plans.plan import Plan
 from recipes.plans.reaching import find_commands, hosts, source_monitor
 from recipes.precopy.rounds import copied_before
 from recipes.processes.children import Children
+from recipes.qemu.devices import devices_of
 from recipes.qemu.source import capabilities_on
 from recipes.qemu.vm import Vm, VmGoneError
 from recipes.running.hooks import beside, call, tell, told_of_failure
@@ -133,13 +135,18 @@ async def migrate_from(
         if plan.verifies:
             report.note("what is copied is compared with A in the end (--no-verify leaves that out)")
         capabilities = await capabilities_on(a)
+        devices = await devices_of(a)
+        paths = [disk.image for disk in plan.disks]
+        files = await files_at(places[0], paths, plan.limits.command)
     state = State(
         journal.directory.name,
         plan.settled,
         disks=tuple(
-            Disk(disk.image, disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)
+            Disk(disk.image, disk.target, size, file)
+            for disk, size, file in zip(plan.disks, sizes, files, strict=True)
         ),
         capabilities=tuple(capabilities),
+        devices=devices,
         finish=finish or f"nbd-migrate resume {journal.directory.name}",
         finish_by=finish_by,
     )

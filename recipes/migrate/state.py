@@ -123,6 +123,8 @@ class Disk:
     source: str
     target: str
     size: int
+    file: str = ""
+    """What tells A's image from any other, and how long it was, as hosts/images.files_at() says."""
     complete: bool = False
     """Every block is on B, on stable storage."""
     seeded: int = 0
@@ -221,6 +223,8 @@ class State:
     processes: tuple[Process, ...] = ()
     capabilities: tuple[str, ...] = ()
     """Migration capabilities that were on at A before."""
+    devices: tuple[str, ...] = ()
+    """Those of A's QEMU when it was looked at; empty: nobody has."""
     certificates: Certificates | None = None
     tunnel: Tunnel | None = None
     """What there is of it, or may be, besides its process."""

@@ -15,13 +15,17 @@ from nbdserve.qmp.client import EventListener
 from recipes.channel import ssh, through_qemu, tls
 from recipes.checks.disk_nodes import disk_nodes
 from recipes.errors import MigrationError
+from recipes.hosts.images import files_at
 from recipes.hosts.interruption import undisturbed
 from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment, RamProgress
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Arrival, Phase, Role
+from recipes.plans.disks import PlannedDisk
 from recipes.precopy.rounds import Rounds
 from recipes.qemu.destination import ARRIVE
+from recipes.qemu.devices import check_jobs, devices_of, difference
+from recipes.qemu.images import RAW
 from recipes.qemu.source import LOOK, WANTED, ram_sent, set_capabilities
 from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError, VmSilentError
 from recipes.running import speed
@@ -57,6 +61,7 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
     async with parting_silent_ones(m):
         await m.during(b.execute("query-status"), m.plan.limits.command, "B's QEMU")
     with a.events("MIGRATION") as news:
+        await check_disks(m)
         # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
         m.enter(Phase.MIGRATE)
         try:
@@ -102,13 +107,51 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
 
 
 async def check_disks(m: Migration) -> None:
-    """Raise MigrationError where the guest has other disks by now than those that B reads: after a snapshot
-    was taken of one, what it writes goes elsewhere.
+    """Raise MigrationError where the guest has other disks by now than those that B reads, or other devices
+    than B's QEMU.
+
+    After a snapshot was taken of a disk, what the guest writes goes elsewhere, as with a job's next image.
     """
+    state, images = m.state, [disk.image for disk in m.disks]
     try:
-        await disk_nodes(m.plan, m.a)
+        nodes, devices, files, _ = await asyncio.gather(
+            disk_nodes(m.plan, m.a),
+            devices_of(m.a),
+            files_at(m.host_a, images, m.plan.limits.command),
+            check_jobs(m.a),
+        )
     except UsageError as error:
         raise MigrationError(f"the guest's disks have changed since step 1: {error}") from error
+    for disk, node, file in zip(m.disks, nodes, files, strict=True):
+        known = state.disk(disk)
+        if node.size != known.size:
+            change = f"{disk.image} has {node.size} bytes in A's QEMU, and had {known.size}: run again"
+            raise MigrationError(f"the guest's disks have changed since step 1: {change}")
+        if change := file_change(disk, known.file, file):
+            raise MigrationError(f"the guest's disks have changed since step 1: {change}")
+    if state.devices and (change := difference(state.devices, devices)):
+        raise MigrationError(
+            f"the guest's devices have changed since step 1: {change}, and B's QEMU was started as it was "
+            "before: undo it, or write the plan as A's QEMU is now (nbd-migrate plan does), and run again"
+        )
+
+
+def file_change(disk: PlannedDisk, before: str, now: str) -> str:
+    """Return what has become of a disk's file on A that B reads by its name, or nothing."""
+    if not before or before == now:
+        return ""
+    if not now:
+        return f"there is no {disk.image} on A any more: give the file that A's QEMU has open its name back"
+    (*is_before, size_before), (*is_now, size) = before.split(), now.split()
+    if is_before != is_now:
+        return f"{disk.image} on A is another file: give the one that A's QEMU has open its name back"
+    # Other formats grow as their guests write.
+    if disk.format != RAW or size == size_before:
+        return ""
+    return (
+        f"{disk.image} on A has {size} bytes and had {size_before}, of which A's QEMU knows nothing: give it "
+        f"its length back (truncate --size {size_before} {disk.image}; what was cut off is lost)"
+    )
 
 
 @asynccontextmanager

@@ -26,6 +26,7 @@ from recipes.plans.disks import PlannedDisk
 from recipes.plans.hooks import Hooks
 from recipes.plans.plan import Plan, Source
 from recipes.plans.reaching import monitor_b
+from recipes.qemu.devices import check_jobs
 from recipes.qemu.exporter import require_none
 from recipes.qemu.images import RAW
 from recipes.qemu.source import HOLDS, UNDER_WAY, migration_status
@@ -38,6 +39,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     Raises UsageError when the plan does not fit what is found, MigrationError when something is missing.
     """
     await check_guest(a, plan.source)
+    await check_jobs(a)
     nodes = await disk_nodes(plan, a)
     check_hooks(plan.hooks)
     await check_tools(plan, host_a, host_b)
