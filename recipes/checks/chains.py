@@ -45,10 +45,9 @@ def in_place(layer: Layer, node: DiskNode, disk: PlannedDisk) -> Layer:
 async def check_chain(plan: Plan, disk: PlannedDisk, opened: Sequence[Layer], host_a: Host) -> None:
     """Raise it for one disk."""
     limit, key = plan.limits.command, plan.called("image")
-    for tool in TOOLS:
-        if not await host_a.has(tool, limit):
-            remedy = f"there is no {tool} on {host_a.name}: install qemu-utils there"
-            raise MigrationError(f"{key}: {disk.image} is {disk.format}, and {remedy}")
+    for tool in await host_a.lacking(TOOLS, limit):
+        remedy = f"there is no {tool} on {host_a.name}: install qemu-utils there"
+        raise MigrationError(f"{key}: {disk.image} is {disk.format}, and {remedy}")
     try:
         told = await host_a.run(*looking("info", disk, "--backing-chain"), limit=limit)
     except MigrationError as error:

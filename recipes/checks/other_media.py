@@ -79,12 +79,15 @@ async def flash_sizes(plan: Plan, a: Vm) -> list[int]:
 async def check_flash(plan: Plan, a: Vm, host_b: Host) -> None:
     """Raise UsageError or MigrationError where one is not on A, or something is in its place on B."""
     await flash_sizes(plan, a)
-    limit = plan.limits.command
+    places = [(flash.target, str(PurePosixPath(flash.target).parent)) for flash in plan.flash]
+    asked = [each for place, above in places for each in (("-e", place), ("-L", place), ("-d", above))]
+    answers = iter(await host_b.tests(asked, plan.limits.command) if asked else [])
     for flash in plan.flash:
-        if await host_b.test("-e", flash.target, limit) or await host_b.test("-L", flash.target, limit):
+        is_taken, is_link, is_there = next(answers), next(answers), next(answers)
+        if is_taken or is_link:
             raise MigrationError(
                 f"flash.target: {flash.target} exists on B; remove it, as all that the guest has in it comes "
                 "from A, or choose another name, there and in destination.qemu"
             )
-        if not await host_b.test("-d", str(PurePosixPath(flash.target).parent), limit):
+        if not is_there:
             raise MigrationError(f"flash.target: there is no directory for {flash.target} on B")

@@ -136,19 +136,23 @@ def found(given: argparse.Namespace, overrides: Mapping[str, Mapping[str, object
     """
     if given.source is None:
         raise UsageError("name a plan's file, or the guest: --source QMP|PID (see nbd-migrate run --help)")
-    draft = drafted(given)
+    draft, places = clock.run(interruptible(_look(given)))
     if draft.on_one_machine and draft.derived.busy:
         what = " and ".join(draft.derived.busy)
         raise UsageError(
             f"two QEMUs on this machine cannot both have {what}: write the plan with nbd-migrate plan "
             "--output FILE, change that there, and run the file"
         )
-    return build(tomllib.loads(write(draft)), overrides)
+    plan = build(tomllib.loads(write(draft)), overrides)
+    # Where our commands are was looked for.
+    source = replace(plan.source, bin=plan.source.bin or places[0])
+    destination = replace(plan.destination, bin=plan.destination.bin or places[1])
+    return replace(plan, source=source, destination=destination)
 
 
 def drafted(given: argparse.Namespace) -> Draft:
     """Look at the guest. Raises CancelledError when a signal interrupts that."""
-    return clock.run(interruptible(_look(given)))
+    return clock.run(interruptible(_look(given)))[0]
 
 
 def check_source(source: str) -> None:
@@ -173,7 +177,8 @@ def check_to(to: str) -> None:
         )
 
 
-async def _look(given: argparse.Namespace) -> Draft:
+async def _look(given: argparse.Namespace) -> tuple[Draft, tuple[str, str]]:
+    """Return the draft, and on each host where our commands are, where that was looked for."""
     here, there = given.from_host or "", given.to or ""
     if here:
         check_host("--from", here)
@@ -191,4 +196,4 @@ async def _look(given: argparse.Namespace) -> Draft:
         check_absolute("--target", target.rpartition("=")[2])
     wanted = Wanted(given.source, there, given.to_dir or "", given.export or "", channel, tuple(given.target))
     async with looked_at(here, there if is_ssh(there) else "", COMMAND) as (a, b):
-        return await discover(wanted, a, b)
+        return await discover(wanted, a, b), (a.bin, b.bin)

@@ -13,7 +13,7 @@ from typing import Any
 
 from recipes.errors import MigrationError
 from recipes.hosts import ssh
-from recipes.hosts.calls import Call, HostError
+from recipes.hosts.calls import Call
 from recipes.hosts.way import Way
 
 PROGRAMS = {
@@ -95,16 +95,14 @@ class Host(Way):
         return told
 
     async def has(self, command: str, limit: float) -> bool:
-        """Tell whether a command of this name can be run there; raises HostError."""
+        """Tell whether a command of this name can be run there; raises as run() does."""
+        return not await self.lacking([command], limit)
+
+    async def lacking(self, commands: Sequence[str], limit: float) -> list[str]:
+        """Return those of several that cannot be run there, asked for at once; raises as run() does."""
         if not self.shell:
-            return shutil.which(command) is not None
-        try:
-            await self.run("sh", "-c", 'command -v "$1"', "sh", command, limit=limit)
-        except HostError:
-            raise
-        except MigrationError:
-            return False
-        return True
+            return [each for each in commands if shutil.which(each) is None]
+        return (await self.run("sh", "-c", _LACKING, "sh", *commands, limit=limit)).splitlines()
 
     async def test(self, question: str, path: str, limit: float) -> bool:
         """Answer one of test(1)'s questions about a path there, such as ``-e``; raises as run() does."""
@@ -118,6 +116,7 @@ class Host(Way):
         return [each == "yes" for each in said.split()]
 
 
+_LACKING = 'for p; do command -v "$p" >/dev/null || printf "%s\\n" "$p"; done'
 _TEST = 'while test $# -gt 0; do if test "$1" "$2"; then echo yes; else echo no; fi; shift 2; done'
 
 

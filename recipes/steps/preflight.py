@@ -22,7 +22,6 @@ from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import pasted
 from recipes.plans.by_hand import cancelling
-from recipes.plans.disks import PlannedDisk
 from recipes.plans.hooks import Hooks
 from recipes.plans.plan import Plan, Source
 from recipes.plans.reaching import monitor_b
@@ -48,8 +47,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     await check_same(plan, host_a, host_b)
     await check_flash(plan, a, host_b)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
-    for disk, node in zip(plan.disks, nodes, strict=True):
-        await check_target(plan, disk, node.size, host_b)
+    await check_targets(plan, [node.size for node in nodes], host_b)
     await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
     await check_space(plan, host_a, host_b)
     await check_tunnel(plan, host_a, host_b)
@@ -59,8 +57,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
             f"destination.qmp: something answers at {where} already; end it or choose another"
         )
     if plan.finish.move_aside:
-        for disk in plan.disks:
-            await check_move(plan, disk, host_a)
+        await check_moves(plan, host_a)
     return tuple(node.size for node in nodes)
 
 
@@ -99,9 +96,8 @@ async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
         (host_a, [host_a.tool("nbdserve")]),
         (host_b, [host_b.tool("nbd-overlay"), plan.destination.qemu[0]]),
     ):
-        for program in (*programs, host.own("supervisor")[0]):
-            if not await host.has(program, limit):
-                raise MigrationError(f"there is no {program} on {host.name}; install it there")
+        for program in await host.lacking([*programs, host.own("supervisor")[0]], limit):
+            raise MigrationError(f"there is no {program} on {host.name}; install it there")
         if host.remote:
             await check_version(host, limit)
 
@@ -150,62 +146,81 @@ async def check_tunnel(plan: Plan, host_a: Host, host_b: Host) -> None:
     """Where it makes sockets nothing may be."""
     limit, on_a = plan.limits.command, await ssh.paths(plan, host_a)
     on_b = [plan.ends_on_b[0]] if on_a else []
-    for host, path in [(host_a, each) for each in on_a] + [(host_b, each) for each in on_b]:
-        if await in_the_way(host, path, limit):
+    for host, paths in ((host_a, on_a), (host_b, on_b)):
+        for path in await in_the_way(host, paths, limit):
             raise MigrationError(
                 f"channel.kind: {path} exists on {host.name}, where the tunnel has a socket; remove it, if "
                 "it is nobody's any more"
             )
 
 
-async def check_target(plan: Plan, disk: PlannedDisk, size: int, host_b: Host) -> None:
-    """Nothing of what is made on B may be there, but for a block device of ``size`` bytes at least."""
-    image, key = disk.target, plan.called("target")
-    limit, beside = plan.limits.command, engine_of(plan).files(disk)
-    if disk.on_device:
-        await check_device(plan, disk, size, host_b)
-        beside.remove(image)
-    elif not await host_b.test("-d", str(PurePosixPath(image).parent), limit):
-        raise MigrationError(f"{key}: there is no directory for {image} on B")
-    elif await host_b.test("-b", image, limit):
-        raise MigrationError(f"{key}: {image} is a block device on B; name it by its path below /dev")
-    for path in beside:
-        if await in_the_way(host_b, path, limit):
-            tool = host_b.tool("nbd-overlay")
-            discard = pasted(
-                host_b.typed([tool, "discard", *(["--map", disk.map] if disk.on_device else []), image])
-            )
-            raise MigrationError(
-                f"{key}: {path} exists on B; remove it if it is left from an interrupted run, an "
-                f"overlay that holds nothing, and no other, with: {discard}"
-            )
+async def check_targets(plan: Plan, sizes: Sequence[int], host_b: Host) -> None:
+    """Nothing of what is made on B may be there, but for block devices that are as large as their disks."""
+    limit, key = plan.limits.command, plan.called("target")
+    for disk, size in zip(plan.disks, sizes, strict=True):
+        if disk.on_device:
+            await check_device(plan, disk, size, host_b)
+    files = [disk.target for disk in plan.disks if not disk.on_device]
+    parents = [("-d", str(PurePosixPath(file).parent)) for file in files]
+    answers = await host_b.tests([*parents, *(("-b", file) for file in files)], limit) if files else []
+    for file, is_there, is_device in zip(files, answers[: len(files)], answers[len(files) :], strict=True):
+        if not is_there:
+            raise MigrationError(f"{key}: there is no directory for {file} on B")
+        if is_device:
+            raise MigrationError(f"{key}: {file} is a block device on B; name it by its path below /dev")
+    engine = engine_of(plan)
+    made = {path: disk for disk in plan.disks for path in engine.files(disk)}
+    paths = [path for path, disk in made.items() if not (disk.on_device and path == disk.target)]
+    for path in await in_the_way(host_b, paths, limit):
+        disk, tool = made[path], host_b.tool("nbd-overlay")
+        map_ = ["--map", disk.map] if disk.on_device else []
+        discard = pasted(host_b.typed([tool, "discard", *map_, disk.target]))
+        raise MigrationError(
+            f"{key}: {path} exists on B; remove it if it is left from an interrupted run, an "
+            f"overlay that holds nothing, and no other, with: {discard}"
+        )
 
 
-async def in_the_way(host: Host, path: str, limit: float) -> bool:
-    """Tell whether something is there. A socket on which nobody listens is as good as none: it is
+async def in_the_way(host: Host, paths: Sequence[str], limit: float) -> list[str]:
+    """Return at which of these something is. A socket on which nobody listens is as good as none: it is
     replaced.
     """
-    dead = 'test -S "$1" && ! grep -qF -- " $1" /proc/net/unix'
-    script = f'if {dead}; then echo no; elif test -e "$1" || test -L "$1"; then echo yes; else echo no; fi'
-    return (await host.run("sh", "-c", script, "sh", path, limit=limit)).strip() == "yes"
+    if not paths:
+        return []
+    dead = 'test -S "$p" && ! grep -qF -- " $p" /proc/net/unix'
+    there = 'test -e "$p" || test -L "$p"'
+    script = f"for p; do if {dead}; then echo no; elif {there}; then echo yes; else echo no; fi; done"
+    said = (await host.run("sh", "-c", script, "sh", *paths, limit=limit)).split()
+    return [path for path, answer in zip(paths, said, strict=True) if answer == "yes"]
 
 
-async def check_move(plan: Plan, disk: PlannedDisk, host_a: Host) -> None:
-    """The image's new place must be free, and on the same file system, so that moving is one instant."""
-    image, target = disk.image, plan.moved_to(disk)
-    limit = plan.limits.command
-    if await host_a.test("-b", image, limit):
-        raise MigrationError(f"finish.move_aside: {image} is a block device on A, which stays; leave it out")
-    if await host_a.test("-e", target, limit):
-        raise MigrationError(f"finish.move_aside: {target} exists on A; choose another name")
-    directory = str(PurePosixPath(target).parent)
-    if not await host_a.test("-d", directory, limit):
-        raise MigrationError(f"finish.move_aside: there is no directory {directory} on A")
-    devices = await host_a.run("stat", "--format=%d", "--", image, directory, limit=limit)
-    if len(set(devices.split())) != 1:
-        raise MigrationError(
-            f"finish.move_aside: {target} is on another file system than {image}; choose one on the same"
-        )
+async def check_moves(plan: Plan, host_a: Host) -> None:
+    """The images' new places must be free, and on the same file system, so that moving is one instant."""
+    limit, key = plan.limits.command, "finish.move_aside"
+    moves = [(disk.image, plan.moved_to(disk)) for disk in plan.disks]
+    directories = [str(PurePosixPath(target).parent) for _, target in moves]
+    asked = [
+        each
+        for (image, target), directory in zip(moves, directories, strict=True)
+        for each in (("-b", image), ("-e", target), ("-d", directory))
+    ]
+    answers = iter(await host_a.tests(asked, limit))
+    for (image, target), directory in zip(moves, directories, strict=True):
+        is_device, is_taken, is_there = next(answers), next(answers), next(answers)
+        if is_device:
+            raise MigrationError(f"{key}: {image} is a block device on A, which stays; leave it out")
+        if is_taken:
+            raise MigrationError(f"{key}: {target} exists on A; choose another name")
+        if not is_there:
+            raise MigrationError(f"{key}: there is no directory {directory} on A")
+    images = [image for image, _ in moves]
+    paths = [path for pair in zip(images, directories, strict=True) for path in pair]
+    systems = (await host_a.run("stat", "--format=%d", "--", *paths, limit=limit)).split()
+    for (image, target), here, there in zip(moves, systems[::2], systems[1::2], strict=True):
+        if here != there:
+            raise MigrationError(
+                f"{key}: {target} is on another file system than {image}; choose one on the same"
+            )
 
 
 async def answers(where: MonitorAt | str, limit: float) -> bool:

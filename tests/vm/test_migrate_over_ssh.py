@@ -66,6 +66,24 @@ def test_a_guest_moves_over_one_connection_to_each_host(stage: ApartScene) -> No
     is_on_b_whole(stage)
 
 
+MOST = 30
+"""Commands over ssh, to both hosts together, before anything is started; each costs a round trip."""
+
+
+def test_few_commands_are_run_on_both_hosts_before_anything_is_started(tmp_path: Path) -> None:
+    with apart(tmp_path, "LogLevel VERBOSE") as stage:
+        # What is looked at last.
+        stage.change("destination", seed=str(tmp_path / "nowhere"))
+        with stage.run() as run:
+            assert run.wait(LONG) == 1, run.output()
+        assert "destination.seed: " in last_line(run)
+        logs = [(tmp_path / f"sshd_{host}.log").read_text() for host in ("a", "b")]
+        counts = [log.count("Starting session") for log in logs]
+        print("commands:", counts)
+        assert all(counts)
+        assert sum(counts) <= MOST, [line for log in logs for line in log.splitlines() if "Starting" in line]
+
+
 def test_hosts_are_named_on_the_command_line(stage: ApartScene) -> None:
     stage.change("destination", host="", qmp="127.0.0.1:4002")
     stage.change("source", host="")

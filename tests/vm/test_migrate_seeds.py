@@ -43,6 +43,7 @@ def test_what_b_has_already_is_not_sent_and_what_the_guest_writes_is_kept(tmp_pa
         assert stage.wrong_sectors() == []
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize("moment", ["PROGRESS", pytest.param("SHUTDOWN", marks=pytest.mark.exhaustive)])
 def test_what_was_spared_and_compared_is_told_also_where_the_command_was_killed(
     tmp_path: Path, moment: str

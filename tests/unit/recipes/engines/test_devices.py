@@ -16,7 +16,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Destination, Export, Plan, Source
-from recipes.steps.preflight import check_target
+from recipes.steps.preflight import check_targets
 from tests.support.disks import MIB, random_disk
 from tests.support.loops import loop_device
 from tests.support.overlays import NBD_OVERLAY
@@ -47,7 +47,7 @@ def plan_of(target: Path, state: Path) -> Plan:
 def complaint(plan: Plan, size: int = SIZE) -> str:
     """The line with which a disk of this size is refused."""
     with pytest.raises(MigrationError) as caught:
-        asyncio.run(check_target(plan, plan.disks[0], size, B))
+        asyncio.run(check_targets(plan, [size], B))
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -55,7 +55,7 @@ def complaint(plan: Plan, size: int = SIZE) -> str:
 
 def test_a_larger_device_is_taken_and_what_is_to_be_known_is_told(device: Path, tmp_path: Path) -> None:
     plan, before = plan_of(device, tmp_path / "state" / "x"), device.read_bytes()
-    asyncio.run(check_target(plan, plan.disks[0], SIZE, B))
+    asyncio.run(check_targets(plan, [SIZE], B))
     told = asyncio.run(device_warnings(plan, [Need(str(device), SIZE)], B))
     assert told == [
         f"{device} on B: what is on it is overwritten",
@@ -103,4 +103,4 @@ def test_an_overlay_that_is_not_complete_is_refused_with_what_removes_it(
     told = complaint(plan)
     check(*told.rpartition("with: ")[2].split())
     assert device.read_bytes() == before
-    asyncio.run(check_target(plan, plan.disks[0], SIZE, B))
+    asyncio.run(check_targets(plan, [SIZE], B))
