@@ -61,15 +61,14 @@ def made_paths(command: CommandLine, directory: str) -> list[str]:
             found.append(option.value or "")
         elif option.name in SHORT:
             found.append(of_short(option.value or "").made)
-        elif option.name == "chardev":
-            found += [of_chardev(option.arguments).made, option.arguments.text("logfile")]
-        elif option.name == "vnc":
-            found.append(_vnc_socket(option))
+        found += [option.arguments.text(key) for key in host_local.made_keys(option)]
+        found.append(_vnc_socket(option))
     return [posixpath.normpath(posixpath.join(directory, path)) for path in found if path]
 
 
 def _vnc_socket(option: Option) -> str:
-    address = option.arguments.text("vnc")
+    """Return the socket of -vnc, or of -display vnc=."""
+    address = option.arguments.text("vnc") if option.name in ("vnc", "display") else ""
     return address.removeprefix("unix:") if address.startswith("unix:") else ""
 
 
@@ -181,8 +180,13 @@ class _Derivation:
             return Option(option.name, chardevs.moved(option.value or "", self._rename))
         if option.name == "chardev" and (changed := self._chardev(option.arguments)) != option.arguments:
             return option.having(changed)
-        if option.name == "vnc" and (path := _vnc_socket(option)) and path != self._rename(path):
+        if (path := _vnc_socket(option)) and path != self._rename(path):
             return option.having(option.arguments.having(vnc=f"unix:{self._rename(path)}"))
+        if option.name != "chardev" and (keys := host_local.made_keys(option)):
+            given = option.arguments
+            renamed = {key: self._rename(given.text(key)) for key in keys}
+            if any(given.text(key) != path for key, path in renamed.items()):
+                return option.having(given.having(**renamed))
         return host_local.relative(option, self._directory)
 
     def _chardev(self, given: Arguments) -> Arguments:

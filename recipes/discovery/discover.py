@@ -129,6 +129,9 @@ def understood(process: Process) -> CommandLine:
 def place_of(monitor: Monitor, process: Process) -> str:
     """Return where a monitor listens, an absolute path or HOST:PORT; nothing if it does not."""
     where = monitor.device.listens
+    if where.startswith("@"):
+        # In the abstract namespace, where we do not look.
+        return ""
     if not where or not monitor.device.path:
         host, _, port = where.rpartition(":")
         return f"{host or '127.0.0.1'}:{port}" if where else ""

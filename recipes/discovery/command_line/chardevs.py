@@ -23,7 +23,7 @@ class Chardev:
 
     backend   as QEMU calls it: socket, file, pipe, stdio, pty ...
     path      of the file or the Unix socket
-    address   HOST:PORT of the TCP socket
+    address   HOST:PORT of the TCP socket, or @NAME in Linux's abstract namespace
     server    whether QEMU itself listens there
     """
 
@@ -34,8 +34,10 @@ class Chardev:
 
     @property
     def made(self) -> str:
-        """Return the path of what QEMU makes at its start: a socket that it listens on, or a file."""
-        return self.path if self.server or self.backend == "file" else ""
+        """Return the path of what QEMU makes at its start: a socket that it listens on, a file, or the name
+        of a terminal.
+        """
+        return self.path if self.server or self.backend in ("file", "pty") else ""
 
     @property
     def listens(self) -> str:
@@ -48,10 +50,17 @@ def of_chardev(given: Arguments) -> Chardev:
     backend = given.text("backend")
     if backend != "socket":
         return Chardev(backend, path=given.text("path"))
-    server = given.is_on("server")
     if "path" in given.values:
-        return Chardev(backend, path=given.text("path"), server=server)
-    return Chardev(backend, address=f"{given.text('host')}:{given.text('port')}", server=server)
+        return _at_path(given)
+    address = f"{given.text('host')}:{given.text('port')}"
+    return Chardev(backend, address=address, server=given.is_on("server"))
+
+
+def _at_path(given: Arguments) -> Chardev:
+    path, server = given.text("path"), given.is_on("server")
+    if given.is_on("abstract"):
+        return Chardev("socket", address=f"@{path}", server=server)
+    return Chardev("socket", path=path, server=server)
 
 
 def of_short(text: str) -> Chardev:
@@ -60,8 +69,7 @@ def of_short(text: str) -> Chardev:
     if backend in ("file", "pipe"):
         return Chardev(backend, path=rest)
     if backend == "unix":
-        given = arguments.parse(rest, "path")
-        return Chardev("socket", path=given.text("path"), server=given.is_on("server"))
+        return _at_path(arguments.parse(rest, "path"))
     if backend in _NETWORK:
         given = arguments.parse(rest, "address")
         return Chardev("socket", address=given.text("address"), server=given.is_on("server"))

@@ -18,7 +18,7 @@ FILES = ("kernel", "initrd", "dtb", "shim", "mem-path", "L")
 SEARCHED = ("bios", "option-rom")
 """Options whose file is looked for among QEMU's own, too, if it is named without a directory."""
 
-MADE = ("pidfile", "D")
+MADE = ("pidfile", "D", "writeconfig")
 """Options whose argument is a file that QEMU makes."""
 
 _RELATIVE = {
@@ -31,6 +31,7 @@ _RELATIVE = {
 }
 """Of options with keys those that are paths as they stand; others QEMU may find in its own directory."""
 
+_NETWORK = ("netdev", "nic", "net")
 _DESCRIPTORS = ("fd", "fds", "vhostfd", "vhostfds", "sock_fd", "sock-fd")
 _PATHS = {"file", "filename", "mem-path", "path", "dir", "script", "downscript", "sock", "socket", "vhostdev"}
 
@@ -60,6 +61,29 @@ class Local:
         return f"the {self.kind.value} {self.name} of -{self.option}"
 
 
+def made_keys(option: Option) -> tuple[str, ...]:
+    """Return the keys of an option whose values are what QEMU makes at its start: sockets and files."""
+    if option.name not in KEYED:
+        return ()
+    given, name = option.arguments, option.name
+    keys: tuple[str, ...] = ()
+    if name in _NETWORK:
+        # Only a stream may also be what connects.
+        kind = given.text("type")
+        of_kind = {"stream": "addr" if given.is_on("server") else "", "dgram": "local"}
+        end = of_kind.get(kind, "")
+        keys = (f"{end}.path",) if end and not given.is_on(f"{end}.abstract") else ()
+    elif name == "chardev":
+        keys = ("path", "logfile") if of_chardev(given).made else ("logfile",)
+    elif name == "spice":
+        keys = ("addr",) if given.is_on("unix") else ()
+    elif (name, given.text("qom-type")) == ("object", "filter-dump") or name == "trace":
+        keys = ("file",)
+    elif (name, given.text("driver")) == ("audiodev", "wav"):
+        keys = ("path",)
+    return tuple(key for key in keys if given.text(key))
+
+
 def descriptor(option: Option) -> str:
     """Return the descriptor that whoever started QEMU has passed to it with this option; or nothing."""
     if option.name == "add-fd":
@@ -84,11 +108,13 @@ def needed(option: Option) -> Iterator[Local]:
         # One that connects again and again may be there later.
         if not {"reconnect", "reconnect-ms"}.intersection(option.arguments.values):
             yield from _of_device(of_chardev(option.arguments), name)
-    elif name in ("netdev", "nic", "net"):
-        yield from _of_network(option)
     elif name in KEYED:
+        if name in _NETWORK:
+            yield from _of_network(option)
+        made = made_keys(option)
         for key, each in option.arguments.values.items():
-            yield from _of_value(name, key, str(each))
+            if key not in made:
+                yield from _of_value(name, key, str(each))
 
 
 def _of_device(device: Chardev, name: str) -> Iterator[Local]:
@@ -104,8 +130,6 @@ def _of_network(option: Option) -> Iterator[Local]:
         yield Local(Kind.INTERFACE, given.text("ifname"), option.name)
     if kind == "bridge" or (kind == "tap" and given.text("helper")):
         yield Local(Kind.BRIDGE, given.text("br", "br0"), option.name)
-    for key, value in given.values.items():
-        yield from _of_value(option.name, key, str(value))
 
 
 def _of_value(name: str, key: str, value: str) -> Iterator[Local]:
@@ -168,7 +192,7 @@ def ports(option: Option) -> Iterator[str]:
         device = of_chardev(option.arguments) if name == "chardev" else of_short(value)
         if device.server and device.address:
             yield f"{device.address} of -{name}"
-    elif name in ("netdev", "nic", "net"):
+    elif name in _NETWORK:
         for word in split(value):
             if word.startswith(("hostfwd=", "listen=", "localaddr=")):
                 yield f"{word} of -{name}"

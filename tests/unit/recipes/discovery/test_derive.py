@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import posixpath
 import shlex
 from typing import Any
 
@@ -357,6 +358,53 @@ def test_what_is_made_at_the_start_is_called_otherwise_where_b_has_it() -> None:
         "-vnc unix:/home/vm/v.b",
     ]
     assert derivation.notes == ("-qmp stdio, as B's QEMU has no terminal",)
+
+
+@pytest.mark.parametrize(
+    ("option", "made", "after"),
+    [
+        (
+            "-netdev stream,id=n,server=on,addr.type=unix,addr.path=net",
+            ["net"],
+            "-netdev stream,id=n,server=on,addr.type=unix,addr.path=/home/vm/net.b",
+        ),
+        (
+            "-netdev dgram,id=n,local.type=unix,local.path=/r/l,remote.type=unix,remote.path=/r/r",
+            ["/r/l"],
+            "-netdev dgram,id=n,local.type=unix,local.path=/r/l.b,remote.type=unix,remote.path=/r/r",
+        ),
+        ("-object filter-dump,id=d,netdev=n,file=d.pcap", ["d.pcap"], None),
+        ("-trace enable=x,file=/log/trace", ["/log/trace"], "-trace x,file=/log/trace.b"),
+        ("-spice unix=on,addr=/r/spice", ["/r/spice"], "-spice unix=on,addr=/r/spice.b"),
+        ("-display vnc=unix:/r/v", ["/r/v"], "-display vnc=unix:/r/v.b"),
+        ("-audiodev wav,id=a,path=/r/a.wav", ["/r/a.wav"], "-audiodev wav,id=a,path=/r/a.wav.b"),
+        ("-chardev pty,id=t,path=/r/t", ["/r/t"], "-chardev pty,id=t,path=/r/t.b"),
+        ("-chardev file,id=f,path=/r/f", ["/r/f"], "-chardev file,id=f,path=/r/f.b"),
+        # These are somebody else's, or nobody's file.
+        (
+            "-netdev stream,id=n,addr.type=unix,addr.path=/r/n",
+            [],
+            "-netdev stream,id=n,addr.type=unix,addr.path=/r/n",
+        ),
+        ("-chardev pipe,id=p,path=/r/p", [], "-chardev pipe,id=p,path=/r/p"),
+        (
+            "-chardev socket,id=s,path=vm,abstract=on,server=on",
+            [],
+            "-chardev socket,id=s,path=vm,abstract=on,server=on",
+        ),
+        ("-spice port=5900,addr=127.0.0.1", [], "-spice port=5900,addr=127.0.0.1"),
+    ],
+)
+def test_whatever_names_what_qemu_makes_gets_another_name_where_b_has_it(
+    option: str, made: list[str], after: str | None
+) -> None:
+    paths = [posixpath.join("/home/vm", path) for path in made]
+    assert made_paths(parse(["qemu", *shlex.split(option)]), "/home/vm") == paths
+    found = derived(f"qemu -hda x {option}", guest(has(HD)), names={path: f"{path}.b" for path in paths})
+    expected = after or "-object filter-dump,id=d,netdev=n,file=/home/vm/d.pcap.b"
+    assert expected in words(found)
+    # What B's QEMU makes need not be there before.
+    assert not [each for each in found.local if each.name in (*paths, *(f"{path}.b" for path in paths))]
 
 
 def test_what_must_be_on_b_and_what_only_one_qemu_can_have_is_listed() -> None:
