@@ -12,22 +12,15 @@ They travel on the standard input of a shell there, so that no command line and 
 from __future__ import annotations
 
 from recipes.certificates.authority import Identity
+from recipes.hosts import places
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import on_one_line
 
 NAMES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem")
 """All that there is in the directory."""
 
-_REMOVE = """
-if test -d "$1" && ! test -L "$1"; then
-cd -- "$1" && rm -f -- NAMES && cd / && rmdir -- "$1";
-fi
-""".replace("NAMES", " ".join(NAMES))
-"""Removes the directory $1 if it is there; what is not ours in it stays, and is an error."""
-
 _PLACE = f"""
-umask 022; mkdir -p -- "${{1%/*}}" || exit; umask 077;
-{{ {_REMOVE.strip()}; }} && mkdir -- "$1" && cd -- "$1" || exit;
+{places.making(NAMES)} cd -- "$1" || exit;
 out=; while IFS= read -r line; do
 case "$line" in
 *.pem) out=$line;;
@@ -38,7 +31,7 @@ ln -s server-cert.pem client-cert.pem && ln -s server-key.pem client-key.pem || 
 if test -n "$2"; then chown -- "$2" ca-cert.pem server-cert.pem server-key.pem . || exit; fi;
 if test -n "$3"; then chmod g+rX -- ca-cert.pem server-cert.pem server-key.pem . || exit; fi
 """
-"""Makes the directory $1, and those above it, for the user $2, or for whoever runs this.
+"""Makes the directory $1 for the user $2, or for whoever runs this.
 
 With $3, whatever it says, the group may read them, too. A line with a file's name begins it.
 """
@@ -67,7 +60,7 @@ async def place(
 
 async def remove(host: Host, directory: str, limit: float) -> None:
     """Remove the directory with what place() has written; it may not be there. Raises as Host.run() does."""
-    await host.run("sh", "-c", on_one_line(_REMOVE), "sh", directory, limit=limit)
+    await host.run("sh", "-c", places.removing(NAMES), "sh", directory, limit=limit)
 
 
 def removing(directory: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from nbdserve.common.uri import NbdUri
 from recipes.channel.source_user import source_user
 from recipes.checks.disk_nodes import disk_nodes
-from recipes.hosts.places import place_of
+from recipes.hosts.places import NBD_SERVER, beside
 from recipes.migrate.leftovers import end_exporter, remove_exporter
 from recipes.migrate.runtime import Migration
 from recipes.plans.disks import PlannedDisk
@@ -28,9 +28,9 @@ async def listen(m: Migration) -> str:
     limit, image = m.plan.limits.command, m.disks[0].image
     await exporter.require_none(m.a)
     user = await source_user(m)
-    directory = await place_of(m.host_a, image, limit) / f"{image.rpartition('/')[2]}.exporter"
-    m.record(exporter=str(directory))
-    await exporter.start(m.a, await exporter.place(m.host_a, str(directory), user, limit))
+    directory = await beside(m.host_a, image, NBD_SERVER, limit)
+    m.record(exporter=directory)
+    await exporter.start(m.a, await exporter.place(m.host_a, directory, user, limit))
     return socket_of(m)
 
 

@@ -19,7 +19,7 @@ from recipes.certificates.placing import place
 from recipes.channel.source_user import source_user
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.hosts.places import place_of
+from recipes.hosts.places import KEYS, beside
 from recipes.migrate.leftovers import remove_certificates
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Certificates
@@ -60,8 +60,8 @@ async def make_certificates(m: Migration) -> None:
     if not (plan.disk_over_tls or plan.ram_over_tls) or m.state.certificates:
         return
     first, limit = plan.disks[0], plan.limits.command
-    on_b = f"{first.stem}.tls" if first.on_device else await _beside(m.host_b, first.target, limit)
-    made = Certificates(await _beside(m.host_a, first.image, limit), on_b)
+    on_b = f"{first.stem}{KEYS}" if first.on_device else await beside(m.host_b, first.target, KEYS, limit)
+    made = Certificates(await beside(m.host_a, first.image, KEYS, limit), on_b)
     m.record(certificates=made)
     disk_host = plan.export.address.host if plan.disk_over_tls else ""
     issued = issue([disk_host or "a"], [plan.ram_host or "b"])
@@ -72,12 +72,6 @@ async def make_certificates(m: Migration) -> None:
         m.host_b, made.b, issued.authority, issued.b, there.owner, limit, for_group=there.is_for_group
     )
     await _place(m.host_b, placing)
-
-
-async def _beside(host: Host, image: str, limit: float) -> str:
-    """Return the directory for what belongs to an image: its QEMU can enter the one in which the image is."""
-    directory = await place_of(host, image, limit)
-    return str(directory / f"{image.rpartition('/')[2]}.tls")
 
 
 async def _place(host: Host, placing: Awaitable[None]) -> None:

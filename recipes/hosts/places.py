@@ -10,6 +10,9 @@ What belongs to a block device to which a disk moves is in the first of these, w
 where its ``state`` in the plan says.
 
 NAME is the device's path as LVM writes paths: /dev/vg-a/lv is dev-vg--a-lv.
+
+What nobody else may see, keys and the socket of a QEMU's NBD server, has a directory of its own there,
+IMAGE.tls and IMAGE.exporter.
 """
 
 from __future__ import annotations
@@ -21,11 +24,59 @@ from overlay.formats.device.map_place import name_of
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import on_one_line
 
+KEYS, NBD_SERVER = ".tls", ".exporter"
+"""How the names of directories end that nobody else can enter: of keys, and of a QEMU's NBD server."""
+
 _STATE = """
 if test ! -b "$1"; then exit; fi;
 if test "$(id -u)" = 0; then echo /var/lib; else echo "${XDG_STATE_HOME:-$HOME/.local/state}"; fi
 """
 """Says where the host keeps what is not beside the image $1; nothing when it is beside it."""
+
+
+_LEFT = f"""
+state() {{ {_STATE.strip()}; }};
+name=$1; image=$2; shift 2; state=$(state "$image"); for suffix; do
+if test -n "$state"; then p=$state/nbd-migrate/$name/${{image##*/}}$suffix; else p=$image$suffix; fi;
+if test -e "$p" || test -L "$p"; then echo "$p"; fi;
+done
+"""
+"""Says which of the things is there that would be beside the image $2, with these suffixes."""
+
+
+def removing(names: Sequence[str]) -> str:
+    """Return a script that removes the directory $1 with these files, if it is there.
+
+    What is not ours in it stays, and is an error.
+    """
+    files = " ".join(f'"$1/{name}"' for name in names)
+    return f'if test -d "$1" && ! test -L "$1"; then rm -f -- {files} && rmdir -- "$1"; fi;'
+
+
+def making(names: Sequence[str]) -> str:
+    """Return the beginning of a script, which makes the directory $1 for nobody else, and those above it.
+
+    It takes the place of one with these files, as an earlier attempt may have left it.
+    """
+    return (
+        'umask 022; mkdir -p -- "${1%/*}" || exit; umask 077; '
+        f'{{ {removing(names)} }} && mkdir -- "$1" || exit;'
+    )
+
+
+async def beside(host: Host, image: str, suffix: str, limit: float) -> str:
+    """Return the path of something that belongs to an image; raises as Host.run() does.
+
+    Its QEMU can enter the directory in which the image is.
+    """
+    directory = await place_of(host, image, limit)
+    return str(directory / f"{PurePosixPath(image).name}{suffix}")
+
+
+async def left_beside(host: Host, image: str, suffixes: Sequence[str], limit: float) -> list[str]:
+    """Return those of such paths at which something is; raises as Host.run() does."""
+    words = (name_of(image), image, *suffixes)
+    return (await host.run("sh", "-c", on_one_line(_LEFT), "sh", *words, limit=limit)).splitlines()
 
 
 async def place_of(host: Host, image: str, limit: float) -> PurePosixPath:

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 from nbdserve.common.uri import NbdUri
 from recipes.errors import MigrationError
+from recipes.hosts import places
 from recipes.hosts.host import Host
-from recipes.hosts.quoting import on_one_line
 from recipes.qemu.vm import CommandError, Vm
 
 PREFIX = "nbd-migrate-"
@@ -41,14 +41,8 @@ LOOK = 0.05
 SOCKET = "nbd"
 """What the socket is called in a directory that has nothing else, and that nobody else can enter."""
 
-_PLACE = """
-if test -d "$1" && ! test -L "$1"; then rm -f -- "$1/nbd" && rmdir -- "$1" || exit; fi;
-mkdir -p -- "${1%/*}" && umask 077 && mkdir -- "$1" || exit; if test -n "$2"; then chown -- "$2" "$1"; fi
-"""
-"""Makes the directory $1 for the user $2, or for whoever runs this, in place of one that was left."""
-
-_REMOVE = 'if test -d "$1" && ! test -L "$1"; then rm -f -- "$1/nbd" && rmdir -- "$1"; fi'
-"""Removes it, if it is there; what is not ours in it stays, and is an error."""
+_PLACE = f"""{places.making([SOCKET])} if test -n "$2"; then chown -- "$2" "$1"; fi"""
+"""Makes the directory $1 for the user $2, or for whoever runs this."""
 
 _NOWHERE = "/dev/null/nbd"
 """Where nobody can listen."""
@@ -155,13 +149,13 @@ async def place(host: Host, directory: str, owner: str, limit: float) -> str:
 
     ``owner`` is who the QEMU runs as; empty: who runs commands there. Raises as Host.run() does.
     """
-    await host.run("sh", "-c", on_one_line(_PLACE), "sh", directory, owner, limit=limit)
+    await host.run("sh", "-c", _PLACE, "sh", directory, owner, limit=limit)
     return f"{directory}/{SOCKET}"
 
 
 async def remove_place(host: Host, directory: str, limit: float) -> None:
     """Remove the directory with its socket; it may not be there. Raises as Host.run() does."""
-    await host.run("sh", "-c", _REMOVE, "sh", directory, limit=limit)
+    await host.run("sh", "-c", places.removing([SOCKET]), "sh", directory, limit=limit)
 
 
 def removing_place(directory: str) -> list[str]:

@@ -20,6 +20,7 @@ from recipes.engines.choice import engine_of
 from recipes.engines.devices import check_device
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.hosts.places import KEYS, NBD_SERVER, left_beside
 from recipes.hosts.quoting import pasted
 from recipes.plans.by_hand import cancelling
 from recipes.plans.hooks import Hooks
@@ -49,6 +50,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
     await check_targets(plan, [node.size for node in nodes], host_b)
     await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
+    await check_private(plan, host_a, host_b)
     await check_space(plan, host_a, host_b)
     await check_tunnel(plan, host_a, host_b)
     where = monitor_b(plan, host_b)
@@ -112,6 +114,22 @@ async def check_apart(plan: Plan, host: Host, paths: Sequence[str], key: str) ->
             other = paths[found.index(identity)]
             raise MigrationError(
                 f"{plan.called(key)}: {other} and {paths[number]} are the same on {host.name}"
+            )
+
+
+async def check_private(plan: Plan, host_a: Host, host_b: Host) -> None:
+    """No directory of somebody else's may be where keys, or the socket of A's NBD server, will be."""
+    keys = [KEYS] if plan.disk_over_tls or plan.ram_over_tls else []
+    servers = [NBD_SERVER] if plan.through_qemu or plan.hybrid else []
+    first, limit = plan.disks[0], plan.limits.command
+    on_a = await left_beside(host_a, first.image, keys + servers, limit) if keys + servers else []
+    on_b = await in_the_way(host_b, [f"{first.stem}{each}" for each in keys], limit)
+    for host, paths in ((host_a, on_a), (host_b, on_b)):
+        for path in paths:
+            removing = pasted(host.typed(["rm", "-r", "--", path]))
+            raise MigrationError(
+                f"{path} exists on {host.name}, where this migration keeps what is secret; remove it, if it "
+                f"is left from another one: {removing}"
             )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from overlay.formats.device.map_place import name_of
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.hosts.places import Places, place_of
+from recipes.hosts.places import Places, beside, left_beside, making, place_of, removing
 from tests.support.loops import loop_device
 
 
@@ -44,3 +47,36 @@ def test_in_one_directory_for_all_no_two_disks_have_the_same_log() -> None:
         *("system-disk.raw.fence", "data-disk.raw.fence", "other.raw.fence", "disk.raw.fence"),
     ]
     assert {str(path.parent) for path in found} == {"/var/log/vm"}
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_what_is_left_beside_an_image_is_found_whatever_it_is(tmp_path: Path, shell: str) -> None:
+    image = tmp_path / "it's a disk.raw"
+    (tmp_path / f"{image.name}.tls").mkdir()
+    (tmp_path / f"{image.name}.exporter").symlink_to("nowhere")
+    host = Host("A", (shell, "-c", '"$@"', shell))
+    found = asyncio.run(left_beside(host, str(image), [".tls", ".exporter", ".other"], 60.0))
+    assert found == [f"{image}.tls", f"{image}.exporter"]
+    assert asyncio.run(left_beside(host, str(tmp_path / "another"), [".tls"], 60.0)) == []
+    assert asyncio.run(beside(host, str(image), ".tls", 60.0)) == f"{image}.tls"
+
+
+def test_a_private_directory_takes_the_place_of_one_that_was_left_and_of_no_other(tmp_path: Path) -> None:
+    host, where = Host("A"), tmp_path / "above" / "a.raw.tls"
+
+    def make() -> None:
+        asyncio.run(host.run("sh", "-c", making(["key"]), "sh", str(where), limit=60.0))
+
+    make()
+    (where / "key").touch()
+    make()
+    assert list(where.iterdir()) == []
+    assert (where.stat().st_mode & 0o777, where.parent.stat().st_mode & 0o777) == (0o700, 0o755)
+    (where / "somebody's").touch()
+    for script in (making(["key"]), removing(["key"])):
+        with pytest.raises(MigrationError, match="not empty"):
+            asyncio.run(host.run("sh", "-c", script, "sh", str(where), limit=60.0))
+    assert (where / "somebody's").exists()
+    (where / "somebody's").unlink()
+    asyncio.run(host.run("sh", "-c", removing(["key"]), "sh", str(where), limit=60.0))
+    assert not where.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,19 @@ from recipes.checks.disk_nodes import DiskNode
 from recipes.checks.other_media import check_same
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.plans.channel import Channel
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.limits import Limits
-from recipes.plans.plan import Destination, Export, Plan, Source
+from recipes.plans.plan import Destination, Export, Finish, Plan, Source
 from recipes.qemu.vm import CommandError
-from recipes.steps.preflight import check_apart, check_served, check_space
+from recipes.steps.preflight import (
+    check_apart,
+    check_moves,
+    check_private,
+    check_served,
+    check_space,
+    in_the_way,
+)
 from tests.support.loops import loop_device
 from tests.unit.recipes.checks.hosts import ToldVm
 
@@ -153,3 +162,55 @@ def test_what_a_slow_disk_is_asked_has_its_time(
         assert asyncio.run(held(plan, plan.disks[0], host)) == GIB
     else:
         asyncio.run(check_same(plan, host, host))
+
+
+@pytest.mark.parametrize("name", ["a.raw.tls", "b.raw.tls"])
+def test_a_directory_of_somebody_elses_where_keys_will_be_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "ca-cert.pem").touch()
+    plan = Plan(
+        Source(qmp="/a.qmp", image=str(tmp_path / "a.raw")),
+        Export(uri="nbd://127.0.0.1/vm"),
+        Destination(qemu=("qemu",), qmp="/b.qmp", migration="unix:/m", image=str(tmp_path / "b.raw")),
+    )
+    with pytest.raises(MigrationError, match=rf"{name} exists on [AB], where .*: rm -r -- .*/{name}$"):
+        asyncio.run(check_private(plan, Host("A"), Host("B")))
+    asyncio.run(check_private(replace(plan, channel=Channel("plain")), Host("A"), Host("B")))
+
+
+def test_every_thing_that_is_in_the_way_is_found_at_once_and_a_dead_socket_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as listening:
+        dead.bind(str(tmp_path / "dead"))
+        dead.close()
+        listening.bind(str(tmp_path / "listening"))
+        listening.listen()
+        paths = [str(tmp_path / name) for name in ("file", "nothing", "dead", "link", "listening")]
+        found = asyncio.run(in_the_way(Host("B"), paths, 60.0))
+    assert [Path(path).name for path in found] == ["file", "link", "listening"]
+    assert asyncio.run(in_the_way(Host("B"), [], 60.0)) == []
+
+
+def test_where_images_are_moved_to_is_looked_at_for_all_of_them(tmp_path: Path) -> None:
+    images = [tmp_path / "a0.raw", tmp_path / "a1.raw"]
+    for image in images:
+        image.touch()
+    aside = tmp_path / "aside"
+    plan = replace(plan_of(*map(str, images)), finish=Finish(move_aside=str(aside)))
+    with pytest.raises(MigrationError, match=rf"^finish\.move_aside: there is no directory {aside} on A"):
+        asyncio.run(check_moves(plan, Host("A")))
+    aside.mkdir()
+    asyncio.run(check_moves(plan, Host("A")))
+    (aside / "a1.raw").touch()
+    with pytest.raises(MigrationError, match=rf"^finish\.move_aside: {aside}/a1\.raw exists on A"):
+        asyncio.run(check_moves(plan, Host("A")))
+
+
+def test_what_is_not_installed_is_asked_for_at_once() -> None:
+    behind_a_shell = Host("B", ("sh", "-c", '"$@"', "sh"))
+    for host in (Host("A"), behind_a_shell):
+        assert asyncio.run(host.lacking(["sh", "no-such-command", "cat", "nor this"], 60.0)) == [
+            "no-such-command",
+            "nor this",
+        ]
