@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from recipes.cli.main import main
+from recipes.cli import plan_command
+from recipes.cli.main import main, make_parser
+from recipes.discovery.document import Draft, Place
+from tests.unit.recipes.discovery.test_document import draft
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])
@@ -54,3 +59,19 @@ def test_an_address_that_cannot_be_one_of_b_is_refused(
     said = capsys.readouterr().err
     assert said.startswith("nbd-migrate: --to: ")
     assert said.count("\n") == 1
+
+
+def test_where_our_commands_were_found_on_the_hosts_is_not_looked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    apart = replace(draft(), destination=Place("ssh://b", "/run/b.qmp"))
+
+    async def looked(_: object) -> tuple[Draft, tuple[str, str]]:
+        return apart, ("", "/opt/there/bin")
+
+    monkeypatch.setattr(plan_command, "_look", looked)
+    given = make_parser().parse_args(["run", "--source", "/run/a.qmp", "--to", "ssh://b"])
+    plan = plan_command.found(given, {})
+    assert (plan.source.bin, plan.destination.bin) == ("", "/opt/there/bin")
+    named = plan_command.found(given, {"destination": {"bin": "/elsewhere"}})
+    assert named.destination.bin == "/elsewhere"
