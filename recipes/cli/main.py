@@ -286,6 +286,8 @@ def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
         host = f"[{given.to}]" if is_ipv6(given.to) else given.to
         address = given.to if is_host_and_port(given.to) else f"{host}:{MIGRATION_PORT}"
         found["destination"]["migration"] = f"tcp:{address}"
+    if getattr(given, "overwrite", None):
+        found["destination"]["overwrite"] = given.overwrite
     if given.speed is not None:
         found["limits"]["speed"] = sizes.parse_size(given.speed, "--speed")
     if given.verify is not None:

@@ -96,6 +96,15 @@ def configure_places(parser: argparse.ArgumentParser) -> None:
         type=program.filled,
         help="where A serves the disks; default: as B reaches A",
     )
+    parser.add_argument(
+        "--overwrite",
+        metavar="DEVICE",
+        type=program.filled,
+        action="append",
+        default=[],
+        help="a block device of B to which a disk moves, and on which there is something, which is lost; may "
+        "be repeated",
+    )
 
 
 def main(given: argparse.Namespace) -> int:
@@ -104,7 +113,8 @@ def main(given: argparse.Namespace) -> int:
         draft = seeded(drafted(given), given.seed)
         verify = True if given.verify is None and given.policy == HYBRID else given.verify
         policy, cutover = given.policy or "", given.cutover or ""
-        text = write(replace(draft, policy=policy, cutover=cutover, verify=verify))
+        wanted = replace(draft, policy=policy, cutover=cutover, verify=verify)
+        text = write(replace(wanted, overwrite=tuple(given.overwrite)))
     except asyncio.CancelledError:
         return program.EXIT_INTERRUPTED
     # What is printed is what would run.

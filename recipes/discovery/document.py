@@ -39,6 +39,7 @@ class Draft:
     policy     when the disks go; empty: as a plan has it that does not say
     cutover    when the guest does; the same
     verify     whether what was copied is compared on both hosts; None: as a plan has it that does not say
+    overwrite  block devices on which there may be something
     """
 
     guest: Guest
@@ -55,6 +56,7 @@ class Draft:
     policy: str = ""
     cutover: str = ""
     verify: bool | None = None
+    overwrite: tuple[str, ...] = ()
 
     @property
     def on_one_machine(self) -> bool:
@@ -77,7 +79,7 @@ def write(draft: Draft) -> str:
         if found.format != RAW:
             disk["format"] = _text(found.format, "as A has it; on B it is raw")
         on_device = is_among_devices(target)
-        disk["target"] = _text(target, "a block device: what is on it is overwritten" if on_device else "")
+        disk["target"] = _text(target, "a block device, which becomes the disk" if on_device else "")
         disk["drive"] = _text(found.drive)
         if seed:
             disk["seed"] = _text(seed, "a copy that B has: what is the same in it is not sent")
@@ -156,6 +158,10 @@ def _destination(draft: Draft) -> Table:
             same.add_line(_text(path))
         same.add_line(indent="")
         table["same"] = same.comment("read-only in A's QEMU: B needs them as they are there")
+    if draft.overwrite:
+        array = tomlkit.array()
+        array.extend(_text(path) for path in draft.overwrite)
+        table["overwrite"] = array.comment("what is on it is lost")
     table["qemu"] = _command_line(draft.derived)
     return table
 

@@ -42,6 +42,11 @@ async def check_device(plan: Plan, disk: PlannedDisk, size: int, host_b: Host) -
             f"{key}: there is an overlay on {target} on B that is not complete; remove it if it is left from "
             f"an interrupted run, and holds nothing, with: {discard}"
         )
+    if told["holds"] == "something" and target not in plan.destination.overwrite:
+        raise MigrationError(
+            f"{key}: there is something on {target} on B, which would be lost; if it is the right device, "
+            f"say so: {pasted(['--overwrite', target])}, or in the plan overwrite under [destination]"
+        )
 
 
 async def device_warnings(plan: Plan, needs: Sequence[Need], host_b: Host) -> list[str]:

@@ -74,8 +74,8 @@ class Destination:
     three are added. Its ``-device`` refers to a disk by its drive and says ``rerror=stop,werror=stop``.
     ``owner`` (USER, USER:GROUP or :GROUP) and ``mode`` (octal) are those of the images and of the sockets to
     them, for a QEMU that runs as another user. ``same`` are files that ``qemu`` names, and that must be on B
-    as they are on A, under the same paths. ``image``, ``node`` and
-    ``seed`` are those of its only disk.
+    as they are on A, under the same paths. ``overwrite`` are block devices on which there may be something,
+    which is lost. ``image``, ``node`` and ``seed`` are those of its only disk.
     ``policy`` says when the disks go there, ``cutover`` when the guest does (policy.py).
     """
 
@@ -93,6 +93,7 @@ class Destination:
     policy: str = POSTCOPY
     cutover: str = ""
     same: Command = ()
+    overwrite: Command = ()
     seed: str = ""
 
     def ownership(self, option: str) -> list[str]:
@@ -120,6 +121,8 @@ class Destination:
             raise UsageError(f"destination.owner: {self.owner!r} is not usable: write USER or USER:GROUP")
         for path in self.same:
             check_absolute("destination.same", path)
+        for path in self.overwrite:
+            check_absolute("destination.overwrite", path)
         if not self.qemu:
             raise UsageError("destination.qemu: give the QEMU command line of host B")
         for option in ("incoming", "qmp", "daemonize", "S"):
@@ -230,6 +233,14 @@ class Plan:
                 taken = f"{self.destination.qmp} is where nbd-overlay has a file of {disk.target}"
                 raise UsageError(f"destination.qmp: {taken}")
         check_together(self.disks)
+        devices = [disk.target for disk in self.disks if disk.on_device]
+        other = next((path for path in self.destination.overwrite if path not in devices), None)
+        if other is not None:
+            where = ", ".join(devices) or "there are none"
+            raise UsageError(
+                f"destination.overwrite: {other} is no block device to which a disk moves ({where}); "
+                "leave it out"
+            )
         self._check_flash()
         if self.verifies and not self.by_overlay:
             raise UsageError(

@@ -22,6 +22,7 @@ cutover = "auto"                          with hybrid, when the guest goes: see 
 qmp = "/run/vm/b.qmp"                     QMP address of the QEMU that is started there
 owner = "libvirt-qemu:kvm"                who that QEMU runs as, if not who starts it; mode: of its files
 same = ["/srv/iso/tools.iso"]             files of its read-only drives, which must be as they are on A
+overwrite = ["/dev/vg/vm"]                block devices, targets of disks, with something on them: it is lost
 migration = "tcp:192.0.2.2:4444"          where it listens for the RAM: "tcp:HOST:PORT" or "unix:PATH"
 
 [[disk]]                                  in the place of source.image and node, destination.image and node;

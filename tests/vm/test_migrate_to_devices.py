@@ -48,6 +48,7 @@ class ToDevice(Scene):
                 qmp=plan.destination.qmp,
                 migration=plan.destination.migration,
                 policy=plan.destination.policy,
+                overwrite=(planned.target,),
             ),
             limits=plan.limits,
             disk=(planned,),
@@ -124,8 +125,10 @@ def test_before_the_cut_over_the_device_stays_as_it_is(stage: ToDevice) -> None:
     assert stage.device.read_bytes() == stage.before
     assert stage.left_beside == []
     stage.wait_until_guest_works("a")
-    plan = check(NBD_MIGRATE, "plan", "--source", stage.monitor_a, "--target", stage.device)
-    assert f'target = "{stage.device}" # a block device: what is on it is overwritten' in plan
+    found = (NBD_MIGRATE, "plan", "--source", stage.monitor_a, "--target", stage.device)
+    plan = check(*found, "--overwrite", stage.device)
+    assert f'target = "{stage.device}" # a block device, which becomes the disk' in plan
+    assert f'overwrite = ["{stage.device}"] # what is on it is lost' in plan
     assert f"{stage.device}.monitor" not in plan
 
 

@@ -34,12 +34,17 @@ def device(tmp_path: Path) -> Iterator[Path]:
         yield made
 
 
-def plan_of(target: Path, state: Path) -> Plan:
+def plan_of(target: Path, state: Path, *, overwrite: bool = True) -> Plan:
     """A plan for one disk that goes there."""
     return Plan(
         Source(qmp="/a.qmp"),
         Export(uri="nbd://127.0.0.1/vm"),
-        Destination(qemu=("qemu",), qmp="/b.qmp", migration="unix:/m"),
+        Destination(
+            qemu=("qemu",),
+            qmp="/b.qmp",
+            migration="unix:/m",
+            overwrite=(str(target),) if overwrite else (),
+        ),
         disk=(PlannedDisk("/a.raw", str(target), "disk0", state=str(state)),),
     )
 
@@ -68,6 +73,17 @@ def test_a_larger_device_is_taken_and_what_is_to_be_known_is_told(device: Path, 
     assert not (tmp_path / "state").exists()
 
 
+def test_what_is_on_a_device_is_overwritten_only_if_the_operator_has_said_so(
+    device: Path, tmp_path: Path
+) -> None:
+    plan = plan_of(device, tmp_path / "state", overwrite=False)
+    told = f"disk.target: there is something on {device} on B, which would be lost; if it is the right device"
+    assert complaint(plan).startswith(told)
+    assert f"say so: --overwrite {device}, or in the plan overwrite under [destination]" in complaint(plan)
+    device.write_bytes(bytes(SIZE + MIB))
+    asyncio.run(check_targets(plan, [SIZE], B))
+
+
 def test_what_is_no_place_for_the_disk_is_refused(device: Path, tmp_path: Path) -> None:
     plan = plan_of(device, tmp_path / "state")
     assert f"it has {SIZE + MIB} bytes, too few for a disk of {16 * MIB}" in complaint(plan, 16 * MIB)
@@ -82,7 +98,7 @@ def test_what_is_no_place_for_the_disk_is_refused(device: Path, tmp_path: Path) 
     link = tmp_path / "link"
     link.symlink_to(device)
     disk = replace(plan.disks[0], target=str(link), state="")
-    by_link = replace(plan, disk=(disk,))
+    by_link = replace(plan, disk=(disk,), destination=replace(plan.destination, overwrite=()))
     assert f"{link} is a block device on B; name it by its path below /dev" in complaint(by_link)
     (tmp_path / "file-in-the-way").touch()
     blocked = plan_of(device, tmp_path / "file-in-the-way" / "x")

@@ -290,6 +290,18 @@ def test_nothing_of_a_destination_among_the_devices_is_beside_it(
         plan_of(tmp_path, text.replace("[destination]", '[destination]\nengine = "qemu"'))
 
 
+def test_only_devices_to_which_disks_move_are_overwritten(tmp_path: Path) -> None:
+    overwrite = '[destination]\noverwrite = ["/dev/vg/lv"]'
+    text = MINIMAL.replace("[destination]", overwrite)
+    assert plan_of(tmp_path, text.replace("/images/vm.qed", "/dev/vg/lv")).destination.overwrite == (
+        "/dev/vg/lv",
+    )
+    with pytest.raises(UsageError, match="overwrite: /dev/vg/lv is no block device to which a disk moves"):
+        plan_of(tmp_path, text.replace("/images/vm.qed", "/dev/vg/other"))
+    with pytest.raises(UsageError, match=r"to which a disk moves \(there are none\); leave it out"):
+        plan_of(tmp_path, text)
+
+
 def test_a_destination_in_memory_is_a_file_like_any_other(tmp_path: Path) -> None:
     assert plan_of(tmp_path, MINIMAL.replace("/images/vm.qed", "/dev/shm/vm.raw"))
 
