@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from recipes.errors import MigrationError
+from recipes.hosts.quoting import listed
 from recipes.qemu.vm import Vm
 
 PREFIX = "nbd-migrate-"
@@ -61,14 +63,20 @@ async def remove_all(vm: Vm, nodes: Sequence[str]) -> None:
 
 
 async def dirty_bytes(vm: Vm, nodes: Sequence[str], number: int) -> dict[str, int]:
-    """Return how many bytes of each node are dirty by now, of a bitmap that it has."""
+    """Return how many bytes of each node are dirty; MigrationError where one has no such bitmap any more."""
     found = await _bitmaps(vm)
-    return {
+    counts = {
         node: int(each["count"])
         for node in nodes
-        for each in found[node]
+        for each in found.get(node, [])
         if each.get("name") == name_of(number)
     }
+    if lost := [node for node in nodes if node not in counts]:
+        raise MigrationError(
+            f"A's QEMU records no more what its guest writes to {listed(lost)}: the disk was unplugged, or "
+            f"somebody has removed {name_of(number)}; do neither while a disk is copied"
+        )
+    return counts
 
 
 async def _bitmaps(vm: Vm) -> dict[str, list[dict[str, Any]]]:

@@ -101,6 +101,10 @@ async def pivot(vm: Vm, what: Pivot) -> None:
     unless the message says otherwise.
     """
     nodes = await _nodes(vm, what)
+    if what.node not in nodes and what.socket in nodes:
+        # The disk was unplugged, and its node removed: nobody needs the socket any more.
+        await _leave(vm, what)
+        return
     await _check(vm, what, nodes)
     if not what.is_on(nodes[what.node]["file"]):
         try:
@@ -115,7 +119,8 @@ async def _check(vm: Vm, what: Pivot, nodes: dict[str, dict[str, Any]]) -> None:
     """Insist that the guest's disk is what this can move."""
     devices: list[dict[str, Any]] = await vm.call("query-block", {}, limit=what.limit)
     used = {each["inserted"]["node-name"] for each in devices if each.get("inserted")}
-    if what.node not in used:
+    # A disk that was unplugged moves as well: it may be plugged in again, and its socket is to be closed.
+    if what.node not in used and not {what.node, what.socket} <= nodes.keys():
         raise MigrationError(f"no device of B's QEMU uses {what.node}; is it the right QEMU?")
     driver = nodes[what.node]["drv"]
     if driver != "raw":
@@ -164,7 +169,7 @@ async def _withdraw(vm: Vm, what: Pivot) -> None:
         deadline = now() + what.limit
         while now() < deadline:
             nodes = await _nodes(vm, what)
-            if what.local not in nodes or what.is_on(nodes[what.node]["file"]):
+            if what.local not in nodes or what.node not in nodes or what.is_on(nodes[what.node]["file"]):
                 return
             with suppress(CommandError):
                 await vm.call("blockdev-del", {"node-name": what.local}, limit=what.limit)

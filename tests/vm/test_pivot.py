@@ -327,6 +327,26 @@ def test_any_disk_moves_between_socket_and_file_again_and_again(tmp_path: Path, 
         assert machine.lost() == []
 
 
+@pytest.mark.representative
+@pytest.mark.parametrize("removed", [False, True], ids=["unplugged", "node-removed"])
+def test_a_disk_that_was_unplugged_lets_go_of_its_socket_too(tmp_path: Path, removed: bool) -> None:
+    """It would be served, and the migration never over, for as long as B's QEMU lives."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(original_disk(DISK_SIZE))
+    with nbdkit("file", disk, directory=tmp_path) as server:
+        assert isinstance(server.address, UnixAddress)
+        argv = arguments(server.address, tmp_path)
+        at = argv.index("-device")
+        with Process([*argv[:at], *argv[at + 2 :]], tmp_path / "qemu.log") as qemu:
+            machine = Machine(tmp_path, server, qemu)
+            wait_until(lambda: listens(machine.monitor), "it listens")
+            if removed:
+                with monitor(machine.monitor) as vm:
+                    vm.execute("blockdev-del", **{"node-name": NODE})
+            machine.pivot()
+            assert machine.nodes == (set() if removed else MOVED)
+
+
 def test_a_node_that_is_no_raw_one_is_refused(machine: Machine) -> None:
     async def body() -> None:
         vm = await connect("B's QEMU", str(machine.monitor), limit=60.0, command_limit=60.0)
