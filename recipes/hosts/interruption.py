@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
@@ -78,3 +78,14 @@ async def completed(work: Awaitable[T]) -> T:
         await undisturbed(asyncio.wait({task}))
         task.result()
         raise
+
+
+async def together(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Wait for all of these; then raise the first failure, if there is one."""
+    ends = await asyncio.gather(*work, return_exceptions=True)
+    found: list[T] = []
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
+        found.append(end)
+    return found

@@ -130,7 +130,8 @@ class Rounds:
                     async with asyncio.timeout(LOOK):
                         await self._stopping.wait()
                         return
-                await self._look(tell=False)
+                if not await self._looked_in_time():
+                    return
                 # No sync: the guest, if it stood still meanwhile, would have to wait for that.
                 if self._copier.is_done and now() - rested > REST:
                     if not self._is_noted:
@@ -139,6 +140,19 @@ class Rounds:
                     rested = now()
         except MigrationError as error:
             self._failure.set_result(f"has failed: {error}")
+
+    async def _looked_in_time(self) -> bool:
+        """Look how far the copying is; False where the guest stands still meanwhile, and waits for us."""
+        looking = asyncio.ensure_future(self._look(tell=False))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({looking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if looking.done():
+                looking.result()
+            return not self._stopping.is_set()
+        finally:
+            looking.cancel()
+            stopping.cancel()
 
     async def _copy(self) -> bool:
         """Wait until everything of the round is there; tell whether the cut-over was asked for instead."""

@@ -26,11 +26,9 @@ disk's: at the same address, over the same TLS, to the same client alone.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
 
 from nbdserve.common.clock import now
 from nbdserve.common.uri import NbdUri
@@ -40,14 +38,13 @@ from recipes.connections.monitors import monitor_of
 from recipes.engines.interface import reached
 from recipes.engines.overlay_engine import monitor_of_overlay
 from recipes.errors import MigrationError
+from recipes.hosts.interruption import together
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Tracking
 from recipes.plans.disks import PlannedDisk
 from recipes.qemu import bitmaps, exporter
 from recipes.qemu.exporter import NodeExport
 from recipes.qemu.vm import CommandError, Vm
-
-T = TypeVar("T")
 
 
 class Tracker:
@@ -132,12 +129,7 @@ class Tracker:
         """
         begin, limit = now(), self._m.plan.limits.command
 
-        async def last() -> int:
-            await bitmaps.end(self._m.a, self._nodes, self._number)
-            self._ended.append(self._number)
-            return await self._read()
-
-        count = await self._m.during(last(), limit, "reading the last of A's bitmaps")
+        count = await self._m.during(self._read(last=True), limit, "reading the last of A's bitmaps")
         self.added = now() - begin
         return count
 
@@ -149,24 +141,34 @@ class Tracker:
             self._ended.remove(number)
         return count
 
-    async def _read(self) -> int:
-        """Have each overlay forget what the bitmaps that have ended say of its disk, all at once."""
+    async def _read(self, *, last: bool = False) -> int:
+        """Have each overlay forget what the bitmaps that have ended say of its disk, all at once.
+
+        With ``last`` the one that records ends before that.
+        """
         if self._is_exported:
             await self._withdraw()
         self._is_exported = True
-        names = tuple(bitmaps.name_of(number) for number in self._ended)
-        work = zip(self._m.disks, self._nodes, strict=True)
-        return sum(await together([self._read_for(disk, node, names) for disk, node in work]))
+        numbers = [*self._ended, *([self._number] if last else [])]
+        names = tuple(bitmaps.name_of(number) for number in numbers)
+        exports = [
+            NodeExport(f"bitmap-{disk.drive}", node, names)
+            for disk, node in zip(self._m.disks, self._nodes, strict=True)
+        ]
+        # Told at once, and done one after the other; of a bitmap that records there would be no export.
+        ending = [bitmaps.end(self._m.a, self._nodes, self._number)] if last else []
+        await together([*ending, *(exporter.add(self._m.a, each) for each in exports)])
+        self._ended = numbers
+        work = zip(self._m.disks, exports, strict=True)
+        return sum(await together([self._read_for(disk, exported) for disk, exported in work]))
 
-    async def _read_for(self, disk: PlannedDisk, node: str, names: Sequence[str]) -> int:
-        exported = NodeExport(f"bitmap-{disk.drive}", node, tuple(names))
-        await exporter.add(self._m.a, exported)
+    async def _read_for(self, disk: PlannedDisk, exported: NodeExport) -> int:
         passed_on = bitmap_uri(self._m, disk)
         upstream = str(exported.uri(through_qemu.socket_of(self._m)))
         given = {"type": "nbd", "id": exported.name, "name": passed_on.export, "filename": upstream}
         await self._server.call("block-export-add", given)
         overlay, count = self._m.overlay_monitors[disk.drive], 0
-        for name in names:
+        for name in exported.bitmaps:
             told = await overlay.execute("overlay-invalidate", bitmap=name, backing=str(passed_on))
             count += int(told["bytes"])
         return count
@@ -204,14 +206,3 @@ def bitmap_uri(m: Migration, disk: PlannedDisk) -> NbdUri:
     """Return where A's server passes the bitmaps of a disk on, as B connects to it."""
     uri = tls.disk_uri(m, disk)
     return replace(uri, export=f"{uri.export}-bitmap" if uri.export else "bitmap")
-
-
-async def together(work: Sequence[Awaitable[T]]) -> list[T]:
-    """Wait for all of these; then raise the first failure, if there is one."""
-    ends = await asyncio.gather(*work, return_exceptions=True)
-    found: list[T] = []
-    for end in ends:
-        if isinstance(end, BaseException):
-            raise end
-        found.append(end)
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ from recipes.channel import ssh, through_qemu, tls
 from recipes.checks.disk_nodes import disk_nodes
 from recipes.errors import MigrationError
 from recipes.hosts.images import files_at
-from recipes.hosts.interruption import undisturbed
+from recipes.hosts.interruption import together, undisturbed
 from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment, RamProgress
 from recipes.migrate.runtime import READY, Migration
@@ -74,8 +74,7 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
         await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
         m.report.moment(Moment.SWITCHOVER)
         m.refuse_the_dead()
-        await check_disks(m)
-        told = await rounds.finish() if rounds else {}
+        told = await last_bitmap(m, rounds)
         # From here on only the two QEMUs count: a server that dies is started again while streaming.
         carry = m.roles(Role.SERVER, Role.OVERLAY, Role.TUNNEL)
         for name in ("the guard", *(m.called(*each) for each in carry)):
@@ -104,6 +103,17 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
         f"{stood_still}, {expected.added * 1000:.0f} ms of that for the last bitmap; {expected.missing} "
         f"bytes of the disk are left for the window, predicted to take {expected.seconds:.1f} s"
     )
+
+
+async def last_bitmap(m: Migration, rounds: Rounds | None) -> Mapping[str, Any]:
+    """See that B has nothing that is out of date, and reads the disks that the guest has; return what the
+    journal is told. The guest stands still meanwhile.
+    """
+    if rounds is None:
+        await check_disks(m)
+        return {}
+    told: list[Mapping[str, Any] | None] = await together([rounds.finish(), check_disks(m)])
+    return told[0] or {}
 
 
 async def check_disks(m: Migration) -> None:
@@ -282,8 +292,11 @@ async def is_there(b: Vm) -> bool:
 
 async def arriving(b: Vm) -> None:
     """Wait until the guest is there; it may not run, when its first request has failed already."""
-    while (await b.execute("query-status"))["status"] == "inmigrate":
-        await asyncio.sleep(LOOK)
+    with b.events("RESUME") as news:
+        while (await b.execute("query-status"))["status"] == "inmigrate":
+            # One that does not run says nothing.
+            with suppress(VmSilentError):
+                await b.next_event(news, LOOK, "RESUME")
 
 
 async def fence_source(m: Migration) -> None:

@@ -118,7 +118,7 @@ UNTOLD = """
 import sys
 from recipes.precopy.tracker import Tracker
 
-async def nothing(self):
+async def nothing(self, *, last=False):
     return 0
 
 Tracker._read = nothing
