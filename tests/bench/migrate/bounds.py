@@ -18,6 +18,9 @@ MOST_BYTES = 1.3
 MOST_WAIT = 1.0
 """Seconds of the guest's longest request while A lives."""
 
+MOST_MISJUDGED = 0.25
+"""Part of the window by which its prediction may be wrong."""
+
 Samples = Mapping[str, Sequence[Sample]]
 """Of each contender, by its name."""
 
@@ -65,6 +68,9 @@ def verdicts(link: Link, filesystem: str, size: int, samples: Samples) -> Iterat
             theirs = median(samples[STOCK.name], each.figure)
             measured = median(samples[each.ours], each.figure) / theirs if theirs else 0.0
             yield Verdict(f"{each.ours}: {each.what}, as a multiple of stock's", each.most, measured)
+    if ours := samples.get(HYBRID.name):
+        what = f"{HYBRID.name}: error of the predicted window, as a part of what it took"
+        yield Verdict(what, MOST_MISJUDGED, median(ours, lambda each: each.misjudged))
     for name in (POSTCOPY.name, HYBRID.name):
         if ours := samples.get(name):
             passed = median(ours, lambda each: each.passed) / size

@@ -72,4 +72,6 @@ def move(setting: Setting, *options: str) -> Moved:
             raise MoveError(running.output())
     ended = time.monotonic()
     outcome = json.loads(running.output().splitlines()[-1])
-    return Moved(began, free, ended, outcome["downtime_ms"], "raw")
+    predicted, window = outcome["predicted"], outcome["window"]
+    misjudged = None if predicted is None else abs(predicted - window) / window
+    return Moved(began, free, ended, outcome["downtime_ms"], "raw", misjudged=misjudged)

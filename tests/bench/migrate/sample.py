@@ -41,6 +41,7 @@ class Sample:
     window     from the cut-over until nothing on A is needed
     total      from the beginning until the command has ended
     passed     bytes over the link, both directions, RAM and disk
+    misjudged  by which part of itself the window was predicted wrongly; 0 where none was predicted
     latencies  by phase and kind ("w", "r"), by the guest's clock
     """
 
@@ -51,6 +52,7 @@ class Sample:
     total: float
     passed: int
     latencies: Mapping[tuple[Phase, str], Latency]
+    misjudged: float = 0.0
 
     @property
     def longest(self) -> float:
@@ -72,6 +74,7 @@ def sample(moved: Moved, done: Sequence[Done], passed: int) -> Sample:
         window=free - first,
         total=moved.ended - moved.began,
         passed=passed,
+        misjudged=moved.misjudged or 0.0,
         latencies={
             (phase, kind): latency(
                 [

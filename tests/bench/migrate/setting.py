@@ -82,6 +82,7 @@ class Moved:
     downtime_ms  how long the guest stood still, as A's QEMU says
     layout       of B's disk, as qemu-img calls it
     window       whether A is needed after the cut-over at all
+    misjudged    by which part of itself the window was predicted wrongly, where one was
     """
 
     began: float
@@ -90,6 +91,7 @@ class Moved:
     downtime_ms: int
     layout: str
     window: bool = True
+    misjudged: float | None = None
 
 
 def raw_on(path: Path) -> list[dict[str, object]]:
