@@ -158,7 +158,8 @@ def test_a_block_that_was_not_forgotten_would_be_seen(tmp_path: Path) -> None:
     """Of the test above: it fails where nothing is invalidated."""
     with many_disks(tmp_path, sizes=ONE) as stage:
         hybrid(stage, speed=SLOW)
-        argv = [sys.executable, "-c", UNTOLD, "run", str(stage.plan_file()), "--name", NAME]
+        # A comparison would keep A, or see what the guest has written over it since.
+        argv = [sys.executable, "-c", UNTOLD, "run", str(stage.plan_file()), "--no-verify", "--name", NAME]
         with Process(argv, tmp_path / "run.log", cwd=ROOT) as run:
             assert run.wait(SECONDS) == 0, run.output()
         stage.wait_until_guest_works("b")
