@@ -8,12 +8,22 @@ import math
 from nbdserve.common.clock import now
 from recipes.channel.source_user import source_user
 from recipes.engines.jobs import Job, Jobs
+from recipes.engines.overlay_engine import monitor_of_overlay
 from recipes.engines.pace import Pace
 from recipes.errors import MigrationError
 from recipes.hosts.stable_storage import sync
 from recipes.migrate.progress import Progress
 from recipes.migrate.runtime import Migration
 from recipes.precopy.convergence import Pace as Expected
+
+STARTS = 4
+"""Processes that start on A, one after the other, between the guest's arrival and the end of the window.
+
+The fence and its supervisor, and two that remove what A's QEMU has left.
+"""
+
+QUESTIONS = 8
+"""Questions to each disk's monitor, and to that of B's QEMU, one after the other, from there to there."""
 
 ENOUGH = 4 << 20
 """Bytes of a round that say how fast the next one is."""
@@ -97,11 +107,14 @@ class Copier:
         targets = [disk.target for disk in m.disks]
         await m.during(sync(m.host_b, targets, limits.stall), math.inf, "writing to stable storage")
         begin = now()
-        # As long as the fence and its supervisor take to begin on A, and its QEMU to end, and the last looks
-        # at the images on B.
-        for _ in range(3):
+        # As long as the fence begins on A and its QEMU ends, and then the monitors on B are asked, and the
+        # images looked at.
+        for _ in range(STARTS):
             await m.during(source_user(m), limits.command, "looking at A")
         for disk in m.disks:
+            monitor = await monitor_of_overlay(m, disk)
+            for _ in range(QUESTIONS):
+                await self._jobs.execute(monitor, "query-overlay")
             looking = m.host_b.test("-e", disk.map, limits.command)
             await m.during(looking, limits.command, "looking at B")
         await m.during(sync(m.host_b, targets, limits.stall), math.inf, "writing to stable storage")
