@@ -146,7 +146,8 @@ def main(arguments: list[str]) -> int:
     failures = 0
     for number in numbers:
         fate = Fate.draw(asked.seed, number, asked.engine, wanted)
-        directory = Path(tempfile.mkdtemp(prefix="nbd-chaos-"))
+        # Short, so that there is room in it for the sockets of ssh, by which its connections are found.
+        directory = Path(tempfile.mkdtemp(prefix="nbd-", dir="/tmp"))
         try:
             outcome = play(directory, fate)
             shutil.rmtree(directory)
