@@ -108,7 +108,8 @@ def names() -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise MigrationError(f"{base}: {error.strerror}") from error
+        remedy = "set XDG_STATE_HOME to a directory for the journals"
+        raise MigrationError(f"{base}: {error.strerror}; {remedy}") from error
     # Others are no migrations', as a copy that somebody has made by hand.
     return sorted(name for name in found if _is_name(name) and _has_journal(base / name))
 

@@ -8,12 +8,14 @@ is paused (state ``io-error``), and so is the job, with nothing lost. QEMU goes 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from nbdserve.common.clock import now
 from recipes.channel import ssh
-from recipes.engines.jobs import Jobs
+from recipes.engines.jobs import Job, Jobs
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import AdvisedError, Migration
@@ -138,7 +140,7 @@ class Recovery:
                 told = await self._jobs.execute(job.vm, "query-overlay")
                 connected = any(source["connected"] for source in told["sources"])
                 if told["phase"] == "failed" and connected:
-                    await self._refuse_failed_job(job.disk, str(told["error"]))
+                    await self._refuse_failed_job(job, str(told["error"]))
         failures = [line for line in (await self._new_in_log(seen)).splitlines() if _FAILS in line]
         if failures:
             disk = self._disk_in(failures[-1])
@@ -150,10 +152,15 @@ class Recovery:
         names = {f"export {self._m.plan.export_of(disk).export!r}:": disk for disk in self._m.disks}
         return next((disk for name, disk in names.items() if name in line), self._m.disks[0])
 
-    async def _refuse_failed_job(self, disk: PlannedDisk, error: str) -> None:
+    async def _refuse_failed_job(self, job: Job, error: str) -> None:
         """Raise MigrationError for what nbd-overlay says, though it is connected to A: a disk has failed."""
+        disk = job.disk
         if _OF_SOURCE in error:
             why, remedy = f"{disk.image} on A: {error}", await advice.bad_source(self._m, disk)
+        elif error.endswith(_FULL):
+            # It was told to go on, and QEMU's word for a full disk is gone with that.
+            why = f"there is no space left for {disk.target} on B ({error}); make room"
+            remedy = await advice.no_space(self._m, job.bytes_missing)
         else:
             why, remedy = f"{disk.target} on B: {error}", await advice.bad_destination(self._m)
         raise await self.advised(why, remedy)
@@ -229,6 +236,9 @@ class Recovery:
 
 _OF_SOURCE = "the backing at "
 """In what nbd-overlay says of a part of the disk that no server could read."""
+
+_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+"""How it ends where there is no space left on B."""
 
 _NOT_VERIFIED = "the copy cannot be verified"
 """In the same where A's server tells no hashes."""
