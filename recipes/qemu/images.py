@@ -26,7 +26,8 @@ class Layer:
 def file_of(name: str) -> str:
     """Return the file of an image as QEMU names it; what is no file as it is.
 
-    QEMU says ``json:`` where an image was given more than its file, as the node below it by its name.
+    QEMU says ``json:`` where an image was given more than its file, as the node below it by its name, or the
+    size of a disk that is on a larger block device.
     """
     if not name.startswith("json:"):
         return name
@@ -35,9 +36,11 @@ def file_of(name: str) -> str:
     except ValueError:
         return name
     protocol = options.get("file")
-    if not isinstance(protocol, dict) or not options.keys() <= _PLAIN:
+    if not isinstance(protocol, dict) or protocol.get("driver") not in ("file", "host_device"):
         return name
-    if not protocol.keys() <= {"driver", "filename"} or protocol.get("driver") not in ("file", "host_device"):
+    # Only of a device is no more served than the disk.
+    more = {"size"} if protocol["driver"] == "host_device" else set()
+    if not options.keys() <= _PLAIN | more or not protocol.keys() <= {"driver", "filename"}:
         return name
     return str(protocol.get("filename", name))
 

@@ -23,7 +23,6 @@ commands goes on where it was:
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from typing import Any
 from nbdserve.common.clock import now
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import undisturbed
+from recipes.qemu.images import file_of
 from recipes.qemu.vm import CommandError, Vm
 
 _NOT_FLUSHED = "Error flushing drive"
@@ -82,11 +82,7 @@ class Pivot:
 
     def is_on(self, file: str) -> bool:
         """Tell whether a raw node of which QEMU tells this file is on the image."""
-        if file.startswith("json:"):
-            # So it writes a raw node that is a part of its file.
-            options = json.loads(file.removeprefix("json:"))
-            file = options.get("file", {}).get("filename", "")
-        return file == self.image
+        return file_of(file) == self.image
 
 
 def socket_of(node: str) -> str:

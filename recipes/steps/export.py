@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nbdserve.common.uri import NbdUri
+from overlay.formats.device.map_place import is_among_devices
 from recipes.channel import plain, ssh, through_qemu, tls
 from recipes.engines.choice import engine_for
 from recipes.engines.devices import make_places
@@ -100,6 +101,8 @@ async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list
     sources = [through_qemu.uri_of(m, disk) if by_qemu and disk.format != RAW else None for disk in m.disks]
     if len(m.disks) == 1:
         of_file = ["-f", m.disks[0].format, "-x", address.export, *options, m.disks[0].image]
+        if part_of(m, m.disks[0]):
+            of_file = [*options, "--export", export_option(m, m.disks[0], None)]
         what = of_file if sources[0] is None else ["-x", address.export, *options, str(sources[0])]
     else:
         pairs = zip(m.disks, sources, strict=True)
@@ -112,7 +115,13 @@ def export_option(m: Migration, disk: PlannedDisk, uri: NbdUri | None) -> str:
     name = m.plan.export_of(disk).export.replace("=", "==")
     if uri is not None:
         return f"{name}={str(uri).replace(',', ',,')}"
-    return f"{name}={disk.image.replace(',', ',,')},format={disk.format}"
+    return f"{name}={disk.image.replace(',', ',,')},format={disk.format}{part_of(m, disk)}"
+
+
+def part_of(m: Migration, disk: PlannedDisk) -> str:
+    """Return the option that serves no more of a block device than is the guest's disk; it may be larger."""
+    is_device = is_among_devices(disk.image) and disk.format == RAW
+    return f",size={m.state.disk(disk).size}" if is_device else ""
 
 
 async def check_exports(m: Migration, disks: Sequence[PlannedDisk]) -> None:

@@ -56,6 +56,8 @@ async def _complaint(m: Migration, what: str, reason: str) -> str:
         limit = m.plan.limits.command
         user = (await m.host_b.run("sh", "-c", _USER, "sh", str(m.qemu.pid), limit=limit)).strip() or user
     complaint = f"destination.qemu: B's QEMU runs as {user} and will not be able to {what} ({reason})"
+    if any(disk.on_device and disk.target in what for disk in m.disks):
+        return f"{complaint}; who may open a device is said by udev's rules, or until the next boot by chown"
     enter = f"let {user} enter each directory above it"
     if m.plan.destination.owner.partition(":")[0] == user:
         return f"{complaint}; {enter}"

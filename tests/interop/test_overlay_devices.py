@@ -247,6 +247,7 @@ def test_a_device_that_is_in_use_is_refused(exact: Place, tmp_path: Path) -> Non
         assert 'Failed to get "write" lock' in qemu.stderr
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

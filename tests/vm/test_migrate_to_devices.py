@@ -6,15 +6,18 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from overlay.formats.device.map_place import name_of
 from recipes.plans.disks import PlannedDisk
+from recipes.plans.plan import Export
 from tests.support.disks import MIB, random_disk
 from tests.support.loops import loop_device
 from tests.support.processes import check, wait_until
+from tests.support.servers import UnixAddress
 from tests.support.vms import DISK_SIZE, NBD_MIGRATE, Role, Scene, monitor, running
 
 SECONDS = 120.0
@@ -110,6 +113,37 @@ def test_a_disk_moves_to_a_larger_device_though_nbd_overlay_is_killed(stage: ToD
     assert stage.left_beside == []
     stage.quit_b()
     assert stage.wrong_sectors() == []
+
+
+def test_a_guest_moves_on_from_a_device_that_is_larger_than_its_disk(stage: ToDevice) -> None:
+    stage.change("limits", speed=0)
+    with stage.run() as run:
+        assert run.wait(SECONDS) == 0, run.output()
+    stage.wait_until_guest_works("b")
+    plan, there = stage.plan, stage.directory / "c"
+    there.mkdir()
+    qemu = [word.replace("b.serial", "c/b.serial") for word in plan.destination.qemu]
+    stage.plan = replace(
+        plan,
+        source=replace(plan.source, qmp=str(stage.monitor_b), image=str(stage.device)),
+        export=Export(UnixAddress(there / "nbd").uri("vm")),
+        destination=replace(
+            plan.destination,
+            qemu=tuple(qemu),
+            qmp=str(there / "b.qmp"),
+            image=str(there / "b.raw"),
+            node="disk0",
+            migration=f"unix:{there}/migration",
+        ),
+        disk=(),
+    )
+    with stage.run() as run:
+        assert run.wait(SECONDS) == 0, run.output()
+    assert (there / "b.raw").stat().st_size == DISK_SIZE
+    stage.monitor_b, stage.overlay = there / "b.qmp", there / "b.raw"
+    assert size_on_b(stage) == DISK_SIZE
+    stage.quit_b()
+    assert Scene.wrong_sectors(stage) == []
 
 
 @pytest.mark.representative

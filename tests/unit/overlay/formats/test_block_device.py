@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nbdserve.backends.holes import Mode, try_fallocate
+from nbdserve.common.errors import ImageError
 from overlay.formats.device import block_device
 from overlay.formats.device.block_device import BlockDevice, open_device
 from overlay.formats.device.map_place import default_map, name_of
+from overlay.formats.flat.create import new_header, write_on_device
+from overlay.formats.flat.header import Device, Flag
+from overlay.formats.flat.log import current_boot
+from overlay.formats.flat.open import Parts, assemble
+from overlay.formats.image import Backing, Image
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.loops import loop_device
+from tests.support.simulation import SimulatedDisk
 
 
 @pytest.fixture
@@ -66,3 +74,63 @@ def test_no_two_devices_have_a_map_of_one_name() -> None:
     names = [name_of(path) for path in ("/dev/a/b", "/dev/a-b", "/dev/a--b", "/dev/a-/b")]
     assert len(set(names)) == len(names)
     assert default_map(Path("/dev/vg-a/lv")).name == "dev-vg--a-lv.map"
+
+
+def parts_of(device: SimulatedDisk, file: SimulatedDisk) -> Parts:
+    """An overlay of 64 KiB that is on a simulated device."""
+    return Parts.of_device(device, file, "/dev/x", "/state/x.map")
+
+
+def opened(parts: Parts, *, writable: bool = True) -> Image:
+    """The image that they make."""
+    return assemble(parts, writable=writable, boot=current_boot(), remove_map=lambda: None)
+
+
+@pytest.mark.parametrize("which", ["device", "map"])
+def test_after_a_sync_that_failed_the_trailer_or_the_map_says_so(which: str) -> None:
+    size = 64 * KIB
+    device, file = SimulatedDisk.holding(bytes(size)), SimulatedDisk()
+    made = replace(new_header(size, (Backing("nbd://h/x", raw=True),)), device=Device(size, "/dev/x"))
+    write_on_device(device, file, made, "/state/x.map", bytes(4 * KIB))
+    image = opened(parts_of(device, file))
+    assert image.write(size - 8 * KIB, b"x" * 8 * KIB)
+    (device if which == "device" else file).failing = True
+    with pytest.raises(OSError, match="Input/output error"):
+        image.flush()
+    with pytest.raises(OSError, match="has failed before"):
+        image.write(0, bytes(4 * KIB))
+    parts = parts_of(device.reopened(), file.reopened())
+    assert parts.trailer is not None
+    assert parts.header is not None
+    assert (parts.trailer.flags | parts.header.flags) & Flag.FAILED
+    assert parts.trailer.map == "/state/x.map"
+    with pytest.raises(ImageError, match="writing back to the disk has failed"):
+        opened(parts)
+    assert opened(parts_of(device.reopened(), file.reopened()), writable=False).backings
+
+
+def test_the_page_under_the_trailer_is_put_back_while_a_guest_writes_to_it() -> None:
+    size = 64 * KIB
+    device, file = SimulatedDisk.holding(bytes(size)), SimulatedDisk()
+    made = replace(new_header(size, (Backing("nbd://h/x", raw=True),)), device=Device(size, "/dev/x"))
+    write_on_device(device, file, made, "/state/x.map", bytes(4 * KIB))
+    image = opened(parts_of(device, file))
+    image.fill(0, b"c" * size)
+    image.flush()
+    number = 0
+
+    def write_again() -> None:
+        nonlocal number
+        number += 1
+        device.during_sync = write_again if number < 3 else None
+        if number < 3:
+            # Both in the flush before, and as the page is put back and not yet in its place.
+            assert image.write(size - 1024, bytes([number]) * 1024)
+
+    device.during_sync = write_again
+    image.finish()
+    assert number == 3
+    assert bytes(device.content) == b"c" * (size - 1024) + bytes([2]) * 1024
+    assert image.read(0, size) == bytes(device.content)
+    assert image.write(size - 1024, b"n" * 1024)
+    assert bytes(device.content[-1024:]) == b"n" * 1024

@@ -9,6 +9,7 @@ import pytest
 from recipes.qemu.images import Layer, chain_of, fault_in, file_of, snapshots_in
 
 FILE = {"driver": "file", "filename": "/a"}
+DEVICE = {"driver": "host_device", "filename": "/dev/x"}
 
 
 @pytest.mark.parametrize(
@@ -24,9 +25,10 @@ FILE = {"driver": "file", "filename": "/a"}
         ),
         ("json:" + json.dumps({"driver": "qcow2", "file": FILE, "backing": None}), "/a"),
         (
-            "json:" + json.dumps({"driver": "raw", "file": {"driver": "host_device", "filename": "/dev/x"}}),
+            "json:" + json.dumps({"driver": "raw", "file": DEVICE}),
             "/dev/x",
         ),
+        ("json:" + json.dumps({"driver": "raw", "size": 512, "file": DEVICE}), "/dev/x"),
     ],
 )
 def test_the_file_of_an_image_is_found_in_the_name_that_qemu_has_for_it(name: str, file: str) -> None:
@@ -38,6 +40,8 @@ def test_the_file_of_an_image_is_found_in_the_name_that_qemu_has_for_it(name: st
     [
         # A part of the file, and what is not the bytes of a file.
         {"driver": "raw", "offset": 512, "file": FILE},
+        {"driver": "raw", "size": 512, "file": FILE},
+        {"driver": "raw", "offset": 512, "size": 512, "file": DEVICE},
         {"driver": "qcow2", "file": FILE, "lazy-refcounts": {}},
         {"driver": "raw", "file": {"driver": "nbd", "server.path": "/x"}},
         {"driver": "raw", "file": {**FILE, "offset": 1}},
