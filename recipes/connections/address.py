@@ -13,7 +13,7 @@ from nbdserve.common.uri import is_ipv6
 SCHEME = "ssh://"
 
 _ADDRESS = re.compile(
-    r"ssh://(?:([^\s@:/?#%-][^\s@:/?#%]*)@)?(?:\[([^\]\s]+)\]|([^\s@:/?#%\[\]-][^\s@:/?#%\[\]]*))(?::([0-9]+))?/?"
+    r"ssh://(?:([^\s@:/?#%-][^\s@:/?#%]*)@)?(?:\[([^\]\s]+)\]|([A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.))*))(?::([0-9]+))?/?"
 )
 
 
@@ -38,6 +38,19 @@ def host_in(text: str) -> str:
     match = _ADDRESS.fullmatch(text)
     assert match
     return match[2] or match[3]
+
+
+def ssh_words(text: str) -> tuple[str, ...]:
+    """Return an address that has been checked as words of ssh's command line.
+
+    OpenSSH (9.2) takes a name in its URI, and no IPv6 address: that is said by options.
+    """
+    match = _ADDRESS.fullmatch(text)
+    assert match
+    user, address, _, port = match.groups()
+    if not address:
+        return (text,)
+    return (*(("-p", port) if port else ()), f"{user}@{address}" if user else address)
 
 
 def host_and_port(address: str) -> tuple[str, int]:

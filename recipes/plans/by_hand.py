@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from recipes.connections.address import ssh_words
 from recipes.hosts.quoting import pasted
 from recipes.plans.plan import Destination, Source
 
@@ -24,4 +25,4 @@ def on_host(there: Source | Destination, words: list[str]) -> str:
         return pasted(words)
     if there.bin:
         words = [f"{there.bin}/{words[0]}", *words[1:]]
-    return pasted(["ssh", there.host, shlex.join(words)])
+    return pasted(["ssh", *ssh_words(there.host), shlex.join(words)])

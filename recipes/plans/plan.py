@@ -10,7 +10,7 @@ from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import parse_mode
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, is_host_name, is_ipv6, parse_uri
-from recipes.connections.address import check_host
+from recipes.connections.address import check_host, ssh_words
 from recipes.hosts.ssh import sessions
 from recipes.plans.channel import SSH, TLS, Channel
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
@@ -359,7 +359,7 @@ class Plan:
 
 def way_to(there: Source | Destination) -> Command:
     """Return the prefix of commands for a side of a plan: ssh, where it has an address."""
-    return ("ssh", there.host) if there.host else there.shell
+    return ("ssh", *ssh_words(there.host)) if there.host else there.shell
 
 
 def is_host_and_port(text: str) -> bool:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from recipes.connections import installed
+from recipes.connections.address import ssh_words
 from recipes.connections.monitors import MonitorAt, monitor_of
 from recipes.connections.sharing import sharing
 from recipes.errors import MigrationError
@@ -58,7 +59,7 @@ async def looked_at(a: str, b: str, limit: float) -> AsyncIterator[tuple[Host, H
     Each command there may take ``limit`` seconds. Raises as find_commands().
     """
     made = [
-        await Host(name, ("ssh", address) if address else (), "", address).prepared(limit * 2 / 3)
+        await Host(name, ("ssh", *ssh_words(address)) if address else (), "", address).prepared(limit * 2 / 3)
         for name, address in (("A", a), ("B", b))
     ]
     async with sharing(*made) as shared:
