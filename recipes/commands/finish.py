@@ -30,7 +30,7 @@ from recipes.steps.cutover import fence_source
 from recipes.steps.export import check_exports, serve_files, start_server
 from recipes.steps.launch import check_devices, monitor_option
 from recipes.steps.shut_down import clear_source, detach
-from recipes.steps.stream import stream
+from recipes.steps.stream import stream_again
 from recipes.steps.without_guest import go_without_guest
 
 
@@ -46,7 +46,7 @@ async def shut_down(m: Migration) -> str:
     return await clear_source(m)
 
 
-STEPS = ((Step.STREAM, stream), (Step.SHUTDOWN, shut_down))
+STEPS = ((Step.STREAM, stream_again), (Step.SHUTDOWN, shut_down))
 
 
 async def finish(plan: Plan, report: Report, *, boot: bool = False, again: str) -> None:

@@ -51,7 +51,8 @@ class Recovery:
     async def recover(self, trouble: str, *, old: bool = False) -> None:
         """Bring the server back, then guest and jobs, until they hold; MigrationError says what to do.
 
-        ``old`` is trouble of an earlier run, whose cause may have gone since.
+        ``old`` is trouble of an earlier run, whose cause may have gone since; where the two copies of a disk
+        differed, it is for whoever has asked to go on that they are compared again.
         """
         self._m.record(recoveries=self._m.state.recoveries + 1)
         if not old:

@@ -26,9 +26,18 @@ from recipes.steps.without_guest import go_without_guest
 
 async def stream(m: Migration) -> str:
     """Step 5: until every block of every disk is in its overlay, and on stable storage there."""
+    return await _all_of(m, Stream(m))
+
+
+async def stream_again(m: Migration) -> str:
+    """Step 5 of a migration of which another command has begun that, whatever has interrupted it."""
+    return await _all_of(m, Stream(m, again=True))
+
+
+async def _all_of(m: Migration, first: Stream) -> str:
     m.enter(Phase.STREAM)
     try:
-        compared = await Stream(m).run()
+        compared = await first.run()
     except MigrationError:
         # A guest that has shut down needs its disks no less than before; one whose QEMU died may be started
         # again at once, on what is there.
@@ -44,15 +53,21 @@ async def stream(m: Migration) -> str:
 
 
 class Stream:
-    """The block jobs on B, and the server that feeds them."""
+    """The block jobs on B, and the server that feeds them.
 
-    def __init__(self, m: Migration) -> None:
+    ``again`` says that somebody has asked to go on: what has paused the jobs before was told then, and its
+    cause may have gone. Else an error is one of this command's own, if it was not heard: as of a job that was
+    there before the cut-over.
+    """
+
+    def __init__(self, m: Migration, *, again: bool = False) -> None:
         self._m = m
         self._limits = m.plan.limits
         self._jobs = Jobs(m)
         self._pace = Pace(m, self._jobs)
         self._recovery = Recovery(m, self._jobs)
         self._restarts = self._ways = 0
+        self._again = again
         self._settling: set[asyncio.Task[None]] = set()
         self._written: dict[str, Written] = {}
         self._local = self._compared = 0.0
@@ -160,7 +175,8 @@ class Stream:
             older = await self._jobs.start()
             if await self._recovery.guest_waits() or {*older} & {*await self._jobs.waiting()}:
                 # Of a job that was there before, and of a guest that waited before, nobody tells why.
-                await self._recovery.recover("guest or stream were interrupted before", old=True)
+                await self._recovery.recover("guest or stream were interrupted before", old=self._again)
+            self._again = False
             while self._jobs.running or self._settling:
                 await self._advance(await self._next(news))
 

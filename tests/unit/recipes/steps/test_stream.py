@@ -116,3 +116,45 @@ def test_an_overlay_that_has_ended_when_everything_is_there_costs_only_what_it_h
         patch.setattr("recipes.steps.stream.engine_for", lambda _: engine)
         asyncio.run(stream._settle(cast(PlannedDisk, disk)))
     assert told == ["nbd-overlay has ended, with all of /b.raw there; what came of it stands in its log"]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_only_who_asks_to_go_on_has_a_difference_compared_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, again: bool
+) -> None:
+    """One that was found before the command listened is no less a difference, though nobody heard of it."""
+    asked: list[str] = []
+    verify = {"differing": 1, "first": 65536}
+    answers = {
+        "query-status": {"status": "running"},
+        "query-overlay": {"phase": "failed", "error": "1 block differs", "verify": verify, "sources": []},
+        "query-block-jobs": [{"device": "stream", "status": "paused", "offset": 0, "len": 1}],
+        "query-block": [],
+        "block-job-set-speed": {},
+    }
+
+    async def execute(vm: object, command: str, given: object = None) -> Any:
+        asked.append(command)
+        if command == "block-job-resume":
+            raise MigrationError("it goes on")
+        return answers[command]
+
+    state = SimpleNamespace(finish_by=0.0, recoveries=0)
+    m = SimpleNamespace(plan=SimpleNamespace(limits=Limits()), disks=(), state=state, b=SimpleNamespace())
+    m.journal, m.report, m.record = SimpleNamespace(directory=tmp_path), Report(), lambda **_: None
+    m.child, m.server, m.finish = (lambda _: None), None, "nbd-migrate resume vm"
+    disk = SimpleNamespace(target="/b", image="/a", drive="disk0")
+    stream = Stream(cast(Migration, m), again=again)
+    job = Job.__new__(Job)
+    vars(job).update(
+        done=False, vm=object(), disk=disk, device="disk0", name="stream", still=Stillness(lambda: 0.0)
+    )
+    stream._jobs.all = [job]
+    stream._jobs.execute = execute  # type: ignore[method-assign]
+    stream._recovery._size_of_log = lambda: asyncio.sleep(0, 0)  # type: ignore[method-assign]
+    stream._recovery.bring_export_back = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+    monkeypatch.setattr("recipes.steps.stream.heard", lambda _: contextlib.nullcontext())
+    what = "it goes on" if again else "/b on B, compared with /a on A: 1 block differs; the guest is on B"
+    with pytest.raises(MigrationError, match=what):
+        asyncio.run(stream._stream())
+    assert ("block-job-resume" in asked) == again
