@@ -203,7 +203,9 @@ async def _look(given: argparse.Namespace) -> tuple[Draft, tuple[str, str]]:
     if channel:
         Channel(channel).check()
     for target in given.target:
-        check_absolute("--target", target.rpartition("=")[2])
+        # A path may have a = in it.
+        named = "=" in target and not target.startswith("/")
+        check_absolute("--target", target.partition("=")[2] if named else target)
     wanted = Wanted(given.source, there, given.to_dir or "", given.export or "", channel, tuple(given.target))
     async with looked_at(here, there if is_ssh(there) else "", COMMAND) as (a, b):
         return await discover(wanted, a, b), (a.bin, b.bin)

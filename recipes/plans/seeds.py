@@ -27,6 +27,9 @@ def seeds_of(
                 raise UsageError(
                     f"{option} {text}: there are several disks: write NODE=FILE, NODE is of {known}"
                 )
+            if equals and not text.startswith("/"):
+                known = " or ".join(filter(None, names[0]))
+                raise UsageError(f"{option} {text}: no disk is called {name!r}: NODE is {known}, or left out")
             number, file = 0, text
         if number in found:
             raise UsageError(f"{option} {text}: {names[number][0]} has one already")

@@ -75,3 +75,11 @@ def test_where_our_commands_were_found_on_the_hosts_is_not_looked_for_again(
     assert (plan.source.bin, plan.destination.bin) == ("", "/opt/there/bin")
     named = plan_command.found(given, {"destination": {"bin": "/elsewhere"}})
     assert named.destination.bin == "/elsewhere"
+
+
+@pytest.mark.parametrize("target", ["/srv/a=b.raw", "disk0=/srv/a=b.raw", "disk0=rel/a=/b.raw"])
+def test_a_target_with_an_equals_sign_in_its_path_is_one(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", "--source", "/none.qmp", "--target", target])
+    assert ("--target" in capsys.readouterr().err) == ("rel" in target)

@@ -9,7 +9,7 @@ import pytest
 from nbdserve.common.errors import UsageError
 from recipes.plans.plan import Plan
 from recipes.plans.planfile import build
-from recipes.plans.seeds import with_seeds
+from recipes.plans.seeds import seeds_of, with_seeds
 
 ONE: dict[str, Any] = {
     "source": {"qmp": "/run/a.qmp", "image": "/a.raw"},
@@ -67,3 +67,15 @@ def test_the_engine_that_uses_no_seed_refuses_one_by_name() -> None:
         UsageError, match=r"^destination.seed: with destination.engine = 'qemu' B's QEMU copies"
     ):
         seeds(by_qemu, "/old")
+
+
+@pytest.mark.parametrize("option", ["--seed", "--target"])
+def test_a_name_that_the_only_disk_does_not_have_is_told_and_a_path_with_an_equals_sign_is_one(
+    option: str,
+) -> None:
+    names = [("disk0", "n0")]
+    for text in ("disk1=/b.raw", "=/b.raw", "n0x=/b.raw"):
+        with pytest.raises(UsageError, match=f"^{option} {text}: no disk is called .*: NODE is disk0 or n0"):
+            seeds_of([text], names, option)
+    for text in ("/srv/a=b.raw", "disk0=/srv/a=b.raw", "n0=/srv/a=b.raw"):
+        assert seeds_of([text], names, option) == {0: "/srv/a=b.raw"}
