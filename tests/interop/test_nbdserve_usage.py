@@ -108,7 +108,7 @@ MISTAKES = [
     (["-f", "raw", "-b", "no-such-host.invalid", "disk.img"], FAILED, "no-such-host.invalid"),
     (["-f", "raw", "-b", "a..b", "disk.img"], FAILED, "'a..b' is no name of a host"),
     (["-f", "raw", "-b", "x" * 300, "disk.img"], FAILED, "x' is no name of a host"),
-    (["-f", "raw", "--listen", "nbd://.a", "disk.img"], FAILED, "'.a' is no name of a host"),
+    (["-f", "raw", "--listen", "nbd://.a", "disk.img"], USAGE, "'.a' is not a host's name or address"),
     (["-f", "raw", "-b", "\udcff", "disk.img"], FAILED, "is no name of a host"),
     (["-f", "raw", "-k", "nbd.sock", "--pid-file", "missing/pid", "disk.img"], FAILED, "missing/pid"),
     (["-f", "raw", "-k", "nbd.sock", "--pid-file", ".", "disk.img"], FAILED, "pid"),

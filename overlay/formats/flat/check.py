@@ -82,7 +82,7 @@ def _check_map(
     if failed:
         clear_log(file)
         file.write(0, replace(header, flags=Flag.CLEAN | Flag.UNCERTAIN).pack())
-        data.write(trailer_at(header.size), replace(trailer, flags=trailer.flags & ~Flag.FAILED).pack())
+        data.write(trailer_at(header.size), replace(trailer, flags=trailer.flags & ~int(Flag.FAILED)).pack())
         data.sync()
     file.sync()
     return report
