@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import suppress
 
 from nbdserve.common.clock import now
@@ -85,7 +86,15 @@ class OverlayEngine(Engine):
         await self.monitor(m, disk)
 
     async def monitor(self, m: Migration, disk: PlannedDisk) -> Vm:
-        """nbd-overlay's, which is told that the guest is here, and is started again if it has died."""
+        """nbd-overlay's, which is told that the guest is here, and is started again if it has died or dies
+        meanwhile, as often as limits.restarts says.
+        """
+        for _ in range(m.plan.limits.restarts):
+            with suppress(VmGoneError):
+                return await self._monitor(m, disk)
+        return await self._monitor(m, disk)
+
+    async def _monitor(self, m: Migration, disk: PlannedDisk) -> Vm:
         monitor = m.overlay_monitors.get(disk.drive)
         if monitor and not monitor.connected:
             await m.overlay_monitors.pop(disk.drive).disconnect()
@@ -218,15 +227,31 @@ class OverlayEngine(Engine):
 
 
 async def monitor_of_overlay(m: Migration, disk: PlannedDisk) -> Vm:
-    """Return the monitor of the nbd-overlay that runs for a disk."""
+    """Return the monitor of the nbd-overlay that runs for a disk. VmGoneError where it ends before."""
     name = monitor_name(m, disk)
     if disk.drive not in m.overlay_monitors:
+        reaching = reached(name, monitor_of(m.host_b, disk.overlay_monitor), m.plan)
         m.overlay_monitors[disk.drive] = await m.during(
-            reached(name, monitor_of(m.host_b, disk.overlay_monitor), m.plan),
+            while_it_lives(name, reaching, m.overlay(disk)),
             m.plan.limits.start,
             f"reaching {name}'s monitor",
         )
     return m.overlay_monitors[disk.drive]
+
+
+async def while_it_lives(name: str, work: Awaitable[Vm], child: Child | None) -> Vm:
+    """Wait for ``work``; VmGoneError where the process ends before: nobody listens there any more."""
+    if child is None:
+        return await work
+    waits = asyncio.ensure_future(work), asyncio.ensure_future(child.wait())
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if waits[0].done():
+            return waits[0].result()
+        raise VmGoneError(f"{name} {waits[1].result()}")
+    finally:
+        for each in waits:
+            each.cancel()
 
 
 def monitor_name(m: Migration, disk: PlannedDisk) -> str:

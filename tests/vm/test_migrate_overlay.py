@@ -82,8 +82,10 @@ def test_nbd_overlay_that_dies_at_the_switch_over_is_started_again_or_the_guest_
         assert_as_before(stage)
 
 
-def test_nbd_overlay_that_dies_when_the_guest_arrives_is_started_again(stage: Scene) -> None:
-    with stage.run_doomed("ARRIVED", Role.OVERLAY) as run:
+# At the second, nobody has been told of its end when its monitor is looked for.
+@pytest.mark.parametrize("moment", ["ARRIVED", "STREAM"])
+def test_nbd_overlay_that_dies_when_the_guest_arrives_is_started_again(stage: Scene, moment: str) -> None:
+    with stage.run_doomed(moment, Role.OVERLAY) as run:
         assert run.wait(SECONDS) == 0, run.output()
     assert_complete(stage)
 
