@@ -32,7 +32,7 @@ from tests.crash.worlds import (
 )
 from tests.support.simulation import SECTOR, KilledError, SimulatedDisk
 
-HISTORIES = int(os.environ.get("CRASH_HISTORIES", "3000"))
+HISTORIES = int(os.environ.get("CRASH_HISTORIES", "1000"))
 ACTIONS = (
     ["write_now"] * 5 + ["write"] * 5 + ["zero"] * 3 + ["fill"] * 6 + ["fill_zero"] * 2
     + ["commit", "flush", "flush", "invalidate", "reopen", "finish"]
@@ -300,7 +300,7 @@ def live(world: World, seed: int) -> Image:
         (FlatWorld, HISTORIES),
         (QedWorld, HISTORIES),
         # All but its last 4 KiB is as in a file.
-        (DeviceWorld, HISTORIES // 6),
+        (DeviceWorld, HISTORIES // 3),
         pytest.param(LargerDeviceWorld, HISTORIES, marks=pytest.mark.exhaustive),
     ],
 )
