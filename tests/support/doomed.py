@@ -8,10 +8,13 @@ name. Then the migration goes on, if it can, exactly as that of ``nbd-migrate ru
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
+
+import psutil
 
 from nbdserve.common import clock, program
 from recipes.cli.journal_commands import until_signal
@@ -63,7 +66,9 @@ class Doom(PlainReport):
             assert found or victim is Role.ORCHESTRATOR, f"there is no {victim.name}"
             struck += found
         for process in struck:
-            process.send_signal(self._number)
+            # A supervisor goes by itself when what it had is gone.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(self._number)
         if self._number == signal.SIGKILL:
             wait_until(lambda: not any(lives(process.pid) for process in struck), "they are dead", DEATH)
         if Role.ORCHESTRATOR in self._victims:
