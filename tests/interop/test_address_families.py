@@ -152,6 +152,7 @@ def link(image: Path) -> Iterator[list[str]]:
     ],
     ids=str,
 )
+@pytest.mark.sampled(1)
 def test_a_link_local_address_is_served_and_reached_by_its_interface(
     image: Path, link: list[str], where: list[str]
 ) -> None:

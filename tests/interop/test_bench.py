@@ -18,6 +18,7 @@ ROW = "1 MiB sequential read, depth 8, Unix socket"
 CHOSEN = "depth 8, Unix socket"
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_writes_a_page_with_a_figure_for_every_server(tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     rows = [row for row in ROWS if CHOSEN in row.name]

@@ -42,7 +42,7 @@ print("noticed", flush=True)
 
 
 @pytest.mark.parametrize("does", ["reads", "waits"])
-@pytest.mark.sampled(1)
+@pytest.mark.exhaustive
 def test_a_host_that_is_cut_off_is_noticed_by_who_asks_and_by_who_does_not(does: str, tmp_path: Path) -> None:
     random_disk(tmp_path / "disk", MIB)
     with Process(["unshare", "--net", "sh", "-ec", NETWORK], tmp_path / "network.log") as network:

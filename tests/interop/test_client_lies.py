@@ -273,6 +273,7 @@ def zeros_that_are_none(disk: bytes, offset: int, length: int) -> Chunks:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lie", ABOUT)
+@pytest.mark.sampled(5)
 def test_a_job_fails_at_a_block_status_that_makes_no_sense_and_marks_nothing(
     lie: str, layout: Layout, tmp_path: Path, stack: ExitStack
 ) -> None:

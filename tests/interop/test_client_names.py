@@ -94,6 +94,7 @@ def uri(name: str, scheme: str = "nbd") -> str:
         ("ipv6-only.example", LIVE_6),
     ],
 )
+@pytest.mark.sampled(1)
 def test_every_address_of_a_name_is_tried(name: str, address: str, inside: list[str], tmp_path: Path) -> None:
     with serving(inside, tmp_path, address) as content:
         check(*inside, NBD_OVERLAY, "create", "--backing", uri(name), tmp_path / "made", seconds=9)
@@ -111,6 +112,7 @@ def test_every_address_of_a_name_is_tried(name: str, address: str, inside: list[
                 process.terminate()
 
 
+@pytest.mark.exhaustive
 def test_where_no_address_answers_each_is_named_in_time(inside: list[str], tmp_path: Path) -> None:
     """In less time than a system call takes to give up even one of them."""
     done = run(
@@ -126,6 +128,7 @@ def test_where_no_address_answers_each_is_named_in_time(inside: list[str], tmp_p
     assert f"{LIVE_6}: Connection refused; {LIVE_4}: Connection refused" in line
 
 
+@pytest.mark.exhaustive
 def test_a_name_that_nobody_looks_up_is_given_up_in_time(inside: list[str], tmp_path: Path) -> None:
     done = run(
         *inside, NBD_OVERLAY, "create", "--backing", uri("unknown.example"), tmp_path / "x", seconds=25

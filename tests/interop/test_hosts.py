@@ -320,6 +320,7 @@ def test_a_command_with_the_rights_of_another_is_ended_all_the_same(privileged: 
     wait_until(lambda: not with_word(mark), "it ends")
 
 
+@pytest.mark.exhaustive
 def test_a_prefix_that_hangs_and_cannot_be_killed_is_left(privileged: tuple[str, ...]) -> None:
     seconds = f"12.{os.getpid()}"
     said = complaint_of_nobody(Host("A", (*privileged, "sh", "-c", f"exec sleep {seconds}")), "true")

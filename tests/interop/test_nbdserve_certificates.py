@@ -276,6 +276,7 @@ def test_a_certificate_that_signs_itself_is_served_to_clients_that_know_it(
         ("ca-cert.pem", "{key}", NO_CERTIFICATE + "it holds a private key"),
     ],
 )  # fmt: skip
+@pytest.mark.sampled(6)
 def test_a_file_that_holds_something_else_is_named_with_what_it_holds(
     ca: Issued, image: Path, tmp_path: Path, file: str, content: str | None, told: str
 ) -> None:

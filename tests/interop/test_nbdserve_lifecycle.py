@@ -251,6 +251,7 @@ def _bytes_read_by(pid: int) -> int:
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
+@pytest.mark.exhaustive
 def test_a_client_that_takes_no_replies_cannot_keep_the_server_from_ending(
     image: Path, tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ def test_idle_handshakes_do_not_keep_honest_clients_out(image: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9"])
-@pytest.mark.sampled(1)
+@pytest.mark.exhaustive
 def test_a_flood_of_clients_that_say_nothing_keeps_honest_ones_out_for_seconds_at_most(
     image: Path, tmp_path: Path, host: str
 ) -> None:

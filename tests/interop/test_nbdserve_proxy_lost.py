@@ -155,6 +155,7 @@ def test_the_end_does_not_wait_for_a_server_that_hangs_when_nothing_is_owed_to_i
         assert "may be lost" not in proxy.process.output()
 
 
+@pytest.mark.exhaustive
 def test_the_end_waits_no_longer_than_usual_for_a_server_that_hangs_and_says_what_may_be_lost(
     tmp_path: Path,
 ) -> None:

@@ -180,6 +180,7 @@ def test_a_client_that_takes_nothing_gives_everything_back_and_keeps_nobody_out(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.sampled(3)
 def test_what_follows_half_a_reply_is_never_sent(
     tmp_path: Path, identities: Identities, framing: str, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_file_that_hangs_when_it_is_opened_costs_those_who_chose_it(
     assert server.process.terminate() == 0
 
 
+@pytest.mark.exhaustive
 def test_a_server_ends_although_a_file_hangs(hanging: Hanging, observed: Observed) -> None:
     server = observed.server
     with hanging.asleep():

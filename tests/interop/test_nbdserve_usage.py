@@ -118,6 +118,7 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("arguments", "code", "names"), MISTAKES, ids=[" ".join(m[0])[:60] for m in MISTAKES]
 )
+@pytest.mark.sampled(40)
 def test_a_mistake_is_one_line_and_the_right_exit_code(
     tmp_path: Path, arguments: list[str], code: int, names: str
 ) -> None:

@@ -181,6 +181,7 @@ def test_who_waits_hears_that_the_daemon_has_died(image: Path) -> None:
         assert "no monitor" in one_line(daemon.command("status"), 1)
 
 
+@pytest.mark.exhaustive
 def test_a_daemon_that_hangs_costs_no_more_than_the_time_limit(image: Path) -> None:
     with served(image) as daemon:
         daemon.process.freeze()

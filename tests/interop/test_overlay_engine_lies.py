@@ -233,6 +233,7 @@ def hanging_up_on_the_second_half(disk: bytes, offset: int, length: int) -> Chun
     [(hanging_up_on_the_second_half, all_data, SIZE // 2), (whole, hanging_up, 0)],
     ids=["read", "block status"],
 )
+@pytest.mark.sampled(1)
 def test_a_job_fails_whose_source_hangs_up_on_a_request_again_and_again(
     read: Answer, about: Answer, local: int, layout: Layout, tmp_path: Path
 ) -> None:

@@ -309,6 +309,7 @@ def test_a_half_filled_image_is_finished_by_the_other(tmp_path: Path, finisher: 
     assert_same_disk(image, tmp_path / "disk")
 
 
+@pytest.mark.exhaustive
 def test_qemu_hangs_at_the_end_of_an_odd_sized_backing_without_structured_replies(tmp_path: Path) -> None:
     """What docs/overlay.md warns of: QEMU waits for the rest of the last sector, which nobody sends."""
     random_disk(tmp_path / "disk", 100_001)

@@ -123,6 +123,7 @@ def test_long_reads_of_guests_come_over_a_slow_link_and_short_ones_between_them(
             took_one_connection_each(daemon)
 
 
+@pytest.mark.exhaustive
 def test_verify_compares_over_a_slow_link(tmp_path: Path) -> None:
     size = 512 * KIB
     content = random_disk(tmp_path / "quick", size)

@@ -158,6 +158,7 @@ def test_errors_that_cannot_be_told_leave_the_exit_code(place: Place, redirected
 @pytest.mark.parametrize(
     "words", ["nbdserve --fork -r -f raw disk.raw", "nbd-overlay serve --daemonize b.raw"]
 )
+@pytest.mark.sampled(2)
 def test_a_daemon_serves_whatever_its_streams_are(
     place: Place, tmp_path: Path, words: str, closed: str
 ) -> None:

@@ -52,6 +52,7 @@ def test_a_process_that_ignores_sigterm_fails_the_test(tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.exhaustive
 def test_a_test_that_leaves_a_daemon_behind_fails_and_the_daemon_is_killed(tmp_path: Path) -> None:
     (tmp_path / "test_leak.py").write_text(
         "import subprocess\n"

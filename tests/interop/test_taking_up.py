@@ -55,6 +55,7 @@ def begun(directory: Path, phase: Phase) -> None:
         (Phase.LAUNCH, ["what has become of B's QEMU", "whether B's QEMU is still there"]),
     ],
 )
+@pytest.mark.sampled(1)
 def test_what_is_waited_for_is_said(
     phase: Phase, questions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,7 +125,6 @@ def where_it_lies(stage: Stage, offset: int) -> int:
 
 
 @pytest.mark.parametrize("engine", ["overlay", "qemu"])
-@pytest.mark.representative
 @pytest.mark.sampled(1)
 def test_a_byte_changed_in_the_copy_makes_the_verdict_fail(tmp_path: Path, engine: str) -> None:
     with staged(tmp_path, 64 * MIB, engine) as stage:

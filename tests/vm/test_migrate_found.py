@@ -199,7 +199,6 @@ def test_all_disks_of_a_guest_are_found_and_move_together(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("stage", ["-drive if=virtio"], indirect=True)
-@pytest.mark.representative
 def test_what_hinders_is_told_in_one_line_and_nothing_is_touched(stage: Found) -> None:
     def refused(*words: str | Path) -> str:
         done = run(NBD_MIGRATE, *words)

@@ -58,7 +58,6 @@ def is_on_a_as_before(stage: ApartScene) -> None:
     assert stage.capabilities_of_a() == []
 
 
-@pytest.mark.representative
 def test_a_guest_moves_over_one_connection_to_each_host(stage: ApartScene) -> None:
     with stage.run() as run:
         assert run.wait(LONG) == 0, run.output()

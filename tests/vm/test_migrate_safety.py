@@ -351,7 +351,6 @@ def test_a_failure_does_not_cancel_somebody_elses_migration(tmp_path: Path) -> N
         stage.wait_until_guest_works("a")
 
 
-@pytest.mark.representative
 def test_a_destination_without_space_pauses_the_guest_and_says_so(stage: Scene, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")

@@ -43,7 +43,6 @@ def test_what_b_has_already_is_not_sent_and_what_the_guest_writes_is_kept(tmp_pa
         assert stage.wrong_sectors() == []
 
 
-@pytest.mark.representative
 @pytest.mark.parametrize("moment", ["PROGRESS", pytest.param("SHUTDOWN", marks=pytest.mark.exhaustive)])
 def test_what_was_spared_and_compared_is_told_also_where_the_command_was_killed(
     tmp_path: Path, moment: str
@@ -85,7 +84,6 @@ def test_a_seed_that_goes_away_does_not_keep_the_guest_from_going_on(tmp_path: P
         assert stage.wrong_sectors(interrupted=True) == []
 
 
-@pytest.mark.representative
 def test_a_seed_that_is_of_no_use_is_told_of_before_anything_starts(tmp_path: Path) -> None:
     with scene(tmp_path) as stage:
 

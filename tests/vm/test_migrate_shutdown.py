@@ -123,7 +123,6 @@ def test_a_qemu_that_stays_when_its_guest_is_off_pivots_as_always(tmp_path: Path
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.representative
 @pytest.mark.sampled(1)
 def test_a_crash_in_the_last_step_is_told_and_everything_else_is_done(tmp_path: Path, engine: str) -> None:
     for moment in ("SHUTDOWN", "PIVOTED"):

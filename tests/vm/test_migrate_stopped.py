@@ -36,7 +36,6 @@ def stop_for_long(run: Process) -> None:
 @pytest.mark.parametrize(
     "lines", [("step 1", "step 3"), ("step 2", "step 4"), ("stands still on A", " of 64 MiB"), ("step 6",)]
 )
-@pytest.mark.representative
 def test_the_time_in_which_the_orchestrator_was_stopped_does_not_count(
     tmp_path: Path, lines: tuple[str, ...]
 ) -> None:

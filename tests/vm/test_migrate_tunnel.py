@@ -57,7 +57,6 @@ def last_line(run: Process) -> str:
     return run.output().splitlines()[-1]
 
 
-@pytest.mark.representative
 def test_whatever_leads_through_ssh_may_die_after_the_cut_over(stage: ApartScene) -> None:
     with stage.run() as run:
         run.wait_for_line(" of 64 MiB", LONG)

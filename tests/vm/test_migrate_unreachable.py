@@ -68,7 +68,6 @@ def give_up(stage: TwoMonitors, *, by: signal.Signals) -> Process:
     return migration
 
 
-@pytest.mark.representative
 def test_a_guest_that_is_back_on_a_is_said_to_be_there_when_b_cannot_be_cleared(stage: TwoMonitors) -> None:
     there = away(stage, "discard")
     with stage.run_doomed("MIGRATE", Role.SERVER) as migration:

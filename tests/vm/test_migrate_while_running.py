@@ -177,7 +177,6 @@ def test_a_stream_ends_when_it_is_to_end(stage: TwoMonitors) -> None:
     stage.wait_until_guest_works("b")
 
 
-@pytest.mark.representative
 def test_what_is_told_of_a_stream_never_goes_back(stage: TwoMonitors) -> None:
     stage.change("limits", speed=4 << 20)
     told: list[Progress] = []

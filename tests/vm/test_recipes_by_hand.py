@@ -76,7 +76,6 @@ def end(stage: Scene, role: Role) -> None:
         wait_until(lambda pid=process.pid: not lives(pid), "it is dead")  # type: ignore[misc]
 
 
-@pytest.mark.representative
 def test_a_server_and_a_fence_that_have_ended_are_no_obstacle(stage: Scene) -> None:
     operator = moved(stage)
     operator.must(5)

@@ -73,7 +73,6 @@ def judge(stage: Stage, phases: tuple[int, int, int]) -> Verdict:
     return demo.judge(stage, demo.Evidence(memory, Phases(*phases, memory.written), leftovers))
 
 
-@pytest.mark.representative
 def test_the_six_recipes_migrate_a_guest_and_its_disk(
     stage: Stage, operator: Operator, source: Process
 ) -> None:
@@ -128,7 +127,6 @@ def test_a_server_that_dies_while_the_disk_is_streamed_costs_time_but_no_data(
     assert verdict.holds, list(verdict.lines())
 
 
-@pytest.mark.representative
 def test_a_destination_that_fails_leaves_the_guest_running_on_a(
     stage: Stage, operator: Operator, tmp_path: Path
 ) -> None:
