@@ -104,17 +104,20 @@ class FlatImage(Image):
     def runs(self, offset: int, length: int) -> Iterator[Run]:
         """Yield the runs that make up a range; see Image. Asks the file system where the holes are."""
         self._check_range(offset, length)
+        for piece in self._pieces(offset, offset + length):
+            yield from self._runs_of(piece, offset, offset + length)
+
+    def absent(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield what of a range has to be fetched; see Image. The map alone says that.
+
+        To look for holes in what is present would take the longer the more that is: tmpfs looks at each page.
+        """
+        self._check_range(offset, length)
         end = offset + length
-        pending: tuple[int, int, bool, bool] | None = None
-        for first, last, present, written in self._pieces(offset, end):
-            if pending is not None and pending[2:] == (present, written):
-                pending = (pending[0], last, present, written)
-                continue
-            if pending is not None:
-                yield from self._runs_of(pending, offset, end)
-            pending = (first, last, present, written)
-        if pending is not None:
-            yield from self._runs_of(pending, offset, end)
+        for first, last, present, _ in self._pieces(offset, end) if self.backings else ():
+            if not present:
+                begin, stop = max(offset, first * GRAIN), min(end, last * GRAIN)
+                yield begin, stop - begin
 
     def is_local(self, offset: int, length: int) -> bool:
         """Tell whether no byte is absent; see Image."""
@@ -361,13 +364,22 @@ class FlatImage(Image):
             self.flush()
 
     def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int, bool, bool]]:
-        """The grains' runs for a range, piece by piece."""
+        """The grains' runs for a range, each as long as can be; looked at so many at a time."""
         first, last = offset // GRAIN, -(-end // GRAIN) if end > offset else 0
+        pending: tuple[int, int, bool, bool] | None = None
         while first < last:
             with self._lock:
                 piece = list(islice(self._grains.runs(first, last), _PIECE))
-            yield from piece
+            for begin, stop, present, written in piece:
+                if pending is not None and pending[2:] == (present, written):
+                    pending = (pending[0], stop, present, written)
+                    continue
+                if pending is not None:
+                    yield pending
+                pending = (begin, stop, present, written)
             first = piece[-1][1]
+        if pending is not None:
+            yield pending
 
     def _runs_of(self, run: tuple[int, int, bool, bool], offset: int, end: int) -> Iterator[Run]:
         """What of a run of grains lies within a range, holes told from data."""

@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from uuid import UUID
@@ -104,6 +105,25 @@ def test_whole_grains_are_written_at_once_and_parts_only_of_what_is_present(path
             (State.ABSENT, False),
             (State.DATA, True),
         ]
+
+
+def test_what_is_absent_is_told_by_the_map_alone_in_pieces_that_are_as_long_as_can_be(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it asked for the holes of what is present, each look went through the whole file on tmpfs."""
+    make(path)
+    with closing(flat(path)) as image:
+        image.fill(0, memoryview(bytes(MIB)))
+        image.invalidate([(8 * GRAIN, 2 * GRAIN), (10 * GRAIN, GRAIN), (200 * GRAIN, GRAIN)])
+
+        def data(*_: object) -> None:
+            raise AssertionError("the file was asked")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(image._data, "data", data)
+            assert list(image.absent(0, MIB)) == [(8 * GRAIN, 3 * GRAIN), (200 * GRAIN, GRAIN)]
+            assert list(image.absent(9 * GRAIN + 512, GRAIN)) == [(9 * GRAIN + 512, GRAIN)]
+            assert list(image.absent(20 * GRAIN, GRAIN)) == []
 
 
 def test_a_fetch_stores_zeros_as_holes_whatever_lay_there_and_is_not_the_guests(path: Path) -> None:
