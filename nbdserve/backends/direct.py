@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import stat
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +20,13 @@ from pathlib import Path
 from nbdserve.backends.base import Buffer
 from nbdserve.backends.file import FileBackend
 from nbdserve.backends.offset import WHOLE, Slice
+from nbdserve.backends.opening import logical_sector
 from nbdserve.backends.splicing import FileRange
 from nbdserve.common.errors import ImageError
 from nbdserve.protocol.constants import Command
 
 ALIGNMENT = 4096
 """Bytes; few disks ask for more."""
-_BLKSSZGET = 0x1268
-"""ioctl(2) of a block device: the bytes of a logical sector (linux/fs.h)."""
 
 
 class DirectBackend(FileBackend):
@@ -59,7 +56,7 @@ class DirectBackend(FileBackend):
                 f"{path}: its file system has no direct access (O_DIRECT): use --cache=writeback"
             ) from error
         end, is_device = os.lseek(self._direct, 0, os.SEEK_END), stat.S_ISBLK(os.fstat(self._direct).st_mode)
-        self._block = max(ALIGNMENT, _sector(self._direct)) if is_device else ALIGNMENT
+        self._block = max(ALIGNMENT, logical_sector(self._direct)) if is_device else ALIGNMENT
         # Up to here the file consists of whole blocks.
         self._border = end // self._block * self._block
         self._border_of_reads = end if is_device else self._border
@@ -186,11 +183,6 @@ class Ranges:
 
 def _collide(one: tuple[int, int, bool], other: tuple[int, int, bool]) -> bool:
     return one[0] < other[1] and other[0] < one[1] and (one[2] or other[2])
-
-
-def _sector(device: int) -> int:
-    """The bytes of a block device's logical sector."""
-    return int.from_bytes(fcntl.ioctl(device, _BLKSSZGET, bytes(4)), sys.byteorder)
 
 
 def _aligned(length: int) -> memoryview:

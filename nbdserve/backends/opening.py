@@ -11,8 +11,8 @@ from pathlib import Path
 
 from nbdserve.common.errors import ImageError
 
-_BLKROGET = 0x125E
-"""ioctl(2) of a block device: whether writes to it are refused (linux/fs.h)."""
+_BLKROGET, _BLKSSZGET = 0x125E, 0x1268
+"""ioctl(2) of a block device: whether it refuses writes, and the bytes of a logical sector (linux/fs.h)."""
 
 _ADVICE = "serve it read-only (-r)"
 _NOT_WRITABLE = (errno.EROFS, errno.EPERM, errno.EACCES)
@@ -77,5 +77,13 @@ def _is_read_only_device(descriptor: int) -> bool:
     """Whether this is a block device that takes no writes: the disk, or only this partition of it."""
     if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
         return False
-    answer = fcntl.ioctl(descriptor, _BLKROGET, bytes(4))
-    return int.from_bytes(answer, sys.byteorder) != 0
+    return _asked(descriptor, _BLKROGET) != 0
+
+
+def logical_sector(descriptor: int) -> int:
+    """Return the bytes of a block device's logical sector, of which direct access takes multiples."""
+    return _asked(descriptor, _BLKSSZGET)
+
+
+def _asked(device: int, request: int) -> int:
+    return int.from_bytes(fcntl.ioctl(device, request, bytes(4)), sys.byteorder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -11,11 +10,9 @@ from pathlib import Path
 
 from nbdserve.backends.holes import Mode, try_fallocate
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, Permission
+from nbdserve.backends.opening import logical_sector
 from nbdserve.common.errors import ImageError
 from overlay.formats.storage import FileStorage, locked, open_descriptor
-
-_BLKSSZGET = 0x1268
-"""The ioctl that tells the bytes of a logical sector (linux/fs.h)."""
 
 
 class BlockDevice(FileStorage):
@@ -33,7 +30,7 @@ class BlockDevice(FileStorage):
 
     def sector(self) -> int:
         """Return the bytes of a logical sector."""
-        return int.from_bytes(fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)), "little")
+        return logical_sector(self._fd)
 
     def allocated(self) -> int:
         """Return all of it, as nobody tells what a thin volume occupies."""
