@@ -23,3 +23,18 @@ def cut(ranges: Iterable[tuple[int, int]], unit: int, size: int) -> Iterator[tup
             reached = end if end < stop else stop
             yield number, begin - start, reached - start
             begin = reached
+
+
+def joined(runs: Iterable[tuple[int, int, bool, bool]]) -> Iterator[tuple[int, int, bool, bool]]:
+    """Yield runs (first, end, and two properties) that follow one another, those that are alike as one."""
+    pending: tuple[int, int, bool, bool] | None = None
+    for run in runs:
+        if pending is None:
+            pending = run
+        elif pending[2:] == run[2:]:
+            pending = (pending[0], *run[1:])
+        else:
+            yield pending
+            pending = run
+    if pending is not None:
+        yield pending

@@ -15,6 +15,7 @@ from overlay.formats.flat.header import CHUNK_GRAINS, GRAIN, Flag, Header, trail
 from overlay.formats.flat.leftover import Leftover
 from overlay.formats.flat.map import Map
 from overlay.formats.image import Buffer, Image, Run, State, zero_runs
+from overlay.formats.ranges import joined
 from overlay.formats.storage import Storage
 
 _PIECE = 256
@@ -104,7 +105,7 @@ class FlatImage(Image):
     def runs(self, offset: int, length: int) -> Iterator[Run]:
         """Yield the runs that make up a range; see Image. Asks the file system where the holes are."""
         self._check_range(offset, length)
-        for piece in self._pieces(offset, offset + length):
+        for piece in joined(self._pieces(offset, offset + length)):
             yield from self._runs_of(piece, offset, offset + length)
 
     def absent(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -114,7 +115,7 @@ class FlatImage(Image):
         """
         self._check_range(offset, length)
         end = offset + length
-        for first, last, present, _ in self._pieces(offset, end) if self.backings else ():
+        for first, last, present, _ in joined(self._pieces(offset, end)) if self.backings else ():
             if not present:
                 begin, stop = max(offset, first * GRAIN), min(end, last * GRAIN)
                 yield begin, stop - begin
@@ -364,22 +365,13 @@ class FlatImage(Image):
             self.flush()
 
     def _pieces(self, offset: int, end: int) -> Iterator[tuple[int, int, bool, bool]]:
-        """The grains' runs for a range, each as long as can be; looked at so many at a time."""
+        """The grains' runs for a range, piece by piece."""
         first, last = offset // GRAIN, -(-end // GRAIN) if end > offset else 0
-        pending: tuple[int, int, bool, bool] | None = None
         while first < last:
             with self._lock:
                 piece = list(islice(self._grains.runs(first, last), _PIECE))
-            for begin, stop, present, written in piece:
-                if pending is not None and pending[2:] == (present, written):
-                    pending = (pending[0], stop, present, written)
-                    continue
-                if pending is not None:
-                    yield pending
-                pending = (begin, stop, present, written)
+            yield from piece
             first = piece[-1][1]
-        if pending is not None:
-            yield pending
 
     def _runs_of(self, run: tuple[int, int, bool, bool], offset: int, end: int) -> Iterator[Run]:
         """What of a run of grains lies within a range, holes told from data."""
