@@ -229,17 +229,20 @@ def _discard(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _create_flat(arguments: argparse.Namespace, size: int, backings: tuple[Backing, ...]) -> int:
+def _refuse_cluster_size(arguments: argparse.Namespace) -> None:
     if arguments.cluster_size is not None:
         raise UsageError("--cluster-size is for --layout qed: a flat image has grains of 4K")
+
+
+def _create_flat(arguments: argparse.Namespace, size: int, backings: tuple[Backing, ...]) -> int:
+    _refuse_cluster_size(arguments)
     header = flat.new_header(size, backings)
     flat.create(real_path(arguments.image), header, replace=arguments.force, whose=_whose(arguments))
     return header.size
 
 
 def _create_on_device(arguments: argparse.Namespace, size: int, backings: tuple[Backing, ...]) -> int:
-    if arguments.cluster_size is not None:
-        raise UsageError("--cluster-size is for --layout qed: a flat image has grains of 4K")
+    _refuse_cluster_size(arguments)
     beside = check_map(arguments.map or default_map(arguments.image))
     header = flat.new_header(size, backings)
     if arguments.check:
