@@ -8,11 +8,11 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from nbdserve.common import clock, program, sizes
 from nbdserve.common.errors import UsageError
-from nbdserve.common.uri import is_ipv6
 from recipes.cli import journal_commands, pivot_command, plan_command, small
 from recipes.cli.journal_commands import add_finish_by, add_verify, until_signal
 from recipes.cli.small import PROGRAM
@@ -20,6 +20,7 @@ from recipes.commands.finish import finish
 from recipes.commands.run import migrate
 from recipes.connections.address import is_ssh
 from recipes.demo import run as demo
+from recipes.discovery.addresses import MIGRATION_PORT, in_brackets
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import choose_report
 from recipes.migrate.journal import check_name
@@ -28,9 +29,6 @@ from recipes.plans.planfile import load
 from recipes.plans.policy import POLICIES
 from recipes.plans.seeds import with_seeds
 from recipes.running.speed import moment
-
-MIGRATION_PORT = "4444"
-"""TCP port for the RAM where ``--to`` names none."""
 
 EPILOGUE = """
 For recipes and for the other host of a migration:
@@ -123,31 +121,23 @@ def configure_finish(parser: argparse.ArgumentParser) -> None:
 
 def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Give a subcommand the plan, and what wins over its file."""
+    text = partial(parser.add_argument, type=program.filled)
+    several = partial(text, action="append", default=[])
     nargs = "?" if optional else None
     parser.add_argument("plan", metavar="PLAN.toml", type=Path, nargs=nargs, help="see docs/migrate.md")
     source = "A's monitor: a socket's path, or HOST:PORT"
     if optional:
         source += "; without PLAN.toml also the process id of its QEMU"
-    parser.add_argument(
-        "--source", metavar="QMP|PID" if optional else "QMP", type=program.filled, help=source
-    )
-    parser.add_argument(
-        "--from",
-        dest="from_host",
-        metavar="HOST",
-        type=program.filled,
-        help="host A: ssh://[USER@]HOST[:PORT]",
-    )
-    parser.add_argument(
+    text("--source", metavar="QMP|PID" if optional else "QMP", help=source)
+    text("--from", dest="from_host", metavar="HOST", help="host A: ssh://[USER@]HOST[:PORT]")
+    text(
         "--to",
         metavar="HOST",
-        type=program.filled,
         help="host B: ssh://[USER@]HOST[:PORT]; or HOST[:PORT], where it listens for the RAM (port 4444)",
     )
-    parser.add_argument(
+    text(
         "--channel",
         metavar="KIND",
-        type=program.filled,
         help="tls (the default): disk and RAM encrypted, with certificates for this migration; ssh: both "
         "through your ssh, without any port; or plain",
     )
@@ -156,34 +146,20 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
         choices=POLICIES,
         help="postcopy: the disk follows the guest (the default); hybrid: most of it goes before the guest",
     )
-    parser.add_argument(
+    text(
         "--cutover",
         metavar="WHEN",
-        type=program.filled,
         help="with hybrid, when the guest goes: auto (default), when-converged, 'at-window SECONDS', manual",
     )
-    parser.add_argument(
+    several(
         "--seed",
         metavar="[NODE=]FILE",
-        type=program.filled,
-        action="append",
-        default=[],
         help="a raw copy of a disk on B, an older one perhaps: what is the same in it is not sent; of "
         "several disks NODE says of which; may be repeated",
     )
     add_verify(parser)
-    parser.add_argument(
-        "--speed",
-        metavar="SIZE",
-        type=program.filled,
-        help="bytes per second that the stream may take; 0: any",
-    )
-    parser.add_argument(
-        "--move-aside",
-        metavar="PATH",
-        type=program.filled,
-        help="where to move the source's image at the end",
-    )
+    text("--speed", metavar="SIZE", help="bytes per second that the stream may take; 0: any")
+    text("--move-aside", metavar="PATH", help="where to move the source's image at the end")
     parser.add_argument(
         "--engine",
         choices=["overlay", "qemu"],
@@ -283,8 +259,7 @@ def overrides(given: argparse.Namespace) -> dict[str, dict[str, object]]:
     if given.to is not None and is_ssh(given.to):
         found["destination"]["host"] = given.to
     elif given.to is not None:
-        host = f"[{given.to}]" if is_ipv6(given.to) else given.to
-        address = given.to if is_host_and_port(given.to) else f"{host}:{MIGRATION_PORT}"
+        address = given.to if is_host_and_port(given.to) else f"{in_brackets(given.to)}:{MIGRATION_PORT}"
         found["destination"]["migration"] = f"tcp:{address}"
     if getattr(given, "overwrite", None):
         found["destination"]["overwrite"] = given.overwrite

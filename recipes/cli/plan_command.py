@@ -7,14 +7,14 @@ import asyncio
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nbdserve.common import clock, program
 from nbdserve.common.errors import OperatorError, UsageError
-from nbdserve.common.uri import is_ipv6
 from recipes.cli.journal_commands import add_verify
 from recipes.connections.address import check_host, is_ssh
-from recipes.discovery.addresses import MIGRATION_PORT
+from recipes.discovery.addresses import MIGRATION_PORT, in_brackets
 from recipes.discovery.discover import COMMAND, Wanted, discover
 from recipes.discovery.document import Draft, write
 from recipes.hosts.interruption import interruptible
@@ -34,74 +34,49 @@ TO = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Give ``plan`` its options."""
+    text = partial(parser.add_argument, type=program.filled)
+    several = partial(text, action="append", default=[])
     parser.description = (
         "Look at a running guest, by its monitor and its command line, and print a plan that moves it, with "
         "comments. Nothing is changed on either host. What cannot be moved is refused by name."
     )
-    parser.add_argument(
+    text(
         "--source",
         metavar="QMP|PID",
-        type=program.filled,
         required=True,
         help="the guest: its monitor, a socket's path or HOST:PORT, or the process id of its QEMU",
     )
-    parser.add_argument(
+    text(
         "--from",
         dest="from_host",
         metavar="HOST",
-        type=program.filled,
         help="host A: ssh://[USER@]HOST[:PORT]; default: this machine",
     )
-    parser.add_argument("--to", metavar="HOST", type=program.filled, help=TO)
+    text("--to", metavar="HOST", help=TO)
     configure_places(parser)
-    parser.add_argument(
-        "--seed",
-        metavar="[NODE=]FILE",
-        type=program.filled,
-        action="append",
-        default=[],
-        help="a copy on B: see nbd-migrate run",
-    )
-    parser.add_argument(
-        "--channel",
-        metavar="KIND",
-        type=program.filled,
-        help="how disk and RAM get to B: see nbd-migrate run",
-    )
+    several("--seed", metavar="[NODE=]FILE", help="a copy on B: see nbd-migrate run")
+    text("--channel", metavar="KIND", help="how disk and RAM get to B: see nbd-migrate run")
     parser.add_argument("--policy", choices=POLICIES, help="when the disks go: see nbd-migrate run")
-    parser.add_argument(
-        "--cutover", metavar="WHEN", type=program.filled, help="when the guest goes: see nbd-migrate run"
-    )
+    text("--cutover", metavar="WHEN", help="when the guest goes: see nbd-migrate run")
     add_verify(parser)
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
 
 
 def configure_places(parser: argparse.ArgumentParser) -> None:
     """Give a subcommand what says where a guest that is looked at moves from and to."""
-    parser.add_argument(
-        "--to-dir", metavar="DIR", type=program.filled, help="B's directory for the disks; default: as on A"
-    )
-    parser.add_argument(
+    text = partial(parser.add_argument, type=program.filled)
+    several = partial(text, action="append", default=[])
+    text("--to-dir", metavar="DIR", help="B's directory for the disks; default: as on A")
+    several(
         "--target",
         metavar="[NODE=]PATH",
-        type=program.filled,
-        action="append",
-        default=[],
         help="where a disk ends on B, a file or a block device; of several disks NODE says of which; may be "
         "repeated; default: as --to-dir says",
     )
-    parser.add_argument(
-        "--export",
-        metavar="URI",
-        type=program.filled,
-        help="where A serves the disks; default: as B reaches A",
-    )
-    parser.add_argument(
+    text("--export", metavar="URI", help="where A serves the disks; default: as B reaches A")
+    several(
         "--overwrite",
         metavar="DEVICE",
-        type=program.filled,
-        action="append",
-        default=[],
         help="a block device of B to which a disk moves, and on which there is something, which is lost; may "
         "be repeated",
     )
@@ -113,8 +88,8 @@ def main(given: argparse.Namespace) -> int:
         draft = seeded(drafted(given), given.seed)
         verify = True if given.verify is None and given.policy == HYBRID else given.verify
         policy, cutover = given.policy or "", given.cutover or ""
-        wanted = replace(draft, policy=policy, cutover=cutover, verify=verify)
-        text = write(replace(wanted, overwrite=tuple(given.overwrite)))
+        overwrite = tuple(given.overwrite)
+        text = write(replace(draft, policy=policy, cutover=cutover, verify=verify, overwrite=overwrite))
     except asyncio.CancelledError:
         return program.EXIT_INTERRUPTED
     # What is printed is what would run.
@@ -179,8 +154,7 @@ def check_source(source: str) -> None:
 
 def check_to(to: str) -> None:
     """Raise UsageError unless this is an address of this machine, with a port or without."""
-    alone = f"[{to}]" if is_ipv6(to) else to
-    if not is_host_and_port(to) and not is_host_and_port(f"{alone}:{MIGRATION_PORT}"):
+    if not is_host_and_port(to) and not is_host_and_port(f"{in_brackets(to)}:{MIGRATION_PORT}"):
         raise UsageError(
             f"--to: {to!r} is not usable: write ssh://[USER@]HOST[:PORT]; or HOST[:PORT], with an IPv6 "
             "HOST in brackets where a PORT follows"

@@ -44,7 +44,7 @@ async def addresses(to: str, host_a: Host, host_b: Host, *, beside: str) -> Addr
     here = await _route(host_a, b, EXPORT_PORT)
     port = int(said) if said else (await _route(host_b, here["address"], MIGRATION_PORT))["port"]
     export = NbdUri(host=here["address"], port=here["port"], export="disk")
-    return Addresses(str(export), f"tcp:{_in_brackets(b)}:{port}")
+    return Addresses(str(export), f"tcp:{in_brackets(b)}:{port}")
 
 
 async def _address_of_b(host_a: Host, host_b: Host) -> str:
@@ -77,5 +77,6 @@ async def _route(host: Host, other: str, port: int) -> dict[str, Any]:
     return await host.told(*host.own("route", other, str(port)), limit=LIMIT)
 
 
-def _in_brackets(address: str) -> str:
+def in_brackets(address: str) -> str:
+    """Return the address of a host as it stands before a port: an IPv6 one in brackets."""
     return f"[{address}]" if is_ipv6(address) else address
