@@ -19,7 +19,7 @@ from recipes.discovery.discover import COMMAND, Wanted, discover
 from recipes.discovery.document import Draft, write
 from recipes.hosts.interruption import interruptible
 from recipes.plans.channel import Channel
-from recipes.plans.disks import check_absolute
+from recipes.plans.disks import check_path
 from recipes.plans.plan import Plan, check_monitor, is_host_and_port
 from recipes.plans.planfile import build
 from recipes.plans.policy import HYBRID, POLICIES
@@ -172,14 +172,14 @@ async def _look(given: argparse.Namespace) -> tuple[Draft, tuple[str, str]]:
         check_to(there)
     check_source(given.source)
     if given.to_dir:
-        check_absolute("--to-dir", given.to_dir)
+        check_path("--to-dir", given.to_dir, directory=True)
     channel = given.channel or ""
     if channel:
         Channel(channel).check()
     for target in given.target:
         # A path may have a = in it.
         named = "=" in target and not target.startswith("/")
-        check_absolute("--target", target.partition("=")[2] if named else target)
+        check_path("--target", target.partition("=")[2] if named else target)
     wanted = Wanted(given.source, there, given.to_dir or "", given.export or "", channel, tuple(given.target))
     async with looked_at(here, there if is_ssh(there) else "", COMMAND) as (a, b):
         return await discover(wanted, a, b), (a.bin, b.bin)

@@ -11,6 +11,7 @@ from recipes.discovery.command_line.arguments import Arguments
 from recipes.discovery.command_line.options import CommandLine, Option
 from recipes.discovery.guest import Drive, Guest
 from recipes.hosts.quoting import pasted
+from recipes.plans.disks import shortest
 from recipes.qemu.images import FORMATS
 
 DISKS = ("hda", "hdb", "hdc", "hdd", "cdrom")
@@ -101,7 +102,7 @@ def complaint(drive: Drive, image: str, address: str) -> str:
 def path_of(file: str, directory: str) -> str:
     """Return the absolute path of a file; what is no path as it is."""
     if file.startswith("/"):
-        return posixpath.normpath(file) if ".." in file else file
+        return shortest(file)
     if file.startswith("json:") or ":" in file.partition("/")[0]:
         return file
     return posixpath.normpath(posixpath.join(directory, file))

@@ -98,13 +98,13 @@ class PlannedDisk:
                 f"{keys['target']}: {self.target!r} is too long for the sockets beside it; choose one "
                 f"with which {self.overlay_monitor!r} has at most {SOCKET_PATH_LIMIT} bytes"
             )
-        check_absolute(keys["image"], self.image)
-        check_absolute(keys["target"], self.target)
+        check_path(keys["image"], self.image)
+        check_path(keys["target"], self.target)
         if self.format not in FORMATS:
             raise UsageError(f"disk.format: {self.format!r} is neither {' nor '.join(FORMATS)}")
         if self.seed:
-            check_absolute(keys["seed"], self.seed)
-            if posixpath.normpath(self.seed) in self.beside:
+            check_path(keys["seed"], self.seed)
+            if self.seed in self.beside:
                 raise UsageError(f"{keys['seed']}: {self.seed!r} is what is made there; name another copy")
         if self.state and not self.on_device:
             raise UsageError(
@@ -112,7 +112,7 @@ class PlannedDisk:
                 "leave it out"
             )
         if self.state:
-            check_absolute("disk.state", self.state)
+            check_path("disk.state", self.state, directory=True)
             if is_among_devices(self.state):
                 raise UsageError(
                     f"disk.state: {self.state!r} is among the devices; name a directory in a file system"
@@ -128,8 +128,7 @@ def check_together(disks: Sequence[PlannedDisk]) -> None:
     """Raise UsageError where two disks are one, or would be in each other's way."""
     for key in ("image", "target", "drive", "node"):
         values = [getattr(disk, key) for disk in disks if getattr(disk, key)]
-        same = [posixpath.normpath(value) for value in values] if key in ("image", "target") else values
-        twice = next((value for n, value in enumerate(same) if value in same[:n]), None)
+        twice = next((value for n, value in enumerate(values) if value in values[:n]), None)
         if twice is not None:
             raise UsageError(f"disk.{key}: {twice} is that of two disks")
     taken: dict[str, PlannedDisk] = {}
@@ -161,7 +160,23 @@ def stem_of(target: str) -> str:
     return PlannedDisk("", target, "").stem
 
 
-def check_absolute(where: str, path: str) -> None:
-    """Raise UsageError unless the path is absolute."""
+def shortest(path: str) -> str:
+    """Return an absolute path without ``.``, ``..`` and double slashes.
+
+    >>> shortest("//dev/./vg/../sda")
+    '/dev/sda'
+    """
+    return posixpath.normpath(f"/{path.lstrip('/')}")
+
+
+def check_path(where: str, path: str, *, directory: bool = False) -> None:
+    """Raise UsageError unless the path is absolute and written in the shortest way.
+
+    What a path is, a device or the file of something else, is told by its letters. A directory's may end
+    with a slash.
+    """
     if not path.startswith("/"):
         raise UsageError(f"{where}: {path!r} must be an absolute path")
+    wanted = shortest(path)
+    if path not in (wanted, f"{wanted}/" if directory else wanted):
+        raise UsageError(f"{where}: {path!r} has parts that it does not need: write {wanted}")

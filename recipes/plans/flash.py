@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbdserve.common.errors import UsageError
+from recipes.plans.disks import check_path
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,4 @@ class PlannedFlash:
     def check(self) -> None:
         """Raise UsageError if a value cannot be right."""
         for key, path in (("image", self.image), ("target", self.target)):
-            if not path.startswith("/"):
-                raise UsageError(f"flash.{key}: {path!r} must be an absolute path")
+            check_path(f"flash.{key}", path)

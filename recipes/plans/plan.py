@@ -13,7 +13,7 @@ from nbdserve.common.uri import NbdUri, is_host_name, is_ipv6, parse_uri
 from recipes.connections.address import check_host, ssh_words
 from recipes.hosts.ssh import sessions
 from recipes.plans.channel import SSH, TLS, Channel
-from recipes.plans.disks import SHORTHAND, PlannedDisk, check_absolute, check_together
+from recipes.plans.disks import SHORTHAND, PlannedDisk, check_path, check_together
 from recipes.plans.flash import PlannedFlash
 from recipes.plans.hooks import Hooks
 from recipes.plans.limits import Limits
@@ -57,8 +57,8 @@ class Export:
             raise UsageError(f"export.uri: {error}") from error
         if address.tls or address.user:
             raise UsageError(f"export.uri: {self.uri!r}: TLS and users are not possible here")
-        if address.socket is not None and not address.socket.startswith("/"):
-            raise UsageError(f"export.uri: {self.uri!r}: the socket must be an absolute path")
+        if address.socket is not None:
+            check_path("export.uri", address.socket)
 
     @property
     def address(self) -> NbdUri:
@@ -120,9 +120,9 @@ class Destination:
         if self.owner and not re.fullmatch(r"[^\s:]*(:[^\s:]+)?", self.owner):
             raise UsageError(f"destination.owner: {self.owner!r} is not usable: write USER or USER:GROUP")
         for path in self.same:
-            check_absolute("destination.same", path)
+            check_path("destination.same", path)
         for path in self.overwrite:
-            check_absolute("destination.overwrite", path)
+            check_path("destination.overwrite", path)
         if not self.qemu:
             raise UsageError("destination.qemu: give the QEMU command line of host B")
         for option in ("incoming", "qmp", "daemonize", "S"):
@@ -134,7 +134,7 @@ class Destination:
                 f"destination.migration: {self.migration!r} is not usable: write tcp:HOST:PORT or unix:/PATH"
             )
         if kind == "unix":
-            check_socket_path(rest, "destination.migration")
+            check_monitor("destination.migration", rest)
 
     def _check_policy(self) -> None:
         if self.policy not in POLICIES:
@@ -163,7 +163,7 @@ class Finish:
     def check(self) -> None:
         """Raise UsageError if the path is not absolute."""
         if self.move_aside:
-            check_absolute("finish.move_aside", self.move_aside)
+            check_path("finish.move_aside", self.move_aside, directory=True)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Log:
     def check(self) -> None:
         """Raise UsageError if the path is not absolute."""
         if self.directory:
-            check_absolute("log.directory", self.directory)
+            check_path("log.directory", self.directory, directory=True)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,10 @@ class Plan:
                 "copies, which uses no seed; leave one of the two out"
             )
         for disk in self.disks:
-            if posixpath.normpath(self.moved_to(disk)) == posixpath.normpath(disk.image):
+            aside = self.moved_to(disk)
+            if aside:
+                check_path("finish.move_aside", aside)
+            if aside == disk.image:
                 raise UsageError("finish.move_aside: this is the image's own path")
         names = [posixpath.basename(disk.image) for disk in self.disks]
         if self.finish.move_aside and len(set(names)) < len(names):
@@ -386,6 +389,7 @@ def check_place(section: str, host: str, shell: Command) -> None:
 def check_monitor(where: str, address: str) -> None:
     """Raise UsageError unless this is an absolute path or ``HOST:PORT``."""
     if address.startswith("/"):
+        check_path(where, address)
         check_socket_path(address, where)
     elif not is_host_and_port(address):
         raise UsageError(f"{where}: {address!r} is not usable: write a socket's absolute path or HOST:PORT")

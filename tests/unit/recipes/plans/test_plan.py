@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_an_option_of_the_command_line_wins_over_the_file(tmp_path: Path) -> Non
             "export.uri: 'http://192.0.2.1/vm' is not an NBD",
         ),
         ("nbd://192.0.2.1/vm", "nbds://192.0.2.1/vm", "export.uri: 'nbds://192.0.2.1/vm': TLS"),
-        ("nbd://192.0.2.1/vm", "nbd+unix:///vm?socket=x", "the socket must be an absolute path"),
+        ("nbd://192.0.2.1/vm", "nbd+unix:///vm?socket=x", "export.uri: 'x' must be an absolute path"),
         ('"-device"', '"-incoming"', "destination.qemu: leave -incoming out"),
         ('"-device"', '"--daemonize"', "destination.qemu: leave -daemonize out"),
         ('"-device"', '"-S"', "destination.qemu: leave -S out"),
@@ -264,6 +265,49 @@ def test_a_plan_that_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: 
         load(tmp_path)
 
 
+LONG_WAY = ("/dev/../images/x", "//images/x", "/images/./x", "/images//x", "/images/x/", "/..")
+
+
+@pytest.mark.parametrize("path", LONG_WAY)
+@pytest.mark.parametrize(
+    ("section", "key", "form"),
+    [
+        ("source", "image", "{}"),
+        ("source", "qmp", "{}"),
+        ("export", "uri", "nbd+unix:///vm?socket={}"),
+        ("destination", "image", "{}"),
+        ("destination", "qmp", "{}"),
+        ("destination", "migration", "unix:{}"),
+        ("destination", "seed", "{}"),
+        ("destination", "same", "{}"),
+        ("destination", "overwrite", "{}"),
+        ("finish", "move_aside", "{}"),
+        ("flash", "image", "{}"),
+        ("flash", "target", "{}"),
+    ],
+)
+def test_what_a_path_is_can_be_told_by_its_letters(section: str, key: str, form: str, path: str) -> None:
+    document = tomllib.loads(MINIMAL)
+    said = form.format(path)
+    value = {key: [said] if key in ("same", "overwrite") else said}
+    if section == "flash":
+        document["flash"] = [{"image": "/a", "target": "/b"} | value]
+    else:
+        document[section] = document.get(section, {}) | value
+    with pytest.raises(UsageError) as caught:
+        build(document, {})
+    assert f"{section}.{key}: {path!r} has parts that it does not need: write /" in str(caught.value)
+
+
+def test_a_directory_may_end_with_a_slash(tmp_path: Path) -> None:
+    text = DISKS.replace('/b/data.raw"', '/dev/vg/data"\nstate = "/s/"')
+    plan = plan_of(tmp_path, f'{text}[log]\ndirectory = "/var/log/"\n[finish]\nmove_aside = "/old/"\n')
+    assert plan.disks[1].map == "/s/data.map"
+    assert plan.moved_to(plan.disks[0]) == "/old/system.raw"
+    with pytest.raises(UsageError, match=r"log.directory: '/var/../log' has parts that it does not need"):
+        plan_of(tmp_path, MINIMAL + '[log]\ndirectory = "/var/../log"\n')
+
+
 def test_a_plan_that_is_built_by_a_program_is_checked_as_well(tmp_path: Path) -> None:
     plan = build({}, dataclasses.asdict(plan_of(tmp_path, MINIMAL)))
     with pytest.raises(UsageError, match=r"source\.image"):
@@ -275,7 +319,7 @@ def test_a_plan_that_is_built_by_a_program_is_checked_as_well(tmp_path: Path) ->
     [
         ("/dev/vg/lv", "dev-vg-lv"),
         ("/dev/new-a", "dev-new--a"),
-        ("//dev/./mapper/vg-lv", "dev-mapper-vg--lv"),
+        ("/dev/mapper/vg-lv", "dev-mapper-vg--lv"),
     ],
 )
 def test_nothing_of_a_destination_among_the_devices_is_beside_it(
@@ -377,7 +421,7 @@ def test_several_images_are_moved_into_a_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("/dev/vg/data", "/images//system.raw", "disk.image: /images/system.raw is that of two disks"),
+        ("/dev/vg/data", "/images/system.raw", "disk.image: /images/system.raw is that of two disks"),
         ("/b/data.raw", "/b/system.raw", "disk.target: /b/system.raw is that of two disks"),
         ("disk1", "disk0", "disk.drive: disk0 is that of two disks"),
         ("disk1", "disk0-local", "disk.drive: disk0-local is what a node beside disk0 is called"),
@@ -389,6 +433,8 @@ def test_several_images_are_moved_into_a_directory(tmp_path: Path) -> None:
         ),
         ('/b/data.raw"', '/dev/vg/data"\nstate = "x"', "disk.state: 'x' must be an absolute path"),
         ('/b/data.raw"', '/dev/vg/data"\nstate = "/dev/x"', "disk.state: '/dev/x' is among the devices"),
+        ('/b/data.raw"', '/dev/vg/data"\nstate = "/x/.."', "disk.state: '/x/..' has parts that"),
+        ("/b/data.raw", "/dev/../b", "disk.target: '/dev/../b' has parts that it does not need: write /b"),
         ("/b/data.raw", "data.raw", "disk.target: 'data.raw' must be an absolute path"),
         ("/dev/vg/data", "data", "disk.image: 'data' must be an absolute path"),
         ('drive = "disk1"', "", "disk.drive: this is missing, in [[disk]] number 2"),
