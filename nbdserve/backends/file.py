@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
-from nbdserve.backends.holes import Mode, find_data, next_data, try_fallocate
+from nbdserve.backends.holes import DataFinder, Mode, next_data, try_fallocate
 from nbdserve.backends.offset import WHOLE, Slice
 from nbdserve.backends.opening import open_image
 from nbdserve.backends.splicing import FileRange
@@ -22,10 +21,6 @@ from nbdserve.protocol.offers import ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSiz
 HOLE = int(ExtentFlags.HOLE | ExtentFlags.ZERO)
 DATA = int(ExtentFlags.DATA)
 _ZEROES = bytes(1 << 20)
-
-_REMEMBERED = 0.5
-"""Seconds for which the end of a run of data is remembered."""
-_NO_RUN = (0, 0, 0.0)
 
 
 class FileBackend(Backend):
@@ -50,8 +45,7 @@ class FileBackend(Backend):
     ) -> None:
         self.path = path
         self._fd = open_image(path, read_only=read_only, follow_links=follow_links)
-        self._run_of_data = _NO_RUN
-        self._holes_made = 0
+        self._data = DataFinder()
         try:
             self._base = part.offset
             self.size = _size_of(self._fd, path, part)
@@ -118,7 +112,7 @@ class FileBackend(Backend):
             modes.insert(0, Mode.PUNCH_HOLE | Mode.KEEP_SIZE)
         for mode in modes:
             if try_fallocate(self._fd, mode, self._base + offset, length):
-                self._note_hole()
+                self._data.note_hole()
                 return True
         return False
 
@@ -134,7 +128,7 @@ class FileBackend(Backend):
         if length and self._discard:
             mode = Mode.PUNCH_HOLE | Mode.KEEP_SIZE
             if try_fallocate(self._fd, mode, self._base + offset, length):
-                self._note_hole()
+                self._data.note_hole()
         if fua:
             self.flush()
 
@@ -156,37 +150,17 @@ class FileBackend(Backend):
             return
         position, end = self._base + offset, self._base + offset + length
         while position < end:
-            begin, stop, until = self._run_of_data
-            if not begin <= position < stop or time.monotonic() > until:
-                run = self._find_data(position, end)
-                if run is None:
-                    self._require(end)
-                    yield Extent(end - position, HOLE)
-                    return
-                begin, stop = run
+            run = self._data.find(self._fd, position, end)
+            if run is None:
+                self._require(end)
+                yield Extent(end - position, HOLE)
+                return
+            begin, stop = run
             if begin > position:
                 yield Extent(begin - position, HOLE)
                 position = begin
             yield Extent(min(stop, end) - position, DATA)
             position = min(stop, end)
-
-    def _find_data(self, position: int, end: int) -> tuple[int, int] | None:
-        """Find where the next data begins and ends; None when there is none before ``end``.
-
-        Remembered for a moment, until this server makes a hole: clients ask for one small part after the
-        other, and it may take long to find. A hole that somebody else makes meanwhile is told as data, which
-        is always true.
-        """
-        holes = self._holes_made
-        run = find_data(self._fd, position, end)
-        if run is not None and holes == self._holes_made:
-            self._run_of_data = (*run, time.monotonic() + _REMEMBERED)
-        return run
-
-    def _note_hole(self) -> None:
-        """There may be holes where data was."""
-        self._holes_made += 1
-        self._run_of_data = _NO_RUN
 
     def _require(self, end: int) -> None:
         """Raise EIO unless the file still reaches to ``end``."""

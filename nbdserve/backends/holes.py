@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import time
 from enum import IntFlag
 
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL)
@@ -71,6 +72,41 @@ def find_data(descriptor: int, position: int, end: int) -> tuple[int, int] | Non
         return None
     hole = _seek(descriptor, begin, os.SEEK_HOLE, default=end)
     return begin, end if hole is None else hole
+
+
+REMEMBERED = 0.5
+"""Seconds for which the end of a run of data is remembered."""
+
+_NO_RUN = (0, 0, 0.0)
+
+
+class DataFinder:
+    """Looks for the data of one file, and remembers for a moment the run that it found last.
+
+    Who wants to know asks for one small part after the other, and each look may take as long as the data is
+    long. A hole that somebody else makes meanwhile is told as data, which is always true. May be used by
+    several threads.
+    """
+
+    def __init__(self) -> None:
+        self._run = _NO_RUN
+        self._holes = 0
+
+    def find(self, descriptor: int, position: int, end: int) -> tuple[int, int] | None:
+        """Find a run of data as find_data(); it may begin before ``position``, if that is in it."""
+        begin, stop, until = self._run
+        if begin <= position < stop and time.monotonic() <= until:
+            return begin, stop
+        holes = self._holes
+        run = find_data(descriptor, position, end)
+        if run is not None and holes == self._holes:
+            self._run = (*run, time.monotonic() + REMEMBERED)
+        return run
+
+    def note_hole(self) -> None:
+        """There may be holes where data was. To be called when they are made."""
+        self._holes += 1
+        self._run = _NO_RUN
 
 
 def _seek(descriptor: int, position: int, whence: int, default: int) -> int | None:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from nbdserve.backends.holes import find_data
+from nbdserve.backends.holes import DataFinder
 from nbdserve.backends.probe import looks_like
 from nbdserve.common.errors import ImageError
 
@@ -35,18 +35,19 @@ class Seed:
         except BaseException:
             os.close(self._fd)
             raise
+        self._finder = DataFinder()
         self._is_told = False
 
     def data(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (begin, end) of what is no hole in a range, in order; all of it where that cannot be told."""
         while offset < end:
             try:
-                run = find_data(self._fd, offset, end)
+                run = self._finder.find(self._fd, offset, end)
             except OSError:
                 run = offset, end
             if run is None:
                 return
-            begin, stop = run
+            begin, stop = max(run[0], offset), run[1]
             offset = min(stop, end)
             yield begin, offset
 

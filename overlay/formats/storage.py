@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from nbdserve.backends.holes import Mode, find_data, try_fallocate
+from nbdserve.backends.holes import DataFinder, Mode, try_fallocate
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, ImageLocks, Permission
 from nbdserve.common.errors import ImageError
 from nbdserve.common.ownership import Ownership
@@ -74,6 +74,7 @@ class FileStorage:
         self.path = path
         self._fd = fd
         self._locks = locks
+        self._finder = DataFinder()
         self._sync_failed = False
 
     def fileno(self) -> int:
@@ -137,6 +138,7 @@ class FileStorage:
             is_done = self._unmap(offset, length)
         except OSError as error:
             raise self._named(error) from error
+        self._finder.note_hole()
         for done in range(0, 0 if is_done else length, len(_ZEROS)):
             self.write(offset + done, memoryview(_ZEROS)[: length - done])
 
@@ -145,12 +147,12 @@ class FileStorage:
         end = offset + length
         while offset < end:
             try:
-                run = find_data(self._fd, offset, end)
+                run = self._finder.find(self._fd, offset, end)
             except OSError as error:
                 raise self._named(error) from error
             if run is None:
                 return
-            begin, stop = run
+            begin, stop = max(run[0], offset), run[1]
             offset = min(stop, end)
             yield begin, offset - begin
 
@@ -161,6 +163,7 @@ class FileStorage:
             os.ftruncate(self._fd, size)
         except OSError as error:
             raise self._named(error) from error
+        self._finder.note_hole()
 
     def sync(self) -> None:
         """Return when the file's content, and its length, are durable."""

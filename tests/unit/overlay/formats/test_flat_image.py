@@ -18,6 +18,7 @@ from uuid import UUID
 
 import pytest
 
+from nbdserve.backends import holes
 from nbdserve.common.errors import ImageError
 from overlay.formats.flat import open as flat_open
 from overlay.formats.flat.check import check_flat
@@ -124,6 +125,42 @@ def test_what_is_absent_is_told_by_the_map_alone_in_pieces_that_are_as_long_as_c
             assert list(image.absent(0, MIB)) == [(8 * GRAIN, 3 * GRAIN), (200 * GRAIN, GRAIN)]
             assert list(image.absent(9 * GRAIN + 512, GRAIN)) == [(9 * GRAIN + 512, GRAIN)]
             assert list(image.absent(20 * GRAIN, GRAIN)) == []
+
+
+@pytest.fixture
+def ends_looked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From where the end of data was looked for; it is remembered for as long as a slow machine takes."""
+    places: list[int] = []
+    lseek = os.lseek
+
+    def note(fd: int, place: int, whence: int) -> int:
+        if whence == os.SEEK_HOLE:
+            places.append(place)
+        return lseek(fd, place, whence)
+
+    monkeypatch.setattr(os, "lseek", note)
+    monkeypatch.setattr(holes, "REMEMBERED", 60.0)
+    return places
+
+
+def test_the_end_of_data_is_looked_for_once_however_many_runs_it_has(
+    path: Path, ends_looked_for: list[int]
+) -> None:
+    """On tmpfs each look goes through all pages up to there, which made a map take minutes."""
+    make(path)
+    with closing(flat(path)) as image:
+        image.fill(0, memoryview(b"x" * MIB))
+        for place in range(0, MIB, 4 * GRAIN):
+            image.write(place, b"y" * GRAIN)
+        found = list(image.runs(0, MIB))
+        assert len(found) == MIB // GRAIN // 2
+        for place in range(0, MIB, 16 * GRAIN):
+            assert list(image.runs(place, 4 * GRAIN)) == found[place // GRAIN // 2 :][:2]
+        assert ends_looked_for == [0]
+        # A hole is told from then on.
+        image.zero(8 * GRAIN, 4 * GRAIN)
+        states = [run.state for run in image.runs(0, 13 * GRAIN)]
+        assert states == [State.DATA] * 4 + [State.ZERO] + [State.DATA]
 
 
 def test_a_fetch_stores_zeros_as_holes_whatever_lay_there_and_is_not_the_guests(path: Path) -> None:
