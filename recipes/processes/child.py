@@ -148,6 +148,10 @@ class Child:
         if not self._ready.is_set():
             raise MigrationError(f"{self.name} was not ready within {limit:g} s")
 
+    def has_its_file(self) -> None:
+        """Know that the process is ready: its supervisor says so once, to a holder who may be gone by now."""
+        self._ready.set()
+
     async def wait(self) -> str:
         """Wait until the process has ended; return how, in words, with the last line that it wrote."""
         await self._gone.wait()

@@ -112,7 +112,9 @@ class Children:
         found = await host.run("sh", "-c", _FIND, "sh", str(pid_file), limit=limit)
         if not found.strip():
             return None
-        return await self._adopted(name, host, int(found), str(pid_file), pid_file.with_suffix(".log"))
+        child = await self._adopted(name, host, int(found), str(pid_file), pid_file.with_suffix(".log"))
+        child.has_its_file()
+        return child
 
     async def adopt_process(
         self, name: str, host: Host, pid: int, mark: str, log: Path, limit: float = COMMAND

@@ -354,6 +354,27 @@ def test_a_process_that_was_released_is_taken_over_with_its_supervisor(tmp_path:
     assert not (tmp_path / "its.supervisor").exists()
 
 
+def test_a_process_that_is_found_by_its_file_is_ready(tmp_path: Path, host: Host) -> None:
+    """Its supervisor has said so once, to a holder that has gone."""
+    ready = tmp_path / "its.pid"
+
+    async def start(children: Children) -> None:
+        words = ["sh", "-c", f"echo $$ >{ready}; sleep 1000; :"]
+        child = await children.start("a server", host, tmp_path / "its.log", words, ready=ready)
+        await child.ready(60.0)
+        child.release()
+        await child.released_for_sure()
+
+    async def take_over(children: Children) -> None:
+        child = await children.adopt("a server", host, ready)
+        assert child
+        await child.ready(0.0)
+        await child.stop(60.0)
+
+    run(start)
+    run(take_over)
+
+
 def test_who_is_there_when_a_process_ends_does_not_matter_to_it(tmp_path: Path, host: Host) -> None:
     """One holder after the other comes and goes; the last one ends it."""
     pid = talker(tmp_path, host)

@@ -30,6 +30,9 @@ ENTRIES = 18
 ARRIVAL = 13
 """Which of its calls of pwrite writes that the guest has arrived."""
 
+NO_FENCE = "no fence:"
+"""What is said where A's disk could not be fenced."""
+
 KILLED_AT = list(enumerate(range(1, ENTRIES + 1)))
 
 
@@ -82,6 +85,7 @@ def test_a_migration_that_was_killed_is_taken_up_again(stage: Scene, number: int
     kill_at(stage, entry, guards=number % 2 == 0)
     code, said = command("resume", NAME)
     assert code == 0, said
+    assert NO_FENCE not in said, said
     assert journal.last(NAME).phase is Phase.DONE
     is_on_b(stage)
 
@@ -103,6 +107,7 @@ def test_a_migration_that_was_killed_is_taken_back_until_the_guest_has_left(
     assert said.startswith("nbd-migrate: it is too late, and nothing was touched: the guest "), said
     code, said = command("resume", NAME)
     assert code == 0, said
+    assert NO_FENCE not in said, said
     is_on_b(stage)
 
 
