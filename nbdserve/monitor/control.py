@@ -11,17 +11,22 @@ from nbdserve.backends.offset import Slice
 from nbdserve.backends.probe import FORMATS
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.threads import promised
+from nbdserve.common.uri import parse_uri
 from nbdserve.connection.client_connection import Connection
 from nbdserve.connection.listeners import Listener
 from nbdserve.exports.export_options import ExportOptions, ImageOptions, source
 from nbdserve.exports.images import open_export
 from nbdserve.exports.served_exports import Export
+from nbdserve.monitor.dirty_bitmap import read_dirty_bitmap
 from nbdserve.protocol.constants import Command, TransmissionFlags
 from nbdserve.qmp.dispatch import CommandError, Handler
 from nbdserve.qmp.endpoint import Monitor
 from nbdserve.service.server import Server
 
 _LOG = logging.getLogger("nbdserve")
+
+MOST_RANGES = 1 << 14
+"""Ranges of a dirty bitmap in one answer: as many as another monitor takes in one command."""
 
 
 class Control:
@@ -37,6 +42,7 @@ class Control:
             "block-export-del": self._block_export_del,
             "x-query-clients": self._query_clients,
             "x-disconnect-client": self._disconnect_client,
+            "x-query-dirty-bitmap": self._query_dirty_bitmap,
             "quit": self._quit,
         }
 
@@ -100,6 +106,18 @@ class Control:
                 client.cut("disconnected through the monitor")
                 return
         raise CommandError(f"there is no client {id_}: see x-query-clients")
+
+    def _query_dirty_bitmap(self, filename: str, bitmap: str, offset: int = 0) -> Future[dict[str, object]]:
+        """Read a bitmap where it is, which may be far from who asks. Waits for the server that has it."""
+        if not 0 <= offset < 1 << 63:
+            raise CommandError(f"Invalid parameter '{offset}': an offset is 0 or more bytes")
+        uri = parse_uri(filename)
+
+        def read() -> dict[str, object]:
+            told = read_dirty_bitmap(uri, bitmap, offset, MOST_RANGES)
+            return {"size": told.size, "ranges": told.ranges, "next": told.end}
+
+        return promised(f"read {bitmap}", read)
 
     def _quit(self) -> None:
         self.end_reason = "host-qmp-quit"

@@ -1,30 +1,12 @@
-"""What the guest has changed at the source: a dirty bitmap, read from a server that exports it.
-
-QEMU offers a node's dirty bitmap NAME as the meta context ``qemu:dirty-bitmap:NAME`` of an NBD export (QEMU's
-docs/interop/nbd.txt); bit 0 of an extent's flags says that it is dirty.
-"""
+"""What the guest has changed at the source: a dirty bitmap of the disk that this overlay has."""
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import Future
-from itertools import accumulate, compress
-
-from nbdserve.client import Client, connect
-from nbdserve.client.pipeline import STATUS_LIMIT
-from nbdserve.common.errors import ConnectError, ImageError
+from nbdserve.common.errors import ImageError
 from nbdserve.common.uri import NbdUri
+from nbdserve.monitor import dirty_bitmap
+from nbdserve.monitor.dirty_bitmap import Ranges
 from overlay.backing.reads import sectors
-
-CONTEXT = "qemu:dirty-bitmap:"
-"""What the context of a bitmap begins with; its name follows."""
-_AHEAD = 64
-"""Questions that are under way at once: replies are short where little is dirty."""
-_LIMIT = 10.0
-"""Seconds for which the server may be silent: the guest stands still meanwhile."""
-
-Ranges = list[tuple[int, int]]
-"""Offsets and lengths in bytes."""
 
 
 def read_dirty_bitmap(uri: NbdUri, name: str, size: int) -> Ranges:
@@ -33,44 +15,7 @@ def read_dirty_bitmap(uri: NbdUri, name: str, size: int) -> Ranges:
     Raises ConnectError where the server cannot be asked for it, ImageError where its disk has another size,
     OSError when it does not answer.
     """
-    context = CONTEXT + name
-    with connect(uri, timeout=_LIMIT, silence=_LIMIT, contexts=(context,)) as client:
-        if context not in client.export.contexts:
-            raise ConnectError(f"{uri}: no dirty bitmap {name} is exported there; is its name right?")
-        if sectors(client.size) != size:
-            raise ImageError(f"{uri}: its disk has {client.size} bytes, not {size}: it is another one")
-        return _dirty(client, context)
-
-
-def _dirty(client: Client, context: str) -> Ranges:
-    """The dirty ranges, asked for in parts and some way ahead."""
-    found: Ranges = []
-    asked: deque[tuple[int, int, Future[list[int]]]] = deque()
-    for offset in range(0, client.size, STATUS_LIMIT):
-        if len(asked) == _AHEAD:
-            found += _told(client, context, *asked.popleft())
-        length = min(STATUS_LIMIT, client.size - offset)
-        asked.append((offset, length, client.start_status(offset, length, context)))
-    while asked:
-        found += _told(client, context, *asked.popleft())
-    return found
-
-
-def _told(client: Client, context: str, offset: int, length: int, future: Future[list[int]]) -> Ranges:
-    """What one answer says, asked for again from where a reply ended too early."""
-    found: Ranges = []
-    end = offset + length
-    while True:
-        status = future.result()
-        lengths, flags = status[0::2], status[1::2]
-        # There may be very many, while a guest waits.
-        found += compress(zip(accumulate(lengths, initial=offset), lengths, strict=False), flags)
-        offset += sum(lengths)
-        if offset >= end:
-            break
-        future = client.start_status(offset, end - offset, context)
-    if found:
-        # The last may go on behind what was asked for: that is told once more.
-        place, part = found[-1]
-        found[-1] = (place, min(part, end - place))
-    return found
+    told = dirty_bitmap.read_dirty_bitmap(uri, name)
+    if sectors(told.size) != size:
+        raise ImageError(f"{uri}: its disk has {told.size} bytes, not {size}: it is another one")
+    return told.ranges

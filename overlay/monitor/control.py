@@ -21,12 +21,13 @@ from nbdserve.common.uri import NbdUri, parse_uri
 from nbdserve.connection.listeners import Listener
 from nbdserve.exports.export_options import ImageOptions
 from nbdserve.monitor.control import Control as ServerControl
+from nbdserve.monitor.dirty_bitmap import Ranges
 from nbdserve.protocol.constants import NbdError
 from nbdserve.protocol.requests import wire_error
 from nbdserve.qmp.dispatch import CommandError, Handler
 from nbdserve.qmp.endpoint import Monitor
 from nbdserve.service.server import Server
-from overlay.backing.dirty_bitmap import Ranges, read_dirty_bitmap
+from overlay.backing.dirty_bitmap import read_dirty_bitmap
 from overlay.daemon import Daemon
 from overlay.fill.job import OnError, Phase
 from overlay.monitor.events import STATUS, JobEvents

@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 
 from recipes.errors import MigrationError
@@ -50,11 +50,11 @@ def unreachable(way: Way, said: str, otherwise: str) -> HostError:
 class Call:
     """A command that runs on a host, for one run()."""
 
-    def __init__(self, way: Way, command: Sequence[str], given: str = "") -> None:
-        """``given`` is what the command reads from its standard input."""
+    def __init__(self, way: Way, command: Sequence[str], given: str | Awaitable[str] = "") -> None:
+        """``given`` is what the command reads from its standard input, perhaps only later."""
         self._way = way
         self._command = command
-        self._given = given.encode()
+        self._given = given
         self._what = f"{command[0]} on {way.name}"
         self._mark = os.urandom(8).hex()
         self._output = bytearray()
@@ -149,8 +149,9 @@ def cannot_start(way: Way, what: str, error: OSError) -> MigrationError:
     return HostError(f"{reason}; install that on this host") if way.shell else MigrationError(reason)
 
 
-async def _give(stream: asyncio.StreamWriter | None, data: bytes) -> None:
+async def _give(stream: asyncio.StreamWriter | None, given: str | Awaitable[str]) -> None:
     if stream:
+        data = given.encode() if isinstance(given, str) else (await given).encode()
         # Who has ended reads nothing more; its exit code says why.
         with suppress(ConnectionError):
             stream.write(data)

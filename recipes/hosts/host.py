@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,9 @@ class Host(Way):
             return [self.tool("nbd-migrate"), name, *arguments]
         return module(name, *arguments)
 
-    async def run(self, *command: str, limit: float, given: str = "") -> str:
-        """Run a short command there and return what it printed; ``given`` is its standard input.
+    async def run(self, *command: str, limit: float, given: str | Awaitable[str] = "") -> str:
+        """Run a short command there and return what it printed; ``given`` is its standard input, perhaps
+        only later.
 
         Raises HostError where the host cannot be reached, MigrationError with the command's last line when it
         fails, cannot be started, or takes longer than ``limit`` seconds; then it is killed.

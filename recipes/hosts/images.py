@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +29,33 @@ async def files_at(host: Host, paths: Sequence[str], limit: float) -> list[str]:
     """
     said = await host.run("sh", "-c", _FILES, "sh", *paths, limit=limit)
     return said.split("\n")[: len(paths)]
+
+
+class FilesLater:
+    """files_at() whose answer is needed at once when it is asked for: the shell that gives it waits there."""
+
+    def __init__(self, host: Host, paths: Sequence[str]) -> None:
+        self._host, self._paths = host, paths
+        self._asked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._answer = asyncio.create_task(
+            host.run("sh", "-c", f"read -r go; {_FILES}", "sh", *paths, limit=math.inf, given=self._asked)
+        )
+
+    async def ask(self, limit: float) -> list[str]:
+        """Return what files_at() does, of the files that are there now; raises as that. Only once."""
+        if not self._answer.done():
+            self._asked.set_result("\n")
+            await asyncio.wait({self._answer}, timeout=limit / 2)
+        if self._answer.done() and not self._answer.exception():
+            return self._answer.result().split("\n")[: len(self._paths)]
+        # What waited there for long may be gone, or the way to it.
+        return await files_at(self._host, self._paths, limit / 2)
+
+    async def aclose(self) -> None:
+        """Let the shell end; it may not have been asked."""
+        self._answer.cancel()
+        # Why it could not be asked was told by who was asked instead.
+        await asyncio.gather(self._answer, return_exceptions=True)
 
 
 async def image_facts(host: Host, image: str, limit: float) -> dict[str, Any]:

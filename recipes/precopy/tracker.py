@@ -20,19 +20,17 @@ Why no block that is out of date can be served on B. Of each block that nbd-over
    disks. Only now nbd-overlay is told that the guest is here (``overlay-activate``, step 5), or sees its
    first write, whichever is first: both mean that nothing is invalidated any more.
 
-A bitmap is exported by A's QEMU on its Unix socket, and passed on by A's server under a name beside the
-disk's: at the same address, over the same TLS, to the same client alone.
+A bitmap is exported by A's QEMU on its Unix socket, under a name that only one that has ended ever had, and
+read there by A's server, each time over a connection of its own: what is told is what it has come to. It goes
+to nbd-overlay over the two monitors, for which B needs no connection to be made while the guest stands still.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
 
 from nbdserve.common.clock import now
-from nbdserve.common.uri import NbdUri
-from recipes.channel import through_qemu, tls
+from recipes.channel import through_qemu
 from recipes.checks.disk_nodes import disk_nodes
 from recipes.connections.monitors import monitor_of
 from recipes.engines.interface import reached
@@ -61,8 +59,8 @@ class Tracker:
         """Of the bitmap that records."""
         self._ended: list[int] = []
         """Bitmaps that do not record any more, and that not every overlay is known to have forgotten."""
-        self._is_exported = False
-        """Some of them are, or may be."""
+        self._exported: list[str] = []
+        """Exports of them that are there, or may be."""
         self.added = 0.0
 
     @classmethod
@@ -146,15 +144,15 @@ class Tracker:
 
         With ``last`` the one that records ends before that.
         """
-        if self._is_exported:
+        if self._exported:
             await self._withdraw()
-        self._is_exported = True
         numbers = [*self._ended, *([self._number] if last else [])]
         names = tuple(bitmaps.name_of(number) for number in numbers)
         exports = [
-            NodeExport(f"bitmap-{disk.drive}", node, names)
+            NodeExport(f"bitmap-{disk.drive}-{numbers[-1]}", node, names)
             for disk, node in zip(self._m.disks, self._nodes, strict=True)
         ]
+        self._exported = [each.name for each in exports]
         # Told at once, and done one after the other; of a bitmap that records there would be no export.
         ending = [bitmaps.end(self._m.a, self._nodes, self._number)] if last else []
         await together([*ending, *(exporter.add(self._m.a, each) for each in exports)])
@@ -163,34 +161,34 @@ class Tracker:
         return sum(await together([self._read_for(disk, exported) for disk, exported in work]))
 
     async def _read_for(self, disk: PlannedDisk, exported: NodeExport) -> int:
-        passed_on = bitmap_uri(self._m, disk)
         upstream = str(exported.uri(through_qemu.socket_of(self._m)))
-        given = {"type": "nbd", "id": exported.name, "name": passed_on.export, "filename": upstream}
-        await self._server.call("block-export-add", given)
-        overlay, count = self._m.overlay_monitors[disk.drive], 0
-        for name in exported.bitmaps:
-            told = await overlay.execute("overlay-invalidate", bitmap=name, backing=str(passed_on))
-            count += int(told["bytes"])
+        return sum([await self._forget(disk, upstream, name) for name in exported.bitmaps])
+
+    async def _forget(self, disk: PlannedDisk, upstream: str, bitmap: str) -> int:
+        """Have what a bitmap says forgotten, in as many parts as A's server tells it in."""
+        overlay, size = self._m.overlay_monitors[disk.drive], self._m.state.disk(disk).size
+        count, place = 0, 0
+        while place is not None:
+            told = await self._server.execute(
+                "x-query-dirty-bitmap", filename=upstream, bitmap=bitmap, offset=place
+            )
+            if told["size"] != size:
+                raise MigrationError(f"{bitmap} is of a disk of {told['size']} bytes, not {size}")
+            forgotten = await overlay.execute("overlay-invalidate", ranges=told["ranges"])
+            count, place = count + int(forgotten["bytes"]), told["next"]
         return count
 
     async def _withdraw(self) -> None:
         """See that no bitmap is exported; none may be."""
-        for disk in self._m.disks:
-            name = f"bitmap-{disk.drive}"
-            with suppress(CommandError):
-                await self._server.execute("block-export-del", id=name, mode="hard")
+        for name in self._exported:
             await exporter.remove(self._m.a, name)
-        self._is_exported = False
+        self._exported = []
 
     async def leave(self) -> None:
-        """The guest is on B, and A's QEMU has ended: its bitmaps are gone. What fails here is only told."""
-        m = self._m
-        for disk in m.disks:
-            with suppress(MigrationError):
-                await self._server.execute("block-export-del", id=f"bitmap-{disk.drive}", mode="hard")
+        """The guest is on B, and A's QEMU has ended: its bitmaps are gone."""
         await self.close()
-        if not m.a.connected:
-            await through_qemu.forget(m)
+        if not self._m.a.connected:
+            await through_qemu.forget(self._m)
 
     async def close(self) -> None:
         """Leave the monitor of A's server to others."""
@@ -200,9 +198,3 @@ class Tracker:
 async def server_monitor(m: Migration) -> str:
     """Return the socket of the monitor of A's server."""
     return f"{await m.place(m.host_a, m.disks[0].image, 'nbdserve')}.qmp"
-
-
-def bitmap_uri(m: Migration, disk: PlannedDisk) -> NbdUri:
-    """Return where A's server passes the bitmaps of a disk on, as B connects to it."""
-    uri = tls.disk_uri(m, disk)
-    return replace(uri, export=f"{uri.export}-bitmap" if uri.export else "bitmap")

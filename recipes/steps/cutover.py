@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from nbdserve.common.clock import now
@@ -15,7 +15,7 @@ from nbdserve.qmp.client import EventListener
 from recipes.channel import ssh, through_qemu, tls
 from recipes.checks.disk_nodes import disk_nodes
 from recipes.errors import MigrationError
-from recipes.hosts.images import files_at
+from recipes.hosts.images import FilesLater, files_at
 from recipes.hosts.interruption import together, undisturbed
 from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment, RamProgress
@@ -60,32 +60,11 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
     # One that is kept waiting by who has connected to it would keep A's waiting, and its guest with it.
     async with parting_silent_ones(m):
         await m.during(b.execute("query-status"), m.plan.limits.command, "B's QEMU")
-    with a.events("MIGRATION") as news:
-        await check_disks(m)
-        # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
-        m.enter(Phase.MIGRATE)
-        try:
-            await a.execute("migrate", uri=ssh.ram_uri(m))
-        except CommandError:
-            m.enter(Phase.LAUNCH)
-            raise
-        async with parting_silent_ones(m):
-            await m.during(reaching("active", a, news), m.plan.limits.command, "A's QEMU connecting to B's")
-        await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
-        m.report.moment(Moment.SWITCHOVER)
-        m.refuse_the_dead()
-        told = await last_bitmap(m, rounds)
-        # From here on only the two QEMUs count: a server that dies is started again while streaming.
-        carry = m.roles(Role.SERVER, Role.OVERLAY, Role.TUNNEL)
-        for name in ("the guard", *(m.called(*each) for each in carry)):
-            m.no_longer_need(name)
-        # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
-        await m.release_for_sure()
-        # The guest stands still, so no disk is waited for. Where a power failure takes this with it, what is
-        # found on A and on B says the same.
-        m.enter(Phase.SWITCH_OVER, sync=False, **told)
-        await a.execute("migrate-continue", state="pre-switchover")
-        arrived = await switch_over(m, news)
+    # While the guest stands still nothing is started whose answer is waited for.
+    async with aclosing(FilesLater(m.host_a, [disk.image for disk in m.disks])) as files:
+        with a.events("MIGRATION") as news:
+            await send_guest(m, rounds, files, news)
+            arrived = await switch_over(m, news)
     await arrive(m, arrived)
     await fence_source(m)
     m.guard.dismiss()
@@ -105,30 +84,60 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
     )
 
 
-async def last_bitmap(m: Migration, rounds: Rounds | None) -> Mapping[str, Any]:
+async def send_guest(m: Migration, rounds: Rounds | None, files: FilesLater, news: EventListener) -> None:
+    """Have A's QEMU send the guest, until it is told to switch over; ``news`` is of its migration.
+
+    Raises MigrationError: then the guest goes on on A, or can.
+    """
+    a = m.a
+    limit = m.plan.limits.command
+    await check_disks(m, files_at(m.host_a, [disk.image for disk in m.disks], limit))
+    # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
+    m.enter(Phase.MIGRATE)
+    try:
+        await a.execute("migrate", uri=ssh.ram_uri(m))
+    except CommandError:
+        m.enter(Phase.LAUNCH)
+        raise
+    async with parting_silent_ones(m):
+        await m.during(reaching("active", a, news), limit, "A's QEMU connecting to B's")
+    await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
+    m.report.moment(Moment.SWITCHOVER)
+    m.refuse_the_dead()
+    told = await last_bitmap(m, rounds, files.ask(limit))
+    # From here on only the two QEMUs count: a server that dies is started again while streaming.
+    carry = m.roles(Role.SERVER, Role.OVERLAY, Role.TUNNEL)
+    for name in ("the guard", *(m.called(*each) for each in carry)):
+        m.no_longer_need(name)
+    # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
+    await m.release_for_sure()
+    # The guest stands still, so no disk is waited for. Where a power failure takes this with it, what is
+    # found on A and on B says the same.
+    m.enter(Phase.SWITCH_OVER, sync=False, **told)
+    await a.execute("migrate-continue", state="pre-switchover")
+
+
+async def last_bitmap(m: Migration, rounds: Rounds | None, files: Awaitable[list[str]]) -> Mapping[str, Any]:
     """See that B has nothing that is out of date, and reads the disks that the guest has; return what the
     journal is told. The guest stands still meanwhile.
     """
     if rounds is None:
-        await check_disks(m)
+        await check_disks(m, files)
         return {}
-    told: list[Mapping[str, Any] | None] = await together([rounds.finish(), check_disks(m)])
+    told: list[Mapping[str, Any] | None] = await together([rounds.finish(), check_disks(m, files)])
     return told[0] or {}
 
 
-async def check_disks(m: Migration) -> None:
+async def check_disks(m: Migration, asked: Awaitable[list[str]]) -> None:
     """Raise MigrationError where the guest has other disks by now than those that B reads, or other devices
-    than B's QEMU.
+    than B's QEMU. ``asked`` is which files A has, as files_at() says.
 
     After a snapshot was taken of a disk, what the guest writes goes elsewhere, as with a job's next image.
     """
-    state, images = m.state, [disk.image for disk in m.disks]
+    state = m.state
     try:
         nodes, devices, files, _ = await asyncio.gather(
-            disk_nodes(m.plan, m.a),
-            devices_of(m.a),
-            files_at(m.host_a, images, m.plan.limits.command),
-            check_jobs(m.a),
+            disk_nodes(m.plan, m.a), devices_of(m.a), asked, check_jobs(m.a)
         )
     except UsageError as error:
         raise MigrationError(f"the guest's disks have changed since step 1: {error}") from error

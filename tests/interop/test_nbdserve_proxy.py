@@ -13,8 +13,12 @@ from pathlib import Path
 
 import nbd
 import pytest
+from qemu.qmp import ExecuteError
 
+from nbdserve.common.uri import parse_uri
+from nbdserve.monitor.dirty_bitmap import DirtyRanges, read_dirty_bitmap
 from tests.support.disks import KIB, MIB, ODD_SIZE, random_disk, sparse_disk, sparse_runs
+from tests.support.monitors import monitor
 from tests.support.processes import Argument, check, is_alive, wait_until
 from tests.support.servers import NBDSERVE, Server, UnixAddress, nbdkit, nbdserve, qemu_nbd
 from tests.support.tls import Identities
@@ -165,6 +169,39 @@ def test_dirty_bitmaps_of_the_server_can_be_read_here(tmp_path: Path) -> None:
         maps = [check("nbdinfo", "--map=qemu:dirty-bitmap:b0", uri) for uri in (upstream.uri(), proxy.uri())]
         assert maps[0] == maps[1]
         assert "dirty" in maps[1]
+
+
+def test_a_server_s_dirty_bitmap_is_told_by_the_monitor_and_in_parts_where_it_is_long(tmp_path: Path) -> None:
+    image, block = tmp_path / "disk.qcow2", 64 << 10
+    check("qemu-img", "create", "-f", "qcow2", image, "4M")
+    check("qemu-img", "bitmap", "--add", "-g", "64K", image, "b0")
+    places = [block, 3 * block, 4 * block, 9 * block, 63 * block]
+    check("qemu-io", *(word for each in places for word in ("-c", f"write {each} {block}")), image)
+    dirty = [(block, block), (3 * block, 2 * block), (9 * block, block), (63 * block, block)]
+    with (
+        qemu_nbd("-r", "-f", "qcow2", "--bitmap=b0", image, directory=tmp_path) as upstream,
+        nbdserve("--qmp", f"unix:{tmp_path / 'qmp'}", "-f", "qcow2", "-r", image, directory=tmp_path),
+        monitor(tmp_path / "qmp") as qmp,
+    ):
+        asked = {"filename": str(upstream.uri()), "bitmap": "b0"}
+        ranges = [list(each) for each in dirty]
+        answer = qmp.execute("x-query-dirty-bitmap", **asked)
+        assert answer == {"size": 4 * MIB, "ranges": ranges, "next": None}
+        answer = qmp.execute("x-query-dirty-bitmap", **asked, offset=5 * block)
+        assert answer == {"size": 4 * MIB, "ranges": ranges[2:], "next": None}
+        with pytest.raises(ExecuteError, match="no dirty bitmap b1 is exported there"):
+            qmp.execute("x-query-dirty-bitmap", filename=asked["filename"], bitmap="b1")
+        with pytest.raises(ExecuteError, match="an offset is 0 or more bytes"):
+            qmp.execute("x-query-dirty-bitmap", **asked, offset=-1)
+        uri = parse_uri(asked["filename"])
+        assert read_dirty_bitmap(uri, "b0", most=4) == DirtyRanges(4 * MIB, dirty, None)
+        told: list[tuple[int, int]] = []
+        place: int | None = 0
+        while place is not None:
+            part = read_dirty_bitmap(uri, "b0", place, 1)
+            assert len(part.ranges) == 1
+            told, place = told + part.ranges, part.end
+        assert told == dirty
 
 
 def test_flush_fua_zero_trim_and_cache_reach_the_server(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ class Told(Host):
     answers: Mapping[str, str] = field(default_factory=dict)
     paths: frozenset[str] = frozenset()
 
-    async def run(self, *command: str, limit: float, given: str = "") -> str:
+    async def run(self, *command: str, limit: float, given: str | Awaitable[str] = "") -> str:
         """What the first entry that fits says."""
         line = " ".join(command)
         return next(answer for words, answer in self.answers.items() if words in line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Below(Host):
 
     root: Path = Path("/")
 
-    async def run(self, *command: str, limit: float, given: str = "") -> str:
+    async def run(self, *command: str, limit: float, given: str | Awaitable[str] = "") -> str:
         *words, path = command
         return await super().run(*words, f"{self.root}{path}", limit=limit, given=given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
@@ -35,13 +36,14 @@ def test_a_guest_with_other_disks_does_not_go_and_neither_does_one_whose_last_bi
             raise MigrationError(f"{what}: no")
         return {"precopied": 1}
 
-    monkeypatch.setattr(cutover, "check_disks", lambda _: look("disks"))
+    monkeypatch.setattr(cutover, "check_disks", lambda *_: look("disks"))
+    files = cast(Awaitable[list[str]], None)
     rounds = cast(Rounds, SimpleNamespace(finish=lambda: look("bitmap")))
     with pytest.raises(MigrationError, match=f"{failing}: no"):
-        asyncio.run(cast(Any, last_bitmap(parting(None), rounds)))
+        asyncio.run(cast(Any, last_bitmap(parting(None), rounds, files)))
     assert sorted(done) == ["bitmap", "disks"], "nothing goes on behind the failure"
     failing = ""
-    assert asyncio.run(cast(Any, last_bitmap(parting(None), rounds))) == {"precopied": 1}
+    assert asyncio.run(cast(Any, last_bitmap(parting(None), rounds, files))) == {"precopied": 1}
 
 
 def test_a_guest_s_start_on_b_is_heard_of_and_not_only_looked_for() -> None:
