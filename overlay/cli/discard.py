@@ -30,6 +30,9 @@ from overlay.formats.image import Image
 from overlay.formats.open import open_image, real_path
 from overlay.formats.storage import Storage, open_file, sync_directory
 
+_SCHEME = b"nbd"
+"""What the backings in each map begin with."""
+
 
 def discard(path: Path, *, copies: bool = False) -> bool:
     """Remove an image in which nothing is, and its map; False where there is none.
@@ -72,23 +75,33 @@ def discard_on_device(path: Path, map_file: Path | None = None, *, copies: bool 
             )
         file = open_file(beside, writable=True)
         stack.callback(file.close)
-        if not _is_headless(file):
+        header = None
+        if trailer is not None:
+            header = Header(trailer.size, trailer.uuid, trailer.uuid, device=Device(0, ""))
+        if not _is_headless(file, header):
             _require_empty(path, beside, device, file, copies)
             # From now on this is what a killed create leaves, whatever ends it.
             file.write(0, bytes(SECTOR))
             file.sync()
-        if trailer is not None:
-            kept_at = Header(trailer.size, trailer.uuid, trailer.uuid, device=Device(0, "")).kept_at
-            data = DeviceData(device, file, kept_at, trailer.size, is_whole=False)
-            data.truncate(trailer.size)
+        if header is not None:
+            data = DeviceData(device, file, header.kept_at, header.size, is_whole=False)
+            data.truncate(header.size)
             data.sync()
         remove_map(beside, file)
     return True
 
 
-def _is_headless(file: Storage) -> bool:
-    """Whether this is a map whose header ``create`` has not written yet."""
-    return not any(file.read(0, BACKINGS_AT))
+def _is_headless(file: Storage, header: Header | None) -> bool:
+    """Whether this is a map whose header ``create`` has not written yet, of a disk with this trailer.
+
+    What a trailer names may be anything: the last bytes of a complete disk are its guest's. So may what an
+    operator names.
+    """
+    begin = file.read(0, BACKINGS_AT + len(_SCHEME))
+    if header is None and not begin:
+        return True  # it was just about to be written
+    is_as_long = header is None or file.size() == header.map_bytes
+    return is_as_long and not any(begin[:BACKINGS_AT]) and begin[BACKINGS_AT:] == _SCHEME
 
 
 def _require_empty(path: Path, beside: Path, device: Storage, file: Storage, copies: bool) -> None:

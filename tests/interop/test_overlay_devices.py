@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from overlay.formats.flat.header import Flag, Trailer
 from tests.support.disks import KIB, MIB, random_disk
 from tests.support.loops import loop_device
 from tests.support.overlays import NBD_OVERLAY, overlay
@@ -145,6 +147,35 @@ def test_what_a_killed_create_has_left_is_discarded(exact: Place, is_trailer_the
     check(NBD_OVERLAY, "discard", "--map", exact.map, exact.device)
     assert exact.content() == exact.before
     assert not exact.map.exists()
+
+
+@pytest.mark.parametrize("what", ["a disk whose beginning is zeros", "an empty file"])
+def test_no_file_is_removed_that_a_guest_has_named_in_a_trailer_of_its_own(
+    exact: Place, tmp_path: Path, what: str
+) -> None:
+    """The last bytes of a device that is exactly as large as the disk are the guest's once it is complete."""
+    other = tmp_path / "other.img"
+    other.write_bytes(b"" if what == "an empty file" else bytes(64 * KIB) + os.urandom(8 * MIB))
+    content = other.read_bytes()
+    forged = Trailer(SIZE, uuid4(), Flag.ON_DEVICE, str(other))
+    with exact.device.open("r+b") as device:
+        device.seek(SIZE - 4 * KIB)
+        device.write(forged.pack())
+    before = exact.content()
+    for arguments in ([], ["--copies"]):
+        told = refusal("discard", *arguments, exact.device)
+        assert str(other) in told, told
+        assert "not the map of a flat image" in told, told
+    assert other.read_bytes() == content
+    assert exact.content() == before
+
+
+def test_no_file_is_removed_that_is_named_as_a_map_and_is_none(exact: Place, tmp_path: Path) -> None:
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(MIB))
+    assert "not the map of a flat image" in refusal("discard", "--map", other, exact.device)
+    assert other.exists()
+    assert exact.content() == exact.before
 
 
 def test_what_holds_something_is_not_discarded(exact: Place, tmp_path: Path) -> None:

@@ -109,9 +109,9 @@ def write_map(file: Storage, header: Header) -> None:
 
 def write_map_body(file: Storage, header: Header, kept: bytes = b"") -> None:
     """Write all of an empty map but its header, durably; ``kept`` is what a device's trailer replaces."""
+    file.write(BACKINGS_AT, header.pack_backings())  # by which discard knows a map without its header
     file.truncate(header.map_bytes)
     clear_log(file)  # so that its space is taken now
-    file.write(BACKINGS_AT, header.pack_backings())
     if kept:
         file.write(header.kept_at, kept)
     file.sync()

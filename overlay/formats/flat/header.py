@@ -279,7 +279,10 @@ def read_header(file: Storage, path: str) -> Header:
     """Return the map's header and backings. Raises ImageError if they are no good here, OSError."""
     raw = file.read(0, SECTOR)
     if raw[:8] != MAP_MAGIC:
-        raise ImageError(f"{path}: not the map of a flat image: it does not begin with 'NBDFMAP' and a NUL")
+        raise ImageError(
+            f"{path}: not the map of a flat image: it does not begin with 'NBDFMAP' and a NUL; if that is "
+            "lost, make a new overlay (create --force)"
+        )
     if len(raw) < SECTOR or not _is_sealed(raw, _HEADER.size):
         raise _damaged(path, "the header's checksum is wrong")
     _, version, features, size, grain, flags, uuid, boot, *generations, length, crc = _HEADER.unpack_from(raw)
