@@ -12,14 +12,23 @@ from recipes.demo.stage import Stage, prepare
 from tests.support.processes import Process
 
 MIB = 1 << 20
+LAST_BYTES = 20_000
+"""Of each log, which are shown."""
 
 
 @contextmanager
 def short_directory() -> Iterator[Path]:
-    """A directory whose path leaves room for a Unix socket's name, which pytest's own may not."""
+    """A directory whose path leaves room for a Unix socket's name, which pytest's own may not.
+
+    It goes in the end, and what was written to logs and guests' consoles there is shown when the test fails.
+    """
     path = Path(tempfile.mkdtemp(prefix="nbd-"))
     try:
         yield path
+    except BaseException:
+        for log in sorted((*path.rglob("*.log"), *path.rglob("*.console"))):
+            print(f"{log}:", log.read_bytes()[-LAST_BYTES:].decode(errors="replace"), sep="\n")
+        raise
     finally:
         shutil.rmtree(path)
 
