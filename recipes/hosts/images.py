@@ -37,18 +37,19 @@ class FilesLater:
     def __init__(self, host: Host, paths: Sequence[str]) -> None:
         self._host, self._paths = host, paths
         self._asked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        script = f"read -r go || exit 1; {_FILES}"
         self._answer = asyncio.create_task(
-            host.run("sh", "-c", f"read -r go; {_FILES}", "sh", *paths, limit=math.inf, given=self._asked)
+            host.run("sh", "-c", script, "sh", *paths, limit=math.inf, given=self._asked)
         )
 
     async def ask(self, limit: float) -> list[str]:
         """Return what files_at() does, of the files that are there now; raises as that. Only once."""
+        # What waited there for long may be gone, or the way to it; what has not waited has looked too early.
         if not self._answer.done():
             self._asked.set_result("\n")
             await asyncio.wait({self._answer}, timeout=limit / 2)
-        if self._answer.done() and not self._answer.exception():
-            return self._answer.result().split("\n")[: len(self._paths)]
-        # What waited there for long may be gone, or the way to it.
+            if self._answer.done() and not self._answer.exception():
+                return self._answer.result().split("\n")[: len(self._paths)]
         return await files_at(self._host, self._paths, limit / 2)
 
     async def aclose(self) -> None:

@@ -76,3 +76,21 @@ def test_a_shell_that_was_killed_meanwhile_costs_no_answer(tmp_path: Path) -> No
 
     [told] = asyncio.run(ask())
     assert told == f"inode {path.stat().st_dev}:{path.stat().st_ino} 1"
+
+
+def test_a_shell_that_did_not_wait_has_told_nothing(tmp_path: Path) -> None:
+    """As where ssh gives it no input (StdinNull): what it says is of before it was asked."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"before")
+    impatient = Host("this host", shell=("sh", "-c", 'exec "$@" </dev/null', "sh"))
+
+    async def ask() -> list[str]:
+        async with aclosing(FilesLater(impatient, [str(path)])) as later:
+            async with asyncio.timeout(LIMIT):
+                while not later._answer.done():
+                    await asyncio.sleep(0.01)
+            path.write_bytes(b"behind it")
+            return await later.ask(LIMIT)
+
+    [told] = asyncio.run(ask())
+    assert told == f"inode {path.stat().st_dev}:{path.stat().st_ino} 9"
