@@ -283,8 +283,10 @@ class FlatImage(Image):
                 if not self.complete:
                     raise OSError(errno.EBUSY, "part of the disk has just been invalidated", self._path)
                 self._grains.is_sealed = True
-            self._data.truncate(self.size)
-            self._sync(self._data)
+            try:
+                self._data.truncate(self.size)
+            finally:
+                self._sync(self._data)  # that of a device syncs it, too: it is condemned where that failed
             with self._lock:
                 self._is_raw, self.backings = True, ()
                 self._map.drop_notes()

@@ -109,6 +109,36 @@ def test_after_a_sync_that_failed_the_trailer_or_the_map_says_so(which: str) -> 
     assert opened(parts_of(device.reopened(), file.reopened()), writable=False).backings
 
 
+@pytest.mark.parametrize("number", [2, 3])
+def test_who_comes_later_knows_of_a_sync_that_failed_as_the_page_was_put_back(number: int) -> None:
+    """What the guest had written since the last flush may be lost, whatever is in the page cache."""
+    size = 64 * KIB
+    device, file = SimulatedDisk.holding(bytes(size)), SimulatedDisk()
+    made = replace(new_header(size, (Backing("nbd://h/x", raw=True),)), device=Device(size, "/dev/x"))
+    write_on_device(device, file, made, "/state/x.map", bytes(4 * KIB))
+    image = opened(parts_of(device, file))
+    image.fill(0, b"c" * size)
+    count = 0
+
+    def write() -> None:
+        """As one sync is under way, the first that of the flush before; the next one fails, or the third."""
+        nonlocal count
+        count += 1
+        assert image.write(size - 8 * KIB, b"w" * 8 * KIB)
+        device.failing = count == number - 1
+        device.during_sync = write
+
+    device.during_sync = write
+    with pytest.raises(OSError, match="has failed before"):
+        image.finish()
+    assert count == number - 1
+    parts = parts_of(device.reopened(), file.reopened())
+    assert parts.header is not None
+    assert parts.header.flags & Flag.FAILED
+    with pytest.raises(OSError, match="has failed before"):
+        image.write(0, bytes(4 * KIB))
+
+
 def test_the_page_under_the_trailer_is_put_back_while_a_guest_writes_to_it() -> None:
     size = 64 * KIB
     device, file = SimulatedDisk.holding(bytes(size)), SimulatedDisk()
