@@ -1,7 +1,7 @@
 """How much is asked for at once, and how fast: so that a link is full, and nobody else's queue is.
 
 Whether guests wait is asked before each step by streamer.py (``_room`` and ``_step``, of ``lately`` in
-fetch.py, which forgets a guest's miss after 20 ms): then the stream asks for QUIET_STEP at a time and keeps
+fetch.py, which forgets a guest's miss after 5 ms): then the stream asks for QUIET_STEP at a time and keeps
 no more in flight than ``quiet_size``.
 """
 

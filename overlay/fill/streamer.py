@@ -36,8 +36,8 @@ _HINTS = 16
 """Places where guests missed something, that are remembered."""
 _MOST_REFUSED = 64
 """Parts that no server can read, before it is given up."""
-_QUIET = 0.02
-"""Seconds after a guest had to wait in which it is expected to have to again."""
+_QUIET = 0.005
+"""Seconds after a guest had to wait in which it is expected to have to again, as it works on what it got."""
 _TICK = 0.2
 """Seconds in which a pause, a change of speed or an end is noticed at the latest."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ class DiskNode:
 
 async def disk_nodes(plan: Plan, a: Vm) -> list[DiskNode]:
     """Return the node of each disk of the plan; UsageError where A's QEMU has another one, or none."""
-    devices = {each["device"]: each.get("inserted", {}) for each in await a.execute("query-block")}
-    nodes: list[dict[str, Any]] = await a.execute("query-named-block-nodes")
+    # Both at once: the guest may stand still meanwhile.
+    blocks, nodes = await asyncio.gather(a.execute("query-block"), a.execute("query-named-block-nodes"))
+    devices = {each["device"]: each.get("inserted", {}) for each in blocks}
     return [disk_node(plan, disk, devices, nodes) for disk in plan.disks]
 
 
