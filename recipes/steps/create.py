@@ -56,9 +56,13 @@ async def create_flash(m: Migration, target: str, size: int) -> None:
 
 
 def placed(m: Migration, disk: PlannedDisk) -> list[str]:
-    """Return the words that say whose the image is; on a device, where its map is, and to overwrite that."""
+    """Return the words that say whose the image is; on a device, where its map is, and whether to overwrite
+    what is there.
+    """
     if disk.on_device:
-        return ["--map", disk.map, "--force"]
+        # Something may have come there since step 1.
+        force = ["--force"] if disk.target in m.plan.destination.overwrite else []
+        return ["--map", disk.map, *force]
     return m.plan.destination.ownership("--")
 
 

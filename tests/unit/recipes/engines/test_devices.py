@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -14,13 +16,15 @@ from recipes.checks.space import Need
 from recipes.engines.devices import device_warnings
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.migrate.runtime import Migration
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Destination, Export, Plan, Source
+from recipes.steps.create import placed
 from recipes.steps.preflight import check_targets
 from tests.support.disks import MIB, random_disk
 from tests.support.loops import loop_device
 from tests.support.overlays import NBD_OVERLAY
-from tests.support.processes import check
+from tests.support.processes import check, run
 
 SIZE = 8 * MIB
 B = Host("B")
@@ -120,3 +124,16 @@ def test_an_overlay_that_is_not_complete_is_refused_with_what_removes_it(
     check(*told.rpartition("with: ")[2].split())
     assert device.read_bytes() == before
     asyncio.run(check_targets(plan, [SIZE], B))
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_has_come_on_a_device_since_step_1_is_not_overwritten_either_unless_that_was_said(
+    device: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    before = device.read_bytes()
+    plan = plan_of(device, tmp_path / "state", overwrite=overwrite)
+    words = placed(cast(Migration, SimpleNamespace(plan=plan)), plan.disks[0])
+    made = run(NBD_OVERLAY, "create", "--backing", "nbd://h/x", "--size", str(SIZE), *words, device)
+    assert (made.returncode == 0) == overwrite, made.stderr
+    assert (device.read_bytes() == before) == (not overwrite)
+    assert Path(plan.disks[0].map).exists() == overwrite
