@@ -65,6 +65,10 @@ class Recovery:
         diagnosis = now() + DIAGNOSIS
         good_since = None
         while now() < deadline:
+            if not old:
+                await self._refuse_differences()
+            # What is found from now on nobody has heard of.
+            old = False
             if not await self._push():
                 good_since = None
             elif good_since is None:

@@ -36,3 +36,45 @@ def test_a_disk_of_b_that_is_full_is_not_taken_for_a_broken_one(error: str, told
         asyncio.run(recovery._refuse_failed_job(cast(Any, job), error))
     assert told in str(raised.value)
     assert ("65536 bytes of the disk are still to come" in str(raised.value)) == ("no space" in told)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_difference_that_is_found_while_the_stream_comes_back_is_not_compared_away(
+    monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    """Nobody has asked for that; by then the guest may have written over it."""
+    told: list[str] = []
+    verify = {"differing": 0, "first": None}
+    job = SimpleNamespace(disk=SimpleNamespace(image="/a.raw", target="/b.raw"), vm=object(), name="stream")
+    phase = "failed" if old else "running"
+
+    async def execute(vm: object, command: str, given: object = None) -> Any:
+        nonlocal phase
+        told.append(command)
+        if command == "block-job-resume":
+            phase = "running"
+        return {"phase": phase, "error": "1 block differs", "verify": verify, "sources": []}
+
+    async def waiting() -> list[SimpleNamespace]:
+        """The job comes to the end of its comparison as soon as it goes on."""
+        nonlocal phase
+        found = [job] if phase == "failed" else []
+        if phase == "running":
+            phase = "failed"
+            verify.update(differing=1, first=65536)
+        return found
+
+    m = SimpleNamespace(plan=SimpleNamespace(limits=Limits(recover=5.0)), b=None, disks=[job.disk])
+    m.state, m.record, m.finish = SimpleNamespace(recoveries=0), lambda **_: None, "nbd-migrate resume vm"
+    m.report = SimpleNamespace(note=lambda _: None)
+    m.server, m.child, m.host_a = None, lambda _: None, None
+    m.place = lambda *_: asyncio.sleep(0, "/log")
+    jobs = SimpleNamespace(running=[job], all=[job], execute=execute, waiting=waiting)
+    recovery = Recovery(cast(Any, m), cast(Any, jobs))
+    for name in ("_refuse_full", "bring_export_back"):
+        monkeypatch.setattr(recovery, name, lambda: asyncio.sleep(0))
+    monkeypatch.setattr(recovery, "_size_of_log", lambda: asyncio.sleep(0, 0))
+    monkeypatch.setattr(recovery, "_new_in_log", lambda _: asyncio.sleep(0, ""))
+    with pytest.raises(MigrationError, match=r"/b\.raw on B, compared with /a\.raw on A: 1 block differs"):
+        asyncio.run(recovery.recover("the server has ended", old=old))
+    assert told.count("block-job-resume") == old
