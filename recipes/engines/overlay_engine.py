@@ -96,6 +96,7 @@ class OverlayEngine(Engine):
 
     async def _monitor(self, m: Migration, disk: PlannedDisk) -> Vm:
         monitor = m.overlay_monitors.get(disk.drive)
+        was_there = monitor is not None or m.overlay(disk) is not None
         if monitor and not monitor.connected:
             await m.overlay_monitors.pop(disk.drive).disconnect()
             monitor = None
@@ -107,6 +108,11 @@ class OverlayEngine(Engine):
         if monitor is None:
             overlay = m.overlay(disk)
             if overlay is None or not overlay.running:
+                if was_there:
+                    m.record(recoveries=m.state.recoveries + 1)
+                    m.report.note(
+                        f"{monitor_name(m, disk)} has ended; it is started again, and the guest waits"
+                    )
                 await self._start(m, disk)
             monitor = await monitor_of_overlay(m, disk)
         await monitor.execute("overlay-activate")

@@ -158,8 +158,6 @@ class Stream:
         why: MigrationError = error
         if self._restarts < self._limits.restarts:
             self._restarts += 1
-            self._m.record(recoveries=self._m.state.recoveries + 1)
-            self._m.report.note(f"{job.vm.name} has ended; it is started again, and the guest waits")
             try:
                 job.vm = await engine_for(self._m).monitor(self._m, job.disk)
                 return

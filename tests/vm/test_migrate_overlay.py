@@ -87,6 +87,8 @@ def test_nbd_overlay_that_dies_at_the_switch_over_is_started_again_or_the_guest_
 def test_nbd_overlay_that_dies_when_the_guest_arrives_is_started_again(stage: Scene, moment: str) -> None:
     with stage.run_doomed(moment, Role.OVERLAY) as run:
         assert run.wait(SECONDS) == 0, run.output()
+    assert "nbd-overlay has ended; it is started again, and the guest waits" in run.output()
+    assert "interrupted 0 times" not in run.output().splitlines()[-1]
     assert_complete(stage)
 
 
