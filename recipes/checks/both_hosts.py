@@ -41,7 +41,7 @@ async def check_hosts(
         yield warning
     for warning in await check_processor(host_a, host_b, qemu, limit):
         yield warning
-    for warning in await check_space(needs, host_b, limit):
+    for warning in await check_space(plan, needs, host_b, limit):
         yield warning
     for warning in await check_clocks(host_a, host_b, limit):
         yield warning

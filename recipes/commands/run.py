@@ -16,7 +16,6 @@ from recipes.checks.both_hosts import check_hosts
 from recipes.checks.space import Need
 from recipes.commands.abort import abort
 from recipes.commands.retreat import retreat
-from recipes.engines.devices import device_warnings
 from recipes.engines.seeds import check_seeds
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
@@ -123,14 +122,12 @@ async def migrate_from(
 ) -> Outcome:
     """Run the six steps from the first one on, with a journal of which nothing is needed any more."""
     with nothing_started():
-        sizes = await preflight.check(plan, a, *places)
+        sizes, told = await preflight.check(plan, a, *places)
         tls.check_life(plan, sum(sizes), finish_by, time.time())
         needs = [Need(disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)]
         async for warning in check_hosts(plan, needs, a, *places):
             report.note(warning)
-        for warning in await device_warnings(plan, needs, places[1]):
-            report.note(warning)
-        for warning in await check_seeds(plan, needs, places[1]):
+        for warning in (*told, *await check_seeds(plan, needs, places[1])):
             report.note(warning)
         if plan.verifies:
             report.note("what is copied is compared with A in the end (--no-verify leaves that out)")

@@ -6,35 +6,48 @@ from collections.abc import Sequence
 from typing import Any
 
 from nbdserve.common.sizes import format_size
-from recipes.checks.space import Need
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import on_one_line, pasted
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 
-_CAN_BE_MADE = """
-d=$1; while test ! -e "$d"; do d=${d%/*}; d=${d:-/}; done;
-if test -d "$d" && test -w "$d" && test -x "$d"; then echo yes; else echo "$d"; fi
-"""
-"""Says yes where the directory $1 is there and may be written to, or can be made; else what is in the way."""
+_CAN_BE_MADE = on_one_line("""
+for d; do while test ! -e "$d"; do d=${d%/*}; d=${d:-/}; done;
+if test -d "$d" && test -w "$d" && test -x "$d"; then echo; else echo "$d"; fi; done
+""")
+"""Says of each directory, on a line, what is in the way of making something in it; nothing if none is."""
 
 
-async def check_device(plan: Plan, disk: PlannedDisk, size: int, host_b: Host) -> None:
-    """Raise MigrationError unless the disk, of ``size`` bytes, can move to its device on B."""
-    key, limit, target = plan.called("target"), plan.limits.command, disk.target
-    if not await host_b.test("-b", target, limit):
-        raise MigrationError(
-            f"{key}: there is no block device {target} on B; make it (lvcreate), of {size} bytes at least, "
-            "or name a file"
-        )
-    script = on_one_line(_CAN_BE_MADE)
-    said = (await host_b.run("sh", "-c", script, "sh", disk.directory, limit=limit)).strip()
-    if said != "yes":
-        raise MigrationError(
-            f"disk.state: {disk.directory}, for what belongs to {target}, cannot be used on B, as nothing "
-            f"may be made in {said}: name another directory as state in its [[disk]]"
-        )
+async def check_devices(plan: Plan, sizes: Sequence[int], host_b: Host) -> list[str]:
+    """Return what the operator is told of the devices to which disks of these sizes move.
+
+    Raises MigrationError where one cannot.
+    """
+    moves = [(disk, size) for disk, size in zip(plan.disks, sizes, strict=True) if disk.on_device]
+    if not moves:
+        return []
+    key, limit = plan.called("target"), plan.limits.command
+    there = await host_b.tests([("-b", disk.target) for disk, _ in moves], limit)
+    places = [disk.directory for disk, _ in moves]
+    said = (await host_b.run("sh", "-c", _CAN_BE_MADE, "sh", *places, limit=limit)).split("\n")
+    for (disk, size), is_there, obstacle in zip(moves, there, said[: len(moves)], strict=True):
+        if not is_there:
+            raise MigrationError(
+                f"{key}: there is no block device {disk.target} on B; make it (lvcreate), of {size} bytes at "
+                "least, or name a file"
+            )
+        if obstacle:
+            raise MigrationError(
+                f"disk.state: {disk.directory}, for what belongs to {disk.target}, cannot be used on B, as "
+                f"nothing may be made in {obstacle}: name another directory as state in its [[disk]]"
+            )
+    return [line for move in moves for line in await _warnings(plan, *move, host_b)]
+
+
+async def _warnings(plan: Plan, disk: PlannedDisk, size: int, host_b: Host) -> list[str]:
+    """Return what is told of one; MigrationError where what is on it is not to be overwritten."""
+    key, target = plan.called("target"), disk.target
     told = await _looked_at(plan, disk, size, host_b)
     if told["holds"] == "overlay":
         discard = pasted(host_b.typed([host_b.tool("nbd-overlay"), "discard", target]))
@@ -42,28 +55,20 @@ async def check_device(plan: Plan, disk: PlannedDisk, size: int, host_b: Host) -
             f"{key}: there is an overlay on {target} on B that is not complete; remove it if it is left from "
             f"an interrupted run, and holds nothing, with: {discard}"
         )
-    if told["holds"] == "something" and target not in plan.destination.overwrite:
-        raise MigrationError(
-            f"{key}: there is something on {target} on B, which would be lost; if it is the right device, "
-            f"say so: {pasted(['--overwrite', target])}, or in the plan overwrite under [destination]"
-        )
-
-
-async def device_warnings(plan: Plan, needs: Sequence[Need], host_b: Host) -> list[str]:
-    """Return what the operator is told of the devices to which disks move."""
     found = []
-    for disk, need in zip(plan.disks, needs, strict=True):
-        if not disk.on_device:
-            continue
-        told = await _looked_at(plan, disk, need.size, host_b)
-        if told["holds"] == "something":
-            found.append(f"{disk.target} on B: what is on it is overwritten")
-        more = int(told["device-size"]) - need.size
-        if more:
-            found.append(
-                f"{disk.target} on B is {format_size(more)} larger than the disk: the guest sees none of "
-                f"that until it is started anew; with size={need.size} on the raw node it never does"
+    if told["holds"] == "something":
+        if target not in plan.destination.overwrite:
+            raise MigrationError(
+                f"{key}: there is something on {target} on B, which would be lost; if it is the right "
+                f"device, say so: {pasted(['--overwrite', target])}, or in the plan overwrite under "
+                "[destination]"
             )
+        found.append(f"{target} on B: what is on it is overwritten")
+    if more := int(told["device-size"]) - size:
+        found.append(
+            f"{target} on B is {format_size(more)} larger than the disk: the guest sees none of that until "
+            f"it is started anew; with size={size} on the raw node it never does"
+        )
     return found
 
 

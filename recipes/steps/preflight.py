@@ -13,11 +13,11 @@ from recipes.channel import ssh
 from recipes.checks.chains import IDENTITIES, check_chains, held
 from recipes.checks.disk_nodes import DiskNode, check_open, check_recorded, disk_nodes
 from recipes.checks.other_media import check_flash, check_same
-from recipes.checks.space import Need, shortages
+from recipes.checks.space import Need, beside, shortages
 from recipes.connections.installed import check_version
 from recipes.connections.monitors import MonitorAt
 from recipes.engines.choice import engine_of
-from recipes.engines.devices import check_device
+from recipes.engines.devices import check_devices
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.places import KEYS, NBD_SERVER, left_beside
@@ -33,8 +33,8 @@ from recipes.qemu.source import HOLDS, UNDER_WAY, migration_status
 from recipes.qemu.vm import Vm, connect, is_somebody
 
 
-async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...]:
-    """Check the hosts and the running guest; return the sizes of its disks in bytes.
+async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[tuple[int, ...], list[str]]:
+    """Check the hosts and the running guest; return the sizes of its disks in bytes, and what is to be told.
 
     Raises UsageError when the plan does not fit what is found, MigrationError when something is missing.
     """
@@ -48,10 +48,11 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
     await check_same(plan, host_a, host_b)
     await check_flash(plan, a, host_b)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
-    await check_targets(plan, [node.size for node in nodes], host_b)
+    sizes = tuple(node.size for node in nodes)
+    told = await check_targets(plan, sizes, host_b)
     await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
     await check_private(plan, host_a, host_b)
-    await check_space(plan, host_a, host_b)
+    await check_space(plan, sizes, host_a, host_b)
     await check_tunnel(plan, host_a, host_b)
     where = monitor_b(plan, host_b)
     if await answers(where, plan.limits.connect):
@@ -60,7 +61,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[int, ...
         )
     if plan.finish.move_aside:
         await check_moves(plan, host_a)
-    return tuple(node.size for node in nodes)
+    return sizes, told
 
 
 async def check_served(plan: Plan, nodes: Sequence[DiskNode], a: Vm, host_a: Host) -> None:
@@ -133,23 +134,28 @@ async def check_private(plan: Plan, host_a: Host, host_b: Host) -> None:
             )
 
 
-async def check_space(plan: Plan, host_a: Host, host_b: Host) -> None:
-    """What A's images hold now must have room on B; of a block device it is not known how much that is."""
+async def check_space(plan: Plan, sizes: Sequence[int], host_a: Host, host_b: Host) -> None:
+    """What A's images hold now must have room on B, with what is made beside them there.
+
+    How much a block device holds is not known.
+    """
     limit = plan.limits.command
     images = [disk.image for disk in plan.disks]
     told = await host_a.run("stat", "-L", "--format=%b %B", "--", *images, limit=limit)
-    needs = []
+    needs = [each for disk, size in zip(plan.disks, sizes, strict=True) for each in beside(plan, disk, size)]
     for disk, said in zip(plan.disks, told.splitlines(), strict=True):
         if disk.on_device:
             continue
         blocks, block = said.split()
         of_file = int(blocks) * int(block)
         needs.append(Need(disk.target, of_file if disk.format == RAW else await held(plan, disk, host_a)))
-    for short in await shortages(needs, host_b, limit):
-        raise MigrationError(
-            f"{plan.called('target')}: {format_size(short.free)} are left in {short.directory} on B, and "
-            f"A's images hold {format_size(short.needed)} at least; make room"
+    if short := await shortages(needs, host_b, limit):
+        where = "; ".join(
+            f"{each.directory} needs {format_size(each.needed)} at least, and {format_size(each.free)} "
+            "are left"
+            for each in short
         )
+        raise MigrationError(f"{plan.called('target')}: on B {where}; make room")
 
 
 def check_hooks(hooks: Hooks) -> None:
@@ -172,12 +178,13 @@ async def check_tunnel(plan: Plan, host_a: Host, host_b: Host) -> None:
             )
 
 
-async def check_targets(plan: Plan, sizes: Sequence[int], host_b: Host) -> None:
-    """Nothing of what is made on B may be there, but for block devices that are as large as their disks."""
+async def check_targets(plan: Plan, sizes: Sequence[int], host_b: Host) -> list[str]:
+    """Nothing of what is made on B may be there, but for block devices that are as large as their disks.
+
+    Returns what is to be told of these.
+    """
     limit, key = plan.limits.command, plan.called("target")
-    for disk, size in zip(plan.disks, sizes, strict=True):
-        if disk.on_device:
-            await check_device(plan, disk, size, host_b)
+    told = await check_devices(plan, sizes, host_b)
     files = [disk.target for disk in plan.disks if not disk.on_device]
     parents = [("-d", str(PurePosixPath(file).parent)) for file in files]
     answers = await host_b.tests([*parents, *(("-b", file) for file in files)], limit) if files else []
@@ -197,6 +204,7 @@ async def check_targets(plan: Plan, sizes: Sequence[int], host_b: Host) -> None:
             f"{key}: {path} exists on B; remove it if it is left from an interrupted run, an "
             f"overlay that holds nothing, and no other, with: {discard}"
         )
+    return told
 
 
 async def in_the_way(host: Host, paths: Sequence[str], limit: float) -> list[str]:

@@ -86,6 +86,12 @@ class Header:
         return self.header_size * self.cluster_size
 
     @property
+    def metadata_bytes(self) -> int:
+        """Return the bytes of header and tables once every cluster is in the image."""
+        tables = 1 + -(-self.clusters // self.table_entries)
+        return self.first_cluster + tables * self.table_bytes
+
+    @property
     def largest_image(self) -> int:
         """Return the largest disk that tables of this geometry can map, in bytes."""
         return min(self.table_entries * self.table_entries * self.cluster_size, MAX_IMAGE_SIZE)

@@ -17,6 +17,8 @@ from recipes.checks.space import Need, check_space
 from recipes.checks.started import started
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.plans.disks import PlannedDisk
+from recipes.plans.plan import Destination, Export, Plan, Source
 from tests.unit.recipes.checks.hosts import Told, ToldVm
 
 TYPES = """Supported machines are:
@@ -65,14 +67,28 @@ GIB = 1 << 30
 
 
 def test_disks_that_may_outgrow_what_b_has_are_told_together() -> None:
-    def told(free: int, *sizes: int) -> list[str]:
-        b = Told("B", answers={"stat": f"abc {free // 4096} 4096\n" * len(sizes)})
-        needs = [Need(f"/there/{number}", size) for number, size in enumerate(sizes)]
-        return asyncio.run(check_space(needs, b, 1))
+    def told(free: int, *sizes: int, engine: str = "overlay") -> list[str]:
+        disks = [
+            PlannedDisk(f"/{number}", f"/there/{number}", f"d{number}") for number, _ in enumerate(sizes)
+        ]
+        plan = Plan(
+            Source(qmp="/a.qmp"),
+            Export(uri="nbd://127.0.0.1/vm"),
+            Destination(qemu=("qemu",), qmp="/b.qmp", migration="unix:/m", engine=engine),
+            disk=tuple(disks),
+        )
+        # Of each disk its content, a map or tables, and logs.
+        b = Told("B", answers={"stat": f"abc {free // 4096} 4096\n" * 3 * len(sizes)})
+        needs = [Need(disk.target, size) for disk, size in zip(disks, sizes, strict=True)]
+        return asyncio.run(check_space(plan, needs, b, 1))
 
     assert told(3 * GIB, 2 * GIB) == []
     [warning] = told(3 * GIB, 2 * GIB, 2 * GIB)
-    assert warning.startswith("/there on B: 3 GiB are free, and the disks may grow to 4 GiB")
+    assert warning.startswith("/there on B: 3 GiB are free, and the disks may grow to 4.006 GiB, with what ")
+    for engine, beside in (("overlay", 4 << 20), ("qemu", 2 << 20)):
+        assert told(2 * GIB + beside, 2 * GIB, engine=engine) == []
+        [warning] = told(2 * GIB + beside // 4, 2 * GIB, engine=engine)
+        assert "the disks may grow to 2.00" in warning
 
 
 def test_clocks_that_differ_are_told() -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Awaitable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from recipes.checks.space import Need
-from recipes.engines.devices import device_warnings
+from recipes.engines.devices import check_devices
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.migrate.runtime import Migration
@@ -64,15 +64,13 @@ def complaint(plan: Plan, size: int = SIZE) -> str:
 
 def test_a_larger_device_is_taken_and_what_is_to_be_known_is_told(device: Path, tmp_path: Path) -> None:
     plan, before = plan_of(device, tmp_path / "state" / "x"), device.read_bytes()
-    asyncio.run(check_targets(plan, [SIZE], B))
-    told = asyncio.run(device_warnings(plan, [Need(str(device), SIZE)], B))
-    assert told == [
+    assert asyncio.run(check_targets(plan, [SIZE], B)) == [
         f"{device} on B: what is on it is overwritten",
         f"{device} on B is 1 MiB larger than the disk: the guest sees none of that until it is started anew; "
         f"with size={SIZE} on the raw node it never does",
     ]
     device.write_bytes(bytes(SIZE + MIB))
-    assert asyncio.run(device_warnings(plan, [Need(str(device), SIZE + MIB)], B)) == []
+    assert asyncio.run(check_targets(plan, [SIZE + MIB], B)) == []
     device.write_bytes(before)
     assert not (tmp_path / "state").exists()
 
@@ -86,6 +84,34 @@ def test_what_is_on_a_device_is_overwritten_only_if_the_operator_has_said_so(
     assert f"say so: --overwrite {device}, or in the plan overwrite under [destination]" in complaint(plan)
     device.write_bytes(bytes(SIZE + MIB))
     asyncio.run(check_targets(plan, [SIZE], B))
+
+
+@dataclass(frozen=True)
+class Counting(Host):
+    """A host that knows what was run there."""
+
+    commands: list[tuple[str, ...]] = field(default_factory=list)
+
+    async def run(self, *command: str, limit: float, given: str | Awaitable[str] = "") -> str:
+        """Note it, and run it."""
+        self.commands.append(command)
+        return await super().run(*command, limit=limit, given=given)
+
+
+def test_a_device_costs_one_command_and_all_together_two_more(tmp_path: Path) -> None:
+    """Over ssh each of them is a round trip, and a Python that starts there."""
+    with ExitStack() as stack:
+        disks = []
+        for number in range(3):
+            random_disk(tmp_path / f"file{number}", SIZE)
+            device = stack.enter_context(loop_device(tmp_path / f"file{number}"))
+            disks.append(PlannedDisk(f"/{number}", str(device), f"disk{number}", state=f"{tmp_path}/s"))
+        plan = plan_of(Path(disks[0].target), tmp_path)
+        names = tuple(disk.target for disk in disks)
+        plan = replace(plan, disk=tuple(disks), destination=replace(plan.destination, overwrite=names))
+        b = Counting("B")
+        assert len(asyncio.run(check_devices(plan, [SIZE] * 3, b))) == 3
+        assert len(b.commands) == 3 + 2
 
 
 def test_what_is_no_place_for_the_disk_is_refused(device: Path, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import pytest
 
 from nbdserve.common.errors import UsageError
+from overlay.formats.flat.header import Header
 from recipes.checks.chains import held
 from recipes.checks.disk_nodes import DiskNode
 from recipes.checks.other_media import check_same
@@ -61,26 +63,44 @@ class Answering:
 def check(held: tuple[str, ...], free: tuple[str, ...]) -> None:
     """Compare what is held on A, in blocks, with what is free on B: file system, blocks, size of a block."""
     plan = plan_of(*(f"/{number}.raw" for number in range(len(held))))
-    asyncio.run(check_space(plan, cast(Host, Answering(*held)), cast(Host, Answering(*free))))
+    # Of each disk a map, its logs, and its content.
+    told = [each for each in free for _ in ("map", "logs")] + list(free)
+    a, b = (cast(Host, Answering(*lines)) for lines in (held, told))
+    asyncio.run(check_space(plan, [GIB] * len(held), a, b))
 
 
 def test_disks_that_fit_each_by_itself_may_be_too_much_for_one_file_system() -> None:
     half = f"{GIB // 512 * 6 // 10} 512"
     with pytest.raises(
-        MigrationError, match=r"disk.target: 1 GiB are left in /b on B, and A's images hold 1.2"
+        MigrationError, match=r"disk.target: on B /b needs 1.2.* GiB at least, and 1 GiB are left; make room"
     ):
         check((half, half), ("fs1 262144 4096", "fs1 262144 4096"))
     check((half, half), ("fs1 262144 4096", "fs2 262144 4096"))
+    with pytest.raises(MigrationError, match=r"on B /b needs .* are left; /b needs .* are left; make room"):
+        check((half, half), ("fs1 1 4096", "fs2 1 4096"))
 
 
-def test_a_disk_that_goes_to_a_device_needs_no_space_in_a_file_system() -> None:
-    plan = replace(plan_of("/0.raw"), disk=(PlannedDisk("/0.raw", "/dev/vg/lv", "disk0"),))
-    full = Answering("fs1 0 4096")
-    asyncio.run(check_space(plan, cast(Host, Answering(f"{GIB // 512} 512")), cast(Host, full)))
+def test_maps_and_logs_need_space_too() -> None:
+    nothing, free = "0 512", Header(GIB, uuid4(), uuid4()).map_bytes + (1 << 20)
+    check((nothing,), (f"fs1 {free} 1",))
+    with pytest.raises(MigrationError, match=r"on B /b needs 3.* MiB at least, and 3.* MiB are left"):
+        check((nothing,), (f"fs1 {free - 1} 1",))
+
+
+def test_a_disk_that_goes_to_a_device_needs_space_only_for_its_map_and_logs(tmp_path: Path) -> None:
+    disk = PlannedDisk("/0.raw", "/dev/vg/lv", "disk0", state=str(tmp_path / "is" / "to" / "be" / "made"))
+    plan, a = replace(plan_of("/0.raw"), disk=(disk,)), cast(Host, Answering(f"{GIB // 512} 512"))
+    few = f"fs1 {4 << 20} 1"
+    asyncio.run(check_space(plan, [GIB], a, cast(Host, Answering(few, few))))
+    asyncio.run(check_space(plan, [GIB], a, Host("B")))
+    with pytest.raises(
+        MigrationError, match=f"on B {disk.directory} needs 3.* MiB at least, and 0 B are left"
+    ):
+        asyncio.run(check_space(plan, [GIB], a, cast(Host, Answering("fs1 0 1", "fs1 0 1"))))
 
 
 def test_a_sparse_image_needs_no_more_than_it_holds() -> None:
-    check((f"{GIB // 512} 512", "0 512"), ("fs1 262144 4096", "fs1 262144 4096"))
+    check((f"{GIB // 512} 512", "0 512"), ("fs1 264192 4096", "fs1 264192 4096"))
 
 
 def test_two_names_of_one_image_are_found_behind_links(tmp_path: Path) -> None:
