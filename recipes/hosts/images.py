@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from recipes.errors import MigrationError
@@ -57,6 +58,31 @@ class FilesLater:
         self._answer.cancel()
         # Why it could not be asked was told by who was asked instead.
         await asyncio.gather(self._answer, return_exceptions=True)
+
+
+_OPEN = on_one_line("""
+for f in /proc/"$1"/fd/*; do
+if test "$(stat -L -c %d:%i -- "$f" 2>/dev/null)" = "$2"; then echo "$f"; readlink -- "$f"; exit; fi; done
+""")
+"""Says by which descriptor the process $1 has the file $2 open, and what that is called now."""
+
+_DELETED = " (deleted)"
+"""How Linux marks the name of a file that has none any more."""
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file that a process has open: the path that leads to it, and its name; empty if it was deleted."""
+
+    descriptor: str
+    name: str
+
+
+async def open_in(host: Host, pid: int, file: str, limit: float) -> OpenFile | None:
+    """Return where a process there has a file open, which is told as by files_at(); raises as Host.run()."""
+    said = await host.run("sh", "-c", _OPEN, "sh", str(pid), file.split()[1], limit=limit)
+    descriptor, _, name = said.rstrip("\n").partition("\n")
+    return OpenFile(descriptor, "" if name.endswith(_DELETED) else name) if descriptor else None
 
 
 async def image_facts(host: Host, image: str, limit: float) -> dict[str, Any]:

@@ -5,6 +5,10 @@ Every command here is one that a shell takes as it stands (recipes/hosts/quoting
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from recipes.errors import MigrationError
+from recipes.hosts.images import open_in
 from recipes.hosts.quoting import pasted
 from recipes.migrate.decide import Wish, decide, told
 from recipes.migrate.runtime import Migration
@@ -34,6 +38,30 @@ async def bad_source(m: Migration, disk: PlannedDisk) -> str:
         f"everything else can be copied; {log}.log on A, the server's log, names the places that cannot be "
         f"read: make them readable in {disk.image}; then: {m.finish}"
     )
+
+
+async def cut_off_source(m: Migration, disk: PlannedDisk, size: int) -> str:
+    """Return what to do where A's disk has become shorter; it had ``size`` bytes."""
+    zeros = pasted(m.host_a.typed(["truncate", "--size", str(size), disk.image]))
+    return (
+        "what was behind its end is missing: write that back from a copy; or, if it may be zeros for the "
+        f"guest, to make it so: {zeros}; then: {m.finish}"
+    )
+
+
+async def gone_source(m: Migration, disk: PlannedDisk) -> str:
+    """Return what to do where A's disk is not there any more: the fence has it open still, as a rule."""
+    found, limit = None, m.plan.limits.command
+    if m.fence:
+        with suppress(MigrationError):
+            found = await open_in(m.host_a, m.fence.pid, m.state.disk(disk).file, limit)
+    if found is None:
+        return f"put it back from a copy; then: {m.finish}"
+    move = ["mv", "--no-clobber", "--", found.name, disk.image]
+    words = move if found.name else ["cp", "--sparse=always", "--", found.descriptor, disk.image]
+    back = pasted(m.host_a.typed(words))
+    called = f"it is {found.name} now" if found.name else "the fence still has it open"
+    return f"{called}; to have it back: {back}; then: {m.finish}"
 
 
 async def different(m: Migration, first: int | None) -> str:

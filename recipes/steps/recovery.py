@@ -17,11 +17,13 @@ from nbdserve.common.clock import now
 from recipes.channel import ssh
 from recipes.engines.jobs import Job, Jobs
 from recipes.errors import MigrationError
+from recipes.hosts.images import files_at
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import AdvisedError, Migration
 from recipes.migrate.state import Role
 from recipes.plans.disks import PlannedDisk
 from recipes.processes.children import Child
+from recipes.qemu.images import RAW
 from recipes.qemu.vm import CommandError
 from recipes.steps import advice
 from recipes.steps.export import check_exports, start_server
@@ -58,6 +60,7 @@ class Recovery:
         if not old:
             await self._refuse_full()
             await self._refuse_differences()
+        await self.refuse_lost_source(lasting=False)
         self._m.report.note(f"{trouble}; the guest waits")
         seen = await self._size_of_log()
         await self.bring_export_back()
@@ -98,6 +101,7 @@ class Recovery:
                 await check_exports(self._m, [job.disk for job in self._jobs.running])
                 return
             except MigrationError as error:
+                await self.refuse_lost_source()
                 ended = self.server_has_ended or self.tunnel_has_ended
                 spent = ended and self._restarts >= self._limits.restarts
                 if spent or now() > deadline:
@@ -140,6 +144,7 @@ class Recovery:
         ``seen`` is how many bytes of the server's log are older than this interruption.
         """
         await self._refuse_full()
+        await self.refuse_lost_source()
         for job in self._jobs.running:
             if job.vm is not self._m.b:
                 told = await self._jobs.execute(job.vm, "query-overlay")
@@ -151,6 +156,29 @@ class Recovery:
             disk = self._disk_in(failures[-1])
             why = f"{disk.image} on A cannot be read: {failures[-1].strip()}"
             raise await self.advised(why, await advice.bad_source(self._m, disk))
+
+    async def refuse_lost_source(self, *, lasting: bool = True) -> None:
+        """Raise MigrationError where a disk on A was cut off or, if trouble is ``lasting``, is gone.
+
+        A server that has a raw file open goes on without its name; of other formats, others open it again.
+        """
+        m = self._m
+        disks = [job.disk for job in self._jobs.running]
+        try:
+            files = await files_at(m.host_a, [disk.image for disk in disks], self._limits.command)
+        except MigrationError:
+            # A is away, as whoever needs it says.
+            return
+        for disk, file in zip(disks, files, strict=True):
+            before = m.state.disk(disk).file
+            if not file and before and lasting and (self.server_has_ended or disk.format != RAW):
+                why = f"there is no {disk.image} on A any more"
+                raise await self.advised(why, await advice.gone_source(m, disk))
+            (*is_before, size), (*is_now, left) = (before or "0").split(), (file or "0").split()
+            if is_before == is_now and int(left) < int(size):
+                why = f"{disk.image} on A was cut off: it has {left} bytes, and had {size}"
+                remedy = await advice.cut_off_source(m, disk, int(size))
+                raise await self.advised(why, remedy, "what is on B stays there")
 
     def _disk_in(self, line: str) -> PlannedDisk:
         """Return the disk that a line of the server's log is about."""
@@ -223,8 +251,8 @@ class Recovery:
                     remedy = await advice.different(self._m, told["verify"]["first"])
                     raise AdvisedError(f"{why}; the guest is on B and stays there; {remedy}")
 
-    async def advised(self, reason: str, remedy: str) -> AdvisedError:
-        """Return one line for an operator who must take over, to be raised."""
+    async def advised(self, reason: str, remedy: str, kept: str = "nothing is lost") -> AdvisedError:
+        """Return one line for an operator who must take over, to be raised; ``kept`` says what is safe."""
         state = "off"
         if self._m.b:
             state = "unknown"
@@ -235,7 +263,7 @@ class Recovery:
         images = listed(disk.image for disk in self._m.pending or self._m.disks)
         return AdvisedError(
             f"{reason}; the guest on B (state {state}) waits as soon as it needs what is missing, and "
-            f"nothing is lost: its {disks} {targets} on B together with {images} on A; {remedy}"
+            f"{kept}: its {disks} {targets} on B together with {images} on A; {remedy}"
         )
 
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from nbdserve.common.clock import now
 from nbdserve.common.errors import ConnectError
 from recipes.engines.choice import engine_for
 from recipes.engines.jobs import Job, Jobs, News, heard
@@ -22,6 +23,9 @@ from recipes.qemu.vm import Vm, VmGoneError, VmSilentError, connect_again
 from recipes.steps import advice
 from recipes.steps.recovery import LOOK, Recovery
 from recipes.steps.without_guest import go_without_guest
+
+SUSPICIOUS = 10.0
+"""Seconds without any movement after which, and as often, it is looked whether A's disks are still there."""
 
 
 async def stream(m: Migration) -> str:
@@ -68,6 +72,7 @@ class Stream:
         self._recovery = Recovery(m, self._jobs)
         self._restarts = self._ways = 0
         self._again = again
+        self._looked = now()
         self._settling: set[asyncio.Task[None]] = set()
         self._written: dict[str, Written] = {}
         self._local = self._compared = 0.0
@@ -271,3 +276,6 @@ class Stream:
             elif job.still.seconds > self._limits.stall:
                 why = f"the stream{self._m.about(job.disk)} has not moved for {self._limits.stall:g} s"
                 raise await self._recovery.advised(why, await advice.server_hangs(self._m))
+            elif job.still.seconds > SUSPICIOUS and now() - self._looked > SUSPICIOUS:
+                await self._recovery.refuse_lost_source()
+                self._looked = now()
