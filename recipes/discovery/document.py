@@ -11,6 +11,7 @@ from tomlkit.items import Array, Item, Table
 from nbdserve.common.sizes import format_size
 from overlay.formats.device.map_place import is_among_devices
 from recipes.discovery.derive import Derived
+from recipes.discovery.drive_options import FoundDisk
 from recipes.discovery.guest import Guest
 from recipes.qemu.images import RAW
 
@@ -81,6 +82,7 @@ def write(draft: Draft) -> str:
         on_device = is_among_devices(target)
         disk["target"] = _text(target, "a block device, which becomes the disk" if on_device else "")
         disk["drive"] = _text(found.drive)
+        _add_opening(disk, found)
         if seed:
             disk["seed"] = _text(seed, "a copy that B has: what is the same in it is not sent")
         disks.append(disk)
@@ -109,6 +111,18 @@ def write(draft: Draft) -> str:
         )
         document["finish"] = finish
     return tomlkit.dumps(document)
+
+
+def _add_opening(disk: Table, found: FoundDisk) -> None:
+    """Say how A's QEMU has it open, which B's does in the end, if it can."""
+    if found.cache:
+        cache = tomlkit.array()
+        cache.extend(_text(each) for each in found.cache)
+        disk["cache"] = cache.comment("as A's QEMU has it; B's from the pivot on")
+    if found.aio:
+        disk["aio"] = _text(found.aio, "the same")
+    if found.detect_zeroes:
+        disk["detect_zeroes"] = _text(found.detect_zeroes, "as in A's QEMU")
 
 
 def _heading(draft: Draft) -> Iterable[str]:

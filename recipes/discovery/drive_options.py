@@ -21,6 +21,7 @@ from recipes.discovery.drives import (
     path_of,
 )
 from recipes.discovery.guest import Drive, Guest, Node
+from recipes.plans.disks import CACHE
 from recipes.qemu.images import RAW
 
 NODE = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,19}")
@@ -51,6 +52,7 @@ class FoundDisk:
     size    in bytes
     device  the type of its device
     format  of its image
+    cache, aio, detect_zeroes  as in a plan; empty where it is QEMU's default
     """
 
     image: str
@@ -59,6 +61,9 @@ class FoundDisk:
     size: int
     device: str
     format: str = RAW
+    cache: tuple[str, ...] = ()
+    aio: str = ""
+    detect_zeroes: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,10 @@ class DriveOptions:
         if given is None:
             return
         name = self._name([given.text("drive"), drive.backend, node.name])
-        self.disks.append(FoundDisk(image, node.name, name, node.size, drive.type, node.driver))
+        cache, aio = self._opening(drive, node, image)
+        zeroes = node.detect_zeroes.removeprefix("off")
+        found = FoundDisk(image, node.name, name, node.size, drive.type, node.driver, cache, aio, zeroes)
+        self.disks.append(found)
         made = given.having(drive=name, rerror="stop", werror="stop")
         if self._writes_through(drive, image):
             made = made.having(write_cache="off")
@@ -266,13 +274,37 @@ class DriveOptions:
 
     def _writes_through(self, drive: Drive, image: str) -> bool:
         """Tell whether A's QEMU was told to make each write durable, which the guest knows."""
+        option = self._drive_with(drive, image)
+        return option is not None and option.arguments.text("cache") in ("writethrough", "directsync")
+
+    def _opening(self, drive: Drive, node: Node, image: str) -> tuple[tuple[str, ...], str]:
+        """Return the cache and the aio with which A's QEMU has a disk's file open.
+
+        Of its monitor only the guest's node tells, and nothing of aio.
+        """
+        nodes = {each.arguments.text("node-name"): each.arguments for each in self._command.named("blockdev")}
+        option = self._drive_with(drive, image)
+        said = [option.arguments] if option else []
+        if own := nodes.get(node.name):
+            below = nodes.get(own.text("file"))
+            said += [own, below] if below else [own]
+        cache = tuple(
+            key
+            for key in CACHE
+            if key in node.cache
+            or any(each.is_on(f"{of}cache.{key}") for each in said for of in ("", "file."))
+        )
+        aio = next((word for each in said for of in ("", "file.") if (word := each.text(f"{of}aio"))), "")
+        return cache, aio.removeprefix("threads")
+
+    def _drive_with(self, drive: Drive, image: str) -> Option | None:
+        """Return the ``-drive`` that has made a drive, by its name or its file."""
 
         def is_its(option: Option) -> bool:
             file = option.arguments.text("file")
             return bool(file) and posixpath.normpath(posixpath.join(self._directory, file)) == image
 
-        option = self._drive_of(drive.backend) or next(filter(is_its, self._command.named("drive")), None)
-        return option is not None and option.arguments.text("cache") in ("writethrough", "directsync")
+        return self._drive_of(drive.backend) or next(filter(is_its, self._command.named("drive")), None)
 
     def _drive_of(self, name: str) -> Option | None:
         """Return the ``-drive`` of this name."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes.errors import MigrationError
+from recipes.plans.disks import CACHE
 from recipes.qemu.images import chain_of, fault_in, file_of
 from recipes.qemu.machine import Machine, machine_of
 from recipes.qemu.vm import CommandError, Vm
@@ -33,6 +34,9 @@ class Node:
     """Why its image cannot be read without this QEMU, or nothing."""
     below: tuple[str, ...] = ()
     """The files of the images below it."""
+    cache: tuple[str, ...] = ()
+    """How it goes about the page cache, see PlannedDisk."""
+    detect_zeroes: str = "off"
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def node_of(inserted: dict[str, Any]) -> Node:
         limited=",".join(throttling),
         fault=fault_in(inserted["image"]),
         below=tuple(layer.file for layer in chain_of(inserted["image"])[1:]),
+        cache=tuple(key for key in CACHE if inserted.get("cache", {}).get(key)),
+        detect_zeroes=inserted.get("detect_zeroes", "off"),
     )
 
 

@@ -51,7 +51,7 @@ class OverlayEngine(Engine):
                 "open-timeout": seconds,
                 "discard": "unmap",
             },
-            {"node-name": disk.drive, "driver": "raw", "discard": "unmap", "file": socket},
+            {"node-name": disk.drive, "driver": "raw", "discard": "unmap", "file": socket, **disk.guests},
         ]
 
     def needed_later(self, plan: Plan, disk: PlannedDisk) -> dict[str, dict[str, object]]:
@@ -63,14 +63,15 @@ class OverlayEngine(Engine):
                 "read-only": True,
             },
             # Without locks, as nbd-overlay holds them until it is complete.
-            f"open {disk.target} in the end": {**disk.file_node(), "locking": "off"},
+            f"open {disk.target} in the end": {**disk.file_node(), **disk.opening, "locking": "off"},
         }
 
     def complete_node(self, disk: PlannedDisk, size: int) -> dict[str, object]:
         """Return the raw file, or the part of the device that is the disk."""
         file = {**disk.file_node(), "discard": "unmap"}
         only = {"size": size} if disk.on_device else {}
-        return {"node-name": disk.drive, "driver": "raw", "discard": "unmap", "file": file, **only}
+        node = {"node-name": disk.drive, "driver": "raw", "discard": "unmap", "file": file}
+        return {**node, **disk.guests, **only}
 
     def streamed(self, plan: Plan, disk: PlannedDisk) -> tuple[str, str]:
         """nbd-overlay has only one disk, and one job."""
@@ -156,7 +157,8 @@ class OverlayEngine(Engine):
     async def detach(self, m: Migration, disk: PlannedDisk) -> None:
         """Let QEMU pivot to the file."""
         destination, limits = m.plan.destination, m.plan.limits
-        what = Pivot(disk.drive, disk.target, limits.command + limits.reconnect_delay, disk.on_device)
+        patience = limits.command + limits.reconnect_delay
+        what = Pivot(disk.drive, disk.target, patience, disk.on_device, disk.opening, disk.guests)
         deadline = now() + limits.recover
         try:
             # A guest may have booted on the file.

@@ -16,6 +16,13 @@ from recipes.qemu.images import FORMATS, RAW
 OF_DRIVE = ("export", "backing", "overlay", "access", "local", "socket")
 """What block nodes of B's QEMU are called beside a drive: DRIVE-export, and so on."""
 
+CACHE = ("direct", "no-flush")
+"""What QEMU may be told of a file: to go past the page cache, and to flush nothing."""
+
+AIO = ("threads", "native", "io_uring")
+
+DETECT_ZEROES = ("off", "on", "unmap")
+
 SHORTHAND = {
     "image": "source.image",
     "node": "source.node",
@@ -37,6 +44,11 @@ class PlannedDisk:
     format  of the image on A; on B the disk is raw in any case
     seed    on B: a raw copy of the disk, an older one perhaps; what is the same in it is not sent
     state   on B: the directory for what belongs to a target that is a block device; empty: see ``places.py``
+
+    How B's QEMU uses it, in QEMU's words; with nbd-overlay, the first two from the pivot on:
+
+    cache, aio     how it opens the target, if it can
+    detect_zeroes  what becomes of zeros that the guest writes
     """
 
     image: str
@@ -46,6 +58,9 @@ class PlannedDisk:
     format: str = RAW
     seed: str = ""
     state: str = ""
+    cache: tuple[str, ...] = ()
+    aio: str = ""
+    detect_zeroes: str = ""
 
     @property
     def on_device(self) -> bool:
@@ -84,6 +99,17 @@ class PlannedDisk:
         return {"driver": "host_device" if self.on_device else "file", "filename": self.target}
 
     @property
+    def opening(self) -> dict[str, object]:
+        """Return what is added to that for how it is opened; nothing as by default."""
+        cache = {"cache": {key: key in self.cache for key in CACHE}} if self.cache else {}
+        return {**cache, **({"aio": self.aio} if self.aio else {})}
+
+    @property
+    def guests(self) -> dict[str, object]:
+        """Return what is added to the guest's raw node on the target, or on what serves it."""
+        return {"detect-zeroes": self.detect_zeroes} if self.detect_zeroes else {}
+
+    @property
     def beside(self) -> tuple[str, ...]:
         """Return the target, and each path that nbd-overlay uses beside it."""
         return (self.target, self.map, self.overlay_socket, self.overlay_monitor)
@@ -117,11 +143,22 @@ class PlannedDisk:
                 raise UsageError(
                     f"disk.state: {self.state!r} is among the devices; name a directory in a file system"
                 )
+        self._check_opening()
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,19}", self.drive):
             raise UsageError(
                 f"{keys['drive']}: {self.drive!r} is not usable: up to 20 letters, digits and ._- that begin "
                 "with a letter, as in the -device of the disk"
             )
+
+    def _check_opening(self) -> None:
+        """Raise UsageError for what QEMU would not take."""
+        words: list[tuple[str, str, Sequence[str]]] = [("cache", each, CACHE) for each in self.cache]
+        words += [("aio", self.aio, AIO), ("detect_zeroes", self.detect_zeroes, DETECT_ZEROES)]
+        for key, word, known in words:
+            if word and word not in known:
+                raise UsageError(f"disk.{key}: {word!r} is neither {' nor '.join(known)}")
+        if self.aio == "native" and "direct" not in self.cache:
+            raise UsageError('disk.aio: native needs cache = ["direct"], as QEMU has it')
 
 
 def check_together(disks: Sequence[PlannedDisk]) -> None:

@@ -32,7 +32,10 @@ state = "/var/lib/nbd-migrate/dev-vg-vm"  the directory on B for what belongs to
 drive = "disk0"                           the block node that a -device there refers to,
 node = "disk0"                            and A's block node or device, as above;
 format = "raw"                            of the image on A: "raw" (the default) or "qcow2";
-seed = "/var/lib/images/yesterday.raw"    and a copy that B has
+seed = "/var/lib/images/yesterday.raw"    and a copy that B has;
+cache = ["direct"]                        how B's QEMU opens the target in the end: "direct", "no-flush",
+aio = "native"                            "threads", "native" or "io_uring",
+detect_zeroes = "unmap"                   and what becomes of zeros that the guest writes: "on", "unmap"
 
 [[flash]]                                 a flash chip that the guest writes to: its firmware's variables
 image = "/var/lib/images/vm.vars.fd"      on A,

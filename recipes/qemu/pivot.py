@@ -23,8 +23,9 @@ commands goes on where it was:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nbdserve.common.clock import now
@@ -53,12 +54,16 @@ class Pivot:
     limit  seconds that each command may take: with a server that is away, QEMU answers only after its
            reconnect-delay
     on_device  whether the image is a block device, which may be larger than the disk
+    opening    how QEMU opens the image, if it can: its cache and aio
+    guests     what the guest's node has besides, which is said again
     """
 
     node: str
     image: str
     limit: float
     on_device: bool = False
+    opening: Mapping[str, object] = field(default_factory=dict)
+    guests: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def socket(self) -> str:
@@ -78,7 +83,8 @@ class Pivot:
     def reopened(self, size: int | None = None) -> dict[str, object]:
         """Return the guest's node on the local one; with ``size``, on so many bytes of it."""
         only = {} if size is None else {"size": size}
-        return {"driver": "raw", "node-name": self.node, "discard": "unmap", "file": self.local, **only}
+        node = {"driver": "raw", "node-name": self.node, "discard": "unmap", "file": self.local}
+        return {**node, **self.guests, **only}
 
     def is_on(self, file: str) -> bool:
         """Tell whether a raw node of which QEMU tells this file is on the image."""
@@ -129,7 +135,7 @@ async def _check(vm: Vm, what: Pivot, nodes: dict[str, dict[str, Any]]) -> None:
 async def _move(vm: Vm, what: Pivot, nodes: dict[str, dict[str, Any]]) -> None:
     """Put the file in the socket's place."""
     if what.local not in nodes:
-        await vm.call("blockdev-add", what.blockdev(), limit=what.limit)
+        await _open(vm, what)
         nodes = await _nodes(vm, what)
     if nodes[what.local]["file"] != what.image:
         raise MigrationError(f"{what.local} in B's QEMU is {nodes[what.local]['file']}, not {what.image}")
@@ -145,6 +151,16 @@ async def _move(vm: Vm, what: Pivot, nodes: dict[str, dict[str, Any]]) -> None:
         if _NOT_FLUSHED in error.reason:
             raise ServerAwayError(f"{error}: its server is away; serve {what.image} there again") from error
         raise
+
+
+async def _open(vm: Vm, what: Pivot) -> None:
+    """Let QEMU open the image; as it does by default where it cannot do so as it is told."""
+    try:
+        await vm.call("blockdev-add", {**what.blockdev(), **what.opening}, limit=what.limit)
+    except CommandError:
+        if not what.opening:
+            raise
+        await vm.call("blockdev-add", what.blockdev(), limit=what.limit)
 
 
 async def _leave(vm: Vm, what: Pivot) -> None:

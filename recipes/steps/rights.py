@@ -6,11 +6,14 @@ to try both while it waits for the guest: nobody else is confined exactly as it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
+from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import Migration
+from recipes.plans.disks import PlannedDisk
 from recipes.qemu.vm import CommandError
 
 _USER = (
@@ -26,13 +29,34 @@ _USER = (
 async def check_rights(m: Migration) -> None:
     """Raise MigrationError, which says what to write, where B's QEMU has no right to what it needs later."""
     for disk in m.disks:
-        name = f"{disk.drive}-access"
         for what, node in engine_for(m).needed_later(m.plan, disk).items():
-            try:
-                await m.monitor_b.call("blockdev-add", {"node-name": name, **node})
-            except CommandError as error:
+            await _check(m, disk, what, node)
+
+
+async def _check(m: Migration, disk: PlannedDisk, what: str, node: Mapping[str, object]) -> None:
+    """Let QEMU try one thing; the target as by default where it cannot open that as A's QEMU does."""
+    plain = {key: value for key, value in node.items() if key not in disk.opening}
+    refused = ""
+    for tried in (node, plain):
+        try:
+            await _try(m, disk, tried)
+            break
+        except CommandError as error:
+            if tried == plain:
                 raise MigrationError(await _complaint(m, what, error.reason)) from error
-            await m.monitor_b.execute("blockdev-del", node_name=name)
+            refused = error.reason
+    if refused:
+        words = [*(f"cache.{each}=on" for each in disk.cache), *([f"aio={disk.aio}"] if disk.aio else [])]
+        m.report.note(
+            f"B's QEMU cannot open {disk.target} with {listed(words)} ({refused}), and will use it without"
+        )
+
+
+async def _try(m: Migration, disk: PlannedDisk, node: Mapping[str, object]) -> None:
+    """Open a node and close it again; CommandError where that cannot be."""
+    name = f"{disk.drive}-access"
+    await m.monitor_b.call("blockdev-add", {"node-name": name, **node})
+    await m.monitor_b.execute("blockdev-del", node_name=name)
 
 
 def explain_start(m: Migration, error: MigrationError) -> MigrationError:

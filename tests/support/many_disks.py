@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recipes.plans.disks import PlannedDisk
 from tests.support.boot_sector import COUNTER, RECORDS, SECTOR, boot_sector, newest, number_in
@@ -110,7 +111,7 @@ class ManyDisks(Scene):
         self.disks[number] = dataclasses.replace(self.disks[number], image=device, moved=device)
         self.change_disk(number, image=str(device))
 
-    def change_disk(self, number: int, **values: str) -> None:
+    def change_disk(self, number: int, **values: Any) -> None:
         """Change keys of one disk of the plan."""
         disks = list(self.plan.disk)
         disks[number] = dataclasses.replace(disks[number], **values)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def opened(directory: Path, *options: str | dict[str, object]) -> Iterator[Path]
         yield monitor
 
 
-def plan_of(monitor: Path, image: Path, **more: str) -> Plan:
+def plan_of(monitor: Path, image: Path, **more: Any) -> Plan:
     """A plan for one disk."""
     return Plan(
         Source(qmp=str(monitor)),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import signal
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.pasting import after, pasted_well
-from tests.support.processes import wait_until
-from tests.support.vms import Role, Scene, monitor, scene
+from tests.support.processes import Process, check, wait_until
+from tests.support.vms import NBD_MIGRATE, Role, Scene, monitor, running, scene
 
 SECONDS = 40.0
 OVERLAY_ENDED = r"nbd-overlay on B (was ended by signal 9|ended, as its supervisor was killed)"
@@ -138,6 +139,31 @@ def test_the_guest_survives_on_b_when_the_orchestrator_is_killed_while_the_disk_
         assert run.wait(SECONDS) == -signal.SIGKILL
     stage.wait_until_guest_works("b")
     stage.wait_until_only({Role.B, Role.SERVER, Role.OVERLAY, Role.FENCE})
+
+
+class Opened(Scene):
+    """A guest whose QEMU on A goes past the page cache, and unmaps zeros."""
+
+    def source_qemu(self) -> list[str]:
+        """A's command line."""
+        more = "discard=unmap,detect-zeroes=unmap,file.discard=unmap,file.cache.direct=on,file.aio=native"
+        return [f"{each},{more}" if each.startswith("driver=raw") else each for each in super().source_qemu()]
+
+
+def test_in_the_end_the_disk_is_opened_as_it_was_on_a(tmp_path: Path) -> None:
+    stage, there = Opened(tmp_path), tmp_path / "there"
+    there.mkdir()
+    with running(stage):
+        text = check(NBD_MIGRATE, "plan", "--source", stage.monitor_a, "--to-dir", there)
+        plan = tmp_path / "found.toml"
+        plan.write_text(text)
+        with Process([str(NBD_MIGRATE), "run", str(plan)], tmp_path / "run.log") as run:
+            assert run.wait(90.0) == 0, run.output()
+        assert "B's QEMU cannot open" not in run.output()
+        with monitor(Path(tomllib.loads(text)["destination"]["qmp"])) as b:
+            nodes = {each["node-name"]: each for each in b.execute("query-named-block-nodes", flat=True)}
+    assert nodes["disk0-local"]["cache"] == {"writeback": True, "direct": True, "no-flush": False}
+    assert nodes["disk0"]["detect_zeroes"] == "unmap"
 
 
 @pytest.mark.representative

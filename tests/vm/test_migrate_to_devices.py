@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ class ToDevice(Scene):
         self.state = directory / "state"
         self.put(self.image)
 
-    def put(self, image: Path, **more: str) -> None:
+    def put(self, image: Path, **more: Any) -> None:
         """The disk on A is this."""
         self.image = image
         target, state = str(self.device), str(self.state)

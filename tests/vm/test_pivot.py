@@ -77,7 +77,12 @@ class Machine:
         return self.directory / "qmp"
 
     def pivot(
-        self, image: Path | None = None, *, commands: int = 0, before: Callable[[str], None] = lambda _: None
+        self,
+        image: Path | None = None,
+        *,
+        commands: int = 0,
+        before: Callable[[str], None] = lambda _: None,
+        **more: Any,
     ) -> None:
         """Pivot to the file, or to another one; with ``commands`` be killed after so many."""
 
@@ -85,7 +90,7 @@ class Machine:
             vm = await connect("B's QEMU", str(self.monitor), limit=60.0, command_limit=60.0)
             try:
                 mortal = cast(Vm, Mortal(vm, commands, before))
-                await pivot(mortal, Pivot(NODE, str(image or self.disk), 60.0))
+                await pivot(mortal, Pivot(NODE, str(image or self.disk), 60.0, **more))
             finally:
                 await vm.disconnect()
 
@@ -325,6 +330,19 @@ def test_any_disk_moves_between_socket_and_file_again_and_again(tmp_path: Path, 
         machine.pivot()
         machine.wait_until_it_works()
         assert machine.lost() == []
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_the_file_is_opened_as_it_is_told_if_qemu_can(machine: Machine, direct: bool) -> None:
+    cache = {"direct": direct, "no-flush": False}
+    machine.pivot(opening={"cache": cache, "aio": "native"}, guests={"detect-zeroes": "unmap"})
+    with monitor(machine.monitor) as qemu:
+        nodes = {each["node-name"]: each for each in qemu.execute("query-named-block-nodes", flat=True)}
+    # It refuses native requests through the page cache, and opens the file as ever.
+    assert nodes["disk0-local"]["cache"]["direct"] == direct
+    assert nodes[NODE]["detect_zeroes"] == "unmap"
+    machine.wait_until_it_works()
+    assert machine.lost() == []
 
 
 @pytest.mark.representative

@@ -93,8 +93,9 @@ def test_proxmox_line_keeps_all_but_the_disk_the_monitor_and_the_daemon() -> Non
     cd = Drive(
         "drive-ide2", "/machine/peripheral/ide2", "ide-cd", "ide.1", (("unit", 0),), True, removable=True
     )
+    opened: dict[str, Any] = {"cache": ("direct",), "detect_zeroes": "on"}
     found = guest(
-        cd, has(disk, "/dev/pve/vm-100-disk-0"), plugged=("pci.1", "vga", "ide2", "virtio0", "net0")
+        cd, has(disk, "/dev/pve/vm-100-disk-0", **opened), plugged=("pci.1", "vga", "ide2", "virtio0", "net0")
     )
     names = {"/var/run/qemu-server/100.vnc": "/b.vnc"}
     made = derived(PROXMOX, found, names=names)
@@ -106,11 +107,51 @@ def test_proxmox_line_keeps_all_but_the_disk_the_monitor_and_the_daemon() -> Non
     device = "-device virtio-blk-pci,drive=drive-virtio0,id=virtio0,bus=pci.0,addr=0xa,"
     assert f"{device}iothread=iothread-virtio0,rerror=stop,werror=stop" in options
     assert "-vnc unix:/b.vnc,password=on" in options
+    [moves] = made.disks
+    assert (moves.cache, moves.aio, moves.detect_zeroes) == (("direct",), "io_uring", "on")
     assert "-pidfile /var/run/qemu-server/100.pid" in options
     assert "-machine pc-i440fx-7.2" in options
     assert [str(each) for each in made.local] == [
         "the file /var/lib/qemu-server/pve-bridge of -netdev",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "cache", "aio"),
+    [
+        ("-drive file=/images/vm.raw,if=none,id=d,aio=native,cache=none", (), "native"),
+        (
+            "-drive file=/images/vm.raw,if=none,id=d,file.aio=io_uring,cache.no-flush=on",
+            ("no-flush",),
+            "io_uring",
+        ),
+        ("-drive file=/images/vm.raw,if=none,id=d,aio=threads", (), ""),
+        (
+            "-blockdev driver=raw,node-name=d,file.driver=file,file.filename=/images/vm.raw,file.aio=native,"
+            "file.cache.direct=on",
+            ("direct",),
+            "native",
+        ),
+        (
+            """-blockdev '{"driver":"file","filename":"/images/vm.raw","aio":"native","node-name":"f","""
+            """"cache":{"direct":true,"no-flush":false}}' """
+            """-blockdev '{"driver":"raw","node-name":"d","file":"f"}'""",
+            ("direct",),
+            "native",
+        ),
+    ],
+)
+def test_how_a_disk_is_opened_is_told_by_the_command_line_and_the_monitor(
+    options: str, cache: tuple[str, ...], aio: str
+) -> None:
+    drive = dataclasses.replace(VIRTIO, backend="d" if "-drive" in options else "")
+    line = f"kvm -M pc {options} -device virtio-blk-pci,drive=d"
+    [disk] = derived(line, guest(has(drive, name="#block1" if "-drive" in options else "d"))).disks
+    assert (disk.cache, disk.aio, disk.detect_zeroes) == (cache, aio, "")
+    # What -drive cache=none means is told by the monitor.
+    [disk] = derived(line, guest(has(drive, name="d", cache=("direct",), detect_zeroes="unmap"))).disks
+    assert "direct" in disk.cache
+    assert disk.detect_zeroes == "unmap"
 
 
 def test_libvirts_line_is_understood_and_its_descriptors_are_refused() -> None:

@@ -52,6 +52,19 @@ def test_what_the_operator_has_chosen_is_in_the_plan() -> None:
     assert not build(tomllib.loads(write(draft())), {}).hybrid
 
 
+def test_how_a_has_a_disk_open_is_in_the_plan() -> None:
+    made = draft()
+    [disk] = made.derived.disks
+    opened = dataclasses.replace(disk, cache=("direct",), aio="native", detect_zeroes="unmap")
+    text = write(dataclasses.replace(made, derived=dataclasses.replace(made.derived, disks=(opened,))))
+    [planned] = build(tomllib.loads(text), {}).disks
+    assert planned.opening == {"cache": {"direct": True, "no-flush": False}, "aio": "native"}
+    assert planned.guests == {"detect-zeroes": "unmap"}
+    assert "as A's QEMU has it; B's from the pivot on" in text
+    [plain] = build(tomllib.loads(write(made)), {}).disks
+    assert plain.opening == plain.guests == {}
+
+
 def test_what_the_operator_has_to_know_stands_in_comments() -> None:
     comments = [line for line in write(draft()).splitlines() if line.startswith("#")]
     assert comments == [
