@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -83,17 +83,22 @@ class MatrixGuest(LinuxDisks):
         return self.directory / {"a": "a.qmp", "b": "a.moved.qmp"}[host]
 
     def move(self, origin: str, to: str, *options: str, source: str = "") -> str:
-        """Move the guest without a plan's file, by an orchestrator on a third host; return what that says."""
-        self.moves += 1
-        directory = self.directory / f"disks{self.moves}"
+        """Move the guest without a plan's file into another directory; return what was said."""
+        directory = self.directory / f"disks{self.moves + 1}"
         directory.mkdir()
+        said = self.run_between(origin, to, "--to-dir", str(directory), *options, source=source)
+        self.disks = [moved(each, directory) for each in self.disks]
+        return said
+
+    def run_between(self, origin: str, to: str, *options: str, source: str = "") -> str:
+        """Have an orchestrator on a third host move the guest as these options say; return what it said."""
+        self.moves += 1
         words = ("--source", source or str(self.monitor_on(origin)), "--from", HOST[origin], "--to", HOST[to])
-        argv = self.net.on("c", str(NBD_MIGRATE), "run", *words, "--to-dir", str(directory), *options)
+        argv = self.net.on("c", str(NBD_MIGRATE), "run", *words, *options)
         environment = {"PATH": f"{self.directory}:{os.environ['PATH']}", "XDG_RUNTIME_DIR": str(self.runtime)}
         with Process(argv, self.directory / f"run{self.moves}.log", env=environment) as run:
             assert run.wait(LONG) == 0, run.output()
             said = run.output()
-        self.disks = [moved(each, directory) for each in self.disks]
         self.guest_on_b = self.guest_on(to)
         return said
 
@@ -130,8 +135,11 @@ def as_qcow2(disk: LinuxDisk, *, chain: bool) -> Path:
 
 
 @contextmanager
-def guest_on_a(form: str, disks: int, started_by: str, *lines: str) -> Iterator[MatrixGuest]:
-    """The guest, that runs on A and writes; ``lines`` are more ones of both hosts' sshd_config.
+def guest_on_a(
+    form: str, disks: int, started_by: str, *lines: str, options: Sequence[str] = ()
+) -> Iterator[MatrixGuest]:
+    """The guest, that runs on A and writes; ``lines`` are more ones of both hosts' sshd_config, ``options``
+    those of its QEMU.
 
     Whatever of it is left in the end is killed.
     """
@@ -143,7 +151,7 @@ def guest_on_a(form: str, disks: int, started_by: str, *lines: str) -> Iterator[
             stack.enter_context(server(directory, net, host, lines))
         made = MatrixGuest(directory, net, stack.enter_context(short_directory()), form, disks)
         made.give_form(form, stack)
-        argv = net.on("a", *made.started_with(started_by))
+        argv = net.on("a", *made.started_with(started_by), *options)
         machine = stack.enter_context(Process(argv, directory / "a.log"))
         stack.enter_context(stopped_with(made))
         machine.wait_for(lambda: made.guest_on_a.ready, "the guest finds its disks", seconds=60)

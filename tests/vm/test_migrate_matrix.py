@@ -10,7 +10,7 @@ from tests.support.hosts_of_matrix import FORMS, guest_on_a
 
 CELLS = tuple(itertools.product(FORMS, (1, 3), ("postcopy", "hybrid"), ("tls", "ssh")))
 STAND_FOR_THE_OTHERS = {
-    ("device", 3, "postcopy", "ssh"),
+    ("raw", 1, "postcopy", "ssh"),
     ("chain", 1, "hybrid", "tls"),
 }
 
