@@ -20,7 +20,7 @@ NAMES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", 
 """All that there is in the directory."""
 
 _PLACE = f"""
-{places.making(NAMES)} cd -- "$1" || exit;
+{places.making(NAMES)}
 out=; while IFS= read -r line; do
 case "$line" in
 *.pem) out=$line;;
@@ -28,12 +28,13 @@ case "$line" in
 esac;
 done;
 ln -s server-cert.pem client-cert.pem && ln -s server-key.pem client-key.pem || exit;
-if test -n "$2"; then chown -- "$2" ca-cert.pem server-cert.pem server-key.pem . || exit; fi;
-if test -n "$3"; then chmod g+rX -- ca-cert.pem server-cert.pem server-key.pem . || exit; fi
+if test -n "$3"; then chmod g+rX -- ca-cert.pem server-cert.pem server-key.pem . || exit; fi;
+if test -n "$2"; then chown -- "$2" ca-cert.pem server-cert.pem server-key.pem . || exit; fi
 """
 """Makes the directory $1 for the user $2, or for whoever runs this.
 
-With $3, whatever it says, the group may read them, too. A line with a file's name begins it.
+With $3, whatever it says, the group may read them, too. A line with a file's name begins it. The directory is
+given away last: from then on its user may put links in the place of its files.
 """
 
 

@@ -44,23 +44,34 @@ done
 """Says which of the things is there that would be beside the image $2, with these suffixes."""
 
 
+_INSIDE = 'cd -P -- "$1" && test "$(stat -c %d:%i -- "$1")" = "$(stat -c %d:%i .)"'
+"""Enters the directory $1 itself, and nothing that a link leads to: who may write above it may exchange it at
+any time. From then on ``.`` is that directory, whatever becomes of its name."""
+
+_FRESH = 'test -z "$(ls -A)" && case $(stat -c %u:%a .) in "$(id -u)":*700) true;; *) false;; esac'
+"""Tells that it is one that was just made by us, and for nobody else."""
+
+
 def removing(names: Sequence[str]) -> str:
     """Return a script that removes the directory $1 with these files, if it is there.
 
     What is not ours in it stays, and is an error.
     """
-    files = " ".join(f'"$1/{name}"' for name in names)
-    return f'if test -d "$1" && ! test -L "$1"; then rm -f -- {files} && rmdir -- "$1"; fi;'
+    files = " ".join(names)
+    return f'if test -d "$1" && ! test -L "$1"; then ({_INSIDE} && rm -f -- {files}) && rmdir -- "$1"; fi;'
 
 
 def making(names: Sequence[str]) -> str:
     """Return the beginning of a script, which makes the directory $1 for nobody else, and those above it.
 
-    It takes the place of one with these files, as an earlier attempt may have left it.
+    It takes the place of one with these files, as an earlier attempt may have left it. The rest of the script
+    runs in it, and names it ``.``.
     """
+    changed = "was exchanged by somebody while it was made"
     return (
         'umask 022; mkdir -p -- "${1%/*}" || exit; umask 077; '
-        f'{{ {removing(names)} }} && mkdir -- "$1" || exit;'
+        f'{{ {removing(names)} }} && mkdir -- "$1" || exit; '
+        f'{{ {_INSIDE} && {_FRESH}; }} || {{ echo "$1 {changed}" >&2; exit 1; }};'
     )
 
 

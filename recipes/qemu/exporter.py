@@ -41,7 +41,7 @@ LOOK = 0.05
 SOCKET = "nbd"
 """What the socket is called in a directory that has nothing else, and that nobody else can enter."""
 
-_PLACE = f"""{places.making([SOCKET])} if test -n "$2"; then chown -- "$2" "$1"; fi"""
+_PLACE = f"""{places.making([SOCKET])} if test -n "$2"; then chown -- "$2" .; fi"""
 """Makes the directory $1 for the user $2, or for whoever runs this."""
 
 _NOWHERE = "/dev/null/nbd"

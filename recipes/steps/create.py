@@ -31,13 +31,17 @@ _NOT_MADE = "nothing was made there"
 """In what is said where nothing was."""
 
 _FLASH = f"""
-umask 077; set -C; why=$({{ true > "$1"; }} 2>&1) || {{ echo "$why ({_NOT_MADE})" >&2; exit 1; }};
-truncate -s "$2" -- "$1" || exit;
-if test -n "$3"; then chown -h -- "$3" "$1" || exit; fi; if test -n "$4"; then chmod -- "$4" "$1"; fi
+umask 077; set -C; f=/proc/self/fd/3;
+why=$({{ {{
+truncate -s "$2" -- $f || exit 3;
+if test -n "$4"; then chmod -- "$4" $f || exit 3; fi; if test -n "$3"; then chown -- "$3" $f || exit 3; fi;
+}} 3> "$1"; }} 2>&1) && exit; code=$?;
+if test $code = 3; then echo "$why" >&2; else echo "$why ({_NOT_MADE})" >&2; fi; exit 1
 """
 """Makes the file $1 of $2 bytes, for the user $3 with the mode $4; says so where it is there, or cannot be.
 
-Each shell has its own words for that, and ends at once where it is ``:`` that cannot be redirected.
+Each shell has its own words for that. The file is named by its descriptor, as who may write to its directory
+may exchange it at any time.
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from overlay.formats.device.map_place import name_of
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.places import Places, beside, left_beside, making, place_of, removing
+from recipes.qemu import exporter
 from tests.support.loops import loop_device
 
 
@@ -80,3 +83,31 @@ def test_a_private_directory_takes_the_place_of_one_that_was_left_and_of_no_othe
     (where / "somebody's").unlink()
     asyncio.run(host.run("sh", "-c", removing(["key"]), "sh", str(where), limit=60.0))
     assert not where.exists()
+
+
+EXCHANGING = """#!/bin/sh
+{real} "$@" || exit
+for last; do :; done
+case $last in *.exporter) mv -- "$last" "$last.ours"; ln -s {victim} "$last";; esac
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("empty", [True, False])
+def test_who_may_write_beside_an_image_has_nothing_else_given_to_him(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool
+) -> None:
+    """Between mkdir and what comes after it a link takes the directory's place, as its owner may have it."""
+    victim, where = tmp_path / "victim", tmp_path / "images" / "a.raw.exporter"
+    victim.mkdir(mode=0o700)
+    if not empty:
+        (victim / "nbd").write_text("ours")
+    mkdir = tmp_path / "bin" / "mkdir"
+    mkdir.parent.mkdir()
+    mkdir.write_text(EXCHANGING.format(real=shutil.which("mkdir"), victim=victim))
+    mkdir.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{mkdir.parent}", prepend=":")
+    with pytest.raises(MigrationError, match="was exchanged by somebody while it was made"):
+        asyncio.run(exporter.place(Host("A"), str(where), "nobody", 60.0))
+    assert (victim.stat().st_uid, victim.stat().st_mode & 0o777) == (0, 0o700)
+    assert [each.name for each in victim.iterdir()] == ([] if empty else ["nbd"])
