@@ -118,6 +118,10 @@ def _tell(text: str) -> None:
     print(text, flush=True)
 
 
+def _tell_aside(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def show_list(given: argparse.Namespace) -> int:
     """``nbd-migrate list``."""
     for row in overview.rows():
@@ -165,7 +169,7 @@ def change_speed(given: argparse.Namespace) -> int:
     if journal.last(given.name).complete:
         raise MigrationError(f"{given.name}: every block is on B already, so nothing was changed")
     with like_ctrl_c():
-        speed.ask(journal.directory_of(given.name), asked, Running(given.name))
+        speed.ask(journal.directory_of(given.name), asked, Running(given.name), tell=_tell_aside)
     _tell(f"{given.name}: the stream's speed: {speed.described(asked.speed, asked.finish_by)}")
     return program.EXIT_DONE
 
@@ -178,7 +182,7 @@ def cut_over(given: argparse.Namespace) -> int:
     if state.phase not in PREPARING:
         raise MigrationError(f"{given.name}: it is too late, or not needed: it is at: {running.doing()}")
     with like_ctrl_c():
-        cutover_wish.ask(journal.directory_of(given.name), running)
+        cutover_wish.ask(journal.directory_of(given.name), running, tell=_tell_aside)
     _tell(f"{given.name}: the guest goes now")
     return program.EXIT_DONE
 

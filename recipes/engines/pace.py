@@ -92,7 +92,11 @@ class Pace:
 
     async def _obey(self) -> None:
         """Do what is asked of the speed, and write it down."""
+        before = self._m.state
         if asked := speed.write_down(self._m):
             if self.choose(self._jobs.missing):
                 await self._jobs.share_speed()
-            speed.take(self._m.journal.directory, asked)
+            if not speed.take(self._m.journal.directory, asked):
+                speed.take_back(self._m, before)
+                if self.choose(self._jobs.missing):
+                    await self._jobs.share_speed()

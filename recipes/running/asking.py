@@ -20,6 +20,9 @@ from recipes.migrate.journal import open_regular
 LOOK = 0.1
 """Seconds between two looks whether it was taken."""
 
+SOON = 2.0
+"""Seconds after which who asks is told what the run is at, if it has not taken it by then."""
+
 _LONGEST = 4096
 
 
@@ -85,10 +88,12 @@ def ask(
     known: Known,
     patience: float,
     sleep: Callable[[float], None] = time.sleep,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Ask it, in words that nobody else uses, and wait until it was taken, for ``patience`` seconds.
 
-    Raises MigrationError when nobody is at work, or does not take it: then it is asked no more.
+    Where that is not soon, what is waited for is given to ``tell``. Raises MigrationError when nobody is at
+    work, or does not take it: then it is asked no more.
     """
     name = directory.name
     if not known.actor():
@@ -97,17 +102,18 @@ def ask(
         )
     path, fresh = directory / wish.asked, directory / f"{wish.asked}.{os.urandom(8).hex()}"
     try:
-        fresh.write_text(asked)
-        fresh.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            fresh.unlink()
-        raise MigrationError(f"{path}: {error.strerror}") from error
-    try:
-        _wait_until_taken(directory, wish, asked, known, patience, sleep)
+        try:
+            fresh.write_text(asked)
+            fresh.replace(path)
+        except OSError as error:
+            raise MigrationError(f"{path}: {error.strerror}") from error
+        _wait_until_taken(directory, wish, asked, known, patience, sleep, tell)
     except BaseException as error:
         # Also an operator who does not wait for it any more: later nobody would expect it.
+        with suppress(OSError):
+            fresh.unlink()
         withdraw(directory, wish, asked)
+        _wait_while_it_is_taken(directory, wish, asked, sleep)
         if not isinstance(error, MigrationError) or text(directory, wish.taken) != asked:
             raise
         # Just now.
@@ -115,10 +121,24 @@ def ask(
         raise MigrationError(f"{name}: something else was asked meanwhile, which counts")
 
 
+def _wait_while_it_is_taken(directory: Path, wish: Wish, asked: str, sleep: Callable[[float], None]) -> None:
+    """Wait, in the instant between the two names that a run gives to what it takes."""
+    for _ in range(round(SOON / LOOK)):
+        if not any(text(directory, each.name) == asked for each in directory.glob(f"{wish.taken}.*")):
+            return
+        sleep(LOOK)
+
+
 def _wait_until_taken(
-    directory: Path, wish: Wish, asked: str, known: Known, patience: float, sleep: Callable[[float], None]
+    directory: Path,
+    wish: Wish,
+    asked: str,
+    known: Known,
+    patience: float,
+    sleep: Callable[[float], None],
+    tell: Callable[[str], None],
 ) -> None:
-    name, waited = directory.name, 0.0
+    name, waited, is_told = directory.name, 0.0, False
     while text(directory, wish.asked) == asked:
         if not known.actor():
             raise MigrationError(f"{name}: the run has ended before it took this, so nothing was changed")
@@ -126,6 +146,12 @@ def _wait_until_taken(
             raise MigrationError(
                 f"{name}: the run has not taken this within {patience:g} s, so nothing was changed; it is "
                 f"at: {known.doing()}; ask again later"
+            )
+        if waited > SOON and not is_told:
+            is_told = True
+            tell(
+                f"{name}: the run has not taken this yet, as it is at: {known.doing()}; it has "
+                f"{patience - SOON:g} s more, and Ctrl-C withdraws it"
             )
         sleep(LOOK)
         waited += LOOK

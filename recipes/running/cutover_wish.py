@@ -29,6 +29,11 @@ def was_asked(m: Migration) -> bool:
     return asking.take(directory, WISH, mark, lambda name: asking.text(directory, name) == asked)
 
 
-def ask(directory: Path, known: Known, sleep: Callable[[float], None] = time.sleep) -> None:
+def ask(
+    directory: Path,
+    known: Known,
+    sleep: Callable[[float], None] = time.sleep,
+    tell: Callable[[str], None] = lambda _: None,
+) -> None:
     """Ask it, and wait until it was taken. Raises MigrationError, as asking.ask() does."""
-    asking.ask(directory, WISH, json.dumps({"mark": os.urandom(8).hex()}), known, ANSWER, sleep)
+    asking.ask(directory, WISH, json.dumps({"mark": os.urandom(8).hex()}), known, ANSWER, sleep, tell)

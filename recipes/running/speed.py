@@ -19,7 +19,7 @@ from nbdserve.common.sizes import format_size
 from recipes.migrate.decoding import decoded
 from recipes.migrate.journal import SPEED_ASKED, SPEED_TAKEN
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import LATEST
+from recipes.migrate.state import LATEST, State
 from recipes.plans.limits import MOST
 from recipes.running import asking
 from recipes.running.asking import Known
@@ -85,17 +85,33 @@ def described(speed: int, finish_by: float) -> str:
     return f"at most {format_size(speed)} per second" if speed else "no limit"
 
 
-def take(directory: Path, asked: Asked) -> None:
-    """Say that this was done; what was asked in the same instant is asked still."""
-    asking.take(directory, WISH, asked.mark, lambda name: find(directory, name) == asked)
+def take(directory: Path, asked: Asked) -> bool:
+    """Say that this was done; what was asked in the same instant is asked still.
+
+    Returns False where it was asked no more: who did has been told that nothing is changed.
+    """
+    return asking.take(directory, WISH, asked.mark, lambda name: find(directory, name) == asked)
 
 
-def ask(directory: Path, asked: Asked, known: Known, sleep: Callable[[float], None] = time.sleep) -> None:
+def take_back(m: Migration, before: State) -> None:
+    """Write down that all is as it was before something that is asked no more."""
+    limits = replace(m.plan.limits, speed=before.plan.limits.speed)
+    m.record(plan=replace(m.plan, limits=limits), finish_by=before.finish_by)
+    m.report.note("that was withdrawn: the stream's speed is as it was before")
+
+
+def ask(
+    directory: Path,
+    asked: Asked,
+    known: Known,
+    sleep: Callable[[float], None] = time.sleep,
+    tell: Callable[[str], None] = lambda _: None,
+) -> None:
     """Ask it, and wait until it was taken.
 
     Raises MigrationError when nobody is at work, or does not take it: then it is asked no more.
     """
-    asking.ask(directory, WISH, json.dumps(asdict(asked)), known, ANSWER, sleep)
+    asking.ask(directory, WISH, json.dumps(asdict(asked)), known, ANSWER, sleep, tell)
 
 
 def moment(text: str, option: str, now: float) -> float:

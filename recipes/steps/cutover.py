@@ -253,8 +253,9 @@ async def silence(m: Migration) -> None:
                 m.report.ram(progress)
                 m.journal.note_progress(ram=progress)
         # What is asked of the stream counts once that begins.
-        if tells and (asked := speed.write_down(m)):
-            speed.take(m.journal.directory, asked)
+        before = m.state
+        if tells and (asked := speed.write_down(m)) and not speed.take(m.journal.directory, asked):
+            speed.take_back(m, before)
         await asyncio.sleep(RAM_LOOK)
 
 

@@ -23,7 +23,7 @@ from recipes.plans.disks import PlannedDisk
 from recipes.plans.limits import Limits
 from recipes.plans.plan import Destination, Export, Plan, Source
 from recipes.qemu.vm import CommandError, Vm
-from recipes.running import samples, speed
+from recipes.running import asking, samples, speed
 from recipes.running.speed import Asked
 
 MIB = 1 << 20
@@ -179,6 +179,28 @@ def test_how_it_went_is_kept(tmp_path: Path, ticking: list[float], monkeypatch: 
 def ask(stage: Stage, asked: Asked) -> None:
     """Ask it as ``nbd-migrate speed`` does that waits for it."""
     (stage.journal.directory / SPEED_ASKED).write_text(json.dumps(dataclasses.asdict(asked)))
+
+
+def test_a_speed_that_is_withdrawn_before_it_was_taken_is_not_kept(
+    tmp_path: Path, ticking: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asked has been told that nothing was changed."""
+    stage = Stage(tmp_path)
+    looks(stage, ticking, 4, 5 * MIB)
+    before, call = stage.plan, Overlay.call
+    asked = Asked.new(speed=6 * MIB)
+    ask(stage, asked)
+
+    async def slow(self: Overlay, command: str, given: Mapping[str, Any], *, limit: float) -> object:
+        if command == "block-job-set-speed":
+            asking.withdraw(stage.journal.directory, speed.WISH, json.dumps(dataclasses.asdict(asked)))
+        return await call(self, command, given, limit=limit)
+
+    monkeypatch.setattr(Overlay, "call", slow)
+    looks(stage, ticking, 4, 5 * MIB)
+    assert [overlay.speeds for overlay in stage.overlays] == [[3 * MIB, 0], [3 * MIB, 0]]
+    assert stage.plan == before
+    assert stage.report.said[-1] == "that was withdrawn: the stream's speed is as it was before"
 
 
 def test_a_speed_that_is_asked_is_told_the_jobs_and_written_down(
