@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdserve.common.errors import UsageError
+from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
 from recipes.qemu.images import FORMATS, fault_in, file_of
-from recipes.qemu.vm import Vm
+from recipes.qemu.vm import CommandError, Vm
 
 _PROTOCOLS = ("file", "host_device")
 """Drivers of nodes that know nothing of formats, and have the same file."""
+
+
+_TRIED = "nbd-migrate-tried"
+"""A node that A's QEMU has for a moment."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,31 @@ def may_be(name: str, image: str) -> bool:
         return name == posixpath.normpath(image)
     name = name.removeprefix("../" * name.count("../"))
     return posixpath.normpath(image).endswith(f"/{name}")
+
+
+async def check_given_up(plan: Plan, nodes: Sequence[DiskNode], a: Vm) -> None:
+    """Raise MigrationError for an image that A's QEMU could not open again: it would keep its guest.
+
+    It gives a disk up by opening its file for reading only, which one that was started by root and then has
+    become another user may not be able to. Measured on 7.2: ``bdrv_inactivate_all() failed (-1)``, and the
+    migration has failed.
+    """
+    told: list[dict[str, Any]] = await a.execute("query-named-block-nodes")
+    drivers = {each["file"]: each["drv"] for each in told if each["drv"] in _PROTOCOLS}
+    for disk, node in zip(plan.disks, nodes, strict=True):
+        file = file_of(node.info["filename"])
+        if file not in drivers:
+            continue
+        opening = {"driver": drivers[file], "filename": file, "read-only": True, "locking": "off"}
+        try:
+            await a.call("blockdev-add", {**opening, "node-name": _TRIED})
+        except CommandError as error:
+            raise MigrationError(
+                f"{plan.called('image')}: A's QEMU cannot open {disk.image} any more ({error.reason}), as "
+                "who it runs as now, and would keep its guest: to give a disk up it opens it for reading; "
+                "let that user read it (chgrp, setfacl), and run again"
+            ) from error
+        await a.execute("blockdev-del", node_name=_TRIED)
 
 
 async def check_recorded(nodes: Sequence[DiskNode], a: Vm) -> None:

@@ -11,7 +11,7 @@ from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
 from recipes.channel import ssh
 from recipes.checks.chains import IDENTITIES, check_chains, held
-from recipes.checks.disk_nodes import DiskNode, check_open, check_recorded, disk_nodes
+from recipes.checks.disk_nodes import DiskNode, check_given_up, check_open, check_recorded, disk_nodes
 from recipes.checks.other_media import check_flash, check_same
 from recipes.checks.space import Need, beside, shortages
 from recipes.connections.installed import check_version
@@ -44,6 +44,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[tuple[in
     check_hooks(plan.hooks)
     await check_tools(plan, host_a, host_b)
     await check_open(plan, nodes, host_a)
+    await check_given_up(plan, nodes, a)
     await check_served(plan, nodes, a, host_a)
     await check_same(plan, host_a, host_b)
     await check_flash(plan, a, host_b)

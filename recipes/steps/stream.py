@@ -72,7 +72,7 @@ class Stream:
         self._recovery = Recovery(m, self._jobs)
         self._restarts = self._ways = 0
         self._again = again
-        self._looked = now()
+        self._looked = -math.inf
         self._settling: set[asyncio.Task[None]] = set()
         self._written: dict[str, Written] = {}
         self._local = self._compared = 0.0

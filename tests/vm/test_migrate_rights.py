@@ -23,14 +23,19 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Scene]:
     with short_directory() as directory:
         directory.chmod(0o755)
         made = Scene(directory, request.param)
-        nobodys = directory / "nobody"
-        nobodys.mkdir()
-        os.chown(nobodys, 65534, 65534)
-        qemu = (*made.plan.destination.qemu, *AS_NOBODY_LATER)
-        made.change("destination", qemu=qemu, migration=f"unix:{nobodys}/migration")
+        become_nobody(made)
         made.change("limits", speed=32 << 20)
         with running(made):
             yield made
+
+
+def become_nobody(stage: Scene) -> None:
+    """Let B's QEMU give up root."""
+    nobodys = stage.directory / "nobody"
+    nobodys.mkdir()
+    os.chown(nobodys, 65534, 65534)
+    qemu = (*stage.plan.destination.qemu, *AS_NOBODY_LATER)
+    stage.change("destination", qemu=qemu, migration=f"unix:{nobodys}/migration")
 
 
 def refusal(stage: Scene) -> str:
@@ -85,6 +90,36 @@ def test_a_directory_that_it_may_not_enter_is_told_from_an_owner_that_is_missing
     assert (
         refusal(stage).partition("); ")[2].startswith("let nobody enter each directory above it; the guest")
     )
+
+
+class Unreadable(Scene):
+    """A guest whose QEMU on A was started by root, and is nobody's by now."""
+
+    def source_qemu(self) -> list[str]:
+        """A's command line."""
+        return [*super().source_qemu(), *AS_NOBODY_LATER]
+
+
+def test_a_qemu_that_could_not_give_its_disk_up_is_refused_before_anything_starts() -> None:
+    with short_directory() as directory:
+        directory.chmod(0o755)
+        stage = Unreadable(directory)
+        become_nobody(stage)
+        stage.change("destination", owner="nobody")
+        stage.image.chmod(0o600)
+        with running(stage):
+            assert not stage.started()
+            with stage.run() as run:
+                assert run.wait(SECONDS) == 1
+            said = run.output()
+            assert f"source.image: A's QEMU cannot open {stage.image} any more (Could not open" in said
+            assert "step 1" not in said
+            stage.image.chmod(0o644)
+            with stage.run() as run:
+                assert run.wait(SECONDS) == 0, run.output()
+            stage.wait_until_guest_works("b")
+            stage.quit_b()
+            assert stage.wrong_sectors() == []
 
 
 @pytest.mark.parametrize("stage", ["overlay"], indirect=True)

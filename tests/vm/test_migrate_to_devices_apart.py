@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +25,27 @@ BEHIND = b"\xa5" * (MIB + 4096)
 
 
 @contextmanager
-def devices(stage: MatrixGuest, sector: str, owner: int) -> Iterator[list[Path]]:
-    """A device on B for each of the disks, with logical sectors of so many bytes, that this user may open."""
+def devices(stage: MatrixGuest, sector: str) -> Iterator[list[Path]]:
+    """A device on B for each of the disks, with logical sectors of so many bytes."""
     with ExitStack() as stack:
         made = []
         for number, disk in enumerate(stage.disks):
             file = stage.directory / f"device{number}"
             file.write_bytes(b"\x5a" * disk.original.size + BEHIND)
             device = stack.enter_context(loop_device(file, "--sector-size", sector))
-            before = device.stat().st_uid
-            stack.callback(os.chown, device, before, -1)
-            os.chown(device, owner, -1)
             stack.callback(shutil.rmtree, state_of(device), ignore_errors=True)
             made.append(device)
         yield made
+
+
+@contextmanager
+def given_to(owner: int, paths: Iterable[Path]) -> Iterator[None]:
+    """These are this user's meanwhile."""
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(os.chown, path, path.stat().st_uid, -1)
+            os.chown(path, owner, -1)
+        yield
 
 
 def state_of(device: Path) -> Path:
@@ -68,7 +75,12 @@ def parameters() -> list[object]:
 @pytest.mark.representative
 def test_disks_move_to_devices_of_another_host(form: str, policy: str, sector: str, user: str) -> None:
     options, owner = (AS_NOBODY_LATER, NOBODY) if user == "nobody" else ((), 0)
-    with guest_on_a(form, 3, "-drive", options=options) as stage, devices(stage, sector, owner) as made:
+    with (
+        guest_on_a(form, 3, "-drive", options=options) as stage,
+        devices(stage, sector) as made,
+        # To give its disks up A's QEMU opens them once more.
+        given_to(owner, [*made, *(disk.image for disk in stage.disks)]),
+    ):
         words = [f"--target={disk.drive}={device}" for disk, device in zip(stage.disks, made, strict=True)]
         words += [f"--overwrite={device}" for device in made]
         stage.directory.chmod(0o755)

@@ -153,6 +153,7 @@ def test_only_who_asks_to_go_on_has_a_difference_compared_again(
     stream._jobs.execute = execute  # type: ignore[method-assign]
     stream._recovery._size_of_log = lambda: asyncio.sleep(0, 0)  # type: ignore[method-assign]
     stream._recovery.bring_export_back = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
+    monkeypatch.setattr(stream._recovery, "refuse_lost_source", lambda **_: asyncio.sleep(0))
     monkeypatch.setattr("recipes.steps.stream.heard", lambda _: contextlib.nullcontext())
     what = "it goes on" if again else "/b on B, compared with /a on A: 1 block differs; the guest is on B"
     with pytest.raises(MigrationError, match=what):
