@@ -76,7 +76,7 @@ def parameters() -> list[object]:
 def test_disks_move_to_devices_of_another_host(form: str, policy: str, sector: str, user: str) -> None:
     options, owner = (AS_NOBODY_LATER, NOBODY) if user == "nobody" else ((), 0)
     with (
-        guest_on_a(form, 3, "-drive", options=options) as stage,
+        guest_on_a(form, 2, "-drive", options=options) as stage,
         devices(stage, sector) as made,
         # To give its disks up A's QEMU opens them once more.
         given_to(owner, [*made, *(disk.image for disk in stage.disks)]),
