@@ -203,6 +203,7 @@ def open_file(path: Path, *, writable: bool = False, force_share: bool = False) 
     ``force_share`` reads an image that a QEMU may be writing to; what is read then need not be consistent.
     Raises ImageError if the file is missing, not a regular file or in use.
     """
+    _refuse_special(path)
     fd = open_descriptor(path, os.O_RDWR if writable else os.O_RDONLY)
     _require_file(fd, path)
     return FileStorage(
@@ -217,6 +218,7 @@ def create_file(path: Path, *, replace: bool = False, whose: Ownership | None = 
     not to be replaced, is in use, or cannot be made, OperatorError if it cannot be given to its owner.
     """
     flags = os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL)
+    _refuse_special(path)
     fd = open_descriptor(path, flags, 0o600 if whose else 0o644)
     try:
         _require_file(fd, path)
@@ -272,8 +274,24 @@ def locked(fd: int, path: Path, used: Permission, unshared: Permission) -> tuple
     return fd, path, locks
 
 
+def _refuse_special(path: Path) -> None:
+    """Refuse what may do something as soon as it is opened, as a watchdog: a guest can write such a name into
+    a trailer, see cli/discard.py.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # who opens it says why
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise _no_file(path)
+
+
 def _require_file(fd: int, path: Path) -> None:
     """Close a descriptor of anything else, and say so."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise ImageError(f"{path}: not a regular file; an overlay image needs one, as it grows")
+        raise _no_file(path)
+
+
+def _no_file(path: Path) -> ImageError:
+    return ImageError(f"{path}: not a regular file; an overlay image needs one, as it grows")

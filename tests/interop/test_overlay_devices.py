@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 from uuid import uuid4
 
@@ -168,6 +169,25 @@ def test_no_file_is_removed_that_a_guest_has_named_in_a_trailer_of_its_own(
         assert "not the map of a flat image" in told, told
     assert other.read_bytes() == content
     assert exact.content() == before
+
+
+def test_what_a_guest_has_named_in_a_trailer_of_its_own_is_not_opened_unless_it_is_a_file(
+    exact: Place, tmp_path: Path
+) -> None:
+    """To open a watchdog, or a tape, does something already."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with exact.device.open("r+b") as device:
+        device.seek(SIZE - 4 * KIB)
+        device.write(Trailer(SIZE, uuid4(), Flag.ON_DEVICE, str(pipe)).pack())
+    # It waits until somebody opens the pipe to read.
+    with Popen(["sh", "-c", ': >"$1"', "sh", pipe]) as waiting:
+        try:
+            for command in (["info"], ["check"], ["map"], ["serve", "-k", tmp_path / "s"], ["discard"]):
+                assert f"{pipe}: not a regular file" in refusal(*command, exact.device)
+            assert waiting.poll() is None
+        finally:
+            waiting.kill()
 
 
 def test_no_file_is_removed_that_is_named_as_a_map_and_is_none(exact: Place, tmp_path: Path) -> None:
