@@ -78,15 +78,19 @@ def may_be(name: str, image: str) -> bool:
     return posixpath.normpath(image).endswith(f"/{name}")
 
 
-async def check_given_up(plan: Plan, nodes: Sequence[DiskNode], a: Vm) -> None:
-    """Raise MigrationError for an image that A's QEMU could not open again: it would keep its guest.
+async def check_given_up(plan: Plan, nodes: Sequence[DiskNode], a: Vm) -> list[str]:
+    """Raise MigrationError for an image that A's QEMU cannot open again, and so would keep its guest.
 
-    It gives a disk up by opening its file for reading only, which one that was started by root and then has
-    become another user may not be able to. Measured on 7.2: ``bdrv_inactivate_all() failed (-1)``, and the
-    migration has failed.
+    One that ``-drive`` has made it opens for reading only to give it up, which a QEMU that was started by
+    root and has become another user may not be able to. Measured on 7.2: ``bdrv_inactivate_all() failed
+    (-1)``, and the migration has failed. Of one of a ``-blockdev`` it depends on that (auto-read-only);
+    returns what is to be told of these.
     """
+    devices = [each for each in await a.execute("query-block") if each["device"] and each.get("inserted")]
+    by_drive = {each["inserted"]["node-name"] for each in devices}
     told: list[dict[str, Any]] = await a.execute("query-named-block-nodes")
     drivers = {each["file"]: each["drv"] for each in told if each["drv"] in _PROTOCOLS}
+    warnings = []
     for disk, node in zip(plan.disks, nodes, strict=True):
         file = file_of(node.info["filename"])
         if file not in drivers:
@@ -95,12 +99,17 @@ async def check_given_up(plan: Plan, nodes: Sequence[DiskNode], a: Vm) -> None:
         try:
             await a.call("blockdev-add", {**opening, "node-name": _TRIED})
         except CommandError as error:
-            raise MigrationError(
-                f"{plan.called('image')}: A's QEMU cannot open {disk.image} any more ({error.reason}), as "
-                "who it runs as now, and would keep its guest: to give a disk up it opens it for reading; "
-                "let that user read it (chgrp, setfacl), and run again"
-            ) from error
+            fault = f"A's QEMU cannot open {disk.image} any more ({error.reason}), as who it runs as now"
+            remedy = "let that user read it (chgrp, setfacl)"
+            if node.name in by_drive:
+                raise MigrationError(
+                    f"{plan.called('image')}: {fault}, and would keep its guest: to give a disk up it opens "
+                    f"it for reading; {remedy}, and run again"
+                ) from error
+            warnings.append(f"{fault}: if its -blockdev says auto-read-only it will keep its guest; {remedy}")
+            continue
         await a.execute("blockdev-del", node_name=_TRIED)
+    return warnings
 
 
 async def check_recorded(nodes: Sequence[DiskNode], a: Vm) -> None:

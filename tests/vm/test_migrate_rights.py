@@ -95,9 +95,15 @@ def test_a_directory_that_it_may_not_enter_is_told_from_an_owner_that_is_missing
 class Unreadable(Scene):
     """A guest whose QEMU on A was started by root, and is nobody's by now."""
 
+    by_drive = True
+
     def source_qemu(self) -> list[str]:
         """A's command line."""
-        return [*super().source_qemu(), *AS_NOBODY_LATER]
+        words = [*super().source_qemu(), *AS_NOBODY_LATER]
+        at = words.index("-blockdev")
+        if self.by_drive:
+            words[at : at + 2] = ["-drive", f"if=none,id=disk0,format=raw,file={self.image}"]
+        return words
 
 
 def test_a_qemu_that_could_not_give_its_disk_up_is_refused_before_anything_starts() -> None:
@@ -120,6 +126,20 @@ def test_a_qemu_that_could_not_give_its_disk_up_is_refused_before_anything_start
             stage.wait_until_guest_works("b")
             stage.quit_b()
             assert stage.wrong_sectors() == []
+
+
+def test_one_that_gives_it_up_without_opening_it_again_moves_and_that_is_told() -> None:
+    with short_directory() as directory:
+        directory.chmod(0o755)
+        stage = Unreadable(directory)
+        stage.by_drive = False
+        become_nobody(stage)
+        stage.change("destination", owner="nobody")
+        stage.image.chmod(0o600)
+        with running(stage):
+            with stage.run() as run:
+                assert run.wait(SECONDS) == 0, run.output()
+            assert "if its -blockdev says auto-read-only it will keep its guest" in run.output()
 
 
 @pytest.mark.parametrize("stage", ["overlay"], indirect=True)
