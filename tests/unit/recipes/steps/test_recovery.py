@@ -73,6 +73,7 @@ def test_a_difference_that_is_found_while_the_stream_comes_back_is_not_compared_
     recovery = Recovery(cast(Any, m), cast(Any, jobs))
     for name in ("_refuse_full", "bring_export_back"):
         monkeypatch.setattr(recovery, name, lambda: asyncio.sleep(0))
+    monkeypatch.setattr(recovery, "refuse_lost_source", lambda **_: asyncio.sleep(0))
     monkeypatch.setattr(recovery, "_size_of_log", lambda: asyncio.sleep(0, 0))
     monkeypatch.setattr(recovery, "_new_in_log", lambda _: asyncio.sleep(0, ""))
     with pytest.raises(MigrationError, match=r"/b\.raw on B, compared with /a\.raw on A: 1 block differs"):
