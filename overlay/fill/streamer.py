@@ -38,6 +38,9 @@ _MOST_REFUSED = 64
 """Parts that no server can read, before it is given up."""
 _QUIET = 0.005
 """Seconds after a guest had to wait in which it is expected to have to again, as it works on what it got."""
+_HOLD = 0.05
+"""Seconds that what has become absent is left alone: the guest may stand still at the source for that, and is
+about to come here."""
 _TICK = 0.2
 """Seconds in which a pause, a change of speed or an end is noticed at the latest."""
 
@@ -158,7 +161,8 @@ class Streamer:
     def _wait_for_news(self) -> None:
         """Everything is here, but what the guest changes elsewhere will have to be copied again."""
         self._rests = True
-        self._news.wait(_TICK)
+        if self._news.wait(_TICK) and not self._is_due():
+            time.sleep(_HOLD)
         self._news.clear()
         self._job.pause_point()
 

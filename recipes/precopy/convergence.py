@@ -60,11 +60,13 @@ class Pace:
     """What the window is expected to be made of.
 
     rate    bytes per second at which the disks are copied; 0 while that is not known
-    fixed   seconds that it takes in any case: A's fence, and the last look at the image
+    beside  seconds in which A is parted with, while they are copied
+    after   seconds that it takes behind both: the last look at the images
     """
 
     rate: float
-    fixed: float
+    beside: float
+    after: float
 
     def rest(self, missing: int) -> float | None:
         """Return seconds in which so many bytes are copied; None if unknown."""
@@ -75,4 +77,4 @@ class Pace:
     def window(self, missing: int) -> float | None:
         """Return seconds from the guest's start on B until so many bytes are there; None if unknown."""
         rest = self.rest(missing)
-        return None if rest is None else self.fixed + rest
+        return None if rest is None else max(self.beside, rest) + self.after

@@ -5,25 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 
-from nbdserve.common.clock import now
-from recipes.channel.source_user import source_user
 from recipes.engines.jobs import Job, Jobs
-from recipes.engines.overlay_engine import monitor_of_overlay
 from recipes.engines.pace import Pace
 from recipes.errors import MigrationError
 from recipes.hosts.stable_storage import sync
 from recipes.migrate.progress import Progress
 from recipes.migrate.runtime import Migration
 from recipes.precopy.convergence import Pace as Expected
-
-STARTS = 4
-"""Processes that start on A, one after the other, between the guest's arrival and the end of the window.
-
-The fence and its supervisor, and two that remove what A's QEMU has left.
-"""
-
-QUESTIONS = 8
-"""Questions to each disk's monitor, and to that of B's QEMU, one after the other, from there to there."""
+from recipes.precopy.rehearsal import Rehearsal
 
 ENOUGH = 4 << 20
 """Bytes of a round that say how fast the next one is."""
@@ -40,7 +29,7 @@ class Copier:
         self._jobs = Jobs(m)
         self._pace = Pace(m, self._jobs)
         self._resumed = 0
-        self._fixed = 0.0
+        self._rehearsal = Rehearsal(m)
         self._rate = self._seen = 0.0
 
     @property
@@ -48,7 +37,8 @@ class Copier:
         """Return what the window is made of, by what was measured."""
         speed = self._jobs.speed
         rate = self._rate or self._seen or speed
-        return Expected(min(rate, speed) if speed else rate, self._fixed)
+        rate = min(rate, speed) if speed else rate
+        return Expected(rate, self._rehearsal.beside, self._rehearsal.after)
 
     @property
     def missing(self) -> int:
@@ -106,19 +96,7 @@ class Copier:
         m, limits = self._m, self._m.plan.limits
         targets = [disk.target for disk in m.disks]
         await m.during(sync(m.host_b, targets, limits.stall), math.inf, "writing to stable storage")
-        begin = now()
-        # As long as the fence begins on A and its QEMU ends, and then the monitors on B are asked, and the
-        # images looked at.
-        for _ in range(STARTS):
-            await m.during(source_user(m), limits.command, "looking at A")
-        for disk in m.disks:
-            monitor = await monitor_of_overlay(m, disk)
-            for _ in range(QUESTIONS):
-                await self._jobs.execute(monitor, "query-overlay")
-            looking = m.host_b.test("-e", disk.map, limits.command)
-            await m.during(looking, limits.command, "looking at B")
-        await m.during(sync(m.host_b, targets, limits.stall), math.inf, "writing to stable storage")
-        self._fixed = now() - begin
+        await self._rehearsal.run()
 
     def measured(self, count: int, seconds: float) -> None:
         """Note how long a round took. What moved of late says more than one that also looked for zeros."""

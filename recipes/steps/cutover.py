@@ -104,17 +104,23 @@ async def send_guest(m: Migration, rounds: Rounds | None, files: FilesLater, new
     await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
     m.report.moment(Moment.SWITCHOVER)
     m.refuse_the_dead()
-    told = await last_bitmap(m, rounds, files.ask(limit))
+    # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves. Beside
+    # the rest, as that takes as long for one who has to wake up; after a failure the way back ends them all.
+    told, _ = await together([last_bitmap(m, rounds, files.ask(limit)), released(m)])
     # From here on only the two QEMUs count: a server that dies is started again while streaming.
     carry = m.roles(Role.SERVER, Role.OVERLAY, Role.TUNNEL)
     for name in ("the guard", *(m.called(*each) for each in carry)):
         m.no_longer_need(name)
-    # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves.
-    await m.release_for_sure()
     # The guest stands still, so no disk is waited for. Where a power failure takes this with it, what is
     # found on A and on B says the same.
     m.enter(Phase.SWITCH_OVER, sync=False, **told)
     await a.execute("migrate-continue", state="pre-switchover")
+
+
+async def released(m: Migration) -> Mapping[str, Any]:
+    """Let what was started live on without us; that is nothing for the journal."""
+    await m.release_for_sure()
+    return {}
 
 
 async def last_bitmap(m: Migration, rounds: Rounds | None, files: Awaitable[list[str]]) -> Mapping[str, Any]:
@@ -242,6 +248,8 @@ async def silence(m: Migration) -> None:
     # Once the guest stands still nothing else is done.
     tells = m.state.phase is Phase.MIGRATE
     while now() - moved < limit:
+        # Not at once: at the switch-over it has something else to do.
+        await asyncio.sleep(RAM_LOOK)
         # While it writes what is left QEMU answers nobody.
         with suppress(VmSilentError):
             ram = await ram_sent(m.a, limit)
@@ -256,7 +264,6 @@ async def silence(m: Migration) -> None:
         before = m.state
         if tells and (asked := speed.write_down(m)) and not speed.take(m.journal.directory, asked):
             speed.take_back(m, before)
-        await asyncio.sleep(RAM_LOOK)
 
 
 async def switch_over(m: Migration, news: EventListener) -> Arrival | None:

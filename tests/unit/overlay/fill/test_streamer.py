@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,3 +40,19 @@ def test_while_a_guest_waits_little_is_asked_for(monkeypatch: pytest.MonkeyPatch
     made = streamer(Fetched(waiting=1))
     assert made._step() == QUIET_STEP
     assert made._room() == made.window.quiet_size
+
+
+@pytest.mark.parametrize("is_here", [False, True])
+def test_what_has_become_absent_waits_a_moment_unless_the_guest_is_here(
+    monkeypatch: pytest.MonkeyPatch, is_here: bool
+) -> None:
+    """Until then its guest may be standing still elsewhere."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    made = streamer(Fetched())
+    made._news, made._is_due = threading.Event(), lambda: is_here
+    made._image, made._job = cast(Any, None), cast(Any, SimpleNamespace(pause_point=lambda: None))
+    made.look_again()
+    made._wait_for_news()
+    assert bool(slept) == (not is_here)
+    assert not made._news.is_set()

@@ -38,11 +38,12 @@ def test_a_guest_that_waits_for_a_word_does_not_go_by_itself() -> None:
     assert judge(MANUAL, Look(100 * MIB, 0, 0.0, 0.1)) is Verdict.AGAIN
 
 
-def test_a_window_is_what_is_missing_and_what_it_takes_in_any_case() -> None:
-    assert Pace(MIB, 0.5).window(10 * MIB) == pytest.approx(10.5)
-    assert Pace(MIB, 0.5).rest(10 * MIB) == pytest.approx(10.0)
-    assert Pace(0.0, 0.5).window(0) == 0.5
-    assert Pace(0.0, 0.5).window(1) is None
+def test_a_window_is_what_is_missing_beside_the_parting_with_a_and_what_comes_behind_both() -> None:
+    assert Pace(MIB, 2.0, 0.5).window(10 * MIB) == pytest.approx(10.5)
+    assert Pace(MIB, 2.0, 0.5).window(MIB) == pytest.approx(2.5)
+    assert Pace(MIB, 2.0, 0.5).rest(10 * MIB) == pytest.approx(10.0)
+    assert Pace(0.0, 2.0, 0.5).window(0) == 2.5
+    assert Pace(0.0, 2.0, 0.5).window(1) is None
 
 
 @pytest.mark.parametrize(

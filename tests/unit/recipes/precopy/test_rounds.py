@@ -50,7 +50,7 @@ class Copies:
     """A copier that has a MiB per second, and for which each look is the end of a round."""
 
     is_done = True
-    expected = Pace(float(MIB), 0.5)
+    expected = Pace(float(MIB), 0.0, 0.5)
 
     def __init__(self, whole: int) -> None:
         self.moved = 0
