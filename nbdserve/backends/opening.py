@@ -33,7 +33,7 @@ def open_image(path: Path, *, read_only: bool, follow_links: bool) -> int:
         raise ImageError(f"{path}: cannot be opened for writing: {error.strerror}: {_ADVICE}") from error
     try:
         # Linux opens a read-only device for writing, and then refuses the writes.
-        if not read_only and _is_read_only_device(descriptor):
+        if not read_only and is_read_only_device(descriptor):
             raise ImageError(f"{path}: the device is not writable: {_ADVICE}")
     except BaseException:
         os.close(descriptor)
@@ -73,16 +73,16 @@ def _is_on_fuse(device: int) -> bool:
     return False
 
 
-def _is_read_only_device(descriptor: int) -> bool:
-    """Whether this is a block device that takes no writes: the disk, or only this partition of it."""
-    if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
-        return False
-    return _asked(descriptor, _BLKROGET) != 0
-
-
 def logical_sector(descriptor: int) -> int:
     """Return the bytes of a block device's logical sector, of which direct access takes multiples."""
     return _asked(descriptor, _BLKSSZGET)
+
+
+def is_read_only_device(descriptor: int) -> bool:
+    """Tell whether this is a block device that takes no writes: the disk, or only this partition of it."""
+    if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        return False
+    return _asked(descriptor, _BLKROGET) != 0
 
 
 def _asked(device: int, request: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from nbdserve.common.errors import ImageError
 from overlay.formats.device.block_device import open_device
 from overlay.formats.device.data import DeviceData
-from overlay.formats.flat.create import map_path
+from overlay.formats.flat.create import SCHEME, map_path
 from overlay.formats.flat.header import (
     BACKINGS_AT,
     SECTOR,
@@ -29,9 +29,6 @@ from overlay.formats.flat.open import Parts, place_of_map, remove_map
 from overlay.formats.image import Image
 from overlay.formats.open import open_image, real_path
 from overlay.formats.storage import Storage, open_file, sync_directory
-
-_SCHEME = b"nbd"
-"""What the backings in each map begin with."""
 
 
 def discard(path: Path, *, copies: bool = False) -> bool:
@@ -97,11 +94,11 @@ def _is_headless(file: Storage, header: Header | None) -> bool:
     What a trailer names may be anything: the last bytes of a complete disk are its guest's. So may what an
     operator names.
     """
-    begin = file.read(0, BACKINGS_AT + len(_SCHEME))
+    begin = file.read(0, BACKINGS_AT + len(SCHEME))
     if header is None and not begin:
         return True  # it was just about to be written
     is_as_long = header is None or file.size() == header.map_bytes
-    return is_as_long and not any(begin[:BACKINGS_AT]) and begin[BACKINGS_AT:] == _SCHEME
+    return is_as_long and not any(begin[:BACKINGS_AT]) and begin[BACKINGS_AT:] == SCHEME
 
 
 def _require_empty(path: Path, beside: Path, device: Storage, file: Storage, copies: bool) -> None:

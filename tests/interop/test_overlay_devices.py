@@ -318,6 +318,51 @@ def test_what_a_device_cannot_be_is_refused_in_one_line(
     assert exact.content() == exact.before
 
 
+def test_force_overwrites_no_file_that_is_no_map(exact: Place, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("what nobody wants to lose\n")
+    create = ["create", "--force", "--backing", exact.server.uri()]
+    told = refusal(*create, "--map", other, exact.device)
+    assert f"{other}: the image's map comes there, and this file is no map" in told, told
+    assert exact.content() == exact.before
+    (tmp_path / "vm").write_bytes(b"old")
+    other.rename(tmp_path / "vm.map")
+    assert "this file is no map" in refusal(*create, tmp_path / "vm")
+    assert (tmp_path / "vm").read_bytes() == b"old"
+    assert (tmp_path / "vm.map").read_text() == "what nobody wants to lose\n"
+
+
+@pytest.mark.parametrize("command", ["create", "check", "discard"])
+def test_a_device_that_takes_no_writes_is_refused_before_anything_is_made(
+    command: str, exact: Place, tmp_path: Path
+) -> None:
+    beside = tmp_path / "none.map"
+    words: dict[str, list[Argument]] = {
+        "create": ["create", "--force", "--backing", exact.server.uri(), "--map", beside],
+        "check": ["check", "--repair"],
+        "discard": ["discard"],
+    }
+    with loop_device(tmp_path / "disk", "--read-only") as device:
+        told = refusal(*words[command], device)
+        assert f"{device}: the device is read-only; make it writable, or take another" in told, told
+    assert not beside.exists()
+
+
+@pytest.mark.parametrize("is_device", [True, False])
+def test_a_forced_image_that_cannot_be_made_leaves_no_new_file(
+    is_device: bool, exact: Place, tmp_path: Path
+) -> None:
+    image, beside = tmp_path / "vm", tmp_path / "vm.map"
+    made_at = [exact.device, "--map", beside] if is_device else [image]
+    create = [NBD_OVERLAY, "create", "--force", "--size", "64K", "--backing", exact.server.uri(), *made_at]
+    done = run("prlimit", f"--fsize={1 * MIB}", *create)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "File too large" in done.stderr, done.stderr
+    assert not image.exists()
+    assert not beside.exists()
+    assert exact.content() == exact.before
+
+
 def test_a_path_among_the_devices_that_is_none_makes_no_file_there() -> None:
     for command in (
         ["create", "--size", "1M", "--backing", "nbd://h/x", "/dev/no-such"],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nbdserve.backends.holes import Mode, try_fallocate
 from nbdserve.backends.imagelocks import EXCLUSIVE, READER, WRITER, Permission
-from nbdserve.backends.opening import logical_sector
+from nbdserve.backends.opening import is_read_only_device, logical_sector
 from nbdserve.common.errors import ImageError
 from overlay.formats.storage import FileStorage, locked, open_descriptor
 
@@ -56,12 +56,16 @@ class BlockDevice(FileStorage):
 def open_device(path: Path, *, writable: bool = False, force_share: bool = False) -> BlockDevice:
     """Open a block device under QEMU's image locks, exclusively if ``writable``.
 
-    Raises ImageError if it is none, or in use.
+    Raises ImageError if it is none, in use, or read-only and to be ``writable``.
     """
     fd = open_descriptor(path, os.O_RDWR | os.O_EXCL if writable else os.O_RDONLY)
     if not stat.S_ISBLK(os.fstat(fd).st_mode):
         os.close(fd)
         raise ImageError(f"{path}: no block device any more")
+    # Linux opens a read-only device for writing, and then refuses the writes.
+    if writable and is_read_only_device(fd):
+        os.close(fd)
+        raise ImageError(f"{path}: the device is read-only; make it writable, or take another")
     used, unshared = WRITER if writable else READER, Permission.NONE if force_share else EXCLUSIVE
     return BlockDevice(*locked(fd, path, used, unshared))
 

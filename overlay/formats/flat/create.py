@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from contextlib import suppress
+from contextlib import closing, suppress
 from enum import Enum
 from pathlib import Path
 from uuid import uuid4
@@ -14,6 +14,7 @@ from nbdserve.common.ownership import Ownership
 from overlay.formats.device.block_device import BlockDevice, open_device
 from overlay.formats.flat.header import (
     BACKINGS_AT,
+    MAP_MAGIC,
     MAX_BACKINGS,
     MAX_DEVICE_PATH,
     MAX_MAP_PATH,
@@ -27,7 +28,10 @@ from overlay.formats.flat.header import (
 )
 from overlay.formats.flat.log import clear_log, current_boot
 from overlay.formats.image import Backing
-from overlay.formats.storage import Storage, create_file, sync_directory
+from overlay.formats.storage import Storage, create_file, open_file, sync_directory
+
+SCHEME = b"nbd"
+"""What the backings in each map begin with."""
 
 _LOOK = 1 << 20
 """Bytes at the beginning of a device in which file systems and partition tables show."""
@@ -63,12 +67,12 @@ def create(path: Path, header: Header, *, replace: bool = False, whose: Ownershi
 
     ``whose`` the data file is to be; the map is for nobody but who makes it.
 
-    Raises ImageError if a file exists, is in use or cannot be made, OSError if it cannot be written; then
-    no new file is left behind.
+    Raises ImageError if a file exists, is in use or cannot be made, or where the map's place has a file that
+    is no map, OSError if it cannot be written; then no new file is left behind.
     """
     beside = map_path(path)
-    if not replace and beside.exists():
-        raise ImageError(f"{beside}: the map of another image exists; choose another name, or --force")
+    _require_place_of_map(beside, replace)
+    there = {each for each in (path, beside) if each.exists()}
     made: list[Path] = []
     try:
         data = create_file(path, replace=replace, whose=whose)
@@ -85,11 +89,31 @@ def create(path: Path, header: Header, *, replace: bool = False, whose: Ownershi
         finally:
             data.close()
     except BaseException:
-        if not replace:
-            for unfinished in made:
+        for unfinished in made:
+            if unfinished not in there:
                 unfinished.unlink()
         raise
     sync_directory(path.absolute().parent)
+
+
+def _begins_like_map(file: Storage) -> bool:
+    """Whether a file is a map, or the beginning of one: with its header, or its backings behind none."""
+    begin = file.read(0, BACKINGS_AT + len(SCHEME))
+    return not begin or begin.startswith(MAP_MAGIC) or begin[BACKINGS_AT:] == SCHEME
+
+
+def _require_place_of_map(beside: Path, replace: bool) -> None:
+    """Raise ImageError where a map cannot be made: no other file is overwritten, whatever its name."""
+    if not os.path.lexists(beside):
+        return
+    if not replace:
+        raise ImageError(f"{beside}: the map of another image exists; choose another name, or --force")
+    with closing(open_file(beside)) as file:
+        if not _begins_like_map(file):
+            raise ImageError(
+                f"{beside}: the image's map comes there, and this file is no map, which --force leaves "
+                "alone: move it away, or choose another name"
+            )
 
 
 def write_trailer(data: Storage, header: Header) -> None:
@@ -126,12 +150,11 @@ def write_map_header(file: Storage, header: Header) -> None:
 def create_on_device(path: Path, header: Header, beside: Path, *, replace_old: bool = False) -> None:
     """Make an empty image on a block device, whose map is the new file ``beside``, an absolute path.
 
-    With ``replace_old`` also where something is on the device already, or in the file. Raises ImageError when
-    that is not to be overwritten, when the device is in use or too small, OSError; then no map is left
-    behind, and the device is as it was.
+    With ``replace_old`` also where something is on the device already, or a map in the file. Raises
+    ImageError when that is not to be overwritten, when the device is in use or too small, OSError; then no
+    new map is left behind, and the device is as it was.
     """
-    if not replace_old and os.path.lexists(beside):
-        raise ImageError(f"{beside}: the map of another image exists; choose another name, or --force")
+    _require_place_of_map(beside, replace_old)
     device = open_device(path, writable=True)
     try:
         held = examine(device, path, header.size, beside)
@@ -203,6 +226,7 @@ def write_on_device(device: Storage, file: Storage, header: Header, beside: str,
 def _write_on_device(
     device: Storage, header: Header, beside: Path, kept: bytes, *, replace_old: bool
 ) -> None:
+    was_there = beside.exists()
     file = create_file(beside, replace=replace_old)
     try:
         try:
@@ -210,6 +234,6 @@ def _write_on_device(
         finally:
             file.close()
     except BaseException:
-        if not replace_old:
+        if not was_there:
             beside.unlink()
         raise

@@ -280,8 +280,8 @@ def read_header(file: Storage, path: str) -> Header:
     raw = file.read(0, SECTOR)
     if raw[:8] != MAP_MAGIC:
         raise ImageError(
-            f"{path}: not the map of a flat image: it does not begin with 'NBDFMAP' and a NUL; if that is "
-            "lost, make a new overlay (create --force)"
+            f"{path}: not the map of a flat image: it does not begin with 'NBDFMAP' and a NUL; if the "
+            "map is lost, move this away and make a new overlay (create --force)"
         )
     if len(raw) < SECTOR or not _is_sealed(raw, _HEADER.size):
         raise _damaged(path, "the header's checksum is wrong")
