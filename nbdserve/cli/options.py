@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ssl
 from collections.abc import Sequence
-from pathlib import Path
 
 from nbdserve import __version__
 from nbdserve.backends.filters import Caching, DetectZeroes
@@ -28,7 +27,7 @@ from nbdserve.cli.config import (
 )
 from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import Ownership, add_options
-from nbdserve.common.program import Parser, count, patience, port, positive, seconds
+from nbdserve.common.program import Parser, count, filled_path, patience, port, positive, seconds
 from nbdserve.common.sizes import parse_size
 from nbdserve.common.uri import DEFAULT_PORT
 from nbdserve.connection.allow_list import AllowList, parse_network
@@ -156,7 +155,10 @@ def _add_export_options(parser: Parser) -> None:
         help="serve FILE under NAME, in which == stands for =; may be repeated",
     )
     group.add_argument(
-        "--directory", type=Path, metavar="DIR", help="serve each file in DIR, a raw image, under its name"
+        "--directory",
+        type=filled_path,
+        metavar="DIR",
+        help="serve each file in DIR, a raw image, under its name",
     )
     group.add_argument("-x", "--export-name", metavar="NAME", help="name of FILE's export (default: empty)")
     group.add_argument("-D", "--description", default="", metavar="TEXT", help="what FILE's export is")
@@ -281,7 +283,7 @@ def _add_service_options(parser: Parser) -> None:
         "--once", dest="persistent", action="store_false", help="end when the last client has gone"
     )
     group.add_argument("--fork", action="store_true", help="return when ready, and serve in the background")
-    group.add_argument("--pid-file", type=Path, metavar="PATH", help="holds the process id when ready")
+    group.add_argument("--pid-file", type=filled_path, metavar="PATH", help="holds the process id when ready")
     group.add_argument("--user", metavar="USER", help="become this user when everything is open")
     group.add_argument("--group", metavar="GROUP", help="become this group")
     group.add_argument(
@@ -294,18 +296,18 @@ def _add_service_options(parser: Parser) -> None:
 
 def _add_tls_options(parser: Parser) -> None:
     group = parser.add_argument_group("TLS")
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate of this server, PEM")
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
-    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="authority that signs clients, PEM")
+    group.add_argument("--tls-cert", type=filled_path, metavar="FILE", help="certificate of this server, PEM")
+    group.add_argument("--tls-key", type=filled_path, metavar="FILE", help="its private key, PEM")
+    group.add_argument("--tls-ca", type=filled_path, metavar="FILE", help="authority that signs clients, PEM")
     group.add_argument(
         "--tls-certificates",
-        type=Path,
+        type=filled_path,
         metavar="DIR",
         help="all three: ca-cert.pem, server-cert.pem, server-key.pem",
     )
     group.add_argument(
         "--tls-psk",
-        type=Path,
+        type=filled_path,
         metavar="FILE",
         help="in place of certificates, keys that clients know: lines USER:HEXKEY, as psktool writes them",
     )

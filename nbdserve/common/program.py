@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nbdserve.common import standard_streams
@@ -141,6 +142,11 @@ def filled(given: str) -> str:
     if not given:
         raise argparse.ArgumentTypeError("it is empty; give it a value, or leave it out")
     return given
+
+
+def filled_path(given: str) -> Path:
+    """Return the path of a file or directory, as an argument's type; an empty one is not "here"."""
+    return Path(filled(given))
 
 
 def count(text: str) -> int:

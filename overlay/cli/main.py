@@ -16,7 +16,7 @@ from pathlib import Path
 import nbdserve
 from nbdserve.common.errors import ImageError, UsageError
 from nbdserve.common.ownership import Ownership, ownership
-from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, run
+from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, filled_path, run
 from nbdserve.common.sizes import format_size, parse_size
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, parse_uri
@@ -97,7 +97,7 @@ def _parser() -> Parser:
             epilog=_EPILOG,
             formatter_class=RawHelpFormatter,
         )
-        added.add_argument("image", metavar="IMAGE", type=Path)
+        added.add_argument("image", metavar="IMAGE", type=filled_path)
         added.set_defaults(command=command)
         return added
 
@@ -144,7 +144,7 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--map",
-        type=Path,
+        type=filled_path,
         metavar="FILE",
         help="IMAGE is a block device: where its map is kept (default: in /var/lib/nbd-overlay, or, for "
         "others than root, in ~/.local/state/nbd-overlay)",

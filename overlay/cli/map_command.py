@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from nbdserve.common.errors import UsageError
-from nbdserve.common.program import EXIT_DONE
+from nbdserve.common.program import EXIT_DONE, filled_path
 from overlay.formats.open import open_image
 from overlay.inspect.report import map_json, map_text, printable
 
@@ -21,7 +21,7 @@ map: depth 0 is the image, depth 1 the backing, which is not asked and counts as
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Give the subcommand's parser what the other readers of images have not."""
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the disk into FILE")
+    parser.add_argument("--png", type=filled_path, metavar="FILE", help="draw the disk into FILE")
     parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),

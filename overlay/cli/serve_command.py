@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from nbdserve.cli.config import host_and_port, monitor_owner, monitor_path, socket_owner
 from nbdserve.common.errors import ImageError, UsageError
 from nbdserve.common.ownership import add_options
-from nbdserve.common.program import Parser, RawHelpFormatter, patience, positive
+from nbdserve.common.program import Parser, RawHelpFormatter, filled_path, patience, positive
 from nbdserve.common.sizes import parse_size
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri, parse_uri
@@ -40,7 +39,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         formatter_class=RawHelpFormatter,
     )
     parser.set_defaults(command=main)
-    parser.add_argument("image", metavar="IMAGE", type=Path)
+    parser.add_argument("image", metavar="IMAGE", type=filled_path)
     add = parser.add_argument
     add("-k", "--socket", required=True, metavar="PATH", help="the Unix socket to serve on")
     add_options(add, "--socket-", "that socket")
@@ -71,7 +70,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     add("--stream", action="store_true", help="copy the whole disk in the background")
     add(
         "--seed",
-        type=Path,
+        type=filled_path,
         metavar="FILE",
         help="a raw older copy: only what differs is streamed, if the source is nbdserve --block-hashes",
     )
@@ -106,7 +105,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     add("--simple-replies", action="store_true", help="offer no structured replies")
     add("--metrics", metavar="HOST:PORT", help="tell Prometheus over HTTP")
     add("--daemonize", action="store_true", help="return when ready, and serve in the background")
-    add("--pid-file", type=Path, metavar="FILE", help="holds the process id when ready")
+    add("--pid-file", type=filled_path, metavar="FILE", help="holds the process id when ready")
     add("-v", "--verbose", action="store_true", help="log more")
     add("--log-format", choices=("text", "json"), default="text", help="lines of text, or objects")
 

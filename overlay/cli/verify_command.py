@@ -7,9 +7,8 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 
-from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, tell
+from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, filled_path, tell
 from nbdserve.common.sizes import format_size
 from overlay.cli.map_option import add_map_option
 from overlay.formats.open import LAYOUT_HELP, LAYOUTS
@@ -33,7 +32,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         formatter_class=RawHelpFormatter,
     )
     parser.set_defaults(command=main)
-    parser.add_argument("image", metavar="IMAGE", type=Path)
+    parser.add_argument("image", metavar="IMAGE", type=filled_path)
     parser.add_argument(
         "--backing",
         action="append",

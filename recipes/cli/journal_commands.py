@@ -61,7 +61,9 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
         "The page needs Matplotlib, as Debian's python3-matplotlib."
     )
     each.add_argument("name", metavar="NAME", type=check_name)
-    each.add_argument("--output", metavar="FILE.html", type=Path, help="where to; default: NAME.html, here")
+    each.add_argument(
+        "--output", metavar="FILE.html", type=program.filled_path, help="where to; default: NAME.html, here"
+    )
     each.add_argument("--json", action="store_true", help="the same as a JSON object, on standard output")
     each.set_defaults(body=write_report)
     each = subcommands.add_parser("resume", help="go on with a migration whose command has died")

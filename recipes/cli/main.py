@@ -124,7 +124,9 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
     text = partial(parser.add_argument, type=program.filled)
     several = partial(text, action="append", default=[])
     nargs = "?" if optional else None
-    parser.add_argument("plan", metavar="PLAN.toml", type=Path, nargs=nargs, help="see docs/migrate.md")
+    parser.add_argument(
+        "plan", metavar="PLAN.toml", type=program.filled_path, nargs=nargs, help="see docs/migrate.md"
+    )
     source = "A's monitor: a socket's path, or HOST:PORT"
     if optional:
         source += "; without PLAN.toml also the process id of its QEMU"

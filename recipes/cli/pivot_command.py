@@ -30,7 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for each answer, more than the node's reconnect-delay (default: %(default)g)",
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="the image that nbd-overlay serves")
+    parser.add_argument(
+        "image", type=program.filled_path, metavar="IMAGE", help="the image that nbd-overlay serves"
+    )
 
 
 def main(given: argparse.Namespace) -> int:

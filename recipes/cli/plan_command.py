@@ -8,7 +8,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from nbdserve.common import clock, program
 from nbdserve.common.errors import OperatorError, UsageError
@@ -59,7 +58,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", choices=POLICIES, help="when the disks go: see nbd-migrate run")
     text("--cutover", metavar="WHEN", help="when the guest goes: see nbd-migrate run")
     add_verify(parser)
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write the plan there; it must not exist")
+    parser.add_argument(
+        "--output", metavar="FILE", type=program.filled_path, help="write the plan there; it must not exist"
+    )
 
 
 def configure_places(parser: argparse.ArgumentParser) -> None:

@@ -7,11 +7,10 @@ import asyncio
 import signal
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from nbdserve.common import clock
 from nbdserve.common.clock import now
-from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
+from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, filled_path
 from nbdserve.common.sizes import format_size, parse_size
 from recipes.commands.run import migrate
 from recipes.demo import disk, records
@@ -152,8 +151,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="who copies the disk: nbd-overlay (the default), or the second QEMU",
     )
     parser.add_argument("--speed", default="0", metavar="BYTES", help="stream at most so much per second")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave images, consoles and logs in DIR")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where the guest's kernel is kept")
+    parser.add_argument(
+        "--keep", type=filled_path, metavar="DIR", help="leave images, consoles and logs in DIR"
+    )
+    parser.add_argument("--cache", type=filled_path, metavar="DIR", help="where the guest's kernel is kept")
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ FAILED = 1
 MISTAKES = [
     ([], USAGE, "nothing to serve"),
     (["--nonsense", "disk.img"], USAGE, "--nonsense"),
+    (["--directory", ""], USAGE, "--directory: it is empty"),
     (["disk.img", "other.img"], USAGE, "other.img"),
     (["-f", "tar", "disk.img"], USAGE, "tar"),
     (["-f", "qcow2", "disk.img"], FAILED, "disk.img: .*not in qcow2 format"),

@@ -39,7 +39,7 @@ _LOOK = 1 << 20
 
 def map_path(path: Path) -> Path:
     """Tell where the map of a data file is."""
-    return path.with_name(path.name + ".map")
+    return path.parent / f"{path.name}.map"  # also for a directory without a name, which is refused later
 
 
 def new_header(size: int, backings: tuple[Backing, ...]) -> Header:

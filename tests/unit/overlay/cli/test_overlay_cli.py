@@ -37,6 +37,35 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run_with
 
 
+@pytest.mark.parametrize("place", ["/", ".", ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("discard",),
+        ("create", "--force", *BACKING, "--size", "1M"),
+        ("info",),
+        ("check",),
+        ("map",),
+        ("verify",),
+    ],
+)
+def test_a_directory_and_an_empty_path_are_refused_in_a_line(
+    command: tuple[str, ...], place: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*command, place)
+    assert (code, err.count("\n")) == (1 if place else 2, 1), err
+    assert (f"nbd-overlay: {place}: " if place else "argument IMAGE: it is empty") in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--map", "--seed", "--pid-file"])
+def test_an_option_for_a_file_that_a_script_left_empty_is_refused(option: str, run: Run) -> None:
+    code, _, err = run("serve", "x", "-k", "x.sock", option, "")
+    assert code == 2
+    assert f"argument {option}: it is empty" in err
+
+
 def test_create_makes_an_image_whose_backing_is_raw(run: Run, tmp_path: Path) -> None:
     code, out, err = run(
         "create", *QED, "--backing", "nbd:h:99:exportname=a b", "--size", "1.5G", tmp_path / "x"
