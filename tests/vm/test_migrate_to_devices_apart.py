@@ -30,6 +30,8 @@ def devices(stage: MatrixGuest, sector: str) -> Iterator[list[Path]]:
     with ExitStack() as stack:
         made = []
         for number, disk in enumerate(stage.disks):
+            # Of a device of A there are logs.
+            stack.callback(shutil.rmtree, state_of(disk.image), ignore_errors=True)
             file = stage.directory / f"device{number}"
             file.write_bytes(b"\x5a" * disk.original.size + BEHIND)
             device = stack.enter_context(loop_device(file, "--sector-size", sector))
