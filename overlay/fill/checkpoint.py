@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from nbdserve.common.errors import ImageError
+from nbdserve.common.errors import ImageError, reason_of
 from nbdserve.common.threads import Thread
 from overlay.formats.image import Image
 
@@ -46,9 +46,15 @@ class Checkpoints:
                 flushed, trouble = local, ""
             except Exception as error:  # noqa: BLE001 - it is tried again, as there may be room some day
                 # Guests are told by their own requests; here nobody waits for an answer.
-                reason = str(error) if isinstance(error, OSError | ImageError) else repr(error)
+                reason = _reason(error)
                 if reason != trouble:
                     _LOG.error("what was fetched could not be made durable: %s", reason)
                 trouble = reason
             if self._end.wait(self._interval):
                 return
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {reason_of(error)}"
+    return reason_of(error) if isinstance(error, OSError | ImageError) else repr(error)
