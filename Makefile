@@ -85,12 +85,12 @@ bench-migrate: ROUNDS = 3
 bench-migrate: setup
 	$(BIN)/python -m tests.bench.migrate --size $(SIZE) --rounds $(ROUNDS) $(addprefix --directory ,$(DIRECTORIES))
 
-# The fuzzer is installed only here. RUNS counts inputs to each of the two targets.
+# The fuzzer is installed only here. RUNS counts inputs to each of the four targets.
 RUNS := 1000000
 fuzz: setup
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-fuzz.lock
-	for target in haggle transmit; do \
+	for target in haggle transmit channel greet; do \
 	    $(BIN)/python -m tests.fuzz.coverage $$target build/corpus/$$target -runs=$(RUNS) -rss_limit_mb=1024; \
 	done
 

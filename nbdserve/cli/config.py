@@ -82,7 +82,7 @@ def certificates(given: argparse.Namespace) -> Certificates | None:
 
 def exports(given: argparse.Namespace) -> tuple[ExportOptions, ...]:
     """Return what is to be served; UsageError where the options make no sense."""
-    found = [_export(text, given.read_only) for text in given.export]
+    found = [parse_export(text, read_only=given.read_only) for text in given.export]
     if given.file is not None:
         single = ExportOptions(
             given.export_name or "",
@@ -115,7 +115,7 @@ _EXPORT = re.compile(r"((?:[^=]|==)*)=(?!=)(.*)", re.DOTALL)
 _ATTRIBUTES = ("read-only", "format", "description", "offset", "size")
 
 
-def _export(text: str, read_only: bool) -> ExportOptions:
+def parse_export(text: str, *, read_only: bool) -> ExportOptions:
     """Read ``NAME=FILE[,ATTRIBUTE...]``; two commas stand for one in a value, and ``==`` for one in NAME."""
     match = _EXPORT.fullmatch(text)
     if match is None:

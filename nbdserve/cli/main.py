@@ -30,6 +30,10 @@ _LOG = logging.getLogger("nbdserve")
 
 def main() -> int:
     """Run the console script."""
+    if sys.argv[1:2] == ["channel"]:
+        from nbdserve.cli import channel_command
+
+        return program.run(channel_command.PROGRAM, lambda: channel_command.main(sys.argv[2:]))
     return program.run("nbdserve", lambda: serve(options.parse(sys.argv[1:])))
 
 

@@ -34,7 +34,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Server:
-    """Serves exports on listeners until ``stop``."""
+    """Serves exports on listeners until ``stop``.
+
+    Where somebody else accepts clients, it ``expects_visitors``, and goes on while it has neither.
+    """
 
     def __init__(
         self,
@@ -42,6 +45,8 @@ class Server:
         listeners: Sequence[Listener],
         policy: Policy,
         manager: ServiceManager | None = None,
+        *,
+        expects_visitors: bool = False,
     ) -> None:
         self.exports = exports
         self.clients: Clients[Connection] = Clients(self._wake)
@@ -51,6 +56,7 @@ class Server:
         self.turned_away: Counter[str] = Counter()
         """Clients that were not, by reason."""
         self._listeners = listeners
+        self._expects_visitors = expects_visitors
         self._policy = policy
         self._manager = manager or ServiceManager({})
         self._pools = Pools(WORKERS, self.memory, policy.worker_idle)
@@ -129,7 +135,7 @@ class Server:
         if self._stopping:
             return True
         # With no listener nobody can come any more.
-        ends = not self._listeners or (self._policy.once and self._had_client)
+        ends = not (self._listeners or self._expects_visitors) or (self._policy.once and self._had_client)
         return ends and not self.clients
 
     def _has_room(self) -> bool:

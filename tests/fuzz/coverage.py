@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz.coverage haggle|transmit [libFuzzer options]``: coverage-guided, with atheris."""
+"""``python -m tests.fuzz.coverage TARGET CORPUS [libFuzzer options]``: coverage-guided, with atheris."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ with atheris.instrument_imports(include=["nbdserve"]):
     from nbdserve.protocol.offers import Mode
     from tests.fuzz import targets
 
-TARGETS: dict[str, Callable[[bytes], object]] = {"haggle": targets.haggle, "transmit": targets.transmit}
+TARGETS: dict[str, Callable[[bytes], object]] = {
+    "haggle": targets.haggle,
+    "transmit": targets.transmit,
+    "channel": targets.channel,
+    "greet": targets.greet,
+}
 
 
 def seeds(target: str) -> Sequence[bytes]:
@@ -36,6 +41,10 @@ def seeds(target: str) -> Sequence[bytes]:
             wire.option(wire.Option.ABORT),
         ]
         return [flags + option for option in options] + [flags + b"".join(options)]
+    if target == "channel":
+        return [bytes([choice]) + targets.channel_seed(choice) for choice in range(16)]
+    if target == "greet":
+        return [targets.HELLO + bytes(64), targets.HELLO + bytes(160)]
     # Without DISC, so that what follows is served too; the fuzzer finds it soon enough.
     commands = [command for command in wire.Command if command != wire.Command.DISC]
     payloads = {wire.Command.WRITE: b"x" * 16}

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 from nbdserve.backends.base import Backend
+from nbdserve.channel.wire import greeting
+from nbdserve.channel.wire.frames import (
+    HEADER,
+    Bye,
+    Close,
+    CloseReason,
+    Control,
+    Credit,
+    Data,
+    Done,
+    End,
+    Open,
+    Ping,
+    Pong,
+    Ram,
+    RamStatus,
+    Reset,
+    ResetReason,
+    Type,
+    encode,
+)
+from nbdserve.channel.wire.return_path import ReturnPath
+from nbdserve.channel.wire.session import Role, Session
+from nbdserve.channel.wire.streams import Stream, StreamClass
 from nbdserve.common.errors import ConnectionLostError, ProtocolError
 from nbdserve.exports.served_exports import Export, Exports
 from nbdserve.protocol.constants import Command, TransmissionFlags
@@ -37,6 +62,107 @@ def haggle(data: bytes) -> None:
             haggling.encrypted()
         assert said <= MOST_ANSWER
         assert (haggling.agreement is not None) == (haggling.state is State.TRANSMISSION)
+
+
+WINDOW = 64 << 10
+CHANNEL_OFFER = greeting.Offer(dict.fromkeys(StreamClass, WINDOW), 4, 15_000)
+MOST_FILLED = 200 << 10
+TOKEN = b"0123456789abcdef" * 2
+HELLO = greeting.Connector(TOKEN, greeting.Claim(greeting.Mode.NEW, 0, CHANNEL_OFFER), bytes(32)).first
+
+
+def channel(data: bytes) -> None:
+    """Feed one end of a channel's connection, which answers, in pieces; ProtocolError is the only way to
+    fail.
+
+    The first byte chooses which end, the size of the pieces, and whether what comes is delivered here.
+    """
+    choice = data[0] if data else 0
+    role = Role.CONNECTOR if choice & 1 else Role.ACCEPTOR
+    session = Session(role, CHANNEL_OFFER, CHANNEL_OFFER)
+    streams = [session.open(StreamClass.RAM if role is Role.CONNECTOR else StreamClass.DEMAND)]
+    session.begin(streams[0])
+    held = dict[int, int]()
+    buffer = memoryview(bytearray(MOST_FILLED))
+    size = (1, 7, 100, 1 << 20)[choice // 2 % 4]
+    assert session.fill(buffer, _read)
+    with contextlib.suppress(ProtocolError):
+        for at in range(1, len(data), size):
+            for stream, frame in session.receive(memoryview(data)[at : at + size]):
+                _take(session, stream, frame, held, delivers=bool(choice & 8))
+            assert session.fill(buffer, _read) <= len(buffer)
+            assert sum(held.values()) <= WINDOW * 2 * CHANNEL_OFFER.streams
+            assert len(session.streams) <= 1 + 2 * CHANNEL_OFFER.streams
+            session.look(0.1)
+
+
+def channel_seed(choice: int) -> bytes:
+    """Every kind of frame that the end takes which a choice means, in an order that the specification has."""
+    if choice & 1:
+        number, kind, own = 2, StreamClass.DEMAND, 1
+    else:
+        number, kind, own = 1, StreamClass.RAM, 2
+    frames: list[Control] = [Open(number, kind), Ping(7), Pong(1), Credit(own, 1)]
+    frames += [Ram(RamStatus.LOADED), Done()] if choice & 1 else [Bye()]
+    frames += [End(number)]
+    frames += [Reset(own, ResetReason.BROKEN, "why"), Close(CloseReason.STOPPED, "enough")]
+    sent = [encode(frame) for frame in frames]
+    sent.insert(1, HEADER.pack(Type.DATA, number, 5) + b"piece")
+    return b"".join(sent)
+
+
+def _take(
+    session: Session, stream: Stream | None, frame: object, held: dict[int, int], *, delivers: bool
+) -> None:
+    """Do with a frame what the multiplexer does."""
+    match frame:
+        case Data(number, piece):
+            assert stream is not None
+            held[number] = held.get(number, 0) + len(piece)
+            assert held[number] <= WINDOW
+            if delivers:
+                session.took(stream, held.pop(number))
+        case Open(number, _):
+            assert stream is not None
+            assert number == stream.number
+            session.begin(stream)
+        case End(_):
+            assert stream is not None
+            session.finish(stream)
+            session.release(stream)
+        case Reset(number, _, _):
+            assert stream is not None
+            held.pop(number, None)
+            session.release(stream)
+        case _:
+            assert stream is None
+
+
+def _read(stream: Stream, buffer: memoryview) -> int | None:
+    """Something to send, on some streams."""
+    return None if stream.number % 3 else min(len(buffer), 1000)
+
+
+def greet(data: bytes) -> None:
+    """Feed both ends of the greeting, and QEMU's return path: nobody without the token comes in."""
+
+    def decide(claim: greeting.Claim) -> greeting.Answer:
+        raise AssertionError("whoever does not know the token was let in")
+
+    acceptor = greeting.Acceptor(TOKEN, bytes(32), CHANNEL_OFFER, decide)
+    connector = greeting.Connector(TOKEN, greeting.Claim(greeting.Mode.NEW, 0, CHANNEL_OFFER), bytes(32))
+    for end in (acceptor, connector):
+        at = 0
+        try:
+            while end.needed and len(data) - at >= end.needed:
+                at, piece = at + end.needed, data[at : at + end.needed]
+                end.receive(piece)
+        except (ProtocolError, greeting.RefusedError):
+            pass
+    assert connector.answer is None
+    path = ReturnPath()
+    for at in range(0, len(data), 5):
+        path.feed(data[at : at + 5])
 
 
 def offer_of(backend: Backend, *, read_only: bool) -> Offer:

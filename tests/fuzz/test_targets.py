@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import struct
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdserve.channel.wire.frames import Decoder
 from nbdserve.common.errors import ConnectionLostError, ProtocolError
 from nbdserve.protocol.offers import Agreement, Mode
 from nbdserve.transmission.loop import Transmission
@@ -37,6 +39,24 @@ def test_any_bytes_haggle_without_harm(data: bytes) -> None:
 @given(st.integers(0, 255), st.lists(st.one_of(REQUESTS, st.binary(max_size=30)), max_size=10))
 def test_any_bytes_transmit_without_harm(choice: int, pieces: list[bytes]) -> None:
     targets.transmit(bytes([choice]) + b"".join(pieces))
+
+
+@given(st.integers(0, 15), st.binary(max_size=400), st.booleans())
+def test_any_bytes_come_over_a_channel_without_harm(choice: int, data: bytes, begun: bool) -> None:
+    begin = targets.channel_seed(choice)[: len(data) % 150] if begun else b""
+    targets.channel(bytes([choice]) + begin + data)
+
+
+@pytest.mark.parametrize("choice", range(16))
+def test_what_a_channel_is_fuzzed_from_is_all_in_its_specification(choice: int) -> None:
+    read = list(Decoder().feed(memoryview(targets.channel_seed(choice))))
+    assert len({type(frame) for frame in read}) == len(read) >= 9
+    targets.channel(bytes([choice]) + targets.channel_seed(choice))
+
+
+@given(st.binary(max_size=400), st.booleans())
+def test_any_bytes_greet_without_being_let_in(data: bytes, begun: bool) -> None:
+    targets.greet(targets.HELLO * begun + data)
 
 
 ACTIONS = st.lists(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 COMMANDS = (
     ("nbdserve",),
+    ("nbdserve", "channel"),
     ("nbd-overlay",),
     ("nbd-overlay", "create"),
     ("nbd-overlay", "discard"),

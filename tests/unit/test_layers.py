@@ -20,6 +20,7 @@ FOLDERS = {
         "exports",
         "connection",
         "service",
+        "channel",
         "qmp",
         "monitor",
         "cli",
@@ -151,12 +152,13 @@ def test_each_folder_says_what_belongs_there_and_holds_a_dozen_modules_at_most(p
         assert (folder / "README.md").is_file(), f"{folder.relative_to(ROOT)} has no README.md"
 
 
-def test_the_protocol_package_does_no_input_or_output() -> None:
-    for source in modules("nbdserve/protocol"):
+@pytest.mark.parametrize("folder", ["nbdserve/protocol", "nbdserve/channel/wire"])
+def test_protocols_do_no_input_or_output(folder: str) -> None:
+    for source in modules(folder):
         names = {name.split(".")[0] for name in imported_modules(source)}
         assert not names & IMPURE, f"{source.relative_to(ROOT)} imports {names & IMPURE}"
         inner = {name for name in imported_modules(source) if name.startswith("nbdserve.")}
-        allowed = ("nbdserve.protocol", "nbdserve.common.errors")
+        allowed = (folder.replace("/", "."), "nbdserve.common.errors")
         assert all(name.startswith(allowed) for name in inner), f"{source.relative_to(ROOT)}: {inner}"
 
 

@@ -1,0 +1,294 @@
+"""The channel's end at the destination: accepts the source, hands RAM to QEMU, opens NBD streams."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from nbdserve.channel.accepted import Connection, RamState
+from nbdserve.channel.admission import Admission, Door
+from nbdserve.channel.terms import IN_BULK, Limits
+from nbdserve.channel.wire.frames import CloseReason
+from nbdserve.channel.wire.greeting import Answer, Claim, Mode, Refusal
+from nbdserve.channel.wire.streams import StreamClass
+from nbdserve.common.errors import ConnectionLostError
+from nbdserve.connection.listeners import Listener
+
+__all__ = ["Destination", "Event", "Limits", "Settings", "Status"]
+
+_LOG = logging.getLogger("nbdserve")
+_REPLACED = 0.2
+"""Seconds in which one that is replaced may still hear of that; it may be half-open, so that it does not."""
+
+
+class Event(Enum):
+    """What is told of a channel."""
+
+    BEGUN = "begun"
+    """A source has proven itself, and has begun a session."""
+    RAM_BEGUN = "ram-begun"
+    """QEMU's stream arrives, and is passed on."""
+    RAM_LOADED = "ram-loaded"
+    """The destination's QEMU has loaded all of it: the guest is here, and the session can only be resumed."""
+    RAM_FAILED = "ram-failed"
+    """It was broken off, or could not be loaded; another session may begin."""
+    LOST = "lost"
+    """The connection is lost; all streams are reset."""
+    BACK = "back"
+    """The source has resumed the session; streams can be opened again."""
+    DONE = "done"
+    """The source has taken note that it is needed no more, and has taken leave."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the destination's end is made of."""
+
+    token: bytes
+    """The session's secret; see ``places.read_token``."""
+    incoming: str | None
+    """The path of the Unix socket on which QEMU waits for the migration; None: no RAM comes this way."""
+    tls: ssl.SSLContext | None = None
+    """With the source verified; None only on a Unix socket or the loopback."""
+    arrived: bool = False
+    """The guest is here already, as this end was started again: there is a session, which can be resumed."""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the channel is doing."""
+
+    connected: bool
+    peer: str
+    """Who is connected, or was last."""
+    ram: str
+    """``none``, ``under-way``, ``loaded`` or ``failed``."""
+    connections: int
+    """How often a source was let in."""
+    streams: int
+    """Open now."""
+    sent: int
+    received: int
+    """Bytes of frames, on all connections."""
+    held: int
+    """Bytes that have been received and not been taken."""
+    bound: int
+    """The most that these may be now: the windows of all open streams."""
+    trouble: str | None
+    """Why it is not connected."""
+
+
+class Destination:
+    """Accepts one channel after the other on ``listeners``. Everything may be called from any thread.
+
+    ``tell`` is called with each event, and a reason or "", in a thread of the channel: it must return at
+    once, and call nothing here but ``status``.
+    """
+
+    def __init__(
+        self, listeners: Sequence[Listener], settings: Settings, tell: Callable[[Event, str], None]
+    ) -> None:
+        self._settings = settings
+        self._tell = tell
+        self._offer = settings.limits.offer(IN_BULK)
+        self._door = Door(
+            listeners, settings.token, settings.tls, settings.limits, self._offer, self._decide, self._enter
+        )
+        self._lock = threading.Lock()
+        """Held for moments only, with no other under it: what the session is, and which connection it has."""
+        self._session = settings.arrived
+        self._ram = RamState.LOADED if settings.arrived else RamState.NONE
+        self._epoch = 0
+        self._current: Connection | None = None
+        self._connections = 0
+        self._before = (0, 0)
+        self._peer = ""
+        self._trouble: str | None = "no source has connected yet"
+        self._done_wanted = False
+        self._done = threading.Event()
+        self._closed = False
+
+    def start(self) -> None:
+        """Accept from now on. OSError when there are no threads."""
+        self._door.start()
+
+    def open(self, kind: StreamClass) -> socket.socket:
+        """Open a stream to an NBD server at the source; a connected socket that does not block.
+
+        Who uses it need not know of the channel: it is at its end when the server closes, or the channel is
+        lost. Raises OSError: ENOTCONN at once when no source is connected, EBUSY when too many are open.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            theirs.setblocking(False)
+            self.adopt(kind, ours)
+        except BaseException:
+            theirs.close()
+            raise
+        return theirs
+
+    def adopt(self, kind: StreamClass, client: socket.socket) -> None:
+        """Open a stream of which ``client``, a connected Unix stream socket, is the end; as for ``open``.
+
+        It is the channel's from now on, also when this raises.
+        """
+        connection = self._current
+        try:
+            if connection is None:
+                raise OSError(errno.ENOTCONN, f"the channel is not connected: {self._trouble}")
+            connection.open(kind, client)
+        except ConnectionLostError as error:
+            raise OSError(errno.ENOTCONN, f"the channel is lost: {error}") from error
+        finally:
+            # Where it has become a stream's end this socket owns nothing any more.
+            client.close()
+
+    def done(self, timeout: float) -> None:
+        """Tell the source that nothing of it is needed any more, and wait until it takes leave.
+
+        Where it is not connected it is told when it resumes. TimeoutError when it has not in time.
+        """
+        with self._lock:
+            self._done_wanted = True
+            connection = self._current
+        if connection is not None:
+            connection.say_done()
+        if not self._done.wait(timeout):
+            raise TimeoutError(errno.ETIMEDOUT, f"the source has not taken leave within {timeout:g} s")
+
+    def status(self) -> Status:
+        """Tell how the channel is doing."""
+        with self._lock:
+            connection = self._current
+            sent, received = self._before
+            mux = None if connection is None else connection.mux
+            return Status(
+                connected=mux is not None,
+                peer=self._peer,
+                ram=self._ram.value,
+                connections=self._connections,
+                streams=0 if mux is None else len(mux.session.streams),
+                sent=sent + (mux.sent if mux else 0),
+                received=received + (mux.received if mux else 0),
+                held=mux.held if mux else 0,
+                bound=mux.session.bound if mux else 0,
+                trouble=None if mux else self._trouble,
+            )
+
+    def close(self) -> None:
+        """Listen no more, and end the connection; the streams' ends are closed. The source may not resume."""
+        with self._lock:
+            self._closed = True
+            connection = self._current
+        self._door.close()
+        if connection is not None:
+            connection.end(CloseReason.STOPPED, "the destination ends")
+            connection.join()
+
+    # Who comes in.
+
+    def _decide(self, claim: Claim) -> Answer:
+        with self._lock:
+            refusal, text = self._refusal(claim)
+            if refusal is None:
+                self._epoch = claim.epoch or self._epoch + 1
+            return Answer(refusal, self._epoch, self._offer, text)
+
+    def _refusal(self, claim: Claim) -> tuple[Refusal | None, str]:
+        """Why somebody who has proven himself is refused, if he is."""
+        if self._closed:
+            return Refusal.STOPPED, "the destination ends"
+        if 0 < claim.epoch <= self._epoch:
+            return Refusal.STALE, "another source end has resumed the session since"
+        if claim.mode is Mode.RESUME:
+            return (None, "") if self._session else (Refusal.NOTHING, "there is no session to resume")
+        return self._refusal_to_begin()
+
+    def _refusal_to_begin(self) -> tuple[Refusal | None, str]:
+        if self._session and self._ram is RamState.LOADED:
+            return Refusal.BUSY, "the guest has arrived: the session can only be resumed"
+        if self._current is not None:
+            return Refusal.BUSY, "a session is under way"
+        return None, ""
+
+    def _enter(self, admission: Admission) -> None:
+        connection = Connection(admission, self._offer, self)
+        is_new = admission.claim.mode is Mode.NEW
+        with self._lock:
+            # Much may have happened while the answer was on its way.
+            late = self._closed or admission.answer.epoch != self._epoch
+            if late or (is_new and self._refusal_to_begin()[0] is not None):
+                connection.abandon()
+                return
+            former, self._current = self._current, connection
+            self._connections += 1
+            self._peer, self._session = admission.transport.name, True
+            if is_new:
+                self._ram = RamState.NONE
+            done_wanted = self._done_wanted
+        if former is not None:
+            former.end(CloseReason.REPLACED, "another connection has taken the session over", _REPLACED)
+        _LOG.info("channel: %s: %s", self._peer, "a session begins" if is_new else "the session goes on")
+        self._tell(Event.BEGUN if is_new else Event.BACK, self._peer)
+        if done_wanted:
+            connection.say_done()
+        connection.start()
+
+    # What a connection tells, in its thread.
+
+    def incoming(self) -> str:
+        """Return where QEMU waits for the RAM, of which the stream begins; OSError when it may not."""
+        with self._lock:
+            if self._ram is not RamState.NONE:
+                raise OSError(errno.EBUSY, f"the RAM of this session is {self._ram.value} already")
+            if self._settings.incoming is None:
+                raise OSError(errno.ECONNREFUSED, "the destination takes no RAM: give it --incoming")
+            return self._settings.incoming
+
+    def ram_is(self, state: RamState, why: str = "") -> None:
+        """The RAM has come to this."""
+        with self._lock:
+            self._ram = state
+        _LOG.info("channel: RAM: %s%s", state.value, f": {why}" if why else "")
+        self._tell(_RAM_EVENTS[state], why)
+
+    @property
+    def ram(self) -> RamState:
+        """Return what has become of the RAM."""
+        return self._ram
+
+    def taken_leave(self) -> None:
+        """The source has said goodbye."""
+        with self._lock:
+            self._session = False
+        self._done.set()
+        self._tell(Event.DONE, "")
+
+    def ended(self, connection: Connection, why: str) -> None:
+        """A connection has ended."""
+        with self._lock:
+            mux = connection.mux
+            self._before = self._before[0] + mux.sent, self._before[1] + mux.received
+            if self._current is not connection:
+                return
+            self._current, self._trouble = None, why
+            if self._ram is RamState.FAILED:
+                self._session = False
+            is_news = not (self._closed or self._done.is_set())
+        if is_news:
+            _LOG.warning("channel: lost: %s", why)
+            self._tell(Event.LOST, why)
+
+
+_RAM_EVENTS = {
+    RamState.UNDER_WAY: Event.RAM_BEGUN,
+    RamState.LOADED: Event.RAM_LOADED,
+    RamState.FAILED: Event.RAM_FAILED,
+}

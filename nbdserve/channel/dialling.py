@@ -1,0 +1,116 @@
+"""The source's way to the destination: TCP, a Unix socket, or ssh; TLS; and the greeting."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import shlex
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nbdserve.channel.places import Place, SshPlace, UnixPlace
+from nbdserve.channel.transports import SocketTransport, TlsTransport, Transport, converse
+from nbdserve.channel.wire.greeting import NONCE, Answer, Claim, Connector
+from nbdserve.client.dial import Countdown, connect_tcp, connect_unix
+from nbdserve.common.errors import ConnectError, ConnectionLostError, reason_of
+
+_END = 2.0
+"""Seconds that ssh has to end when its connection is closed."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a place is reached."""
+
+    place: Place
+    tls: ssl.SSLContext | None = None
+    hostname: str | None = None
+    """The name that the destination's certificate must have, if it is not that of the host."""
+    ssh: str = "ssh"
+    """The command, with options, that leads to another host."""
+    remote: str = "nbdserve"
+    """What nbdserve is called there."""
+
+
+class SshTransport(SocketTransport):
+    """The standard streams of an ssh child, at whose other end nbdserve relays to a socket."""
+
+    def __init__(self, way: Way, place: SshPlace) -> None:
+        ours, theirs = socket.socketpair()
+        port = [] if place.port is None else ["-p", str(place.port)]
+        user = [] if place.user is None else ["-l", place.user]
+        command = f"{way.remote} channel --relay {shlex.quote(place.path)}"
+        words = [*shlex.split(way.ssh), "-T", "-o", "BatchMode=yes", *port, *user, "--", place.host, command]
+        try:
+            with theirs:
+                self._child = subprocess.Popen(words, stdin=theirs.fileno(), stdout=theirs.fileno())
+            super().__init__(ours, str(place))
+        except BaseException:
+            ours.close()
+            raise
+
+    def close(self) -> None:
+        """Hang up, and see that ssh ends."""
+        super().close()
+        try:
+            self._child.wait(_END)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+
+def reach(way: Way, token: bytes, claim: Callable[[], Claim], limit: float) -> tuple[Transport, Answer]:
+    """Connect and greet, within ``limit`` seconds; what is claimed is asked for when somebody is there.
+
+    Raises ConnectError when nobody is there, ProtocolError when it is no destination, RefusedError when it
+    does not accept this; nothing is left open then.
+    """
+    deadline = time.monotonic() + limit
+    try:
+        connected = _connected(way, limit)
+    except OSError as error:
+        raise ConnectError(f"{way.place}: {reason_of(error)}") from error
+    transport: Transport = connected
+    try:
+        transport = _encrypted(connected, way, deadline)
+        greeting = Connector(token, claim(), secrets.token_bytes(NONCE))
+        converse(transport, greeting, deadline)
+    except (ConnectionLostError, OSError) as error:
+        transport.close()
+        raise ConnectError(f"{way.place}: {reason_of(error)}") from error
+    except BaseException:
+        transport.close()
+        raise
+    assert greeting.answer is not None
+    return transport, greeting.answer
+
+
+def _connected(way: Way, limit: float) -> SocketTransport:
+    countdown, place = Countdown(limit), way.place
+    try:
+        if isinstance(place, SshPlace):
+            return SshTransport(way, place)
+        if isinstance(place, UnixPlace):
+            sock = connect_unix(place.path, countdown)
+        else:
+            sock = connect_tcp(place.host, place.port, countdown)
+    except TimeoutError as error:
+        raise OSError(errno.ETIMEDOUT, f"no answer within {limit:g} s") from error
+    try:
+        return SocketTransport(sock, str(place))
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _encrypted(transport: SocketTransport, way: Way, deadline: float) -> Transport:
+    if way.tls is None or isinstance(way.place, SshPlace):
+        return transport
+    host = None if isinstance(way.place, UnixPlace) else way.place.host
+    encrypted = TlsTransport(transport, way.tls, server=False, host=way.hostname or host)
+    encrypted.shake_hands(deadline)
+    return encrypted

@@ -1,0 +1,148 @@
+"""The local end of a stream: a socket, or two pipes as QEMU gives them to what it executes.
+
+Nothing here waits. What cannot be delivered yet is kept; the stream's window bounds it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+
+from nbdserve.channel.wire.frames import MOST_DATA
+from nbdserve.channel.wire.streams import Stream
+
+_PIECES = 64
+"""Pieces that are written with one system call, at most."""
+_BUFFER = 1 << 20
+"""Bytes that may be on their way through a socket or a pipe; the kernel gives less to the unprivileged."""
+
+Observe = Callable[[memoryview], None]
+"""Is shown what passes; nothing, at the end of what is read."""
+
+
+class LocalEnd:
+    """The descriptors of a stream's local end, which are its own from now on. For one thread.
+
+    They do not block. ``reader`` and ``writer`` are one socket or two pipes. ``on_read`` is shown what is
+    read, and ``on_delivery`` what is delivered, beforehand.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        reader: int,
+        writer: int,
+        on_read: Observe | None = None,
+        on_delivery: Observe | None = None,
+    ) -> None:
+        self.stream = stream
+        self.reader = reader
+        self.writer = writer
+        self.held = 0
+        """Bytes that have come and are not delivered yet."""
+        self.closed = False
+        self._waiting = deque[bytearray]()
+        # Bytes of the first of these that are delivered.
+        self._gone = 0
+        self._on_read = on_read
+        self._on_delivery = on_delivery
+        self._sock = socket.socket(fileno=reader) if reader == writer else None
+        self._is_last = False
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        if self._sock is not None:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+
+    def read_into(self, buffer: memoryview) -> int | None:
+        """Read what is to be sent: how many bytes, 0 at the end, None if there is nothing. Raises OSError."""
+        try:
+            count = os.readv(self.reader, (buffer,))
+        except BlockingIOError:
+            return None
+        if self._on_read is not None:
+            self._on_read(buffer[:count])
+        return count
+
+    def deliver(self, piece: memoryview) -> int:
+        """Deliver what has come, now or when that is possible; how many bytes were now. Raises OSError."""
+        count = 0
+        if self._on_delivery is not None:
+            self._on_delivery(piece)
+        if not self._waiting:
+            try:
+                count = os.write(self.writer, piece)
+            except BlockingIOError:
+                pass
+            if count == len(piece):
+                return count
+        self._keep(piece[count:])
+        return count
+
+    def flush(self) -> int:
+        """Deliver what waits, as far as possible; how many bytes that were. Raises OSError."""
+        total = 0
+        while self._waiting:
+            pieces = [memoryview(each) for each in itertools.islice(self._waiting, _PIECES)]
+            pieces[0] = pieces[0][self._gone :]
+            try:
+                count = os.writev(self.writer, pieces)
+            except BlockingIOError:
+                break
+            total += count
+            self._forget(count)
+        if self._is_last and not self._waiting:
+            self._end()
+        return total
+
+    def end(self) -> None:
+        """Nothing more comes: say so behind what waits. Raises OSError."""
+        self._is_last = True
+        if not self._waiting:
+            self._end()
+
+    def close(self) -> None:
+        """Give everything back, and forget what waits."""
+        if self.closed:
+            return
+        self.closed = True
+        self._waiting.clear()
+        self._gone = 0
+        self.held = 0
+        if self._sock is not None:
+            self._sock.close()
+        else:
+            os.close(self.reader)
+            if self.writer >= 0:
+                os.close(self.writer)
+
+    def _keep(self, rest: memoryview) -> None:
+        """Keep what cannot be delivered yet; short pieces together, as each costs memory of its own."""
+        self.held += len(rest)
+        if self._waiting and len(self._waiting[-1]) + len(rest) <= MOST_DATA:
+            self._waiting[-1].extend(rest)
+        else:
+            self._waiting.append(bytearray(rest))
+
+    def _forget(self, count: int) -> None:
+        """So many bytes of what waits are delivered."""
+        self.held -= count
+        self._gone += count
+        while self._waiting and self._gone >= len(self._waiting[0]):
+            self._gone -= len(self._waiting.popleft())
+
+    def _end(self) -> None:
+        self._is_last = False
+        if self._sock is not None:
+            self._sock.shutdown(socket.SHUT_WR)
+        else:
+            os.close(self.writer)
+            self.writer = -1
+
+
+def from_socket(stream: Stream, sock: socket.socket, on_read: Observe | None = None) -> LocalEnd:
+    """Return an end that is a connected socket, which is its own from now on."""
+    fd = sock.detach()
+    return LocalEnd(stream, fd, fd, on_read)

@@ -1,0 +1,277 @@
+"""The channel's end at the source: carries QEMU's stream, serves disks, connects again, ends when told so."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from nbdserve.channel.dialling import Way, reach
+from nbdserve.channel.local_ends import LocalEnd, from_socket
+from nbdserve.channel.multiplexer import Multiplexer
+from nbdserve.channel.terms import REQUESTS, Limits
+from nbdserve.channel.transports import Transport
+from nbdserve.channel.wire.frames import Bye, Close, CloseReason, Done, Ram, RamStatus
+from nbdserve.channel.wire.greeting import Claim, Mode, Offer, Refusal, RefusedError
+from nbdserve.channel.wire.return_path import ReturnPath, Verdict
+from nbdserve.channel.wire.session import Role, Session
+from nbdserve.channel.wire.streams import Stream, StreamClass
+from nbdserve.client.reconnect import Pauses
+from nbdserve.common.errors import ConnectError, ConnectionLostError, OperatorError, ProtocolError
+from nbdserve.connection.listeners import Visitor
+
+_LOG = logging.getLogger("nbdserve")
+_LONGEST_PAUSE = 3.0
+"""Seconds between two attempts to connect again, at most."""
+_STABLE = 5.0
+"""Seconds after which a connection was a good one: when it is lost it is made again at once."""
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """What the source's end is made of."""
+
+    ways: Sequence[Way]
+    """Tried in turn."""
+    token: bytes
+    resume: bool
+    """Go on with a session that another process has begun."""
+    patience: float
+    """Seconds for which a destination that is lost is looked for, once RAM has arrived."""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class RamPipes:
+    """QEMU's stream and return path; ``over`` is told, once or more, whether all was loaded, or why not."""
+
+    reader: int
+    writer: int
+    over: Callable[[bool, str], None]
+
+
+class SessionOverError(OperatorError):
+    """The session cannot go on, and why."""
+
+
+class Source:
+    """Runs until the destination needs nothing more. ``serve`` is given each client, in any thread."""
+
+    def __init__(
+        self, settings: SourceSettings, serve: Callable[[Visitor], None], ram: RamPipes | None = None
+    ) -> None:
+        self._settings = settings
+        self._serve = serve
+        self._ram = ram
+        self._epoch = 0
+        self._pauses = Pauses(_LONGEST_PAUSE)
+        self._begun = settings.resume
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        """Held for moments only: which connection there is."""
+        self._current: SourceConnection | None = None
+
+    def stop(self) -> None:
+        """Take leave, and let ``run`` return. From any other thread."""
+        self._stopping.set()
+        with self._lock:
+            current = self._current
+        if current is not None:
+            current.stop()
+
+    def run(self) -> None:
+        """Work until the destination is done, or ``stop``.
+
+        Raises OperatorError when that cannot be any more: the RAM has failed, the session is somebody
+        else's, or nobody was reached for too long. Whatever happens, it has been told what has become of
+        RAM.
+        """
+        try:
+            while not self._stopping.is_set():
+                connection = self._connect()
+                if connection is None or self._carry(connection):
+                    return
+        except OperatorError as error:
+            self._ram_is_over(str(error))
+            raise
+        finally:
+            self._ram_is_over("the channel has ended")
+
+    def _ram_is_over(self, why: str) -> None:
+        if self._ram is not None:
+            self._ram.over(False, why)
+
+    def _carry(self, connection: SourceConnection) -> bool:
+        """Work on a connection; whether there is nothing more to do."""
+        with self._lock:
+            self._current = connection
+        if self._stopping.is_set():
+            connection.stop()
+        began = time.monotonic()
+        try:
+            connection.run()
+        except (ConnectionLostError, ProtocolError) as error:
+            connection.why = connection.why or str(error)
+        finally:
+            with self._lock:
+                self._current = None
+        if connection.ram_was_lost:
+            raise SessionOverError(f"the RAM has not arrived: {connection.why}")
+        if connection.is_done or self._stopping.is_set():
+            return True
+        _LOG.warning("channel: lost: %s; connecting again", connection.why)
+        if time.monotonic() - began >= _STABLE:
+            self._pauses.begin_anew()
+        return self._pause()
+
+    def _pause(self) -> bool:
+        """Wait for the next attempt, longer each time; whether this was stopped meanwhile."""
+        stopped = self._stopping.wait(self._pauses.next)
+        self._pauses.grow()
+        return stopped
+
+    def _connect(self) -> SourceConnection | None:
+        """Reach the destination; None when this was stopped meanwhile."""
+        trouble = ""
+        give_up = time.monotonic() + self._settings.patience
+        while True:
+            for way in self._settings.ways:
+                try:
+                    return self._reach(way)
+                except RefusedError as error:
+                    if not self._begun or (not self._epoch and self._settings.resume):
+                        raise
+                    if error.refusal is Refusal.STALE:
+                        raise SessionOverError(str(error)) from error
+                    reason = str(error)
+                except (ConnectError, ProtocolError) as error:
+                    reason = str(error)
+                    if not self._begun and way is self._settings.ways[-1]:
+                        raise
+                if reason != trouble:
+                    trouble = reason
+                    _LOG.warning("channel: %s; trying again", reason)
+            if time.monotonic() >= give_up:
+                raise ConnectError(f"{trouble}; given up after {self._settings.patience:g} s")
+            if self._pause():
+                return None
+
+    def _reach(self, way: Way) -> SourceConnection:
+        offer = self._settings.limits.offer(REQUESTS)
+
+        def claim() -> Claim:
+            # Each counts, as its answer may be lost; who has had none asks for the next, whatever that is.
+            self._epoch += 1 if self._epoch else 0
+            return Claim(Mode.RESUME if self._begun else Mode.NEW, self._epoch, offer)
+
+        transport, answer = reach(way, self._settings.token, claim, self._settings.limits.greeting)
+        self._epoch = answer.epoch
+        ram = None if self._begun else self._ram
+        self._begun = True
+        _LOG.info("channel: %s: connected", way.place)
+        return SourceConnection(transport, offer, answer.offer, self._serve, ram)
+
+
+class SourceConnection:
+    """One connection to the destination."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        ours: Offer,
+        theirs: Offer,
+        serve: Callable[[Visitor], None],
+        ram: RamPipes | None,
+    ) -> None:
+        self.is_done = False
+        self.ram_was_lost = False
+        """RAM was under way, and is not loaded."""
+        self.why = ""
+        """Why it has ended, where this end knows better than the connection."""
+        self._session = Session(Role.CONNECTOR, ours, theirs)
+        self._mux = Multiplexer(transport, self._session, self)
+        self._serve = serve
+        self._ram = ram
+        self._return_path = ReturnPath()
+
+    def stop(self) -> None:
+        """Take leave. From any thread."""
+        try:
+            self._mux.ask(lambda: self._leave("the source was stopped"))
+        except ConnectionLostError:
+            # It has ended by itself.
+            pass
+
+    def run(self) -> None:
+        """Work until one end takes leave; raises what Multiplexer.run does."""
+        if self._ram is not None:
+            self.ram_was_lost = True
+            stream = self._session.open(StreamClass.RAM)
+            self._mux.attach(
+                LocalEnd(
+                    stream, self._ram.reader, self._ram.writer, self._look_at_stream, self._look_at_answers
+                )
+            )
+        self._mux.run()
+
+    def opened(self, stream: Stream) -> LocalEnd:
+        """The destination opens a stream: serve NBD on it."""
+        ours, theirs = socket.socketpair()
+        try:
+            self._serve(Visitor(theirs, f"channel, stream {stream.number}"))
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        return from_socket(stream, ours)
+
+    def told(self, frame: Ram | Done | Bye | Close) -> None:
+        """The destination is done, or cannot go on."""
+        match frame:
+            case Done():
+                self.is_done = True
+                self._mux.leave(Bye())
+            case Ram(status) if status is RamStatus.FAILED:
+                _LOG.warning("channel: the destination could not load the RAM")
+            case Close(CloseReason.REPLACED, text):
+                raise SessionOverError(f"channel: {text}")
+            case Close(_, text):
+                raise OSError(errno.ECONNABORTED, f"the destination has ended the connection: {text}")
+            case _:
+                pass
+
+    def over(self, stream: Stream, why: str | None) -> None:
+        """A stream is at its end."""
+        if stream.kind is not StreamClass.RAM or self._ram is None:
+            return
+        if self.ram_was_lost:
+            self._fail(why or "the destination has ended it")
+        else:
+            self._ram.over(True, "")
+
+    def _look_at_answers(self, data: memoryview) -> None:
+        """The destination's QEMU tells ours something."""
+        self._return_path.feed(data)
+        if self._return_path.verdict is Verdict.LOADED and self.ram_was_lost:
+            _LOG.info("channel: the destination has loaded all RAM")
+            self.ram_was_lost = False
+
+    def _look_at_stream(self, data: memoryview) -> None:
+        """QEMU sends something, or has ended: it waits for its child then."""
+        if len(data) or self._ram is None:
+            return
+        if self.ram_was_lost:
+            self._fail("QEMU has broken the migration off")
+        else:
+            self._ram.over(True, "")
+
+    def _fail(self, why: str) -> None:
+        self.why = self.why or why
+        self._leave(f"RAM: {self.why}")
+
+    def _leave(self, why: str) -> None:
+        self._mux.leave(Close(CloseReason.STOPPED, why))
