@@ -58,6 +58,9 @@ class Settings:
     """With the source verified; None only on a Unix socket or the loopback."""
     arrived: bool = False
     """The guest is here already, as this end was started again: there is a session, which can be resumed."""
+    lasting: bool = False
+    """Whoever knows the token may connect at any time, whether or not this end knows of a session: either end
+    may have been started again."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -151,17 +154,21 @@ class Destination:
             client.close()
 
     def done(self, timeout: float) -> None:
-        """Tell the source that nothing of it is needed any more, and wait until it takes leave.
+        """Do as say_done(), and wait until the source takes leave. TimeoutError when it has not in time."""
+        self.say_done()
+        if not self._done.wait(timeout):
+            raise TimeoutError(errno.ETIMEDOUT, f"the source has not taken leave within {timeout:g} s")
 
-        Where it is not connected it is told when it resumes. TimeoutError when it has not in time.
+    def say_done(self) -> None:
+        """Tell the source that nothing of it is needed any more: it takes leave, and that is Event.DONE.
+
+        Where it is not connected it is told when it resumes.
         """
         with self._lock:
             self._done_wanted = True
             connection = self._current
         if connection is not None:
             connection.say_done()
-        if not self._done.wait(timeout):
-            raise TimeoutError(errno.ETIMEDOUT, f"the source has not taken leave within {timeout:g} s")
 
     def status(self) -> Status:
         """Tell how the channel is doing."""
@@ -208,6 +215,8 @@ class Destination:
         if 0 < claim.epoch <= self._epoch:
             return Refusal.STALE, "another source end has resumed the session since"
         if claim.mode is Mode.RESUME:
+            if self._settings.lasting:
+                return None, ""
             return (None, "") if self._session else (Refusal.NOTHING, "there is no session to resume")
         return self._refusal_to_begin()
 
@@ -246,7 +255,8 @@ class Destination:
     def incoming(self) -> str:
         """Return where QEMU waits for the RAM, of which the stream begins; OSError when it may not."""
         with self._lock:
-            if self._ram is not RamState.NONE:
+            again = self._settings.lasting and self._ram is RamState.FAILED
+            if self._ram is not RamState.NONE and not again:
                 raise OSError(errno.EBUSY, f"the RAM of this session is {self._ram.value} already")
             if self._settings.incoming is None:
                 raise OSError(errno.ECONNREFUSED, "the destination takes no RAM: give it --incoming")

@@ -15,18 +15,20 @@ from nbdserve.channel.local_ends import LocalEnd, from_socket
 from nbdserve.channel.multiplexer import Multiplexer
 from nbdserve.channel.terms import REQUESTS, Limits
 from nbdserve.channel.transports import Transport
-from nbdserve.channel.wire.frames import Bye, Close, CloseReason, Done, Ram, RamStatus
+from nbdserve.channel.wire.frames import Bye, Close, CloseReason, Done, Ram, RamStatus, ResetReason
 from nbdserve.channel.wire.greeting import Claim, Mode, Offer, Refusal, RefusedError
 from nbdserve.channel.wire.return_path import ReturnPath, Verdict
 from nbdserve.channel.wire.session import Role, Session
 from nbdserve.channel.wire.streams import Stream, StreamClass
 from nbdserve.client.reconnect import Pauses
-from nbdserve.common.errors import ConnectError, ConnectionLostError, OperatorError, ProtocolError
+from nbdserve.common.errors import ConnectError, ConnectionLostError, OperatorError, ProtocolError, reason_of
 from nbdserve.connection.listeners import Visitor
 
 _LOG = logging.getLogger("nbdserve")
 _LONGEST_PAUSE = 3.0
 """Seconds between two attempts to connect again, at most."""
+_ASK = 10.0
+"""Seconds in which the thread of a connection does what it is asked, which takes it microseconds."""
 _STABLE = 5.0
 """Seconds after which a connection was a good one: when it is lost it is made again at once."""
 
@@ -62,11 +64,17 @@ class Source:
     """Runs until the destination needs nothing more. ``serve`` is given each client, in any thread."""
 
     def __init__(
-        self, settings: SourceSettings, serve: Callable[[Visitor], None], ram: RamPipes | None = None
+        self,
+        settings: SourceSettings,
+        serve: Callable[[Visitor], None],
+        ram: RamPipes | None = None,
+        connected: Callable[[], None] = lambda: None,
     ) -> None:
+        """``connected`` is called each time that the destination has been reached."""
         self._settings = settings
         self._serve = serve
         self._ram = ram
+        self._connected = connected
         self._epoch = 0
         self._pauses = Pauses(_LONGEST_PAUSE)
         self._begun = settings.resume
@@ -82,6 +90,24 @@ class Source:
             current = self._current
         if current is not None:
             current.stop()
+
+    def send(self, client: socket.socket) -> None:
+        """Send the RAM that a QEMU writes to this socket, which is the channel's from now on.
+
+        Raises OSError, ENOTCONN when the destination is not connected, and has closed it then. Where the
+        connection is lost, or the destination takes no RAM, the socket is closed.
+        """
+        with self._lock:
+            current = self._current
+        try:
+            if current is None:
+                raise OSError(errno.ENOTCONN, "the destination is not connected")
+            current.send(client)
+        except ConnectionLostError as error:
+            raise OSError(errno.ENOTCONN, f"the channel is lost: {error}") from error
+        finally:
+            # Where it has become a stream's end this socket owns nothing any more.
+            client.close()
 
     def run(self) -> None:
         """Work until the destination is done, or ``stop``.
@@ -109,6 +135,7 @@ class Source:
         """Work on a connection; whether there is nothing more to do."""
         with self._lock:
             self._current = connection
+        self._connected()
         if self._stopping.is_set():
             connection.stop()
         began = time.monotonic()
@@ -205,6 +232,21 @@ class SourceConnection:
         except ConnectionLostError:
             # It has ended by itself.
             pass
+
+    def send(self, client: socket.socket) -> None:
+        """Open a stream of RAM whose local end is this socket. From any other thread.
+
+        Raises OSError, ConnectionLostError where the connection has ended.
+        """
+        self._mux.ask(lambda: self._send(client)).result(_ASK)
+
+    def _send(self, client: socket.socket) -> None:
+        stream = self._session.open(StreamClass.RAM)
+        try:
+            self._mux.attach(from_socket(stream, client))
+        except OSError as error:
+            self._session.give_up(stream, ResetReason.BROKEN, reason_of(error))
+            raise
 
     def run(self) -> None:
         """Work until one end takes leave; raises what Multiplexer.run does."""

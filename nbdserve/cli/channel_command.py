@@ -51,6 +51,15 @@ needs them no more. Without --tls-certificates only the loopback, a Unix socket 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command. Raises OperatorError where it cannot begin."""
+    options = {word.partition("=")[0] for word in arguments}
+    if "--listen" in options:
+        from nbdserve.cli import channel_listening
+
+        return channel_listening.main(arguments)
+    if "--ram" in options:
+        from nbdserve.cli import channel_serving
+
+        return channel_serving.main(arguments)
     given = _parser().parse_args(arguments)
     if given.relay is not None:
         relay(check_socket_path(given.relay, "--relay"))

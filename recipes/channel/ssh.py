@@ -31,7 +31,6 @@ from recipes.connections.tunnel import Lead, Orders
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host, module
 from recipes.hosts.places import place_of
-from recipes.migrate.leftovers import remove_sockets
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Role, Tunnel
 from recipes.plans.channel import SSH
@@ -47,8 +46,6 @@ async def ends_on_a(plan: Plan, host: Host) -> Tunnel:
 
 async def paths(plan: Plan, host: Host) -> list[str]:
     """Return what the tunnel will make on A. Raises MigrationError for what no socket can be called."""
-    if plan.channel.kind != SSH:
-        return []
     ends = await ends_on_a(plan, host)
     for path in (ends.disk, control_of(ends.ram)):
         if len(path.encode()) > SOCKET_PATH_LIMIT:
@@ -96,19 +93,3 @@ async def _orders(m: Migration) -> Orders:
 def server_socket(m: Migration) -> str:
     """Return the socket at which A's server listens for the tunnel; empty where there is none."""
     return m.state.tunnel.disk if m.state.tunnel else ""
-
-
-def ram_uri(m: Migration) -> str:
-    """Return where A's QEMU sends its guest."""
-    return f"unix:{m.state.tunnel.ram}" if m.state.tunnel else m.plan.destination.migration
-
-
-async def end(m: Migration) -> None:
-    """Nothing goes through the tunnel any more: end it, and remove its sockets. What is left is told."""
-    if tunnel := m.child(Role.TUNNEL):
-        await tunnel.stop(m.plan.limits.stop)
-    left = await remove_sockets(m.host_a, m.host_b, m.state, m.plan.limits.command)
-    for each in left:
-        m.report.note(f"{each}; or later: nbd-migrate abort {m.state.name}")
-    if not left and m.state.tunnel:
-        m.record(tunnel=None)

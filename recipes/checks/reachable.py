@@ -1,4 +1,4 @@
-"""Whether each host reaches the other where the plan says: B the disks of A, and A the QEMU of B."""
+"""Whether each host reaches the other where the plan says: B the disks of A, A the QEMU of B, or all that."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Direction:
 
 
 async def check_reachable(plan: Plan, host_a: Host, host_b: Host) -> None:
-    """Try both directions, one after the other, as a host may allow but one command at a time.
+    """Try what directions there are, one after the other, as a host may allow but one command at a time.
 
     Raises HostError where a host cannot be reached by us, MigrationError for one that cannot listen, or that
     the other does not reach there.
@@ -49,8 +49,9 @@ def directions(plan: Plan, host_a: Host, host_b: Host) -> list[Direction]:
     if export.socket is None:
         found.append(Direction("export.uri", export.host, export.port, host_a, host_b))
     if plan.ram_host:
-        port = int(plan.destination.migration.rpartition(":")[2])
-        found.append(Direction("destination.migration", plan.ram_host, port, host_b, host_a))
+        key = "channel.address" if plan.all_over_tls else "destination.migration"
+        port = int(plan.way_to_b.rpartition(":")[2])
+        found.append(Direction(key, plan.ram_host, port, host_b, host_a))
     return found
 
 

@@ -18,13 +18,13 @@ from recipes.cli.journal_commands import add_finish_by, add_verify, until_signal
 from recipes.cli.small import PROGRAM
 from recipes.commands.finish import finish
 from recipes.commands.run import migrate
-from recipes.connections.address import is_ssh
+from recipes.connections.address import is_host_and_port, is_ssh
 from recipes.demo import run as demo
 from recipes.discovery.addresses import MIGRATION_PORT, in_brackets
 from recipes.hosts.quoting import pasted
 from recipes.migrate.console import choose_report
 from recipes.migrate.journal import check_name
-from recipes.plans.plan import Plan, is_host_and_port
+from recipes.plans.plan import Plan
 from recipes.plans.planfile import load
 from recipes.plans.policy import POLICIES
 from recipes.plans.seeds import with_seeds
@@ -141,7 +141,7 @@ def configure_plan(parser: argparse.ArgumentParser, *, optional: bool = False) -
         "--channel",
         metavar="KIND",
         help="tls (the default): disk and RAM encrypted, with certificates for this migration; ssh: both "
-        "through your ssh, without any port; or plain",
+        "through your ssh, without any port; single: both in one encrypted connection from A to B; or plain",
     )
     parser.add_argument(
         "--policy",

@@ -12,14 +12,14 @@ from functools import partial
 from nbdserve.common import clock, program
 from nbdserve.common.errors import OperatorError, UsageError
 from recipes.cli.journal_commands import add_verify
-from recipes.connections.address import check_host, is_ssh
+from recipes.connections.address import check_host, is_host_and_port, is_ssh
 from recipes.discovery.addresses import MIGRATION_PORT, in_brackets
 from recipes.discovery.discover import COMMAND, Wanted, discover
 from recipes.discovery.document import Draft, write
 from recipes.hosts.interruption import interruptible
 from recipes.plans.channel import Channel
 from recipes.plans.disks import check_path
-from recipes.plans.plan import Plan, check_monitor, is_host_and_port
+from recipes.plans.plan import Plan, check_monitor
 from recipes.plans.planfile import build
 from recipes.plans.policy import HYBRID, POLICIES
 from recipes.plans.reaching import looked_at

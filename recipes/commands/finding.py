@@ -10,6 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from nbdserve.common.errors import ConnectError, UsageError
+from recipes.channel import carriers
 from recipes.connections.monitors import monitor_of
 from recipes.engines.choice import engine_for
 from recipes.engines.overlay_engine import monitor_name
@@ -234,7 +235,8 @@ async def take_over(m: Migration) -> None:
         # A complete disk needs nothing of A, which may be away for good: the last step says so.
         if not m.complete:
             raise
-    await m.adopt(Role.TUNNEL)
+    for role in carriers.ROLES:
+        await m.adopt(role)
     for disk in m.disks:
         await m.adopt(Role.OVERLAY, disk.drive)
     if m.b:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
 
 from nbdserve.common.errors import OperatorError
-from recipes.channel import ssh, through_qemu, tls
+from recipes.channel import carriers, through_qemu, tls
 from recipes.commands.finding import found, journal_of
 from recipes.commands.retreat import where_on_b
 from recipes.commands.run import go_through
@@ -124,7 +124,7 @@ async def raise_fence(m: Migration, images: Sequence[str]) -> None:
 
 async def ensure_export(m: Migration) -> None:
     """See that A serves its disks; by our server, or by one that somebody has started meanwhile."""
-    await ssh.stand(m)
+    await carriers.stand(m)
     if m.server is None:
         try:
             await check_exports(m, m.pending)

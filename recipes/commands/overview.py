@@ -169,7 +169,7 @@ def left_behind(state: State) -> list[str]:
         told.append(f"the keys of this migration, {directory} on {there.name}; this removes them: {remove}")
     for there, command in removing_sockets(host_of("A", plan.source), host, state):
         remove = pasted(there.typed(command))
-        told.append(f"sockets of the tunnel on {there.name}; this removes them: {remove}")
+        told.append(f"sockets of the channel on {there.name}; this removes them: {remove}")
     return [f"left: {each}" for each in told]
 
 

@@ -20,6 +20,9 @@ from recipes.steps import advice
 from recipes.steps.causes import described
 from recipes.steps.cutover import fence_source
 
+IN_TURN = (Role.QEMU, Role.OVERLAY, Role.TUNNEL, Role.SERVER, Role.CHANNEL, Role.FENCE)
+"""In which order what was started is ended."""
+
 
 async def retreat(m: Migration) -> str:
     """After a failure: give the guest back to A, or leave it on B; return one phrase that says which."""
@@ -105,7 +108,7 @@ class OwnHands(Hands):
     async def clear(self) -> list[str]:
         """End what was started and remove what was made; return a phrase for each that is left."""
         m, left = self._m, []
-        for role, drive in m.roles(Role.QEMU, Role.OVERLAY, Role.TUNNEL, Role.SERVER, Role.FENCE):
+        for role, drive in m.roles(*IN_TURN):
             try:
                 await stop(m, await self.child(role, drive))
             except MigrationError as error:

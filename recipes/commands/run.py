@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdserve.common.errors import OperatorError
-from recipes.channel import tls
+from recipes.channel import keys
 from recipes.checks.both_hosts import check_hosts
 from recipes.checks.space import Need
 from recipes.commands.abort import abort
@@ -123,7 +123,7 @@ async def migrate_from(
     """Run the six steps from the first one on, with a journal of which nothing is needed any more."""
     with nothing_started():
         sizes, told = await preflight.check(plan, a, *places)
-        tls.check_life(plan, sum(sizes), finish_by, time.time())
+        keys.check_life(plan, sum(sizes), finish_by, time.time())
         needs = [Need(disk.target, size) for disk, size in zip(plan.disks, sizes, strict=True)]
         async for warning in check_hosts(plan, needs, a, *places):
             report.note(warning)

@@ -1,6 +1,7 @@
-"""The address of a host: ``ssh://[user@]host[:port]``, as OpenSSH itself takes it for a destination.
+"""The address of a host, ``ssh://[user@]host[:port]``, as OpenSSH itself takes it for a destination.
 
 What it does not say (user, port, key, jump hosts) is what the operator's ssh configuration says of the host.
+Beside it are those at which something listens, ``tcp:HOST:PORT`` or ``unix:/PATH``, as QEMU writes them.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import re
 
 from nbdserve.common.errors import UsageError
-from nbdserve.common.uri import is_ipv6
+from nbdserve.common.socket_paths import check_socket_path
+from nbdserve.common.uri import is_host_name, is_ipv6
 
 SCHEME = "ssh://"
 
@@ -57,3 +59,23 @@ def host_and_port(address: str) -> tuple[str, int]:
     """Take ``HOST:PORT`` apart; an IPv6 host may stand in brackets."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def is_host_and_port(text: str) -> bool:
+    """Tell whether the text is ``HOST:PORT`` with a port of 1 to 65535; an IPv6 host stands in brackets.
+
+    A link-local one names its interface, ``[fe80::1%eth0]:4444``.
+    """
+    match = re.fullmatch(r"(?:\[([^\]]*)\]|[^\s:\[\]/@]+):([0-9]{1,5})", text)
+    if match is None or not 0 < int(match[2]) < 65536:
+        return False
+    return is_host_name(text.rpartition(":")[0]) if match[1] is None else is_ipv6(match[1])
+
+
+def check_listening(where: str, text: str) -> None:
+    """Raise UsageError unless this is ``tcp:HOST:PORT`` or ``unix:/PATH``; a socket's path is not long."""
+    kind, _, rest = text.partition(":")
+    if not ((kind == "unix" and rest.startswith("/")) or (kind == "tcp" and is_host_and_port(rest))):
+        raise UsageError(f"{where}: {text!r} is not usable: write tcp:HOST:PORT or unix:/PATH")
+    if kind == "unix":
+        check_socket_path(rest, where)

@@ -15,7 +15,7 @@ from nbdserve.common.sizes import format_size, parse_size
 from recipes.commands.run import migrate
 from recipes.demo import disk, records
 from recipes.demo.guest import Guest, Memory
-from recipes.demo.stage import Stage, prepare
+from recipes.demo.stage import CHANNELS, Stage, prepare
 from recipes.demo.verdict import Phases, Verdict
 from recipes.demo.workplace import kept_directory, temporary_directory
 from recipes.errors import MigrationError
@@ -150,6 +150,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="overlay",
         help="who copies the disk: nbd-overlay (the default), or the second QEMU",
     )
+    parser.add_argument(
+        "--channel",
+        choices=CHANNELS,
+        default="",
+        help="how disk and RAM go, as for nbd-migrate run, over ports of the loopback (default: by Unix "
+        "sockets)",
+    )
     parser.add_argument("--speed", default="0", metavar="BYTES", help="stream at most so much per second")
     parser.add_argument(
         "--keep", type=filled_path, metavar="DIR", help="leave images, consoles and logs in DIR"
@@ -176,7 +183,14 @@ def main(arguments: argparse.Namespace) -> int:
         report = choose_report()
         stack.callback(report.close)
         report.note(f"a disk of {format_size(size)}, a guest, and two QEMUs, in {directory}")
-        stage = prepare(directory, sockets, size, engine=arguments.engine, cache=arguments.cache)
+        stage = prepare(
+            directory,
+            sockets,
+            size,
+            engine=arguments.engine,
+            channel=arguments.channel,
+            cache=arguments.cache,
+        )
         try:
             playing = play(stage, report, seconds=arguments.seconds, limits=limits)
             evidence = clock.run(interruptible(playing))

@@ -15,11 +15,19 @@ from recipes.demo import initramfs, kernel
 from recipes.demo.disk import Original
 from recipes.demo.guest import NODE, Guest
 from recipes.demo.records import cells_on
+from recipes.discovery.addresses import EXPORT_PORT, MIGRATION_PORT
+from recipes.discovery.route import free_port
+from recipes.hosts.places import KEYS
+from recipes.plans.channel import BETWEEN_SOCKETS, TLS, Channel
 from recipes.plans.limits import Limits
 from recipes.plans.plan import Destination, Export, Finish, Log, Plan, Source
+from recipes.plans.sockets import between_sockets
 
 SPARE = 256 << 20  # bytes of disk space beside the image and its copy
 INSPECT_LIMIT = 120.0  # seconds
+LOOPBACK = "127.0.0.1"
+CHANNELS = ("tls", "plain", "single")
+"""Those for which both hosts may be this machine."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Stage:
     original   what is on the disk before the guest runs
     kernel     the guest's
     engine     what copies the disk: overlay, into a raw file, or qemu, into a QED image
+    channel    how disk and RAM go over the loopback's ports; empty: by Unix sockets
     """
 
     directory: Path
@@ -38,6 +47,7 @@ class Stage:
     original: Original
     kernel: Path
     engine: str = "overlay"
+    channel: str = ""
 
     @property
     def cells(self) -> int:
@@ -98,21 +108,28 @@ class Stage:
 
     def plan(self, limits: Limits) -> Plan:
         """Return the migration of A's guest to B."""
-        return Plan(
+        export = f"nbd+unix:///disk?socket={self.export_socket}"
+        migration = f"unix:{self.sockets / 'migration'}"
+        if self.channel:
+            export = f"nbd://{LOOPBACK}:{free_port(LOOPBACK, EXPORT_PORT)}/disk"
+            migration = f"tcp:{LOOPBACK}:{free_port(LOOPBACK, MIGRATION_PORT)}"
+        plan = Plan(
             Source(qmp=str(self.monitor("a")), image=str(self.image), node=NODE),
-            Export(uri=f"nbd+unix:///disk?socket={self.export_socket}"),
+            Export(uri=export),
             Destination(
                 qemu=self.guest_on_b.qemu,
                 image=str(self.overlay),
                 qmp=str(self.monitor("b")),
-                migration=f"unix:{self.sockets / 'migration'}",
+                migration=migration,
                 node=NODE,
                 engine=self.engine,
             ),
+            Channel(self.channel or TLS),
             limits=limits,
             finish=Finish(move_aside=str(self.moved)),
             log=Log(directory=str(self.directory)),
         )
+        return between_sockets(plan) if self.channel in BETWEEN_SOCKETS else plan
 
     def leftovers(self) -> Iterator[str]:
         """Return what must be gone after the last step but is not, a phrase each."""
@@ -126,10 +143,23 @@ class Stage:
         if backing:
             yield f"the overlay still has a backing file: {backing}"
         yield from (f"the copy is not a whole disk: there is {path}" for path in _remains_of(self.overlay))
+        yield from (f"what was there for the migration alone is still there: {path}" for path in self._made())
+
+    def _made(self) -> Iterator[Path]:
+        """Return sockets and keys that are still there."""
+        for image in (self.image, self.overlay):
+            yield from (path for path in image.parent.glob(f"{image.name}.*") if path.is_socket())
+            yield from (path for path in [Path(f"{image}{KEYS}")] if path.exists())
 
 
 def prepare(
-    directory: Path, sockets: Path, size: int, *, engine: str = "overlay", cache: Path | None = None
+    directory: Path,
+    sockets: Path,
+    size: int,
+    *,
+    engine: str = "overlay",
+    channel: str = "",
+    cache: Path | None = None,
 ) -> Stage:
     """Fetch the kernel, build the initramfs and make a disk of ``size`` bytes.
 
@@ -144,7 +174,7 @@ def prepare(
             "set TMPDIR, or choose --keep or --size"
         )
     fetched = kernel.fetch(cache)
-    stage = Stage(directory, sockets, Original(size), fetched.image, engine)
+    stage = Stage(directory, sockets, Original(size), fetched.image, engine, channel)
     # Before anything is made: a path may be too long for the sockets beside it.
     stage.plan(Limits())
     initramfs.build(stage.guest_on_a.initramfs, fetched)

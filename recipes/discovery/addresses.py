@@ -9,9 +9,9 @@ from typing import Any
 from nbdserve.common.errors import UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
 from nbdserve.common.uri import NbdUri, is_ipv6
+from recipes.connections.address import is_host_and_port
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.plans.plan import is_host_and_port
 
 EXPORT_PORT = 10809
 MIGRATION_PORT = 4444

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
@@ -22,7 +22,7 @@ from recipes.discovery.naming import names
 from recipes.discovery.process import Process
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
-from recipes.plans.channel import SSH
+from recipes.plans.channel import SINGLE, SSH
 from recipes.plans.disks import stem_of
 from recipes.plans.seeds import seeds_of
 from recipes.qemu.images import RAW
@@ -87,6 +87,9 @@ async def discover(wanted: Wanted, host_a: Host, host_b: Host) -> Draft:
         there = sockets(stem_of(targets[0]))
     else:
         there = await addresses(address, host_a, host_b, beside=stem_of(targets[0]))
+    if wanted.channel == SINGLE:
+        # All goes to where B waits for the RAM.
+        there = replace(there, export=sockets(stem_of(targets[0])).export)
     return Draft(
         guest=running.guest,
         pid=running.process.pid,

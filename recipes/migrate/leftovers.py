@@ -13,8 +13,10 @@ from recipes.hosts.host import Host
 from recipes.hosts.images import holds_something
 from recipes.hosts.quoting import on_one_line, pasted
 from recipes.migrate.state import State
+from recipes.plans.channel import SINGLE
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Plan
+from recipes.plans.sockets import sockets_of_channel
 from recipes.qemu import bitmaps, exporter
 from recipes.qemu.vm import Vm, VmGoneError
 
@@ -110,7 +112,7 @@ async def remove_channel(host_a: Host, host_b: Host, state: State, limit: float)
 
 
 async def remove_sockets(host_a: Host, host_b: Host, state: State, limit: float) -> list[str]:
-    """Remove the sockets of a tunnel, which who was killed has left; return a phrase for each host."""
+    """Remove the sockets of a channel, which who was killed has left; return a phrase for each host."""
     left = []
     for host, command in removing_sockets(host_a, host_b, state):
         left += await _remove(host, command, limit)
@@ -118,14 +120,18 @@ async def remove_sockets(host_a: Host, host_b: Host, state: State, limit: float)
 
 
 def removing_sockets(host_a: Host, host_b: Host, state: State) -> list[tuple[Host, list[str]]]:
-    """Return the command for each host that removes the sockets of a tunnel, if there is one."""
+    """Return the command for each host that removes the sockets of a tunnel, or of the single channel."""
     if state.tunnel is None:
         return []
-    ends = ((host_a, (state.tunnel.disk, state.tunnel.ram)), (host_b, state.plan.ends_on_b))
-    return [
-        (host, ["rm", "-f", "--", *(name for path in paths for name in (path, control_of(path)))])
-        for host, paths in ends
-    ]
+    plan = state.plan
+    if plan.channel.kind == SINGLE:
+        on_a, on_b = [state.tunnel.ram, state.tunnel.monitor], sockets_of_channel(plan)
+    else:
+        on_a, on_b = (
+            [name for path in paths for name in (path, control_of(path))]
+            for paths in ((state.tunnel.disk, state.tunnel.ram), plan.ends_on_b)
+        )
+    return [(host, ["rm", "-f", "--", *paths]) for host, paths in ((host_a, on_a), (host_b, on_b))]
 
 
 def made_flash(state: State) -> list[str]:

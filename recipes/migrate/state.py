@@ -84,6 +84,8 @@ class Role(Enum):
     """On B."""
     TUNNEL = "tunnel"
     """Where the orchestrator runs: what leads through ssh from one host to the other."""
+    CHANNEL = "channel"
+    """On B: the end of the single channel; the other one is A's server."""
 
 
 PER_DISK = frozenset({Role.OVERLAY})
@@ -105,6 +107,7 @@ NAMES = {
     Role.OVERLAY: "nbd-overlay on B",
     Role.QEMU: "B's QEMU",
     Role.TUNNEL: "the tunnel",
+    Role.CHANNEL: "the channel's end on B",
 }
 """What messages call the processes of a migration of one disk."""
 
@@ -158,13 +161,15 @@ class Certificates:
 
 @dataclass(frozen=True)
 class Tunnel:
-    """Sockets on A of a tunnel: that at which A's server listens, and that to which A's QEMU sends its guest.
+    """Sockets on A of what carries disk and RAM: that at which A's server listens, and that to which A's QEMU
+    sends its guest.
 
-    Those on B are the plan's own.
+    Of the single channel the former is none, and there is a monitor of A's server. Those on B are the plan's.
     """
 
     disk: str
     ram: str
+    monitor: str = ""
 
 
 @dataclass(frozen=True)

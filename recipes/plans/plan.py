@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields, replace
 from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import parse_mode
 from nbdserve.common.socket_paths import check_socket_path
-from nbdserve.common.uri import NbdUri, is_host_name, is_ipv6, parse_uri
-from recipes.connections.address import check_host, ssh_words
+from nbdserve.common.uri import NbdUri, parse_uri
+from recipes.connections.address import check_host, check_listening, is_host_and_port, ssh_words
 from recipes.hosts.ssh import sessions
-from recipes.plans.channel import SSH, TLS, Channel
+from recipes.plans.channel import SINGLE, SSH, TLS, Channel
 from recipes.plans.disks import SHORTHAND, PlannedDisk, check_path, check_together
 from recipes.plans.flash import PlannedFlash
 from recipes.plans.hooks import Hooks
@@ -128,13 +128,9 @@ class Destination:
         for option in ("incoming", "qmp", "daemonize", "S"):
             if {f"-{option}", f"--{option}"}.intersection(self.qemu):
                 raise UsageError(f"destination.qemu: leave -{option} out, that is taken care of here")
-        kind, _, rest = self.migration.partition(":")
-        if not ((kind == "unix" and rest.startswith("/")) or (kind == "tcp" and is_host_and_port(rest))):
-            raise UsageError(
-                f"destination.migration: {self.migration!r} is not usable: write tcp:HOST:PORT or unix:/PATH"
-            )
-        if kind == "unix":
-            check_monitor("destination.migration", rest)
+        check_listening("destination.migration", self.migration)
+        if self.migration.startswith("unix:"):
+            check_path("destination.migration", self.migration.removeprefix("unix:"))
 
     def _check_policy(self) -> None:
         if self.policy not in POLICIES:
@@ -339,7 +335,7 @@ class Plan:
 
     @property
     def ends_on_b(self) -> tuple[str, str]:
-        """Return the sockets on B of disk and RAM, where they do not go over TCP."""
+        """Return the sockets on B of disk and RAM, where B itself does not reach them over TCP."""
         return self.export.address.socket or "", self.destination.migration.removeprefix("unix:")
 
     @property
@@ -353,27 +349,31 @@ class Plan:
         return self.channel.kind == TLS and self.destination.migration.startswith("tcp:")
 
     @property
+    def all_over_tls(self) -> bool:
+        """Tell whether both go in one connection that is encrypted."""
+        return self.channel.kind == SINGLE and self.way_to_b.startswith("tcp:")
+
+    @property
+    def has_secrets(self) -> bool:
+        """Tell whether both hosts are given what nobody else may see: certificates, or a token."""
+        return self.disk_over_tls or self.ram_over_tls or self.channel.kind == SINGLE
+
+    @property
+    def way_to_b(self) -> str:
+        """Return where B listens for what A sends: for its RAM, or for all."""
+        return self.channel.address or self.destination.migration
+
+    @property
     def ram_host(self) -> str:
         """Return the name or address of B to which the RAM goes; empty for a Unix socket."""
-        if not self.destination.migration.startswith("tcp:"):
+        if not self.way_to_b.startswith("tcp:"):
             return ""
-        return self.destination.migration.removeprefix("tcp:").rpartition(":")[0].strip("[]")
+        return self.way_to_b.removeprefix("tcp:").rpartition(":")[0].strip("[]")
 
 
 def way_to(there: Source | Destination) -> Command:
     """Return the prefix of commands for a side of a plan: ssh, where it has an address."""
     return ("ssh", *ssh_words(there.host)) if there.host else there.shell
-
-
-def is_host_and_port(text: str) -> bool:
-    """Tell whether the text is ``HOST:PORT`` with a port of 1 to 65535; an IPv6 host stands in brackets.
-
-    A link-local one names its interface, ``[fe80::1%eth0]:4444``.
-    """
-    match = re.fullmatch(r"(?:\[([^\]]*)\]|[^\s:\[\]/@]+):([0-9]{1,5})", text)
-    if match is None or not 0 < int(match[2]) < 65536:
-        return False
-    return is_host_name(text.rpartition(":")[0]) if match[1] is None else is_ipv6(match[1])
 
 
 def check_place(section: str, host: str, shell: Command) -> None:

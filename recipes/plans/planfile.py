@@ -42,7 +42,8 @@ image = "/var/lib/images/vm.vars.fd"      on A,
 target = "/var/lib/images/vm.vars.fd"     and the file that is made on B, which destination.qemu names
 
 [channel]
-kind = "tls"                              how disk and RAM get to B: "tls" (the default), "ssh", or "plain"
+kind = "tls"                              how disk and RAM get to B: "tls", "ssh", "single" or "plain"
+address = "tcp:192.0.2.2:4444"            where B listens, of "single"; default: destination.migration
 
 [limits]                                  seconds, unless said otherwise; see Limits
 [finish]                                  see Finish
@@ -65,7 +66,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from nbdserve.common.errors import UsageError
-from recipes.plans.channel import SSH
+from recipes.plans.channel import BETWEEN_SOCKETS
 from recipes.plans.limits import GONE
 from recipes.plans.plan import TABLES, Command, Plan
 from recipes.plans.sockets import between_sockets
@@ -120,7 +121,7 @@ def build(document: Mapping[str, Any], overrides: Mapping[str, Mapping[str, obje
             raise UsageError(f"{name}: write it as a section, [{name}]")
         made[name] = section_of(kind, name, {**values, **overrides.get(name, {})})
     plan = Plan(**made)
-    return between_sockets(plan) if plan.channel.kind == SSH else plan
+    return between_sockets(plan) if plan.channel.kind in BETWEEN_SOCKETS else plan
 
 
 def tables_of(name: str, kind: type, tables: object) -> tuple[Any, ...]:

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 
 from nbdserve.common.clock import now
 from recipes.channel import through_qemu
+from recipes.channel.source_server import NAME, monitor_path
 from recipes.checks.disk_nodes import disk_nodes
 from recipes.connections.monitors import monitor_of
 from recipes.engines.interface import reached
@@ -72,12 +73,11 @@ class Tracker:
         limit = m.plan.limits.command
         found = await m.during(disk_nodes(m.plan, m.a), limit, "looking at A's disks")
         nodes = tuple(each.name for each in found)
-        monitor = str(await server_monitor(m))
+        monitor = await monitor_path(m)
         m.record(tracking=Tracking(nodes, monitor))
         await m.during(through_qemu.listen(m), limit * 2, "having A's QEMU serve its dirty bitmaps")
-        name = "nbdserve on A"
         server = await m.during(
-            reached(name, monitor_of(m.host_a, monitor), m.plan), limit, f"reaching {name}"
+            reached(NAME, monitor_of(m.host_a, monitor), m.plan), limit, f"reaching {NAME}"
         )
         tracker = cls(m, nodes, server)
         try:
@@ -193,8 +193,3 @@ class Tracker:
     async def close(self) -> None:
         """Leave the monitor of A's server to others."""
         await self._server.disconnect()
-
-
-async def server_monitor(m: Migration) -> str:
-    """Return the socket of the monitor of A's server."""
-    return f"{await m.place(m.host_a, m.disks[0].image, 'nbdserve')}.qmp"

@@ -12,7 +12,7 @@ from typing import Any
 from nbdserve.common.clock import now
 from nbdserve.common.errors import UsageError
 from nbdserve.qmp.client import EventListener
-from recipes.channel import ssh, through_qemu, tls
+from recipes.channel import carriers, through_qemu, tls
 from recipes.checks.disk_nodes import disk_nodes
 from recipes.errors import MigrationError
 from recipes.hosts.images import FilesLater, files_at
@@ -95,7 +95,7 @@ async def send_guest(m: Migration, rounds: Rounds | None, files: FilesLater, new
     # Unless QEMU refuses it, the guest may be under way from here on, whatever becomes of the answer.
     m.enter(Phase.MIGRATE)
     try:
-        await a.execute("migrate", uri=ssh.ram_uri(m))
+        await a.execute("migrate", uri=carriers.ram_uri(m))
     except CommandError:
         m.enter(Phase.LAUNCH)
         raise
@@ -108,7 +108,7 @@ async def send_guest(m: Migration, rounds: Rounds | None, files: FilesLater, new
     # the rest, as that takes as long for one who has to wake up; after a failure the way back ends them all.
     told, _ = await together([last_bitmap(m, rounds, files.ask(limit)), released(m)])
     # From here on only the two QEMUs count: a server that dies is started again while streaming.
-    carry = m.roles(Role.SERVER, Role.OVERLAY, Role.TUNNEL)
+    carry = m.roles(Role.SERVER, Role.OVERLAY, *carriers.ROLES)
     for name in ("the guard", *(m.called(*each) for each in carry)):
         m.no_longer_need(name)
     # The guest stands still, so no disk is waited for. Where a power failure takes this with it, what is

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from nbdserve.common.uri import NbdUri
 from overlay.formats.device.map_place import is_among_devices
-from recipes.channel import plain, ssh, through_qemu, tls
+from recipes.channel import carriers, keys, plain, single, source_server, ssh, through_qemu, tls
 from recipes.engines.choice import engine_for
 from recipes.engines.devices import make_places
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role
+from recipes.plans.channel import SINGLE
 from recipes.plans.disks import PlannedDisk
-from recipes.precopy.tracker import server_monitor
 from recipes.processes.children import Child
 from recipes.qemu.images import RAW
+from recipes.qemu.vm import CommandError
 
 SECTOR = 512
 """Bytes of which QEMU's disks are multiples; it rounds a longer file up."""
@@ -28,7 +30,7 @@ async def export(m: Migration) -> str:
     await make_places(m.host_b, m.plan)
     server = await start_server(m)
     m.need("the server on A", server.wait())
-    await ssh.stand(m)
+    await carriers.stand(m)
     await check_exports(m, m.disks)
     are = "are" if len(m.disks) > 1 else "is"
     disks = listed(f"{disk.image} ({m.state.disk(disk).size} bytes)" for disk in m.disks)
@@ -38,8 +40,8 @@ async def export(m: Migration) -> str:
 
 async def start_server(m: Migration) -> Child:
     """Start nbdserve on A and wait until it is ready."""
-    await tls.make_certificates(m)
-    await ssh.prepare(m)
+    await keys.make(m)
+    await carriers.prepare(m)
     if m.plan.through_qemu and not m.arrived:
         await through_qemu.serve(m)
     limit = m.plan.limits.start
@@ -70,12 +72,35 @@ async def serve_files(m: Migration) -> bool:
 
 
 async def _replace_server(m: Migration, *, from_qemu: bool) -> None:
-    """End the server, and start another; whatever else has ended, B's QEMU too."""
+    """End the server, and start another; whatever else has ended, B's QEMU too.
+
+    One that is an end of the single channel stays, and with it the connection: only its exports are others.
+    """
     limits = m.plan.limits
+    if m.plan.channel.kind == SINGLE and m.server and m.server.running:
+        await _replace_exports(m, from_qemu=from_qemu)
+        return
     if m.server:
         await m.server.stop(limits.stop)
     server = await m.start(Role.SERVER, await server_command(m, from_qemu=from_qemu), ready=True)
     await server.ready(limits.start)
+
+
+async def _replace_exports(m: Migration, *, from_qemu: bool) -> None:
+    """Have the server serve the same disks from elsewhere: their clients are cut off, and connect again."""
+    async with source_server.monitor(m) as server:
+        for disk in m.disks:
+            if disk.format == RAW:
+                continue
+            name = m.plan.export_of(disk).export
+            with suppress(CommandError):
+                await server.execute("block-export-del", id=name, mode="hard")
+            given = {"type": "nbd", "id": name, "name": name}
+            if from_qemu:
+                given |= {"filename": str(through_qemu.uri_of(m, disk))}
+            else:
+                given |= {"filename": disk.image, "format": disk.format}
+            await server.call("block-export-add", given)
 
 
 async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list[str]:
@@ -83,31 +108,40 @@ async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list
 
     ``from_qemu``: disks that A's QEMU has to serve are read from there; so it is until the cut-over.
     """
+    is_end = m.plan.channel.kind == SINGLE
     pid_file = f"{await m.place(m.host_a, m.disks[0].image, 'nbdserve')}.pid"
-    address = m.plan.export.address
-    where = ["-b", address.host, "-p", str(address.port)]
-    if tunnelled := ssh.server_socket(m):
-        where = ["-k", tunnelled]
-    elif address.socket:
-        # It is on one host with B's QEMU, which may have to connect there again.
-        where = ["-k", address.socket, *m.plan.destination.ownership("--socket-")]
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]
-    secure = [*tls.server_options(m), *await plain.server_options(m)]
     hashes = ["--block-hashes"] if m.plan.tells_hashes else []
     # Until the guest has gone its bitmaps are passed on.
-    control = ["--qmp", f"unix:{await server_monitor(m)}"] if m.plan.hybrid and not m.arrived else []
-    options = [*replies, *hashes, *where, *secure, *control, "--pid-file", pid_file]
+    told = is_end or (m.plan.hybrid and not m.arrived)
+    control = ["--qmp", f"unix:{await source_server.monitor_path(m)}"] if told else []
+    head = await single.server_words(m) if is_end else ["-r"]
+    where = [] if is_end else await _listening(m)
+    options = [*replies, *hashes, *where, *control, "--pid-file", pid_file]
     by_qemu = not m.arrived if from_qemu is None else from_qemu
     sources = [through_qemu.uri_of(m, disk) if by_qemu and disk.format != RAW else None for disk in m.disks]
-    if len(m.disks) == 1:
-        of_file = ["-f", m.disks[0].format, "-x", address.export, *options, m.disks[0].image]
+    if len(m.disks) == 1 and not is_end:
+        name = m.plan.export.address.export
+        of_file = ["-f", m.disks[0].format, "-x", name, *options, m.disks[0].image]
         if part_of(m, m.disks[0]):
             of_file = [*options, "--export", export_option(m, m.disks[0], None)]
-        what = of_file if sources[0] is None else ["-x", address.export, *options, str(sources[0])]
+        what = of_file if sources[0] is None else ["-x", name, *options, str(sources[0])]
     else:
         pairs = zip(m.disks, sources, strict=True)
         what = [*options, *(word for pair in pairs for word in ("--export", export_option(m, *pair)))]
-    return [m.host_a.tool("nbdserve"), "-r", *what]
+    return [m.host_a.tool("nbdserve"), *head, *what]
+
+
+async def _listening(m: Migration) -> list[str]:
+    """Return the words that say where the server listens, and who is let in there."""
+    address = m.plan.export.address
+    secure = [*tls.server_options(m), *await plain.server_options(m)]
+    if tunnelled := ssh.server_socket(m):
+        return ["-k", tunnelled, *secure]
+    if address.socket:
+        # It is on one host with B's QEMU, which may have to connect there again.
+        return ["-k", address.socket, *m.plan.destination.ownership("--socket-"), *secure]
+    return ["-b", address.host, "-p", str(address.port), *secure]
 
 
 def export_option(m: Migration, disk: PlannedDisk, uri: NbdUri | None) -> str:

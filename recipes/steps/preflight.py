@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
-from recipes.channel import ssh
+from recipes.channel import carriers
 from recipes.checks.chains import IDENTITIES, check_chains, held
 from recipes.checks.disk_nodes import DiskNode, check_given_up, check_open, check_recorded, disk_nodes
 from recipes.checks.other_media import check_flash, check_same
@@ -23,6 +23,7 @@ from recipes.hosts.host import Host
 from recipes.hosts.places import KEYS, NBD_SERVER, left_beside
 from recipes.hosts.quoting import pasted
 from recipes.plans.by_hand import cancelling
+from recipes.plans.channel import SSH
 from recipes.plans.hooks import Hooks
 from recipes.plans.plan import Plan, Source
 from recipes.plans.reaching import monitor_b
@@ -54,7 +55,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[tuple[in
     await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
     await check_private(plan, host_a, host_b)
     await check_space(plan, sizes, host_a, host_b)
-    await check_tunnel(plan, host_a, host_b)
+    await check_carrier(plan, host_a, host_b)
     where = monitor_b(plan, host_b)
     if await answers(where, plan.limits.connect):
         raise MigrationError(
@@ -121,7 +122,7 @@ async def check_apart(plan: Plan, host: Host, paths: Sequence[str], key: str) ->
 
 async def check_private(plan: Plan, host_a: Host, host_b: Host) -> None:
     """No directory of somebody else's may be where keys, or the socket of A's NBD server, will be."""
-    keys = [KEYS] if plan.disk_over_tls or plan.ram_over_tls else []
+    keys = [KEYS] if plan.has_secrets else []
     servers = [NBD_SERVER] if plan.through_qemu or plan.hybrid else []
     first, limit = plan.disks[0], plan.limits.command
     on_a = await left_beside(host_a, first.image, keys + servers, limit) if keys + servers else []
@@ -167,14 +168,15 @@ def check_hooks(hooks: Hooks) -> None:
             raise UsageError(f"hooks.{each.name}: there is no program {command[0]} on this host")
 
 
-async def check_tunnel(plan: Plan, host_a: Host, host_b: Host) -> None:
+async def check_carrier(plan: Plan, host_a: Host, host_b: Host) -> None:
     """Where it makes sockets nothing may be."""
-    limit, on_a = plan.limits.command, await ssh.paths(plan, host_a)
-    on_b = [plan.ends_on_b[0]] if on_a else []
+    limit = plan.limits.command
+    on_a, on_b = await carriers.paths(plan, host_a)
+    what = "the tunnel" if plan.channel.kind == SSH else "the channel"
     for host, paths in ((host_a, on_a), (host_b, on_b)):
         for path in await in_the_way(host, paths, limit):
             raise MigrationError(
-                f"channel.kind: {path} exists on {host.name}, where the tunnel has a socket; remove it, if "
+                f"channel.kind: {path} exists on {host.name}, where {what} has a socket; remove it, if "
                 "it is nobody's any more"
             )
 

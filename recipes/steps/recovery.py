@@ -14,13 +14,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from nbdserve.common.clock import now
-from recipes.channel import ssh
+from recipes.channel import carriers
 from recipes.engines.jobs import Job, Jobs
 from recipes.errors import MigrationError
 from recipes.hosts.images import files_at
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import AdvisedError, Migration
-from recipes.migrate.state import Role
 from recipes.plans.disks import PlannedDisk
 from recipes.processes.children import Child
 from recipes.qemu.images import RAW
@@ -79,7 +78,7 @@ class Recovery:
             elif now() - good_since > HOLD:
                 self._m.report.note("the export is back, and the guest and the stream go on")
                 return
-            if self.server_has_ended or self.tunnel_has_ended:
+            if self.server_has_ended or self.carrier_has_ended:
                 await self.bring_export_back()
             if good_since is None and now() > diagnosis:
                 diagnosis = now() + DIAGNOSIS
@@ -96,13 +95,13 @@ class Recovery:
             try:
                 if self.server_has_ended:
                     await self._restart(self._m.server, start_server)
-                if self.tunnel_has_ended:
-                    await self._restart(self._m.child(Role.TUNNEL), ssh.stand)
+                if self.carrier_has_ended:
+                    await self._restart(carriers.process(self._m), carriers.stand)
                 await check_exports(self._m, [job.disk for job in self._jobs.running])
                 return
             except MigrationError as error:
                 await self.refuse_lost_source()
-                ended = self.server_has_ended or self.tunnel_has_ended
+                ended = self.server_has_ended or self.carrier_has_ended
                 spent = ended and self._restarts >= self._limits.restarts
                 if spent or now() > deadline:
                     raise await self.advised(str(error), await advice.server_away(self._m)) from error
@@ -117,10 +116,10 @@ class Recovery:
         await start(self._m)
 
     @property
-    def tunnel_has_ended(self) -> bool:
-        """Tell whether what leads to A through ssh has ended, where that is the channel."""
-        tunnel = self._m.child(Role.TUNNEL)
-        return tunnel is not None and not tunnel.running
+    def carrier_has_ended(self) -> bool:
+        """Tell whether what carries beside A's server has ended, where the channel has such a process."""
+        carrier = carriers.process(self._m)
+        return carrier is not None and not carrier.running
 
     @property
     def server_has_ended(self) -> bool:

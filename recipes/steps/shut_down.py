@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.channel import ssh, through_qemu, tls
+from recipes.channel import carriers, keys, single, through_qemu
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
@@ -24,6 +24,7 @@ async def shut_down(m: Migration) -> str:
 async def clear_source(m: Migration) -> str:
     """End what there still is on A, and put its disk out of reach."""
     limits, images = m.plan.limits, listed(disk.image for disk in m.disks)
+    await single.part(m)
     if m.server:
         await m.server.stop(limits.stop)
         if m.server.status:
@@ -41,9 +42,9 @@ async def clear_source(m: Migration) -> str:
             await move_aside(m, disk.image, m.plan.moved_to(disk))
     if m.fence:
         await m.fence.stop(limits.stop)
-    await ssh.end(m)
+    await carriers.end(m)
     await through_qemu.forget(m)
-    await tls.remove_all(m)
+    await keys.remove_all(m)
     known = m.guest_end
     await m.guest_has_ended()
     if m.guest_end and not known:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbdserve.common.clock import now
 from nbdserve.common.errors import ConnectError
+from recipes.channel import carriers
 from recipes.engines.choice import engine_for
 from recipes.engines.jobs import Job, Jobs, News, heard
 from recipes.engines.pace import Pace
@@ -16,7 +17,7 @@ from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.hosts.stable_storage import Written, sync
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import Phase, Role
+from recipes.migrate.state import Phase
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.reaching import monitor_b
 from recipes.qemu.vm import Vm, VmGoneError, VmSilentError, connect_again
@@ -236,7 +237,7 @@ class Stream:
     async def _trouble(self, told: list[tuple[Vm, dict[str, Any]]]) -> str:
         """Return what is wrong, if anything."""
         b = self._m.b
-        for child in (self._m.server, self._m.child(Role.TUNNEL)):
+        for child in (self._m.server, carriers.process(self._m)):
             if child and not child.running:
                 return f"{child.name} {await child.wait()}"
         of_disks = [event for vm, event in told if self._is_ours(vm, event)]

@@ -15,7 +15,7 @@ import pytest
 from nbdserve.common import clock
 from recipes.certificates import authority
 from recipes.certificates.authority import Issued, issue
-from recipes.certificates.placing import NAMES, place, remove
+from recipes.certificates.placing import NAMES, TOKEN, files_of, place, remove
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from tests.support.disks import MIB, random_bytes
@@ -37,7 +37,7 @@ def issued() -> Issued:
 def placed(directory: Path, name: str, issued: Issued, owner: str = "") -> Path:
     """The directory of ``a`` or ``b``."""
     where = directory / f"{name}.tls"
-    clock.run(place(HERE, str(where), issued.authority, getattr(issued, name), owner, SECONDS))
+    clock.run(place(HERE, str(where), files_of(issued.authority, getattr(issued, name)), owner, SECONDS))
     return where
 
 
@@ -96,7 +96,7 @@ def test_the_place_of_a_device_is_made_and_others_may_pass_through_it(tmp_path: 
 def test_files_are_for_their_user_alone_and_go_without_a_trace(tmp_path: Path, issued: Issued) -> None:
     for _ in range(2):
         where = placed(tmp_path, "a", issued)
-    assert {each.name for each in where.iterdir()} == set(NAMES)
+    assert {each.name for each in where.iterdir()} == {*NAMES} - {TOKEN}
     assert where.stat().st_mode & 0o7777 == 0o700
     assert {each.stat().st_mode & 0o7777 for each in where.iterdir()} == {0o600}
     assert (where / "client-key.pem").read_text() == issued.a.key
@@ -104,6 +104,17 @@ def test_files_are_for_their_user_alone_and_go_without_a_trace(tmp_path: Path, i
     for _ in range(2):
         clock.run(remove(HERE, str(where), SECONDS))
         assert not where.exists()
+
+
+def test_a_token_is_kept_as_the_keys_are_with_them_or_alone(tmp_path: Path, issued: Issued) -> None:
+    where = tmp_path / "a.tls"
+    for files in ({}, files_of(issued.authority, issued.a)):
+        clock.run(place(HERE, str(where), {**files, TOKEN: "5ec2e7"}, "", SECONDS))
+        assert (where / TOKEN).read_text() == "5ec2e7\n"
+        assert {each.stat().st_mode & 0o7777 for each in where.iterdir()} == {0o600}
+        assert {each.name for each in where.iterdir()} == ({*NAMES} if files else {TOKEN})
+    clock.run(remove(HERE, str(where), SECONDS))
+    assert not where.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
@@ -116,13 +127,13 @@ def test_they_are_given_to_the_user_of_a_qemu(tmp_path: Path, issued: Issued) ->
 def test_they_are_given_to_the_group_of_a_qemu_where_images_are(tmp_path: Path, issued: Issued) -> None:
     where, nogroup = tmp_path / "b.tls", grp.getgrnam("nogroup").gr_gid
     for owner in (":nogroup", "root:nogroup"):
-        placing = place(HERE, str(where), issued.authority, issued.b, owner, SECONDS, for_group=True)
-        clock.run(placing)
+        files_of_b = files_of(issued.authority, issued.b)
+        clock.run(place(HERE, str(where), files_of_b, owner, SECONDS, for_group=True))
         files = [where / name for name in ("ca-cert.pem", "server-cert.pem", "server-key.pem")]
         assert {(each.stat().st_uid, each.stat().st_gid) for each in (where, *files)} == {(0, nogroup)}
         assert where.stat().st_mode & 0o7777 == 0o750
         assert {each.stat().st_mode & 0o7777 for each in files} == {0o640}
-    clock.run(place(HERE, str(where), issued.authority, issued.b, ":nogroup", SECONDS))
+    clock.run(place(HERE, str(where), files_of_b, ":nogroup", SECONDS))
     assert where.stat().st_mode & 0o7777 == 0o700
 
 
@@ -147,11 +158,11 @@ def test_no_command_line_and_no_message_has_a_key(tmp_path: Path, issued: Issued
     spy = tmp_path / "spy"
     spy.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {seen}\nexec "$@"\n')
     spy.chmod(0o755)
-    host = Host("A", (str(spy),))
-    clock.run(place(host, str(tmp_path / "a.tls"), issued.authority, issued.a, "", SECONDS))
+    host, files = Host("A", (str(spy),)), {**files_of(issued.authority, issued.a), TOKEN: "5ec2e7"}
+    clock.run(place(host, str(tmp_path / "a.tls"), files, "", SECONDS))
     with pytest.raises(MigrationError) as caught:
         # Below a file.
-        clock.run(place(host, str(seen / "a"), issued.authority, issued.a, "", SECONDS))
-    body = issued.a.key.splitlines()[1]
-    assert body not in seen.read_text()
-    assert body not in str(caught.value)
+        clock.run(place(host, str(seen / "a"), files, "", SECONDS))
+    for secret in (issued.a.key.splitlines()[1], "5ec2e7"):
+        assert secret not in seen.read_text()
+        assert secret not in str(caught.value)

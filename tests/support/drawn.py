@@ -36,6 +36,7 @@ SINCE = {
     Role.ONE_OVERLAY: 3,
     Role.SUPERVISOR_OF_OVERLAY: 3,
     Role.TUNNEL: 1,
+    Role.CHANNEL: 1,
 }
 """The step in which a process is started, where it is not there from the beginning."""
 
@@ -45,7 +46,7 @@ UNTIL = {Role.GUARD: 4, Role.CHIEF: 4, Role.DEPUTY: 4}
 LONGEST = 2.5
 """Seconds after which at the latest: what is shorter is left by then, and the next is struck."""
 
-CHANNELS = ("unix", "plain", "tls", "ssh")
+CHANNELS = ("unix", "plain", "tls", "ssh", "single")
 """Those of a plan, of which ``plain`` is over TCP; ``unix`` is what nothing but this host can see."""
 
 CHOICES = {
@@ -80,6 +81,8 @@ class Setting:
             never.add(Role.ONE_OVERLAY)
         if self.channel != "ssh":
             never |= {Role.TUNNEL, Role.CONNECTION}
+        if self.channel != "single":
+            never.add(Role.CHANNEL)
         return [role for role in Role if role not in never]
 
 

@@ -62,6 +62,7 @@ SUPERVISOR = "recipes.processes.supervisor"
 """In the command line of each."""
 
 TUNNEL_MODULE = "recipes.connections.tunnel"
+CHANNEL_ON_B = "nbdserve channel --listen"
 """In the command line of what leads through ssh."""
 
 KEPT = "recipes.processes."
@@ -72,10 +73,12 @@ class Role(Enum):
     """A process of a migration, by what stands and what does not stand in its command line."""
 
     A = ("a.qmp,server", (KEPT, "-incoming"))
-    B = ("-incoming", (KEPT,))
+    B = ("-incoming", (KEPT, CHANNEL_ON_B))
     B_AGAIN = ("b.qmp,server", (KEPT, "-incoming"))
     """Started without a migration."""
-    SERVER = ("nbdserve", (KEPT,))
+    SERVER = ("nbdserve", (KEPT, CHANNEL_ON_B))
+    CHANNEL = (CHANNEL_ON_B, (KEPT,))
+    """The single channel's end on B; the other one is A's server."""
     FENCE = ("recipes.qemu.fence", (KEPT,))
     GUARD = ("recipes.migrate.guard", ())
     CHIEF = ('"tell"', ())
@@ -88,7 +91,7 @@ class Role(Enum):
     SUPERVISOR_OF_OVERLAY = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "-incoming", TUNNEL_MODULE))
     SUPERVISOR_OF_SERVER = (
         SUPERVISOR,
-        ("-incoming", "recipes.qemu.fence", "nbd-overlay", TUNNEL_MODULE),
+        ("-incoming", "recipes.qemu.fence", "nbd-overlay", TUNNEL_MODULE, CHANNEL_ON_B),
     )
     CONNECTION = ("[mux]", ())
     """Of ssh, shared by several; of a stage whose XDG_RUNTIME_DIR is in its directory."""

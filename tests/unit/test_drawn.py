@@ -26,7 +26,7 @@ def test_what_is_asked_for_is_not_drawn() -> None:
     wanted = {"policy": "hybrid", "channel": "tls", "format": "qcow2", "disks": "1"}
     drawn = [Fate.draw(7, number, "overlay", wanted) for number in range(50)]
     assert {str(each.setting) for each in drawn} == {"hybrid tls qcow2 1"}
-    there_is_none = {Role.TUNNEL, Role.CONNECTION, Role.ONE_OVERLAY}
+    there_is_none = {Role.TUNNEL, Role.CHANNEL, Role.CONNECTION, Role.ONE_OVERLAY}
     assert not {each.victim for each in drawn} & there_is_none
 
 

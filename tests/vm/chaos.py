@@ -67,7 +67,7 @@ def judge(stage: ManyDisks, fate: Fate, victim: Role | None, status: int, said: 
         return judge_destination(stage, fate, status, said)
     # What holds the disk of a guest that has arrived stays, and what leads to it.
     kept = {Role.FENCE, Role.SERVER, Role.OVERLAY, Role.ONE_OVERLAY, Role.SUPERVISOR_OF_OVERLAY}
-    kept |= {Role.TUNNEL, Role.CONNECTION}
+    kept |= {Role.TUNNEL, Role.CONNECTION, Role.CHANNEL}
     wait_until(lambda: not stage.started() - kept, "what was started has ended", 30.0)
     if on_a:
         assert status != 0, said

@@ -12,7 +12,7 @@ import pytest
 
 from nbdserve.common import clock
 from recipes.certificates.authority import Issued, issue
-from recipes.certificates.placing import place, remove
+from recipes.certificates.placing import files_of, place, remove
 from recipes.hosts.host import Host
 from recipes.qemu.credentials import (
     ID,
@@ -49,7 +49,7 @@ class Pair:
     async def placed(self, name: str, issued: Issued | None = None) -> str:
         """The directory of its certificates."""
         made, where = issued or self.issued, str(self.directory / f"{name}.tls")
-        await place(HERE, where, made.authority, getattr(made, name), "", SECONDS)
+        await place(HERE, where, files_of(made.authority, getattr(made, name)), "", SECONDS)
         return where
 
 

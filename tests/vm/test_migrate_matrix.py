@@ -8,10 +8,11 @@ import pytest
 
 from tests.support.hosts_of_matrix import FORMS, guest_on_a
 
-CELLS = tuple(itertools.product(FORMS, (1, 3), ("postcopy", "hybrid"), ("tls", "ssh")))
+CELLS = tuple(itertools.product(FORMS, (1, 3), ("postcopy", "hybrid"), ("tls", "ssh", "single")))
 STAND_FOR_THE_OTHERS = {
     ("raw", 1, "postcopy", "ssh"),
     ("chain", 1, "hybrid", "tls"),
+    ("qcow2", 3, "hybrid", "single"),
 }
 
 

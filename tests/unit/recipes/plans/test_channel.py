@@ -8,7 +8,9 @@ import pytest
 
 from nbdserve.common.errors import UsageError
 from recipes.cli.main import make_parser, overrides
+from recipes.migrate.state import Disk, State
 from recipes.plans.planfile import build
+from recipes.plans.sockets import sockets_of_channel
 
 BASE: dict[str, Any] = {
     "source": {"qmp": "/run/a.qmp", "image": "/a.raw"},
@@ -63,11 +65,43 @@ def test_through_ssh_needs_a_host_that_is_reached_by_it() -> None:
         plan(channel={"kind": "ssh"}, destination=long)
 
 
+def test_one_connection_goes_to_where_b_would_listen_for_the_ram() -> None:
+    single = plan(channel={"kind": "single"})
+    assert single.channel.address == "tcp:[fe80::2%eth0]:4444"
+    assert single.ram_host == "fe80::2%eth0"
+    assert single.ends_on_b == ("/b.raw.export", "/b.raw.ram")
+    assert single.export.address.export == "vm"
+    assert (single.disk_over_tls, single.ram_over_tls, single.all_over_tls) == (False, False, True)
+    assert State.from_json(State("vm", single, disks=(Disk("/a.raw", "/b.raw", 1),)).to_json()).plan == single
+
+
+def test_one_connection_may_have_an_address_of_its_own() -> None:
+    there = {"kind": "single", "address": "tcp:b.example:9"}
+    own = plan(channel=there, destination={"migration": "unix:/run/ram"})
+    assert (own.way_to_b, own.ends_on_b) == ("tcp:b.example:9", ("/b.raw.export", "/run/ram"))
+    with pytest.raises(UsageError, match=r"^channel.address: destination.migration says tcp:\[fe80"):
+        plan(channel=there)
+    with pytest.raises(UsageError, match=r"^channel.address: 'b.example' is not usable: write tcp:HOST:PORT"):
+        plan(channel={"kind": "single", "address": "b.example"})
+    with pytest.raises(UsageError, match=r"^channel.address: this is for channel.kind = 'single'"):
+        plan(channel={"kind": "plain", "address": "tcp:b.example:9"})
+
+
+def test_on_one_machine_the_one_connection_is_a_socket_too_and_not_encrypted() -> None:
+    local = {"export": {"uri": "nbd+unix:///vm?socket=/run/nbd"}, "destination": {"migration": "unix:/run/m"}}
+    single = plan(channel={"kind": "single"}, **local)
+    assert (single.way_to_b, single.ends_on_b) == ("unix:/b.raw.channel", ("/run/nbd", "/run/m"))
+    assert (single.all_over_tls, single.has_secrets, single.ram_host) == (False, True, "")
+    assert sockets_of_channel(single) == ["/run/nbd", "/b.raw.channel.qmp", "/b.raw.channel"]
+    with pytest.raises(UsageError, match=r"^destination.image: /b*.channel.qmp has 1"):
+        plan(channel={"kind": "single"}, destination={"image": f"/{'b' * 101}"})
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
         ("tcp", r"^channel.kind: 'tcp' is called 'plain' now"),
-        ("x", r"^channel.kind: 'x' is none: write tls, plain or ssh"),
+        ("x", r"^channel.kind: 'x' is none: write tls, plain, ssh or single"),
     ],
 )
 def test_other_words_are_refused(kind: str, said: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from nbdserve.common.errors import UsageError
 from recipes.certificates.authority import LIFE
-from recipes.channel.tls import check_life
+from recipes.channel.keys import check_life
 from recipes.plans.channel import Channel
 from recipes.plans.limits import Limits
 from recipes.plans.plan import Destination, Export, Plan, Source
@@ -31,6 +31,8 @@ def test_a_limit_of_the_speed_that_makes_it_longer_is_refused() -> None:
         UsageError, match=r"^limits\.speed: at 1 KiB per second the disks take 730 days, .* 365 days"
     ):
         check_life(plan(1024), 1024 * YEAR * 2, 0.0, NOW)
+    with pytest.raises(UsageError, match=r"^limits\.speed: "):
+        check_life(plan(1024, "single"), 1024 * YEAR * 2, 0.0, NOW)
     check_life(plan(1024), 1024 * YEAR, 0.0, NOW)
     check_life(plan(), 1 << 60, 0.0, NOW)
 
