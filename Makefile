@@ -63,7 +63,7 @@ unit: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck $(wildcard recipes/*.sh tests/*.sh) .ci/run
+	$(BIN)/shellcheck $(wildcard recipes/*.sh recipes/channel/*.sh tests/*.sh) .ci/run
 
 types: setup
 	$(BIN)/mypy

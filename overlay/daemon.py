@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nbdserve.common.errors import ImageError
+from nbdserve.common.errors import ImageError, reason_of
+from nbdserve.common.threads import promised
 from overlay.backing.failover import Sources
 from overlay.backing.seed import Seed
 from overlay.engine import Overlay
@@ -18,16 +20,27 @@ from overlay.fill.streamer import Streamer
 from overlay.formats.image import Image
 from overlay.options import Options
 
+if TYPE_CHECKING:
+    from overlay.channel.end import Channel
+
 _LOG = logging.getLogger("nbd-overlay")
 
 
 class Daemon:
     """One overlay at work. Owns the image and the sources; the Overlay is closed with its export."""
 
-    def __init__(self, image: Image, sources: Sources, options: Options, seed: Seed | None = None) -> None:
+    def __init__(
+        self,
+        image: Image,
+        sources: Sources,
+        options: Options,
+        seed: Seed | None = None,
+        channel: Channel | None = None,
+    ) -> None:
         self.image = image
         self.sources = sources
         self.options = options
+        self.channel = channel
         self.job = Job()
         self.overlay = Overlay(
             image, sources, keep=options.keep, armed=options.armed, on_activation=self._activated
@@ -45,11 +58,17 @@ class Daemon:
         self.window_ended: float | None = None
         """When nothing of the source was needed any more."""
         self._checkpoints = Checkpoints(image)
+        if channel is not None:
+            channel.source_came = sources.reconnect
+            channel.guest_came = self._guest_came
+            sources.refused = self._is_other_disk
 
     def start(self) -> None:
         """Connect to the backing, and stream if that was asked for."""
         self._checkpoints.start()
         self.streamer.start()
+        if self.channel is not None:
+            self.channel.start()
         if self.image.backings:
             self.sources.start()
             if not self.overlay.armed:
@@ -63,6 +82,8 @@ class Daemon:
         self.sources.close()
         self.streamer.close()
         self._checkpoints.close()
+        if self.channel is not None:
+            self.channel.close()
         if self._seed is not None:
             self._seed.close()
 
@@ -105,8 +126,27 @@ class Daemon:
         """Whether the image may be cut loose from its backing: until the guest is here that may change."""
         return not self.options.pre_copy or self.window_began is not None
 
+    def _guest_came(self) -> None:
+        """All of the guest's RAM is here. In the channel's thread, which must not wait for a disk."""
+        promised("activate", self._activate)
+
+    def _activate(self) -> None:
+        try:
+            self.overlay.activate()
+        except (OSError, ImageError) as error:
+            # Its first write tries again.
+            _LOG.error("the guest is here, but what it reads is not kept yet: %s", reason_of(error))
+
+    def _is_other_disk(self, why: str) -> None:
+        """What the source has is not this disk: as long as the guest is there, that is where it stays."""
+        if self.channel is not None and not self.overlay.guest_is_here:
+            channel = self.channel
+            promised("turn away", lambda: channel.turn_away(why))
+
     def _activated(self) -> None:
         self.window_began = time.monotonic()
+        if self.channel is not None:
+            self.channel.guest_is_here()
         self.streamer.look_again()
         if self.image.backings:
             self._know_the_disk_again()
@@ -131,3 +171,5 @@ class Daemon:
         """Everything is here: whoever takes over may open the image, and the source may go."""
         self.window_ended = time.monotonic()
         self.image.share()
+        if self.channel is not None:
+            self.channel.complete()

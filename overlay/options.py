@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdserve.common.ownership import PRIVATE, Ownership
-from nbdserve.common.uri import NbdUri
 from overlay.backing.defaults import CONNECTIONS, PATIENCE
+from overlay.channel.address import Address
+from overlay.channel.options import ChannelOptions
 from overlay.formats.open import Layout
 
 
@@ -28,7 +29,7 @@ class Options:
     monitor: str | None = None
     socket_owner: Ownership = PRIVATE
     monitor_owner: Ownership = PRIVATE
-    backings: tuple[NbdUri, ...] = ()
+    backings: tuple[Address, ...] = ()
     """Instead of those that the image names."""
     keep: bool = True
     """Copy-on-read."""
@@ -42,6 +43,8 @@ class Options:
     armed: bool = False
     pre_copy: bool = False
     """Keep what is copied while the guest still runs elsewhere, as somebody invalidates what it changes."""
+    channel: ChannelOptions | None = None
+    """Of a migration over one connection, of which this process is an end."""
     connections: int = CONNECTIONS
     patience: float = PATIENCE
     """Seconds for which guests wait for a lost backing."""

@@ -170,6 +170,13 @@ class Destination:
         if connection is not None:
             connection.say_done()
 
+    def hang_up(self, why: str) -> None:
+        """End the connection that there is, telling the source why; RAM that is under way fails."""
+        with self._lock:
+            connection = self._current
+        if connection is not None:
+            connection.end(CloseReason.STOPPED, why)
+
     def status(self) -> Status:
         """Tell how the channel is doing."""
         with self._lock:

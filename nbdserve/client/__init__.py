@@ -5,8 +5,9 @@ errno, as everywhere in the data path. Every request has a time limit, and any n
 number of requests in flight.
 """
 
+from nbdserve.client.dial import Target, Through
 from nbdserve.client.export import Export
 from nbdserve.client.pipeline import DEFAULT_TIMEOUT, Client, connect
 from nbdserve.client.upstream import Fate, Upstream
 
-__all__ = ["DEFAULT_TIMEOUT", "Client", "Export", "Fate", "Upstream", "connect"]
+__all__ = ["DEFAULT_TIMEOUT", "Client", "Export", "Fate", "Target", "Through", "Upstream", "connect"]

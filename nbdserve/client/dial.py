@@ -18,11 +18,13 @@ import struct
 import termios
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
 from typing import NamedTuple, TypeVar
 
 from nbdserve.common.threads import Thread
+from nbdserve.common.uri import NbdUri
 
 _NEXT = 0.25
 """Seconds after which the next address is tried too (RFC 8305, "Connection Attempt Delay")."""
@@ -44,6 +46,26 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return self.sockaddr[0]
+
+
+@dataclass(frozen=True)
+class Through:
+    """An export that is reached by what somebody else connects, as a stream of a channel.
+
+    ``dial`` returns a connected socket that does not block; OSError when there is none now.
+    """
+
+    name: str
+    """What it is called in messages."""
+    export: str
+    dial: Callable[[], socket.socket]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Target = NbdUri | Through
+"""An export to connect to."""
 
 
 class Countdown:

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Protocol
 
 from nbdserve.client import tlsfaults, trust
-from nbdserve.client.dial import Countdown, begin, connect_tcp, connect_unix, in_time, race, resolve, tune
+from nbdserve.client.dial import (
+    Countdown,
+    Target,
+    Through,
+    begin,
+    connect_tcp,
+    connect_unix,
+    in_time,
+    race,
+    resolve,
+    tune,
+)
 from nbdserve.client.export import Export
 from nbdserve.client.libnbd import nbd
 from nbdserve.client.replies import broken
@@ -115,13 +126,15 @@ class Handle(Protocol):
 
 
 def open_handle(
-    uri: NbdUri, contexts: Sequence[str] | None, block_sizes: bool, timeout: float
+    uri: Target, contexts: Sequence[str] | None, block_sizes: bool, timeout: float
 ) -> tuple[Handle, Export]:
     """Connect to an export; None asks for all contexts that the server lists.
 
     Raises ConnectError when nobody takes the connection within ``timeout`` seconds, or the server then says
     nothing for so long, or refuses the export, or cannot be trusted.
     """
+    if isinstance(uri, Through):
+        return _open(uri, contexts, block_sizes, timeout, None)
     with trust.certificates(uri) as directory:
         try:
             return _open(uri, contexts, block_sizes, timeout, directory)
@@ -134,7 +147,7 @@ def open_handle(
 
 
 def _open(
-    uri: NbdUri,
+    uri: Target,
     contexts: Sequence[str] | None,
     block_sizes: bool,
     timeout: float,
@@ -151,8 +164,11 @@ def _open(
         handle.set_opt_mode(contexts is None)
         # A read that is not covered by its reply fails: what was in the buffer is nobody's data.
         handle.set_pread_initialize(False)
-        _set_tls(handle, uri, certificates)
-        _start(handle, uri, limit)
+        if isinstance(uri, Through):
+            _hand_over(handle, uri.dial())
+        else:
+            _set_tls(handle, uri, certificates)
+            _start(handle, uri, limit)
         tune(handle.aio_get_fd())
         limit.moved()
         drive(handle, lambda: not handle.aio_is_connecting(), limit)

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
-from nbdserve.client.dial import SILENT_NETWORK, Countdown, is_cut_off, unsent
+from nbdserve.client.dial import SILENT_NETWORK, Countdown, Target, is_cut_off, unsent
 from nbdserve.client.export import Export
 from nbdserve.client.flight import Flight, Request
 from nbdserve.client.handle import (
@@ -35,7 +35,6 @@ from nbdserve.client.handle import (
 )
 from nbdserve.client.replies import Coverage, broken, sound_status
 from nbdserve.common.threads import Thread
-from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.constants import CommandFlags
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
@@ -61,7 +60,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 def connect(
-    uri: NbdUri,
+    uri: Target,
     *,
     timeout: float = DEFAULT_TIMEOUT,
     silence: float = SILENCE,
@@ -91,7 +90,7 @@ class Client:
     waits, without it, for at most two seconds.
     """
 
-    def __init__(self, uri: NbdUri, export: Export, handle: Handle, silence: float) -> None:
+    def __init__(self, uri: Target, export: Export, handle: Handle, silence: float) -> None:
         self.uri = uri
         self.export = export
         self._name = str(uri)

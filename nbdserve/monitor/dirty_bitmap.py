@@ -11,10 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import accumulate, compress
 
-from nbdserve.client import Client, connect
+from nbdserve.client import Client, Target, connect
 from nbdserve.client.pipeline import STATUS_LIMIT
 from nbdserve.common.errors import ConnectError
-from nbdserve.common.uri import NbdUri
 
 CONTEXT = "qemu:dirty-bitmap:"
 """What the context of a bitmap begins with; its name follows."""
@@ -40,7 +39,7 @@ class DirtyRanges:
     end: int | None
 
 
-def read_dirty_bitmap(uri: NbdUri, name: str, start: int = 0, most: int | None = None) -> DirtyRanges:
+def read_dirty_bitmap(uri: Target, name: str, start: int = 0, most: int | None = None) -> DirtyRanges:
     """Return what the bitmap of this name says is dirty from ``start`` on: ``most`` ranges of it, or all.
 
     Raises ConnectError where the server cannot be asked for it, OSError when it does not answer.

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from nbdserve.client import Client
+from nbdserve.client import Client, Target
 from nbdserve.client.pace import Pace
 from nbdserve.client.reconnect import Connections
-from nbdserve.common.uri import NbdUri
 
 LOOK = 0.5
 """Seconds between two looks whether a server that says nothing is still to be waited for."""
@@ -22,7 +21,7 @@ class Server(Protocol):
     """The server whose connections they are: what those who use them tell it, from any thread."""
 
     @property
-    def uri(self) -> NbdUri: ...
+    def uri(self) -> Target: ...
 
     @property
     def pace(self) -> Pace: ...

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from nbdserve.client import Target
 from nbdserve.common.errors import ImageError
-from nbdserve.common.uri import NbdUri
 from nbdserve.monitor import dirty_bitmap
 from nbdserve.monitor.dirty_bitmap import Ranges
 from overlay.backing.reads import sectors
 
 
-def read_dirty_bitmap(uri: NbdUri, name: str, size: int) -> Ranges:
+def read_dirty_bitmap(uri: Target, name: str, size: int) -> Ranges:
     """Return the ranges of a disk of ``size`` bytes that the bitmap of this name says are dirty, in order.
 
     Raises ConnectError where the server cannot be asked for it, ImageError where its disk has another size,

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
+from nbdserve.client import Target
 from nbdserve.client.reconnect import Fault, fault_of
 from nbdserve.common.errors import ImageError, reason_of
-from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.extents import Extent
 from nbdserve.protocol.offers import BASE_ALLOCATION
 from overlay.backing.connections import Server, Session
@@ -31,12 +31,15 @@ _LEAST_SILENCE = 10.0
 """Seconds for which a server may be silent, however little patience there is."""
 _SMALL = 64 << 10
 """Bytes of what is read at once that tells how long small requests take."""
+_UNEXPECTED = 5.0
+"""Seconds for which a server is waited for of which nobody knows whether it will come."""
 
 
 class Sources:
     """Servers that have the same disk of ``size`` bytes.
 
-    ``patience`` is for how many seconds after the last server was lost requests wait for one to come back.
+    ``patience`` is for how many seconds after the last server was lost requests wait for one to come back;
+    hardly any while not ``is_awaited``, as before a migration begins.
 
     Safe for several threads. ``_changed`` is held for moments only, with no source's lock under it; who needs
     a server while there is none waits on it, with a limit.
@@ -44,14 +47,18 @@ class Sources:
 
     def __init__(
         self,
-        uris: Sequence[NbdUri],
+        uris: Sequence[Target],
         size: int,
         *,
         connections: int = CONNECTIONS,
         patience: float = PATIENCE,
+        is_awaited: Callable[[], bool] = lambda: True,
     ) -> None:
         self.size = size
         self._patience = patience
+        self._is_awaited = is_awaited
+        self.refused: Callable[[str], None] = lambda why: None
+        """Told why a server's disk is another one, in that server's thread."""
         self._changed = threading.Condition()
         self._lost_since: float | None = time.monotonic()
         self._closed = False
@@ -116,6 +123,14 @@ class Sources:
             self._changed.notify_all()
         for source in self._sources:
             source.trust()
+
+    def reconnect(self) -> None:
+        """Try at once, and have patience once more: there is a way to servers again."""
+        with self._changed:
+            if self._lost_since is not None:
+                self._lost_since = time.monotonic()
+        for source in self._sources:
+            source.retry()
 
     def wait(self, seconds: float) -> None:
         """Return when a server can be asked, or after so many seconds."""
@@ -256,7 +271,8 @@ class Sources:
 
     def _seconds_left(self) -> float:
         since = self._lost_since
-        return self._patience if since is None else since + self._patience - time.monotonic()
+        patience = self._patience if self._is_awaited() else min(self._patience, _UNEXPECTED)
+        return patience if since is None else since + patience - time.monotonic()
 
     def troubles(self) -> str:
         """Tell why no server can be asked."""
@@ -266,7 +282,9 @@ class Sources:
         """Refuse a server whose disk is certainly another one."""
         name = str(session.source.uri)
         if sectors(session.export.size) != self.size:
-            raise ImageError(
+            why = (
                 f"{name}: not used: the disk has {self.size} bytes, what answers there {session.export.size}"
             )
+            self.refused(why)
+            raise ImageError(why)
         self.samples.require_same(session.demand, name, go_on)

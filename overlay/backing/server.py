@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbdserve.client import connect
+from nbdserve.client import Target, connect
 from nbdserve.client.reconnect import DIAL_TIMEOUT, Dialler, Fault, Pauses, fault_of
 from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import Thread
-from nbdserve.common.uri import NbdUri
 from overlay.backing.connections import LOOK, Session
 from overlay.backing.reads import new_pace
 
@@ -62,7 +61,7 @@ class Source:
 
     def __init__(
         self,
-        uri: NbdUri,
+        uri: Target,
         connections: int,
         silence: float,
         accept: Callable[[Session, Callable[[], None]], None],

@@ -13,10 +13,12 @@ from nbdserve.common import clock
 from nbdserve.common.errors import OperatorError, UsageError
 from nbdserve.common.program import EXIT_DONE, Parser, RawHelpFormatter, seconds
 from nbdserve.common.sizes import parse_size
-from nbdserve.common.uri import parse_uri
+from overlay.channel.address import parse_backing
 
 INVALIDATE_LIMIT = 60.0
 """Seconds that forgetting ranges may take: it is made durable."""
+_TAKING_LEAVE = 5
+"""Seconds that the source's end of a channel may take to that."""
 _TOGETHER = 20000
 """Ranges in one command, which has a MiB at most."""
 
@@ -129,6 +131,11 @@ def end(arguments: argparse.Namespace) -> int:
     return _execute(arguments, "quit", force=arguments.force)
 
 
+def channel_done(arguments: argparse.Namespace) -> int:
+    """Say that the channel's source is needed no more, and wait until it has taken leave."""
+    return _execute(arguments, "channel-done", timeout=_TAKING_LEAVE)
+
+
 def status(arguments: argparse.Namespace) -> int:
     """Show how it goes, once or until everything is here."""
     from overlay.cli import status as show
@@ -202,6 +209,13 @@ COMMANDS: dict[str, tuple[Command, Configure | None, str, str]] = {
         "forget what the guest has changed at the source",
         "Forget ranges that were copied, as the guest has changed them at the source; before it runs here.",
     ),
+    "channel-done": (
+        channel_done,
+        None,
+        "say that the source of a migration over one connection is needed no more",
+        "Say to the source's end of a channel (serve --channel) that all disks are here; wait for its end.\n"
+        "Without --channel-socket it is told so as soon as the disk is complete, and this only waits.",
+    ),
     "quit": (
         end,
         configure_quit,
@@ -228,7 +242,7 @@ def _invalidations(arguments: argparse.Namespace) -> Iterator[dict[str, object]]
         return
     if arguments.ranges is not None or arguments.offset is not None:
         raise UsageError("--bitmap NAME has all the ranges: leave out OFFSET, LENGTH and --ranges")
-    backing = {} if arguments.backing is None else {"backing": str(parse_uri(arguments.backing))}
+    backing = {} if arguments.backing is None else {"backing": str(parse_backing(arguments.backing))}
     yield {"bitmap": arguments.bitmap, **backing}
 
 

@@ -19,7 +19,8 @@ from nbdserve.common.ownership import Ownership, ownership
 from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, filled_path, run
 from nbdserve.common.sizes import format_size, parse_size
 from nbdserve.common.socket_paths import check_socket_path
-from nbdserve.common.uri import NbdUri, parse_uri
+from nbdserve.common.uri import NbdUri
+from overlay.channel.address import Address, MigrateUri, parse_backing
 from overlay.cli import control_command, map_command, serve_command, verify_command
 from overlay.cli.discard import discard, discard_on_device
 from overlay.cli.map_option import add_map_option
@@ -40,7 +41,8 @@ PROGRAM = "nbd-overlay"
 
 _EPILOG = """\
 BACKING is nbd://HOST[:PORT]/EXPORT, nbds://..., nbd+unix:///EXPORT?socket=PATH, nbds+unix:///...,
-nbd:HOST:PORT[:exportname=EXPORT] or nbd:unix:PATH[:exportname=EXPORT].
+nbd:HOST:PORT[:exportname=EXPORT] or nbd:unix:PATH[:exportname=EXPORT]; or migrate:NAME, the disk of that
+name at the other end of serve --channel.
 SIZE is a number of bytes, or one with K, M, G, T, P or E (powers of 1024), as in 64K or 1.5T.
 Exit codes: 0 done; 1 failed, check found corruptions, or verify a difference; 2 wrong usage.
 """
@@ -165,7 +167,7 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
 
 def _create(arguments: argparse.Namespace) -> int:
     _check_place(arguments)
-    uris = [_lasting(parse_uri(backing)) for backing in arguments.backing]
+    uris = [_lasting(parse_backing(backing)) for backing in arguments.backing]
     size = parse_size(arguments.size, "--size") if arguments.size is not None else _size_of(uris)
     make = _create_qed if arguments.layout == "qed" else _create_flat
     if arguments.image.is_block_device():
@@ -176,7 +178,12 @@ def _create(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     backing = ", ".join(map(str, uris))
     print(f"{arguments.image}: {format_size(size)} ({size} bytes), backing {backing}")
-    if arguments.layout == "qed" and uris[0].tls:
+    if isinstance(uris[0], MigrateUri):
+        if arguments.layout == "qed":
+            print(
+                "QEMU knows no migrate: only nbd-overlay serve --channel opens the image until it is complete"
+            )
+    elif arguments.layout == "qed" and uris[0].tls:
         print("QEMU's file names have no TLS: to QEMU, give the backing with -blockdev")
     return EXIT_DONE
 
@@ -267,15 +274,21 @@ def _create_qed(arguments: argparse.Namespace, size: int, backings: tuple[Backin
     return header.image_size
 
 
-def _lasting(uri: NbdUri) -> NbdUri:
+def _lasting(uri: Address) -> Address:
     """The image outlives our working directory, to which a socket's path may be relative."""
-    if uri.socket is None or uri.socket.startswith("\0"):
+    if isinstance(uri, MigrateUri) or uri.socket is None or uri.socket.startswith("\0"):
         return uri
     path = os.path.abspath(uri.socket)
     return replace(uri, socket=check_socket_path(path, "--backing, absolute as the image needs it"))
 
 
-def _size_of(uris: list[NbdUri]) -> int:
+def _size_of(addresses: list[Address]) -> int:
+    uris = [each for each in addresses if isinstance(each, NbdUri)]
+    if len(uris) < len(addresses):
+        raise UsageError(
+            "--backing migrate:NAME: the source connects only when it migrates, and cannot be asked yet: "
+            "give --size, the size of its disk"
+        )
     # Only here: what needs no server needs no libnbd.
     from nbdserve.client import connect
 

@@ -11,7 +11,9 @@ from nbdserve.common.ownership import add_options
 from nbdserve.common.program import Parser, RawHelpFormatter, filled_path, patience, positive
 from nbdserve.common.sizes import parse_size
 from nbdserve.common.socket_paths import check_socket_path
-from nbdserve.common.uri import NbdUri, parse_uri
+from nbdserve.common.uri import NbdUri
+from overlay.channel.address import Address, parse_backing
+from overlay.channel.options import add_channel, read_channel
 from overlay.cli.map_option import add_map_option
 from overlay.formats.device.map_place import is_among_devices
 from overlay.formats.open import LAYOUT_HELP, LAYOUTS
@@ -26,6 +28,10 @@ Serve an image over NBD on a Unix socket. What is missing of the disk comes from
 --armed is for a migration, before the guest is here: nothing that is read is kept until nbd-overlay activate,
 or the guest's first write, says that it runs here, and only then --stream begins. --pre-copy instead copies
 while the guest runs elsewhere: whoever chooses it invalidates what the guest changes there.
+
+--channel is for a migration over one connection: the source's end (nbdserve channel, which QEMU starts)
+connects here. It brings the RAM, for the QEMU at --incoming, and is the backing migrate:NAME; the image is
+armed until the RAM has arrived. When the whole disk is here the source's end is told so, and ends by itself.
 """
 
 
@@ -61,6 +67,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         help="where the disk is now, instead of what the image says; may be repeated: the same disk from "
         "several places",
     )
+    add_channel(parser.add_argument_group("a migration over one connection"))
     add(
         "--copy-on-read",
         choices=("on", "off"),
@@ -137,6 +144,7 @@ def read_options(given: argparse.Namespace) -> Options:
         speed=0 if given.speed is None else parse_size(given.speed, "--speed"),
         armed=given.armed,
         pre_copy=given.pre_copy,
+        channel=read_channel(given),
         connections=given.connections,
         patience=given.reconnect_timeout,
         metrics=None if given.metrics is None else host_and_port(given.metrics),
@@ -155,9 +163,9 @@ def read_options(given: argparse.Namespace) -> Options:
     return options
 
 
-def parse_backings(texts: list[str]) -> tuple[NbdUri, ...]:
+def parse_backings(texts: list[str]) -> tuple[Address, ...]:
     """Return what --backing was given; UsageError where one is no address, or named twice."""
-    found = [parse_uri(text) for text in texts]
+    found = [parse_backing(text) for text in texts]
     for number, uri in enumerate(found):
         if uri in found[:number]:
             raise UsageError(f"--backing {uri}: it is named twice")
@@ -170,6 +178,10 @@ def _check_paths(options: Options) -> None:
         what = "it is no file" if options.image.exists() else "there is no such file"
         raise ImageError(f"{options.image}: {what}; make an image with nbd-overlay create")
     new = {"--socket": options.socket, "--qmp": options.monitor, "--pid-file": options.pid_file}
+    if options.channel is not None:
+        listen = options.channel.listen
+        new["--channel"] = listen.removeprefix("unix:") if listen.startswith("unix:") else None
+        new["--channel-socket"] = options.channel.socket
     seen = {os.path.realpath(options.image): "IMAGE"}
     for option, path in new.items():
         if path is None:

@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nbdserve.client import Target
 from nbdserve.common import logs, program
 from nbdserve.common.errors import ImageError, UsageError
 from nbdserve.common.ownership import Ownership
-from nbdserve.common.uri import parse_uri
 from nbdserve.connection.handshake import Terms
 from nbdserve.connection.listeners import Listener, listen_unix
 from nbdserve.connection.policy import Policy
@@ -22,10 +24,14 @@ from nbdserve.service.pid_file import PidFile
 from nbdserve.service.server import Server
 from overlay.backing.failover import Sources
 from overlay.backing.seed import Seed
+from overlay.channel.address import MigrateUri, parse_backing
 from overlay.daemon import Daemon
 from overlay.formats.image import Image
 from overlay.formats.open import open_image, real_path
 from overlay.options import Options
+
+if TYPE_CHECKING:
+    from overlay.channel.end import Channel
 
 PROGRAM = "nbd-overlay"
 _LOG = logging.getLogger(PROGRAM)
@@ -71,8 +77,11 @@ def _put_together(options: Options) -> Daemon:
         map_file=options.map_file,
         size=options.size,
     )
+    channel = None
     try:
-        sources = _sources(image, options)
+        options = _as_things_are(options, image)
+        channel = _channel(image, options)
+        sources = _sources(image, options, channel)
         # One that is complete has been verified by who has completed it, or need not be.
         if options.verify and not image.records_writer and not image.complete:
             raise ImageError(
@@ -84,20 +93,65 @@ def _put_together(options: Options) -> Daemon:
             path = real_path(options.image)
             seed = Seed(options.seed, path, Path(image.map_path or path))
     except BaseException:
+        if channel is not None:
+            channel.close()
         image.close()
         raise
-    return Daemon(image, sources, options, seed)
+    return Daemon(image, sources, options, seed, channel)
 
 
-def _sources(image: Image, options: Options) -> Sources:
-    backings = [parse_uri(backing.name) for backing in image.backings]
+def _as_things_are(options: Options, image: Image) -> Options:
+    """Where the guest comes through a channel, the image is armed until then."""
+    waits = options.channel is not None and not options.pre_copy and not _has_arrived(options, image)
+    return replace(options, armed=True) if waits else options
+
+
+def _has_arrived(options: Options, image: Image) -> bool:
+    """Whether the guest is certainly here already, as this process was started again.
+
+    Before, nothing is kept but what pre-copy copies.
+    """
+    return image.complete or bool(image.written_bytes if options.pre_copy else image.local_bytes)
+
+
+def _channel(image: Image, options: Options) -> Channel | None:
+    """The channel, where there is to be one. Raises UsageError where it and the backings do not fit."""
+    backings = options.backings or [parse_backing(backing.name) for backing in image.backings]
+    through = [each for each in backings if isinstance(each, MigrateUri)]
+    if options.channel is None:
+        if through:
+            raise UsageError(
+                f"{options.image}: its backing {through[0]} comes through a channel: add "
+                "--channel listen:PLACE and --token-file FILE"
+            )
+        return None
+    if backings and not through:
+        raise UsageError(
+            f"{options.image}: its backing is {backings[0]}, which comes through no channel: leave out "
+            "--channel, or name --backing migrate:NAME"
+        )
+    # Only now: it takes memory that others need not have.
+    from overlay.channel.end import Channel
+
+    return Channel(options.channel, arrived=_has_arrived(options, image))
+
+
+def _sources(image: Image, options: Options, channel: Channel | None) -> Sources:
+    backings = options.backings or [parse_backing(backing.name) for backing in image.backings]
     if options.backings and not image.backings:
         raise UsageError(f"{options.image}: everything is in the image: leave out --backing")
+    targets: list[Target] = []
+    for each in backings:
+        if not isinstance(each, MigrateUri):
+            targets.append(each)
+        elif channel is not None:
+            targets.append(channel.through(each))
     sources = Sources(
-        options.backings or backings,
+        targets,
         image.size,
         connections=options.connections,
         patience=options.patience,
+        is_awaited=lambda: channel is None or channel.is_awaited,
     )
     if not (options.armed or options.pre_copy):
         sources.samples.recall(image)

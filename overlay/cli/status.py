@@ -46,6 +46,7 @@ def text(told: Status) -> str:
         ("seed", _seed(told)),
         ("verified", _verified(told)),
         ("misses", _misses(told)),
+        ("channel", _channel(told)),
         *(("source", _source(source, told["complete"])) for source in told["sources"]),
     ]
     return "\n".join(f"{name:<8} {value}" for name, value in rows if value)
@@ -242,6 +243,19 @@ def _verified(told: Status) -> str:
 def _misses(told: Status) -> str:
     count = told["misses"]
     return f"{count}, {1000 * told['miss-seconds'] / count:.1f} ms each" if count else "none"
+
+
+def _channel(told: Status) -> str:
+    channel = told["channel"]
+    if channel is None:
+        return ""
+    if channel["done"]:
+        return "done: the source was told that it is needed no more"
+    ram = f"RAM {channel['ram']}"
+    if not channel["connected"]:
+        return f"not connected: {channel['trouble']}; {ram}"
+    held = f"{format_size(channel['held'])} held of {format_size(channel['bound'])} at most"
+    return f"{channel['peer']}, {ram}, {channel['streams']} streams, {held}"
 
 
 def _source(source: Mapping[str, Any], complete: bool) -> str:

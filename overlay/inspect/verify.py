@@ -10,9 +10,10 @@ from pathlib import Path
 
 from nbdserve.client import Client, connect
 from nbdserve.common.errors import ConnectError, ImageError
-from nbdserve.common.uri import NbdUri, parse_uri
+from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.constants import ExtentFlags
 from overlay.backing.reads import LONGEST, Reading, new_pace, sectors
+from overlay.channel.address import Address, MigrateUri, parse_backing
 from overlay.formats.image import Image, Run, State
 from overlay.formats.open import Layout, open_image
 
@@ -46,7 +47,7 @@ class Verdict:
 
 def verify(
     path: Path,
-    backings: Sequence[NbdUri] = (),
+    backings: Sequence[Address] = (),
     on_progress: OnProgress = lambda done, total: None,
     layout: Layout | None = None,
     map_file: Path | None = None,
@@ -58,7 +59,8 @@ def verify(
     """
     with open_image(path, layout=layout, map_file=map_file) as image:
         _require_knowledge(image, path)
-        with _connect(image, path, backings or [parse_uri(each.name) for each in image.backings]) as client:
+        named = backings or [parse_backing(each.name) for each in image.backings]
+        with _connect(image, path, _reachable(named)) as client:
             verdict = Verdict(str(path), str(client.uri), image.size)
             _compare(image, client, verdict, on_progress)
     return verdict
@@ -76,6 +78,17 @@ def _require_knowledge(image: Image, path: Path) -> None:
             f"{path}: after a power cut nobody knows any more what was copied and what the guest wrote: "
             "nothing can be compared"
         )
+
+
+def _reachable(backings: Sequence[Address]) -> list[NbdUri]:
+    """Those that can be connected to from here; ConnectError where that is none."""
+    found = [each for each in backings if not isinstance(each, MigrateUri)]
+    if backings and not found:
+        raise ConnectError(
+            f"{backings[0]} is reached only by nbd-overlay serve --channel: name another way to the disk by "
+            "--backing, as nbd+unix:///NAME?socket=PATH with that one's --channel-socket"
+        )
+    return found
 
 
 def _connect(image: Image, path: Path, backings: Sequence[NbdUri]) -> Client:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from operator import itemgetter
 
+from nbdserve.client import Target
 from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import promised
-from nbdserve.common.uri import NbdUri, parse_uri
 from nbdserve.connection.listeners import Listener
 from nbdserve.exports.export_options import ImageOptions
 from nbdserve.monitor.control import Control as ServerControl
@@ -28,6 +28,7 @@ from nbdserve.qmp.dispatch import CommandError, Handler
 from nbdserve.qmp.endpoint import Monitor
 from nbdserve.service.server import Server
 from overlay.backing.dirty_bitmap import read_dirty_bitmap
+from overlay.channel.address import MigrateUri, parse_backing
 from overlay.daemon import Daemon
 from overlay.fill.job import OnError, Phase
 from overlay.monitor.events import STATUS, JobEvents
@@ -67,6 +68,11 @@ class Control:
             "overlay-verify": self._verify,
             "quit": self._quit,
         }
+        if daemon.channel is not None:
+            # Only now: it takes memory that others need not have.
+            from overlay.monitor.channel import ChannelControl
+
+            self.commands |= ChannelControl(daemon, daemon.channel).commands
 
     def _block_stream(
         self,
@@ -172,14 +178,22 @@ class Control:
         wanted = checked_ranges(given if ranges is None else ranges, self._daemon.image.size)
         return promised("overlay-invalidate", lambda: self._forget(lambda: wanted))
 
-    def _bitmap_at(self, backing: str | None) -> NbdUri:
+    def _bitmap_at(self, backing: str | None) -> Target:
         """Where a bitmap is to be read: by default at the backing itself, the first that answers."""
         if backing is not None:
-            return parse_uri(backing)
+            return self._target(backing)
         known = self._daemon.sources.health()
         if not known:
             raise CommandError("the image has no backing any more whose bitmap could be read")
-        return parse_uri(next((each for each in known if each.connected), known[0]).uri)
+        return self._target(next((each for each in known if each.connected), known[0]).uri)
+
+    def _target(self, backing: str) -> Target:
+        address = parse_backing(backing)
+        if not isinstance(address, MigrateUri):
+            return address
+        if self._daemon.channel is None:
+            raise CommandError(f"{address}: there is no channel through which it is reached")
+        return self._daemon.channel.through(address)
 
     def _forget(self, wanted: Callable[[], Ranges]) -> dict[str, int]:
         try:
@@ -291,6 +305,7 @@ class Control:
             "misses": fetched.misses,
             "miss-seconds": fetched.waits.seconds,
             "window": daemon.window,
+            "channel": None if daemon.channel is None else daemon.channel.told(),
             "sources": [dataclasses.asdict(health) for health in daemon.sources.health()],
         }
 
@@ -316,6 +331,8 @@ def served(server: Server, daemon: Daemon, listener: Listener) -> Iterator[None]
     monitor = Monitor(listener, "nbd-overlay", control.commands)
     control.events.emit = monitor.emit
     daemon.job.tell = control.events.tell
+    if daemon.channel is not None:
+        daemon.channel.emit = monitor.emit
     monitor.start()
     _LOG.info("monitor on %s", listener)
     try:

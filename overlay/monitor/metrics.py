@@ -32,6 +32,7 @@ class Collector(PrometheusCollector):
         yield self._waits()
         yield from self._state()
         yield from self._sources()
+        yield from self._channel()
 
     def _copying(self) -> Iterator[Metric]:
         daemon = self._daemon
@@ -80,6 +81,25 @@ class Collector(PrometheusCollector):
         for phase in Phase:
             phases.add_metric((phase.value,), int(phase is now))
         yield phases
+
+    def _channel(self) -> Iterator[Metric]:
+        """Of a migration over one connection, where this is an end of it."""
+        if self._daemon.channel is None:
+            return
+        told = self._daemon.channel.status()
+        for name, what, value in (
+            ("connected", "1 while the source is connected", int(told.connected)),
+            ("streams", "Streams that are open", told.streams),
+            ("held_bytes", "Bytes that have come and not been taken", told.held),
+            ("bound_bytes", "The most that these may be: the windows of all open streams", told.bound),
+        ):
+            yield GaugeMetricFamily(f"nbd_overlay_channel_{name}", what, value=value)
+        for name, what, value in (
+            ("connections", "How often the source has connected", told.connections),
+            ("sent_bytes", "Bytes sent to the source", told.sent),
+            ("received_bytes", "Bytes received from the source", told.received),
+        ):
+            yield CounterMetricFamily(f"nbd_overlay_channel_{name}", what, value=value)
 
     def _sources(self) -> Iterator[Metric]:
         label = ("source",)

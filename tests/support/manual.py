@@ -25,6 +25,7 @@ COMMANDS = (
     ("nbd-overlay", "wait"),
     ("nbd-overlay", "activate"),
     ("nbd-overlay", "invalidate"),
+    ("nbd-overlay", "channel-done"),
     ("nbd-overlay", "quit"),
     ("nbd-overlay", "verify"),
     ("nbd-migrate",),

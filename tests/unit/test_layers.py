@@ -25,7 +25,7 @@ FOLDERS = {
         "monitor",
         "cli",
     ),
-    "overlay": ("formats", "backing", "fill", "", "monitor", "inspect", "cli"),
+    "overlay": ("channel", "formats", "backing", "fill", "", "monitor", "inspect", "cli"),
     "recipes": (
         "",
         "hosts",

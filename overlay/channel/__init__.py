@@ -1,0 +1,1 @@
+"""The destination's end of a migration over one connection, in nbd-overlay itself."""
