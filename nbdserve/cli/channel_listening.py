@@ -13,7 +13,6 @@ from functools import partial
 
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings
-from nbdserve.channel.entrance import Entrance
 from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.cli.channel_options import PROGRAM, add_session, session_limits, unix_path
 from nbdserve.common import logs, program
@@ -24,6 +23,7 @@ from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.connection.listeners import listen_unix
 from nbdserve.monitor.channel import ChannelMonitor
 from nbdserve.service import daemonize
+from nbdserve.service.entrance import Entrance
 from nbdserve.service.pid_file import PidFile
 
 _LOG = logging.getLogger("nbdserve")
@@ -75,7 +75,8 @@ def main(arguments: Sequence[str]) -> int:
 
         destination = Destination(listeners, settings, tell)
         stack.callback(destination.close)
-        entrance = Entrance(socket, partial(destination.adopt, StreamClass.DEMAND))
+        # All alike, as nobody says what his requests are for: each has its turn, beside the RAM.
+        entrance = Entrance(socket, partial(destination.adopt, StreamClass.STREAMING))
         stack.callback(entrance.close)
         if monitor is not None:
             stack.enter_context(monitor.served(destination, over.set))

@@ -10,7 +10,6 @@ import resource
 from collections.abc import Sequence
 
 from nbdserve.channel.dialling import Way
-from nbdserve.channel.entrance import Entrance
 from nbdserve.channel.places import client_context, parse_place, read_token, require_secrecy
 from nbdserve.channel.source import Source, SourceSettings
 from nbdserve.cli.channel_options import PROGRAM, add_session, session_limits, unix_path
@@ -28,6 +27,7 @@ from nbdserve.exports.images import open_export
 from nbdserve.exports.served_exports import Exports
 from nbdserve.monitor import control
 from nbdserve.service import daemonize
+from nbdserve.service.entrance import Entrance
 from nbdserve.service.pid_file import PidFile
 from nbdserve.service.server import Server
 

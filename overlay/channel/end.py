@@ -16,11 +16,11 @@ from functools import partial
 
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings, Status
-from nbdserve.channel.entrance import Entrance
 from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.client import Through
 from nbdserve.common.threads import LOOK, promised
 from nbdserve.connection.listeners import listen_unix
+from nbdserve.service.entrance import Entrance
 from overlay.channel.address import MigrateUri
 from overlay.channel.options import ChannelOptions
 
@@ -64,7 +64,7 @@ class Channel:
             if options.socket is not None:
                 entrance = listen_unix(options.socket, options.socket_owner)
                 # Whether a stream is for a guest that waits is not known of others.
-                adopt = partial(self._destination.adopt, StreamClass.DEMAND)
+                adopt = partial(self._destination.adopt, StreamClass.STREAMING)
                 self._entrance = Entrance(entrance, adopt)
             undo.pop_all()
 
@@ -78,7 +78,7 @@ class Channel:
 
     def through(self, address: MigrateUri) -> Through:
         """Return the export of the source that has this name."""
-        return Through(str(address), address.export, partial(self._destination.open, StreamClass.DEMAND))
+        return Through(str(address), address.export, partial(self._destination.open, StreamClass.STREAMING))
 
     @property
     def is_awaited(self) -> bool:

@@ -16,7 +16,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 from nbdserve.client.libnbd import nbd
 from tests.support.disks import MIB, random_bytes
 from tests.support.processes import Argument, Process, run, wait_until
-from tests.support.servers import NBDSERVE, free_tcp_address, fresh_path
+from tests.support.servers import NBDSERVE, UnixAddress, free_tcp_address, fresh_path
 
 LOADED = b"\0\1\0\4\0\0\0\0"
 """What QEMU says on the return path when it has loaded everything."""
@@ -73,8 +73,10 @@ class Ends:
 
     def is_read(self, content: bytes | None = None, name: str = "vm") -> bool:
         """Whether the disk is read through the channel as it is."""
-        handle = nbd.NBD()
-        handle.connect_uri(f"nbd+unix:///{name}?socket={self.disks}")
+        handle, client = nbd.NBD(), UnixAddress(self.disks).connect()
+        client.settimeout(None)
+        handle.set_export_name(name)
+        handle.connect_socket(client.detach())
         size = handle.get_size()
         read = b"".join(bytes(handle.pread(min(MIB, size - at), at)) for at in range(0, size, MIB))
         handle.shutdown()
@@ -84,7 +86,7 @@ class Ends:
         """The same, of a client that may come too early."""
         try:
             return self.is_read()
-        except nbd.Error:
+        except (nbd.Error, OSError):
             return False
 
     def waiting_qemu(self) -> socket.socket:

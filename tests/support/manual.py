@@ -10,6 +10,8 @@ from pathlib import Path
 COMMANDS = (
     ("nbdserve",),
     ("nbdserve", "channel"),
+    ("nbdserve", "channel", "--listen", "PLACE"),
+    ("nbdserve", "channel", "--ram", "unix:PATH"),
     ("nbd-overlay",),
     ("nbd-overlay", "create"),
     ("nbd-overlay", "discard"),

@@ -21,8 +21,8 @@ from tests.support.processes import Argument, Process, check, is_alive, listens,
 from tests.support.vms import DEVICE, DISK_SIZE, QEMU, monitor
 from tests.support.vms import Scene as Guest
 
-SLOW = 256 << 10
-"""Bytes of RAM a second."""
+SLOW = 16 << 10
+"""Bytes of RAM a second: far too few for all of it while a test looks."""
 OVERLAY = Path(sys.executable).with_name("nbd-overlay")
 
 

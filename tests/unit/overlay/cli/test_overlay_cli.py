@@ -106,7 +106,7 @@ def test_an_existing_file_is_overwritten_only_by_force(run: Run, tmp_path: Path)
         ([], "required: COMMAND"),
         (["bogus"], "invalid choice"),
         (["create", "x"], "required: --backing"),
-        (["create", "--backing", "migrate:disk", "x"], "not an NBD address"),
+        (["create", "--backing", "migrate:disk", "x"], "cannot be asked yet: give --size"),
         (["create", "--backing", "/a/file", "x"], "not an NBD address"),
         (["create", *BACKING, "--size", "1Q", "x"], "is not a size"),
         (["create", *BACKING, "--size", "0", "x"], "a disk of 0 bytes"),

@@ -1,7 +1,7 @@
-"""A Unix socket whose clients become streams of the channel.
+"""A Unix socket whose clients are handed on, as they are, to who carries them elsewhere.
 
-At the destination these are clients of the source's disks, who need not know of the channel; at the source it
-is QEMU that migrates.
+At the destination of a channel (nbdserve/channel/) these are clients of the source's disks, who need not know
+of it; at the source it is QEMU that migrates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOG = logging.getLogger("nbdserve")
 class Entrance:
     """Accepts clients; ``adopt`` takes each, or raises OSError and has closed it.
 
-    A client who comes while the channel is not connected is hung up on, as one whose connection is lost: to
+    A client who comes while there is nobody to carry him is hung up on, as one whose connection is lost: to
     come again is the client's own business.
     """
 
@@ -64,10 +64,10 @@ class Entrance:
             return
         except OSError as error:
             if self._failures.is_news(error):
-                _LOG.warning("channel: %s: cannot accept anybody: %s", self._listener, reason_of(error))
+                _LOG.warning("%s: cannot accept anybody: %s", self._listener, reason_of(error))
             time.sleep(ACCEPT_PAUSE)
             return
         try:
             self._adopt(visitor.sock)
         except OSError as error:
-            _LOG.warning("channel: %s: hung up on a client: %s", self._listener, reason_of(error))
+            _LOG.warning("%s: hung up on a client: %s", self._listener, reason_of(error))
