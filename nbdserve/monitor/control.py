@@ -17,7 +17,6 @@ from nbdserve.connection.listeners import Listener
 from nbdserve.exports.export_options import ExportOptions, ImageOptions, source
 from nbdserve.exports.images import open_export
 from nbdserve.exports.served_exports import Export
-from nbdserve.monitor.dirty_bitmap import read_dirty_bitmap
 from nbdserve.protocol.constants import Command, TransmissionFlags
 from nbdserve.qmp.dispatch import CommandError, Handler
 from nbdserve.qmp.endpoint import Monitor
@@ -112,6 +111,8 @@ class Control:
         if not 0 <= offset < 1 << 63:
             raise CommandError(f"Invalid parameter '{offset}': an offset is 0 or more bytes")
         uri = parse_uri(filename)
+        # Local images are served, with a monitor, where there is no libnbd.
+        from nbdserve.monitor.dirty_bitmap import read_dirty_bitmap
 
         def read() -> dict[str, object]:
             told = read_dirty_bitmap(uri, bitmap, offset, MOST_RANGES)
