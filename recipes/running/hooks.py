@@ -126,6 +126,10 @@ async def run(command: Sequence[str], hook: Hook, state: State, directory: Path,
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
             raise MigrationError(f"hook {hook.value}: {pasted(command[:1])}: {why}") from error
+        except asyncio.CancelledError:
+            # It may have begun, and has been ended.
+            output.write(log, f"{hook.value}: {pasted(command)}: was interrupted")
+            raise
         output.read()
         how, code = "was interrupted", -1
         try:
