@@ -62,7 +62,8 @@ class Connection:
         self._owner = owner
         self._session = Session(Role.ACCEPTOR, ours, admission.claim.offer)
         self.mux = Multiplexer(admission.transport, self._session, self)
-        self._return_path = ReturnPath()
+        # The last stream of RAM: where one may follow another, what becomes of the former says nothing of it.
+        self._ram: Stream | None = None
         self._thread = Thread(self._run, "channel")
 
     # From any thread.
@@ -134,10 +135,11 @@ class Connection:
             code = sock.connect_ex(path)
             if code:
                 raise OSError(code, f"the destination's QEMU does not wait at {path}: {os.strerror(code)}")
-            end = from_socket(stream, sock, on_read=self._listen)
+            end = from_socket(stream, sock, on_read=partial(self._listen, stream, ReturnPath()))
         except BaseException:
             sock.close()
             raise
+        self._ram = stream
         self._owner.ram_is(RamState.UNDER_WAY)
         return end
 
@@ -150,22 +152,25 @@ class Connection:
 
     def over(self, stream: Stream, why: str | None) -> None:
         """A stream is at its end: if that of RAM is before QEMU has loaded all of it, it never will."""
-        if stream.kind is StreamClass.RAM and self._owner.ram is RamState.UNDER_WAY:
+        if self._is_under_way(stream):
             self._session.say(Ram(RamStatus.FAILED))
             self._owner.ram_is(RamState.FAILED, why or "it has ended before everything was loaded")
 
-    def _listen(self, said: memoryview) -> None:
+    def _is_under_way(self, stream: Stream) -> bool:
+        return stream is self._ram and self._owner.ram is RamState.UNDER_WAY
+
+    def _listen(self, stream: Stream, return_path: ReturnPath, said: memoryview) -> None:
         """QEMU tells the source's QEMU something, or has ended: OSError where it should not have."""
-        self._return_path.feed(said)
-        if self._owner.ram is not RamState.UNDER_WAY:
+        return_path.feed(said)
+        if not self._is_under_way(stream):
             return
         if not said:
             unheard = "the destination's QEMU said nothing; set the capability return-path on both sides"
             broken = "the destination's QEMU has ended it before it had loaded everything"
-            raise OSError(errno.ECONNRESET, broken if self._return_path.heard else unheard)
-        if self._return_path.verdict is Verdict.LOADED:
+            raise OSError(errno.ECONNRESET, broken if return_path.heard else unheard)
+        if return_path.verdict is Verdict.LOADED:
             self._session.say(Ram(RamStatus.LOADED))
             self._owner.ram_is(RamState.LOADED)
-        elif self._return_path.verdict is Verdict.FAILED:
+        elif return_path.verdict is Verdict.FAILED:
             self._session.say(Ram(RamStatus.FAILED))
             self._owner.ram_is(RamState.FAILED, "QEMU could not load it")

@@ -27,7 +27,8 @@ class LocalEnd:
     """The descriptors of a stream's local end, which are its own from now on. For one thread.
 
     They do not block. ``reader`` and ``writer`` are one socket or two pipes. ``on_read`` is shown what is
-    read, and ``on_delivery`` what is delivered, beforehand.
+    read, and ``on_delivery`` what is delivered, beforehand. ``on_hang_up`` is called when nobody writes any
+    more, whether or not what is still to be read can be sent.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class LocalEnd:
         writer: int,
         on_read: Observe | None = None,
         on_delivery: Observe | None = None,
+        on_hang_up: Callable[[], None] = lambda: None,
     ) -> None:
         self.stream = stream
         self.reader = reader
@@ -47,6 +49,7 @@ class LocalEnd:
         self._waiting = deque[bytearray]()
         # Bytes of the first of these that are delivered.
         self._gone = 0
+        self.on_hang_up = on_hang_up
         self._on_read = on_read
         self._on_delivery = on_delivery
         self._sock = socket.socket(fileno=reader) if reader == writer else None

@@ -204,6 +204,8 @@ class Multiplexer:
             return
         if fd == end.reader and events & _READ:
             self.session.begin(end.stream)
+            if events & select.EPOLLHUP:
+                end.on_hang_up()
         if fd == end.writer and events & _WRITE:
             self._deliver(end, None)
 

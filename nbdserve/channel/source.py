@@ -255,7 +255,11 @@ class SourceConnection:
             stream = self._session.open(StreamClass.RAM)
             self._mux.attach(
                 LocalEnd(
-                    stream, self._ram.reader, self._ram.writer, self._look_at_stream, self._look_at_answers
+                    stream,
+                    self._ram.reader,
+                    self._ram.writer,
+                    on_delivery=self._look_at_answers,
+                    on_hang_up=self._qemu_has_left,
                 )
             )
         self._mux.run()
@@ -302,9 +306,9 @@ class SourceConnection:
             _LOG.info("channel: the destination has loaded all RAM")
             self.ram_was_lost = False
 
-    def _look_at_stream(self, data: memoryview) -> None:
-        """QEMU sends something, or has ended: it waits for its child then."""
-        if len(data) or self._ram is None:
+    def _qemu_has_left(self) -> None:
+        """QEMU sends no more, and waits for its child, with its monitor standing still."""
+        if self._ram is None:
             return
         if self.ram_was_lost:
             self._fail("QEMU has broken the migration off")

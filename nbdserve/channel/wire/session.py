@@ -220,8 +220,8 @@ class Session:
 
     @property
     def bound(self) -> int:
-        """Return how many bytes the other end may have sent on all streams without their being delivered."""
-        return sum(stream.window for stream in self.streams.values())
+        """Return how many bytes the other end may have sent on all streams undelivered. From any thread."""
+        return sum(stream.window for stream in list(self.streams.values()))
 
     def look(self, seconds: float) -> None:
         """So many seconds have passed: let the other end hear of this one in time."""

@@ -1,0 +1,149 @@
+"""Both ends of a channel in one process, with this test in the place of the two QEMUs and of NBD."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from nbdserve.channel import places
+from nbdserve.channel.destination import Destination, Event, Settings
+from nbdserve.channel.dialling import Way
+from nbdserve.channel.source import RamPipes, Source, SourceSettings
+from nbdserve.channel.wire.streams import StreamClass
+from nbdserve.common.errors import OperatorError
+from nbdserve.common.threads import promised
+from tests.support.processes import PATIENCE, wait_until
+
+TOKEN = b"0123456789abcdef" * 4
+LOADED, FAILED = b"\0\1\0\4\0\0\0\0", b"\0\1\0\4\0\0\0\1"
+"""What QEMU says on the return path when it has loaded everything, or could not."""
+_WAIT = 10.0 * PATIENCE
+
+
+class Ends:
+    """A destination that lasts, and sources that connect to it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "channel"
+        self.events: list[Event] = []
+        self.stack = ExitStack()
+        self.incoming = self.stack.enter_context(socket.socket(socket.AF_UNIX))
+        self.incoming.bind(str(directory / "incoming"))
+        self.incoming.listen()
+        self.incoming.settimeout(_WAIT)
+        self.destination = Destination(
+            places.listen(f"unix:{self.path}", encrypted=False),
+            Settings(TOKEN, str(directory / "incoming"), lasting=True),
+            lambda event, _: self.events.append(event),
+        )
+        self.stack.callback(self.destination.close)
+        self.destination.start()
+
+    def connect(self, ram: RamPipes | None = None) -> Source:
+        """A source that is connected: in exec mode with ``ram``."""
+        ways = [Way(places.UnixPlace(str(self.path)))]
+        settings = SourceSettings(ways, TOKEN, resume=ram is None, patience=_WAIT)
+        connected = threading.Event()
+        source = Source(settings, lambda visitor: visitor.sock.close(), ram, connected.set)
+        carried = promised("source", source.run)
+
+        def end() -> None:
+            source.stop()
+            with suppress(OperatorError):
+                carried.result(_WAIT)
+
+        self.stack.callback(end)
+        assert connected.wait(_WAIT)
+        return source
+
+    def migrate(self, source: Source) -> tuple[socket.socket, socket.socket]:
+        """The two QEMUs' sockets, between which a stream of RAM has begun."""
+        at_source, given = socket.socketpair()
+        source.send(given)
+        at_destination, _ = self.incoming.accept()
+        for each in (at_source, at_destination):
+            each.settimeout(_WAIT)
+            self.stack.callback(each.close)
+        at_source.sendall(b"RAM")
+        assert at_destination.recv(3) == b"RAM"
+        return at_source, at_destination
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Iterator[Ends]:
+    made = Ends(tmp_path)
+    with made.stack:
+        yield made
+
+
+def test_a_second_stream_of_ram_is_judged_by_its_own_return_path(ends: Ends) -> None:
+    source = ends.connect()
+    a, b = ends.migrate(source)
+    b.sendall(FAILED)
+    assert a.recv(len(FAILED)) == FAILED
+    again, b_again = ends.migrate(source)
+    b.close()
+    assert a.recv(1) == b""
+    b_again.sendall(LOADED)
+    assert again.recv(len(LOADED)) == LOADED
+    wait_until(lambda: Event.RAM_LOADED in ends.events, "the guest has arrived")
+    assert ends.destination.status().ram == "loaded"
+    assert ends.events.count(Event.RAM_FAILED) == 1
+
+
+def test_status_can_be_asked_while_streams_come_and_go(ends: Ends) -> None:
+    ends.connect()
+    before = sys.getswitchinterval()
+    over, failures = threading.Event(), list[Exception]()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                ends.destination.status()
+            except RuntimeError as error:
+                failures.append(error)
+                return
+
+    asking = threading.Thread(target=ask)
+    sys.setswitchinterval(1e-6)
+    try:
+        asking.start()
+        for _ in range(15):
+            with ExitStack() as opened:
+                for _ in range(100):
+                    with suppress(BlockingIOError, OSError):
+                        opened.enter_context(ends.destination.open(StreamClass.STREAMING))
+    finally:
+        over.set()
+        asking.join()
+        sys.setswitchinterval(before)
+    assert not failures
+
+
+def test_the_process_that_qemu_waits_for_ends_when_qemu_does_though_the_destination_takes_nothing(
+    ends: Ends,
+) -> None:
+    told: list[tuple[bool, str]] = []
+    stream, write_end = os.pipe()
+    read_end, answers = os.pipe()
+    ends.stack.callback(os.close, read_end)
+    ends.connect(RamPipes(stream, answers, lambda loaded, why: told.append((loaded, why))))
+    qemu, _ = ends.incoming.accept()
+    ends.stack.callback(qemu.close)
+    os.set_blocking(write_end, False)
+    # Up to the destination's window, and all that sockets and pipes hold.
+    while select.select([], [write_end], [], 0.5)[1]:
+        os.write(write_end, bytes(1 << 16))
+    os.close(write_end)
+    wait_until(lambda: bool(told), "QEMU is let go")
+    loaded, why = told[0]
+    assert not loaded
+    assert "QEMU has broken the migration off" in why
