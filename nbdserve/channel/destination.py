@@ -17,7 +17,7 @@ from nbdserve.channel.terms import IN_BULK, Limits
 from nbdserve.channel.wire.frames import CloseReason
 from nbdserve.channel.wire.greeting import Answer, Claim, Mode, Refusal
 from nbdserve.channel.wire.streams import StreamClass
-from nbdserve.common.errors import ConnectionLostError
+from nbdserve.common.errors import ConnectionLostError, reason_of
 from nbdserve.connection.listeners import Listener
 
 __all__ = ["Destination", "Event", "Limits", "Settings", "Status"]
@@ -235,7 +235,12 @@ class Destination:
         return None, ""
 
     def _enter(self, admission: Admission) -> None:
-        connection = Connection(admission, self._offer, self)
+        try:
+            connection = Connection(admission, self._offer, self)
+        except OSError as error:
+            _LOG.warning("channel: %s: hung up: %s", admission.transport.name, reason_of(error))
+            admission.transport.close()
+            return
         is_new = admission.claim.mode is Mode.NEW
         with self._lock:
             # Much may have happened while the answer was on its way.

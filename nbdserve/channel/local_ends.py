@@ -5,6 +5,7 @@ Nothing here waits. What cannot be delivered yet is kept; the stream's window bo
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
@@ -146,6 +147,8 @@ class LocalEnd:
 
 
 def from_socket(stream: Stream, sock: socket.socket, on_read: Observe | None = None) -> LocalEnd:
-    """Return an end that is a connected socket, which is its own from now on."""
+    """Return an end that is a connected socket, which is its own from now on; OSError if that is closed."""
     fd = sock.detach()
+    if fd < 0:
+        raise OSError(errno.EBADF, "who wanted the stream has given it up")
     return LocalEnd(stream, fd, fd, on_read)

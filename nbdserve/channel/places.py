@@ -122,7 +122,8 @@ def listen(text: str, *, encrypted: bool, option: str = "--channel listen:") -> 
 def read_token(path: Path) -> bytes:
     """Return the token in a file, at least 32 bytes, that only its owner may read. Raises UsageError."""
     try:
-        with path.open("rb") as file:
+        # A pipe must not be waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"--token-file {path}: not a regular file")

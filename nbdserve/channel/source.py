@@ -167,6 +167,8 @@ class Source:
         give_up = time.monotonic() + self._settings.patience
         while True:
             for way in self._settings.ways:
+                if self._stopping.is_set():
+                    return None
                 try:
                     return self._reach(way)
                 except RefusedError as error:
@@ -198,9 +200,14 @@ class Source:
         transport, answer = reach(way, self._settings.token, claim, self._settings.limits.greeting)
         self._epoch = answer.epoch
         ram = None if self._begun else self._ram
+        try:
+            connection = SourceConnection(transport, offer, answer.offer, self._serve, ram)
+        except OSError as error:
+            transport.close()
+            raise ConnectError(f"{way.place}: {reason_of(error)}") from error
         self._begun = True
         _LOG.info("channel: %s: connected", way.place)
-        return SourceConnection(transport, offer, answer.offer, self._serve, ram)
+        return connection
 
 
 class SourceConnection:

@@ -57,6 +57,7 @@ def split(program: str) -> Lifeline:
     To be called before any thread is started. OperatorError, in the calling process, when there are no more
     processes.
     """
+    _close_inherited()
     answer, announce = os.pipe()
     try:
         child = os.fork()
@@ -81,6 +82,18 @@ def split(program: str) -> Lifeline:
         with contextlib.suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE)
     return Lifeline(reader, writer, announce)
+
+
+def _close_inherited() -> None:
+    """Close what QEMU has let through beside its pipes: its tap devices and sockets would outlive it here.
+
+    What was opened by this process is closed by exec(2), and is known by that.
+    """
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        # One of these was the listing's own.
+        with contextlib.suppress(OSError):
+            if descriptor > 2 and os.get_inheritable(descriptor):
+                os.close(descriptor)
 
 
 def _let_go() -> None:

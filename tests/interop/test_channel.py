@@ -15,7 +15,7 @@ import pytest
 from nbdserve.channel.destination import Event, Limits
 from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.client.libnbd import nbd
-from tests.support.channels import LOADED, SIZE, Scene, resumed
+from tests.support.channels import LOADED, SIZE, Scene, Sender, resumed
 from tests.support.processes import is_alive, wait_until
 
 QUICK = Limits(silence=2.0)
@@ -60,6 +60,19 @@ def test_qemu_is_not_kept_waiting_and_what_is_left_holds_none_of_its_pipes(tmp_p
         wait_until(lambda: not holds_pipes(), "the end of the pipes")
         assert os.getpgid(sender.worker) != os.getpgid(0)
         assert os.getsid(sender.worker) != os.getsid(0)
+
+
+def test_what_qemu_lets_through_to_what_it_executes_does_not_outlive_it_there(tmp_path: Path) -> None:
+    with Scene(tmp_path) as scene, socket.create_server(("127.0.0.1", 0)) as monitor:
+        sender = Sender(scene.options(), tmp_path, [monitor.fileno()])
+        with contextlib.closing(sender):
+            qemu = scene.arrive()
+            held = os.readlink(f"/proc/self/fd/{monitor.fileno()}")
+            for process in (sender.process.pid, sender.worker):
+                places = list(Path(f"/proc/{process}/fd").iterdir())
+                assert places
+                assert held not in [os.readlink(each) for each in places]
+            qemu.close()
 
 
 @pytest.mark.parametrize("who", ["source's qemu", "destination's qemu", "road", "worker", "destination"])
@@ -416,6 +429,38 @@ def test_descriptors_that_run_out_refuse_streams_and_nothing_else(tmp_path: Path
         resource.prlimit(sender.worker, resource.RLIMIT_NOFILE, (most, most))
         assert scene.read_disk()
         assert Event.LOST not in scene.events
+
+
+def test_descriptors_that_run_out_while_the_source_connects_again_do_not_end_it(tmp_path: Path) -> None:
+    with Scene(tmp_path) as scene:
+        sender = scene.migrate()
+        assert scene.road is not None
+        import resource
+
+        _, most = resource.prlimit(sender.worker, resource.RLIMIT_NOFILE)
+
+        def complaints() -> int:
+            return sender.log.read_text().count("Too many open files")
+
+        for more in (1, 2, 3):
+            scene.road.is_closed = True
+            scene.road.cut()
+            wait_until(lambda: not scene.status.connected, "the connection is lost")
+            time.sleep(0.1)
+            used = set(map(int, os.listdir(f"/proc/{sender.worker}/fd")))
+            free = [number for number in range(len(used) + more + 1) if number not in used]
+            resource.prlimit(sender.worker, resource.RLIMIT_NOFILE, (free[more], most))
+            before = complaints()
+            scene.road.is_closed = False
+            wait_until(
+                lambda: scene.status.connected or complaints() > before or not is_alive(sender.worker),  # noqa: B023 - it is over before the next round
+                "the source has tried",
+            )
+            assert is_alive(sender.worker)
+            resource.prlimit(sender.worker, resource.RLIMIT_NOFILE, (most, most))
+            wait_until(lambda: scene.status.connected, "the source is back")
+        assert complaints()
+        assert scene.read_disk()
 
 
 def test_streams_that_end_leave_nothing_behind(tmp_path: Path) -> None:

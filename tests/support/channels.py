@@ -84,7 +84,7 @@ class Road:
 class Sender:
     """``nbdserve channel`` as QEMU starts it, and this test in QEMU's place."""
 
-    def __init__(self, argv: Sequence[Argument], directory: Path) -> None:
+    def __init__(self, argv: Sequence[Argument], directory: Path, inherited: Sequence[int] = ()) -> None:
         self.log = fresh_path(directory, "channel", ".log")
         self._errors = fresh_path(directory, "errors", ".log")
         self._pid_file = fresh_path(directory, "channel", ".pid")
@@ -95,6 +95,7 @@ class Sender:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
+                pass_fds=inherited,
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 import sys
@@ -17,6 +18,8 @@ from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings
 from nbdserve.channel.dialling import Way
 from nbdserve.channel.source import RamPipes, Source, SourceSettings
+from nbdserve.channel.terms import REQUESTS, Limits
+from nbdserve.channel.wire.greeting import NONCE, Claim, Connector, Mode
 from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.threads import promised
@@ -147,3 +150,62 @@ def test_the_process_that_qemu_waits_for_ends_when_qemu_does_though_the_destinat
     loaded, why = told[0]
     assert not loaded
     assert "QEMU has broken the migration off" in why
+
+
+def test_a_stream_whose_user_has_given_up_waiting_is_reset(ends: Ends) -> None:
+    ends.connect()
+    client, other = socket.socketpair()
+    other.close()
+    client.close()
+    with pytest.raises(OSError, match="given it up"):
+        ends.destination.adopt(StreamClass.STREAMING, client)
+    wait_until(lambda: ends.destination.status().streams == 0, "the stream is no more")
+
+
+def test_descriptors_that_run_out_at_the_door_hang_up_on_who_came_in_one_line(
+    ends: Ends, caplog: pytest.LogCaptureFixture
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(_WAIT)
+    claim = Claim(Mode.RESUME, 0, Limits().offer(REQUESTS))
+    filling: list[int] = []
+    with client:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 3, hard))
+        try:
+            with suppress(OSError):
+                while True:
+                    filling.append(os.dup(0))
+            # One for who is accepted, and one more, which a connection does not come by with.
+            for _ in range(2):
+                os.close(filling.pop())
+            client.connect(str(ends.path))
+            greeting = Connector(TOKEN, claim, os.urandom(NONCE))
+            client.sendall(greeting.first)
+            while greeting.needed:
+                if said := greeting.receive(client.recv(greeting.needed, socket.MSG_WAITALL)):
+                    client.sendall(said)
+            assert client.recv(1) == b""
+        finally:
+            for each in filling:
+                os.close(each)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "Too many open files" in caplog.text
+    assert not ends.destination.status().connected
+    ends.connect()
+
+
+def test_a_source_that_is_stopped_does_not_try_the_other_ways_first(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        silent.settimeout(_WAIT)
+        ways = [Way(places.UnixPlace(str(tmp_path / "silent")))] * 30
+        settings = SourceSettings(ways, TOKEN, resume=True, patience=_WAIT, limits=Limits(greeting=0.5))
+        source = Source(settings, lambda visitor: visitor.sock.close())
+        carried = promised("source", source.run)
+        silent.accept()[0].close()
+        waiting, _ = silent.accept()
+        with waiting:
+            source.stop()
+            carried.result(5.0)
