@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import secrets
 import select
+import socket
 import ssl
 import threading
 import time
@@ -21,6 +24,8 @@ from nbdserve.connection.accepting import ACCEPT_PAUSE, AcceptFailures
 from nbdserve.connection.listeners import Listener, Visitor
 
 _LOG = logging.getLogger("nbdserve")
+_GO = 1.0
+"""Seconds in which who was hung up on has gone."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class Door:
         self._offer = offer
         self._decide = decide
         self._enter = enter
-        self._unproven = threading.BoundedSemaphore(limits.unproven)
+        self._lock = threading.Lock()
+        """Held for moments only: who has not proven himself yet, with his thread, the first to come first."""
+        self._unproven: dict[socket.socket, Thread] = {}
         self._failures = AcceptFailures()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._closed = False
@@ -97,18 +104,36 @@ class Door:
                 _LOG.warning("channel: %s: cannot accept anybody: %s", listener, reason_of(error))
             time.sleep(ACCEPT_PAUSE)
             return
-        if not self._unproven.acquire(blocking=False):
-            _LOG.warning(
-                "channel: %s: closed: %d others prove themselves", visitor.name, self._limits.unproven
-            )
-            visitor.sock.close()
-            return
         try:
-            Thread(self._meet, "greeting", visitor).start()
+            self._make_room()
+            thread = Thread(self._meet, "greeting", visitor)
+            with self._lock:
+                self._unproven[visitor.sock] = thread
+            thread.start()
         except OSError as error:
             _LOG.warning("channel: %s: closed: %s", visitor.name, reason_of(error))
+            self._is_proven(visitor.sock)
             visitor.sock.close()
-            self._unproven.release()
+
+    def _make_room(self) -> None:
+        """Hang up on the first of many who have not proven themselves: strangers keep nobody out.
+
+        OSError when that one does not go.
+        """
+        with self._lock:
+            if len(self._unproven) < self._limits.unproven:
+                return
+            first, thread = next(iter(self._unproven.items()))
+            with contextlib.suppress(OSError):
+                first.shutdown(socket.SHUT_RDWR)
+        thread.join(_GO)
+        if thread.is_alive():
+            raise OSError(errno.EBUSY, f"{self._limits.unproven} others prove themselves")
+
+    def _is_proven(self, sock: socket.socket) -> None:
+        """He has proven himself, or has not, and takes no place any more."""
+        with self._lock:
+            self._unproven.pop(sock, None)
 
     def _meet(self, visitor: Visitor) -> None:
         try:
@@ -120,7 +145,7 @@ class Door:
             visitor.sock.close()
             return
         finally:
-            self._unproven.release()
+            self._is_proven(visitor.sock)
         if admission is not None:
             self._enter(admission)
 

@@ -23,7 +23,7 @@ class Limits:
     greeting: float = 10.0
     """In which a peer must have proven itself, TLS included."""
     unproven: int = 8
-    """Connections that have not; the next one is closed at once."""
+    """Connections that have not; for the next one the first of these is closed."""
     streams: int = 128
     """Open at a time."""
 

@@ -265,28 +265,25 @@ def test_nothing_is_said_to_who_says_nothing_and_he_goes_in_time(tmp_path: Path)
         scene.migrate()
 
 
-def test_of_many_who_do_not_prove_themselves_few_are_kept(tmp_path: Path) -> None:
-    with Scene(tmp_path, limits=Limits(unproven=2, greeting=60.0)) as scene:
-        crowd = [socket.create_connection(("127.0.0.1", scene.port), 60.0) for _ in range(3)]
+def test_of_many_who_do_not_prove_themselves_few_are_kept_and_they_keep_nobody_out(tmp_path: Path) -> None:
+    with Scene(tmp_path, limits=Limits(unproven=2, greeting=60.0)) as scene, contextlib.ExitStack() as stack:
+        crowd = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", scene.port), 60.0)) for _ in range(4)
+        ]
+        for each in crowd[:2]:
+            assert each.recv(1) == b""
+        for each in crowd[2:]:
+            each.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                each.recv(1)
+        scene.migrate()
+        crowd[2].settimeout(60.0)
         assert crowd[2].recv(1) == b""
-        crowd[0].close()
-        crowd[1].sendall(b"GET / HTTP/1.1\r\n" * 10)
+        crowd[3].settimeout(60.0)
+        crowd[3].sendall(b"GET / HTTP/1.1\r\n" * 10)
         with contextlib.suppress(ConnectionResetError):
-            assert crowd[1].recv(1) == b""
-        for each in crowd:
-            each.close()
-
-        def has_room() -> bool:
-            with socket.create_connection(("127.0.0.1", scene.port), 60.0) as one:
-                one.settimeout(0.2)
-                try:
-                    return one.recv(1) != b""
-                except TimeoutError:
-                    return True
-                except ConnectionResetError:
-                    return False
-
-        wait_until(has_room, "room for somebody else")
+            assert crowd[3].recv(1) == b""
+        assert scene.read_disk()
 
 
 def test_ram_that_is_not_taken_delays_no_disk_and_a_disk_that_is_not_taken_delays_no_ram(
