@@ -201,8 +201,10 @@ def _carry(
 
         def stop(*_: object) -> None:
             nonlocal stopped
-            stopped = True
-            source.stop()
+            # A signal that comes while another one is handled would wait for its locks for ever.
+            if not stopped:
+                stopped = True
+                source.stop()
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, stop)

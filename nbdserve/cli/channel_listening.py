@@ -7,9 +7,9 @@ import contextlib
 import logging
 import resource
 import signal
-import threading
 from collections.abc import Sequence
 from functools import partial
+from queue import SimpleQueue
 
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings
@@ -58,9 +58,11 @@ def main(arguments: Sequence[str]) -> int:
             stack.callback(listener.close)
         socket = listen_unix(check_socket_path(given.socket, "--socket"), whose)
         stack.callback(socket.close)
-        over = threading.Event()
+        # Not an Event: a signal may come while another one is handled, and would wait for its lock for ever.
+        over = SimpleQueue[None]()
+        end = partial(over.put, None)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: over.set())
+            signal.signal(number, lambda *_: end())
         monitor = None
         if given.qmp is not None:
             monitor_socket = listen_unix(unix_path(given.qmp, "--qmp"))
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
             if monitor is not None:
                 monitor.tell(event, reason)
             if event is Event.DONE:
-                over.set()
+                end()
 
         destination = Destination(listeners, settings, tell)
         stack.callback(destination.close)
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         entrance = Entrance(socket, partial(destination.adopt, StreamClass.STREAMING))
         stack.callback(entrance.close)
         if monitor is not None:
-            stack.enter_context(monitor.served(destination, over.set))
+            stack.enter_context(monitor.served(destination, end))
         destination.start()
         entrance.start()
         pid_file.publish()
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         if background is not None:
             _start_log(given, logs.system_log())
             background.ready()
-        over.wait()
+        over.get()
     return program.EXIT_DONE
 
 
