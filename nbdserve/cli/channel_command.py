@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import wait
 from pathlib import Path
+from queue import SimpleQueue
 
 from nbdserve.channel.dialling import Way
 from nbdserve.channel.places import client_context, parse_place, read_token, require_secrecy
@@ -198,16 +199,18 @@ def _carry(
         ram = None if lifeline is None else RamPipes(lifeline.reader, lifeline.writer, lifeline.over)
         source = Source(settings, server.welcome, ram)
         stopped = False
+        # Not in the handler: one that interrupts another would wait for its locks for ever.
+        signals = SimpleQueue[None]()
 
-        def stop(*_: object) -> None:
+        def stop() -> None:
             nonlocal stopped
-            # A signal that comes while another one is handled would wait for its locks for ever.
-            if not stopped:
-                stopped = True
-                source.stop()
+            signals.get()
+            stopped = True
+            source.stop()
 
+        Thread(stop, "signals").start()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, stop)
+            signal.signal(number, lambda *_: signals.put(None))
         pid_file.publish()
         carried = promised("channel", source.run)
         wait([carried])

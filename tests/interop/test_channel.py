@@ -478,3 +478,16 @@ def test_streams_that_end_leave_nothing_behind(tmp_path: Path) -> None:
                 client.shutdown()
             del client
         wait_until(lambda: scene.status.streams == 0 and descriptors() <= before, "nothing left behind")
+
+
+def test_signals_that_come_one_upon_the_other_end_the_source_in_good_order(tmp_path: Path) -> None:
+    with Scene(tmp_path, arrived=True) as scene:
+        for _ in range(6):
+            with resumed(scene) as source:
+                wait_until(lambda: scene.status.connected, "the source is there")
+                with contextlib.suppress(ProcessLookupError):
+                    for number in range(3000):
+                        os.kill(source.pid, (signal.SIGTERM, signal.SIGHUP)[number % 2])
+                # Minus a signal's number where that came when Python had given its handlers back.
+                assert source.wait(30.0) in (1, -signal.SIGTERM, -signal.SIGHUP)
+                wait_until(lambda: not scene.status.connected, "it has taken leave")
