@@ -12,7 +12,7 @@ PACKAGES := python3-venv python3-libnbd libnbd-bin qemu-system-x86 qemu-utils nb
 	fio busybox-static cpio iproute2 e2fsprogs kmod fuse3 openssl gnutls-bin curl strace systemd \
 	openssh-client openssh-server sudo git
 
-.PHONY: setup packages demo test test-all check unit lint types bench bench-quick bench-migrate fuzz soak chaos docs clean
+.PHONY: setup packages demo test test-all check unit lint types bench bench-quick bench-migrate bench-channel fuzz soak chaos docs clean
 
 setup: packages $(VENV)/.installed
 
@@ -84,6 +84,10 @@ DIRECTORIES := /dev/shm /var/tmp
 bench-migrate: ROUNDS = 3
 bench-migrate: setup
 	$(BIN)/python -m tests.bench.migrate --size $(SIZE) --rounds $(ROUNDS) $(addprefix --directory ,$(DIRECTORIES))
+
+# The single channel beside two connections of TCP.
+bench-channel: setup
+	$(BIN)/python -m tests.bench.channel
 
 # The fuzzer is installed only here. RUNS counts inputs to each of the four targets.
 RUNS := 1000000
