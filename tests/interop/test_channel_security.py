@@ -196,7 +196,6 @@ def test_a_greeting_that_was_recorded_does_not_open_the_door_again(tmp_path: Pat
                     if source is client:
                         said += piece
         assert sender.wait() == 1
-        before = len(scene.events)
         with socket.create_connection(("127.0.0.1", scene.port), 60.0) as again:
             again.settimeout(60.0)
             again.sendall(said)
@@ -204,7 +203,8 @@ def test_a_greeting_that_was_recorded_does_not_open_the_door_again(tmp_path: Pat
             assert answer[48:52] == b"\0\0\0\1"
             assert not any(answer[-32:])
             assert again.recv(1) == b""
-        assert Event.BEGUN not in scene.events[before:]
+        # The one that was recorded may have begun a session, at any moment since.
+        assert scene.events.count(Event.BEGUN) <= 1
 
 
 def passed_on(source: socket.socket, target: socket.socket, length: int) -> bytes:

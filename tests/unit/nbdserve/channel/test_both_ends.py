@@ -65,6 +65,8 @@ class Ends:
 
         self.stack.callback(end)
         assert connected.wait(_WAIT)
+        # The source has its answer a moment before the destination uses the connection.
+        wait_until(lambda: self.destination.status().connected, "the destination has the source")
         return source
 
     def migrate(self, source: Source) -> tuple[socket.socket, socket.socket]:
