@@ -35,6 +35,8 @@ from nbdserve.service.server import Server
 PROGRAM = "nbdserve channel"
 _LOG = logging.getLogger("nbdserve")
 _DAY = 86400.0
+_LOOK = 0.5
+"""Seconds within which a signal is noticed."""
 _END = 12.0
 """Seconds in which the server ends."""
 
@@ -213,7 +215,9 @@ def _carry(
             signal.signal(number, lambda *_: signals.put(None))
         pid_file.publish()
         carried = promised("channel", source.run)
-        wait([carried])
+        # A signal that comes just before a wait begins does not end it, and its handler runs behind it.
+        while not wait([carried], _LOOK).done:
+            pass
         carried.result()
     _LOG.info("channel: %s", "stopped" if stopped else "done")
     return program.EXIT_FAILED if stopped else program.EXIT_DONE

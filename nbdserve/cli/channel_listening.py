@@ -9,7 +9,7 @@ import resource
 import signal
 from collections.abc import Sequence
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings
@@ -27,6 +27,8 @@ from nbdserve.service.entrance import Entrance
 from nbdserve.service.pid_file import PidFile
 
 _LOG = logging.getLogger("nbdserve")
+_LOOK = 0.5
+"""Seconds within which a signal is noticed."""
 
 _DESCRIPTION = """\
 Be the destination's end of a migration over one connection.
@@ -90,8 +92,19 @@ def main(arguments: Sequence[str]) -> int:
         if background is not None:
             _start_log(given, logs.system_log())
             background.ready()
-        over.get()
+        _wait(over)
     return program.EXIT_DONE
+
+
+def _wait(over: SimpleQueue[None]) -> None:
+    """Wait for the end.
+
+    A signal that comes just before a wait begins does not end it, as its handler runs behind it.
+    """
+    while True:
+        with contextlib.suppress(Empty):
+            over.get(timeout=_LOOK)
+            return
 
 
 def _start_log(given: argparse.Namespace, handler: logging.Handler) -> None:
