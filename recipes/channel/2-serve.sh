@@ -1,7 +1,7 @@
 #!/bin/bash
 # Step 2 of 5, on host B: serve the overlay to B's QEMU, and be the end of the one connection that A makes.
 #
-#     OVERLAY=/var/lib/images/vm.raw LISTEN=192.0.2.2:10810 TOKEN_FILE=/root/token CERTIFICATES=/etc/pki/nbd \
+#     OVERLAY=/var/lib/images/vm.raw LISTEN=192.0.2.2:10810 TOKEN_FILE=/etc/nbd.token CERTIFICATES=/etc/pki/nbd \
 #         recipes/channel/2-serve.sh
 #
 # OVERLAY       the image of step 1 (absolute path); its sockets are beside it: .nbd, .qmp and .incoming

@@ -2,7 +2,7 @@
 # Step 4 of 5, on host A: migrate the running guest. QEMU itself starts what serves its disk; when this succeeds the
 # guest runs on B, and nothing more is to be done on A.
 #
-#     DISK=/var/lib/images/vm.raw SOURCE_QMP=/run/vm/a.qmp CONNECT=192.0.2.2:10810 TOKEN_FILE=/root/token \
+#     DISK=/var/lib/images/vm.raw SOURCE_QMP=/run/vm/a.qmp CONNECT=192.0.2.2:10810 TOKEN_FILE=/etc/nbd.token \
 #         CERTIFICATES=/etc/pki/nbd recipes/channel/4-migrate.sh
 #
 # DISK             the guest's disk on A, a raw image (absolute path), which this QEMU may read

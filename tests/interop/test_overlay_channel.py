@@ -161,7 +161,7 @@ def test_what_the_page_says_is_what_to_type_and_tls_lets_in_only_who_is_certifie
         "/var/lib/images": str(place.directory),
         "/run/": f"{place.directory}/",
         "/etc/pki/nbd": str(certified.server),
-        "/root/token": str(place.token),
+        "/etc/nbd.token": str(place.token),
         "192.0.2.2:10810": f"127.0.0.1:{place.port}",
         "20G": str(SIZE),
     }
