@@ -6,23 +6,26 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import wait
 from pathlib import Path
-from queue import SimpleQueue
 
-from nbdserve.channel.dialling import Way
-from nbdserve.channel.places import client_context, parse_place, read_token, require_secrecy
 from nbdserve.channel.relay import relay
 from nbdserve.channel.source import RamPipes, Source, SourceSettings
-from nbdserve.channel.terms import Limits
 from nbdserve.channel.worker import Lifeline, require_pipes, split
+from nbdserve.cli.channel_end import Ending
+from nbdserve.cli.channel_options import (
+    PROGRAM,
+    add_session,
+    add_source,
+    parser,
+    source_settings,
+    start_log,
+)
 from nbdserve.cli.config import parse_export
 from nbdserve.common import logs, program
 from nbdserve.common.errors import OperatorError, UsageError, reason_of
-from nbdserve.common.program import Parser, RawHelpFormatter, filled, seconds
+from nbdserve.common.program import Parser, seconds
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.threads import Thread, promised
 from nbdserve.connection.policy import Policy
@@ -32,11 +35,8 @@ from nbdserve.exports.served_exports import Exports
 from nbdserve.service.pid_file import PidFile
 from nbdserve.service.server import Server
 
-PROGRAM = "nbdserve channel"
 _LOG = logging.getLogger("nbdserve")
 _DAY = 86400.0
-_LOOK = 0.5
-"""Seconds within which a signal is noticed."""
 _END = 12.0
 """Seconds in which the server ends."""
 
@@ -86,45 +86,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog=PROGRAM,
-        description=_DESCRIPTION,
-        epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
-        formatter_class=RawHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--connect",
-        action="append",
-        default=[],
-        metavar="PLACE",
-        help="HOST:PORT, unix:PATH or ssh://[USER@]HOST[:PORT]/PATH, where nbd-overlay serve --channel "
-        "listens; may be repeated: other ways to it, which are tried in turn",
-    )
-    add(
-        "--export",
-        action="append",
-        default=[],
-        metavar="NAME=FILE[,format=F][,offset=N][,size=N]",
-        help="a disk, as for nbdserve, or the nbd:// URI of another server's export; may be repeated",
-    )
-    add("--block-hashes", action="store_true", help="tell hashes of blocks to nbd-overlay serve --seed")
-    add("--token-file", type=Path, metavar="FILE", help="the secret that both ends of this session share")
-    add(
-        "--tls-certificates",
-        type=Path,
-        metavar="DIR",
-        help="speak TLS, by ca-cert.pem, client-cert.pem and client-key.pem",
-    )
-    add("--tls-hostname", type=filled, metavar="NAME", help="whose certificate it must be (default: HOST's)")
-    add("--ssh", type=filled, default="ssh", metavar="COMMAND", help="that leads to ssh:// (default: ssh)")
-    add(
-        "--remote",
-        type=filled,
-        default="nbdserve",
-        metavar="COMMAND",
-        help="what nbdserve is called on the host of ssh:// (default: nbdserve)",
-    )
+    made = parser(_DESCRIPTION)
+    add = made.add_argument
+    add_source(add, "nbd-overlay serve --channel")
     add("--resume", action="store_true", help="go on with a session whose source end has ended; stays here")
     add(
         "--reconnect-timeout",
@@ -133,31 +97,16 @@ def _parser() -> Parser:
         metavar="S",
         help="for how long a destination that is lost is looked for (%(default)g)",
     )
-    add(
-        "--silence",
-        type=_silence,
-        default=Limits.silence,
-        metavar="S",
-        help="after which a destination that says nothing is lost (%(default)g)",
-    )
+    certificates = "ca-cert.pem, client-cert.pem and client-key.pem"
+    add_session(add, certificates=certificates, pid="the process id of what is left behind")
     add(
         "--log",
         type=Path,
         metavar="FILE",
         help="where to log (default: the system log)",
     )
-    add("--log-format", choices=("text", "json"), default="text", help="lines of text, or objects")
-    add("--pid-file", type=Path, metavar="FILE", help="holds the process id of what is left behind")
-    add("-v", "--verbose", action="store_true", help="log more")
     add("--relay", metavar="PATH", help="only pass standard input and output on to a socket, as ssh:// needs")
-    return parser
-
-
-def _silence(text: str) -> float:
-    value = seconds(text)
-    if not 1 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time of 1 to 3600 seconds")
-    return value
+    return made
 
 
 def _settings(given: argparse.Namespace) -> SourceSettings:
@@ -165,19 +114,7 @@ def _settings(given: argparse.Namespace) -> SourceSettings:
         raise UsageError("say where the destination is: --connect PLACE")
     if given.token_file is None:
         raise UsageError("name the file of the session's secret: --token-file FILE")
-    if given.tls_hostname is not None and given.tls_certificates is None:
-        raise UsageError("--tls-hostname has no effect without --tls-certificates")
-    places = [parse_place(text, "--connect") for text in given.connect]
-    tls = None if given.tls_certificates is None else client_context(given.tls_certificates)
-    for place in places:
-        require_secrecy(place, "--connect", encrypted=tls is not None)
-    return SourceSettings(
-        ways=[Way(place, tls, given.tls_hostname, given.ssh, given.remote) for place in places],
-        token=read_token(given.token_file),
-        resume=given.resume,
-        patience=given.reconnect_timeout,
-        limits=Limits(silence=given.silence),
-    )
+    return source_settings(given, resume=given.resume, patience=given.reconnect_timeout)
 
 
 def _carry(
@@ -200,24 +137,14 @@ def _carry(
         stack.callback(server.stop)
         ram = None if lifeline is None else RamPipes(lifeline.reader, lifeline.writer, lifeline.over)
         source = Source(settings, server.welcome, ram)
-        stopped = False
-        # Not in the handler: one that interrupts another would wait for its locks for ever.
-        signals = SimpleQueue[None]()
-
-        def stop() -> None:
-            nonlocal stopped
-            signals.get()
-            stopped = True
-            source.stop()
-
-        Thread(stop, "signals").start()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: signals.put(None))
+        ending = Ending()
         pid_file.publish()
         carried = promised("channel", source.run)
-        # A signal that comes just before a wait begins does not end it, and its handler runs behind it.
-        while not wait([carried], _LOOK).done:
-            pass
+        carried.add_done_callback(lambda _: ending.tell())
+        ending.wait()
+        stopped = not carried.done()
+        if stopped:
+            source.stop()
         carried.result()
     _LOG.info("channel: %s", "stopped" if stopped else "done")
     return program.EXIT_FAILED if stopped else program.EXIT_DONE
@@ -237,7 +164,7 @@ def _open_log(given: argparse.Namespace) -> int | None:
             handler = logging.StreamHandler() if given.resume else logs.system_log()
     except OSError as error:
         raise UsageError(f"--log {given.log}: {error.strerror}") from error
-    logs.start("nbdserve", handler, as_json=given.log_format == "json", verbose=given.verbose)
+    start_log(given, handler)
     if not isinstance(handler, logging.FileHandler) or handler.stream is None:
         return None
     return handler.stream.fileno()

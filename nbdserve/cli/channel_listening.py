@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import resource
-import signal
 from collections.abc import Sequence
 from functools import partial
-from queue import Empty, SimpleQueue
 
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings
 from nbdserve.channel.wire.streams import StreamClass
-from nbdserve.cli.channel_options import PROGRAM, add_session, session_limits, unix_path
+from nbdserve.cli.channel_end import Ending
+from nbdserve.cli.channel_options import add_session, parser, session_limits, start_log, unix_path
 from nbdserve.common import logs, program
 from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import ownership
-from nbdserve.common.program import Parser, RawHelpFormatter
+from nbdserve.common.program import Parser
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.connection.listeners import listen_unix
 from nbdserve.monitor.channel import ChannelMonitor
@@ -27,8 +25,6 @@ from nbdserve.service.entrance import Entrance
 from nbdserve.service.pid_file import PidFile
 
 _LOG = logging.getLogger("nbdserve")
-_LOOK = 0.5
-"""Seconds within which a signal is noticed."""
 
 _DESCRIPTION = """\
 Be the destination's end of a migration over one connection.
@@ -49,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     incoming = None if given.incoming is None else unix_path(given.incoming, "--incoming")
     settings = Settings(token, incoming, tls, lasting=True, limits=session_limits(given))
     whose = ownership(given.socket_mode, given.socket_owner, "--socket-")
-    _start_log(given, logging.StreamHandler())
+    start_log(given, logging.StreamHandler())
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with contextlib.ExitStack() as stack:
@@ -60,11 +56,7 @@ def main(arguments: Sequence[str]) -> int:
             stack.callback(listener.close)
         socket = listen_unix(check_socket_path(given.socket, "--socket"), whose)
         stack.callback(socket.close)
-        # Not an Event: a signal may come while another one is handled, and would wait for its lock for ever.
-        over = SimpleQueue[None]()
-        end = partial(over.put, None)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: end())
+        ending = Ending()
         monitor = None
         if given.qmp is not None:
             monitor_socket = listen_unix(unix_path(given.qmp, "--qmp"))
@@ -75,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
             if monitor is not None:
                 monitor.tell(event, reason)
             if event is Event.DONE:
-                end()
+                ending.tell()
 
         destination = Destination(listeners, settings, tell)
         stack.callback(destination.close)
@@ -83,42 +75,22 @@ def main(arguments: Sequence[str]) -> int:
         entrance = Entrance(socket, partial(destination.adopt, StreamClass.STREAMING))
         stack.callback(entrance.close)
         if monitor is not None:
-            stack.enter_context(monitor.served(destination, end))
+            stack.enter_context(monitor.served(destination, ending.tell))
         destination.start()
         entrance.start()
         pid_file.publish()
         for listener in listeners:
             _LOG.info("channel: listening on %s; the source's disks are at %s", listener, socket)
         if background is not None:
-            _start_log(given, logs.system_log())
+            start_log(given, logs.system_log())
             background.ready()
-        _wait(over)
+        ending.wait()
     return program.EXIT_DONE
 
 
-def _wait(over: SimpleQueue[None]) -> None:
-    """Wait for the end.
-
-    A signal that comes just before a wait begins does not end it, as its handler runs behind it.
-    """
-    while True:
-        with contextlib.suppress(Empty):
-            over.get(timeout=_LOOK)
-            return
-
-
-def _start_log(given: argparse.Namespace, handler: logging.Handler) -> None:
-    logs.start("nbdserve", handler, as_json=given.log_format == "json", verbose=given.verbose)
-
-
 def _parser() -> Parser:
-    parser = Parser(
-        prog=PROGRAM,
-        description=_DESCRIPTION,
-        epilog="Exit codes: 0 done, 1 failed, 2 bad usage.",
-        formatter_class=RawHelpFormatter,
-    )
-    add = parser.add_argument
+    made = parser(_DESCRIPTION)
+    add = made.add_argument
     add("--listen", metavar="PLACE", required=True, help="where the source connects: HOST:PORT or unix:PATH")
     add("--socket", metavar="PATH", help="a Unix socket at which the source's disks are")
     add("--socket-owner", metavar="USER[:GROUP]", help="whose that is")
@@ -127,4 +99,4 @@ def _parser() -> Parser:
     add_session(add, certificates="ca-cert.pem, server-cert.pem and server-key.pem")
     add("--qmp", metavar="unix:PATH", help="live control: query-channel, channel-done, quit")
     add("--fork", action="store_true", help="return when ready, and go on in the background")
-    return parser
+    return made

@@ -32,8 +32,9 @@ def main() -> int:
     """Run the console script."""
     if sys.argv[1:2] == ["channel"]:
         from nbdserve.cli import channel_command
+        from nbdserve.cli.channel_options import PROGRAM
 
-        return program.run(channel_command.PROGRAM, lambda: channel_command.main(sys.argv[2:]))
+        return program.run(PROGRAM, lambda: channel_command.main(sys.argv[2:]))
     return program.run("nbdserve", lambda: serve(options.parse(sys.argv[1:])))
 
 
