@@ -110,8 +110,14 @@ class Sender:
     @property
     def worker(self) -> int:
         """The process id of what is left behind."""
-        wait_until(lambda: self._pid_file.exists() and self._pid_file.read_text(), "the worker's pid file")
-        return int(self._pid_file.read_text())
+        wait_until(lambda: self._pid_text() != "", "the worker's pid file")
+        return int(self._pid_text())
+
+    def _pid_text(self) -> str:
+        """What is in the pid file, which the worker removes at its end; nothing where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._pid_file.read_text().strip()
+        return ""
 
     def write(self, data: bytes) -> None:
         """Send as QEMU does, as fast as that is taken."""
@@ -153,7 +159,7 @@ class Sender:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(_WAIT)
-        if self._pid_file.exists() and (text := self._pid_file.read_text().strip()) and is_alive(int(text)):
+        if (text := self._pid_text()) and is_alive(int(text)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(text), 9)
             wait_until(lambda: not is_alive(int(text)), "the worker's end")
