@@ -17,6 +17,7 @@ from typing import Protocol
 from nbdserve.channel.wire.greeting import Acceptor, Connector
 from nbdserve.client.dial import tune
 from nbdserve.common.errors import ConnectionLostError, ProtocolError
+from nbdserve.connection.tls import read_records
 
 _UNSENT = 128 << 10
 """Bytes that may wait in the kernel until they are sent: what is sent later cannot overtake them."""
@@ -143,7 +144,7 @@ class TlsTransport:
         """Receive what has arrived: how many bytes, 0 at the end, None if nothing has."""
         while True:
             try:
-                return self._read_records(buffer)
+                return read_records(self._object, self._received, buffer)
             except ssl.SSLWantReadError:
                 came = self._receive_records()
                 if not came:
@@ -191,19 +192,6 @@ class TlsTransport:
     def _send_all(self, deadline: float) -> None:
         while not self.flush():
             wait(self, select.POLLOUT, deadline)
-
-    def _read_records(self, buffer: memoryview) -> int:
-        """Decrypt every record that is here and fits; each call to OpenSSL yields one of 16 KiB at most."""
-        count = self._object.read(len(buffer), buffer)
-        assert isinstance(count, int)
-        while count < len(buffer) and (self._received.pending or self._object.pending()):
-            try:
-                more = self._object.read(len(buffer) - count, buffer[count:])
-            except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-                break
-            assert isinstance(more, int)
-            count += more
-        return count
 
     def _receive_records(self) -> int | None:
         count = self._below.receive_into(self._records)

@@ -30,6 +30,23 @@ def _reason(error: ssl.SSLError) -> str:
     return _REASONS.get(error.reason or "", error.reason or str(error))
 
 
+def read_records(tls: ssl.SSLObject, received: ssl.MemoryBIO, buffer: memoryview) -> int:
+    """Decrypt every record that was received and fits; each call to OpenSSL yields one of 16 KiB at most.
+
+    Raises ssl.SSLError as SSLObject.read() does where there is not even one.
+    """
+    count = tls.read(len(buffer), buffer)
+    assert isinstance(count, int)
+    while count < len(buffer) and (received.pending or tls.pending()):
+        try:
+            more = tls.read(len(buffer) - count, buffer[count:])
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            break
+        assert isinstance(more, int)
+        count += more
+    return count
+
+
 class Carrier(Protocol):
     """What carries the ciphertext: a socket, or one with a deadline."""
 
@@ -81,7 +98,7 @@ class TlsStream:
         while True:
             try:
                 with self._lock:
-                    return self._read_records(buffer)
+                    return read_records(self._object, self._received, buffer)
             except ssl.SSLWantReadError:
                 # TLS 1.3 may have something to answer, such as a key update.
                 self._send_pending()
@@ -108,19 +125,6 @@ class TlsStream:
             # OpenSSL also wants the client's own goodbye, which nobody waits for here.
             self._object.unwrap()
         self._send_pending()
-
-    def _read_records(self, buffer: memoryview) -> int:
-        """Decrypt every record that is here and fits; each call to OpenSSL yields one of 16 KiB at most."""
-        count = self._object.read(len(buffer), buffer)
-        assert isinstance(count, int)
-        while count < len(buffer) and (self._received.pending or self._object.pending()):
-            try:
-                more = self._object.read(len(buffer) - count, buffer[count:])
-            except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-                break
-            assert isinstance(more, int)
-            count += more
-        return count
 
     def _receive_more(self) -> bool:
         ciphertext = self._sock.recv(_GULP)
