@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 from collections.abc import Sequence
 from functools import partial
 
@@ -46,8 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = Settings(token, incoming, tls, lasting=True, limits=session_limits(given))
     whose = ownership(given.socket_mode, given.socket_owner, "--socket-")
     start_log(given, logging.StreamHandler())
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    program.allow_many_descriptors()
     with contextlib.ExitStack() as stack:
         background = stack.enter_context(daemonize.background([])) if given.fork else None
         pid_file = stack.enter_context(PidFile(given.pid_file))

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import math
-import resource
 from collections.abc import Sequence
 
 from nbdserve.channel.source import Source, SourceSettings
@@ -59,8 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     images = ImageOptions(block_hashes=given.block_hashes)
     whose = ownership(given.socket_mode, given.socket_owner, "--socket-")
     start_log(given, logging.StreamHandler())
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    program.allow_many_descriptors()
     with contextlib.ExitStack() as stack:
         background = stack.enter_context(daemonize.background([])) if given.fork else None
         pid_file = stack.enter_context(PidFile(given.pid_file))

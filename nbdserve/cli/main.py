@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 import sys
 from collections.abc import Callable
 
@@ -41,7 +40,7 @@ def main() -> int:
 def serve(given: Options) -> int:
     """Serve what the options ask for; returns the exit code when the server has ended in good order."""
     _start_log(given.service, logging.StreamHandler())
-    _allow_many_descriptors()
+    program.allow_many_descriptors()
     with contextlib.ExitStack() as stack:
         inherited = activation.inherit(os.environ)
         manager = ServiceManager(os.environ)
@@ -67,12 +66,6 @@ def serve(given: Options) -> int:
 def _some(names: list[str]) -> str:
     """The names, or how many there are."""
     return ", ".join(map(repr, names)) if len(names) <= _FEW else f"{len(names)} exports"
-
-
-def _allow_many_descriptors() -> None:
-    """Each client is one, and the soft limit is still what select(2) needs, which nobody here calls."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _check(given: Options, inherited: activation.Inheritance) -> None:

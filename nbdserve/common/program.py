@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -186,3 +187,12 @@ def seconds(text: str) -> float:
     if not 0 < value <= 86400:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time, more than 0 and up to 86400 seconds")
     return value
+
+
+def allow_many_descriptors() -> None:
+    """Let this process have as many descriptors as it may.
+
+    Each client is one, and the soft limit is still what select(2) needs, which nobody here calls.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
