@@ -16,7 +16,7 @@ from nbdserve.channel.wire.frames import Bye, Close, CloseReason, Done, Ram, Ram
 from nbdserve.channel.wire.greeting import Offer
 from nbdserve.channel.wire.return_path import ReturnPath, Verdict
 from nbdserve.channel.wire.session import Role, Session
-from nbdserve.channel.wire.streams import Stream, StreamClass
+from nbdserve.channel.wire.streams import Stream
 from nbdserve.common.errors import ConnectionLostError, OperatorError, reason_of
 from nbdserve.common.threads import Thread
 
@@ -80,12 +80,12 @@ class Connection:
         """Hang up instead of starting."""
         self.mux.close()
 
-    def open(self, kind: StreamClass, client: socket.socket) -> None:
+    def open(self, client: socket.socket) -> None:
         """Open a stream whose local end is this socket, which it takes.
 
         Raises OSError, ConnectionLostError where the connection has ended.
         """
-        self.mux.ask(partial(self._open, kind, client)).result(_ASK)
+        self.mux.ask(partial(self._open, client)).result(_ASK)
 
     def say_done(self) -> None:
         """Tell the source that nothing is needed any more."""
@@ -118,8 +118,8 @@ class Connection:
         finally:
             self._owner.ended(self, why)
 
-    def _open(self, kind: StreamClass, client: socket.socket) -> None:
-        stream = self._session.open(kind)
+    def _open(self, client: socket.socket) -> None:
+        stream = self._session.open()
         try:
             self.mux.attach(from_socket(stream, client))
         except OSError as error:

@@ -16,7 +16,6 @@ from nbdserve.channel.admission import Admission, Door
 from nbdserve.channel.terms import IN_BULK, Limits
 from nbdserve.channel.wire.frames import CloseReason
 from nbdserve.channel.wire.greeting import Answer, Claim, Mode, Refusal
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.common.errors import ConnectionLostError, reason_of
 from nbdserve.connection.listeners import Listener
 
@@ -122,7 +121,7 @@ class Destination:
         """Accept from now on. OSError when there are no threads."""
         self._door.start()
 
-    def open(self, kind: StreamClass) -> socket.socket:
+    def open(self) -> socket.socket:
         """Open a stream to an NBD server at the source; a connected socket that does not block.
 
         Who uses it need not know of the channel: it is at its end when the server closes, or the channel is
@@ -131,13 +130,13 @@ class Destination:
         ours, theirs = socket.socketpair()
         try:
             theirs.setblocking(False)
-            self.adopt(kind, ours)
+            self.adopt(ours)
         except BaseException:
             theirs.close()
             raise
         return theirs
 
-    def adopt(self, kind: StreamClass, client: socket.socket) -> None:
+    def adopt(self, client: socket.socket) -> None:
         """Open a stream of which ``client``, a connected Unix stream socket, is the end; as for ``open``.
 
         It is the channel's from now on, also when this raises.
@@ -146,7 +145,7 @@ class Destination:
         try:
             if connection is None:
                 raise OSError(errno.ENOTCONN, f"the channel is not connected: {self._trouble}")
-            connection.open(kind, client)
+            connection.open(client)
         except ConnectionLostError as error:
             raise OSError(errno.ENOTCONN, f"the channel is lost: {error}") from error
         finally:

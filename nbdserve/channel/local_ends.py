@@ -5,6 +5,7 @@ Nothing here waits. What cannot be delivered yet is kept; the stream's window bo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -60,29 +61,40 @@ class LocalEnd:
         if self._sock is not None:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
 
-    def read_into(self, buffer: memoryview) -> int | None:
+    def read_into(self, buffers: list[memoryview]) -> int | None:
         """Read what is to be sent: how many bytes, 0 at the end, None if there is nothing. Raises OSError."""
         try:
-            count = os.readv(self.reader, (buffer,))
+            count = os.readv(self.reader, buffers)
         except BlockingIOError:
             return None
         if self._on_read is not None:
-            self._on_read(buffer[:count])
+            self._show(buffers, count)
         return count
 
-    def deliver(self, piece: memoryview) -> int:
+    def _show(self, buffers: list[memoryview], count: int) -> None:
+        """Show what was read into buffers, or its end."""
+        assert self._on_read is not None
+        if not count:
+            self._on_read(buffers[0][:0])
+        for buffer in buffers:
+            if count > 0:
+                self._on_read(buffer[:count])
+            count -= len(buffer)
+
+    def deliver(self, pieces: list[memoryview]) -> int:
         """Deliver what has come, now or when that is possible; how many bytes were now. Raises OSError."""
-        count = 0
         if self._on_delivery is not None:
-            self._on_delivery(piece)
+            for piece in pieces:
+                self._on_delivery(piece)
+        count = 0
         if not self._waiting:
-            try:
-                count = os.write(self.writer, piece)
-            except BlockingIOError:
-                pass
-            if count == len(piece):
-                return count
-        self._keep(piece[count:])
+            with contextlib.suppress(BlockingIOError):
+                count = os.writev(self.writer, pieces)
+        left = count
+        for piece in pieces:
+            if left < len(piece):
+                self._keep(piece[max(left, 0) :])
+            left -= len(piece)
         return count
 
     def flush(self) -> int:

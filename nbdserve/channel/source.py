@@ -19,7 +19,7 @@ from nbdserve.channel.wire.frames import Bye, Close, CloseReason, Done, Ram, Ram
 from nbdserve.channel.wire.greeting import Claim, Mode, Offer, Refusal, RefusedError
 from nbdserve.channel.wire.return_path import ReturnPath, Verdict
 from nbdserve.channel.wire.session import Role, Session
-from nbdserve.channel.wire.streams import Stream, StreamClass
+from nbdserve.channel.wire.streams import Stream
 from nbdserve.client.reconnect import Pauses
 from nbdserve.common.errors import ConnectError, ConnectionLostError, OperatorError, ProtocolError, reason_of
 from nbdserve.connection.listeners import Visitor
@@ -248,7 +248,7 @@ class SourceConnection:
         self._mux.ask(lambda: self._send(client)).result(_ASK)
 
     def _send(self, client: socket.socket) -> None:
-        stream = self._session.open(StreamClass.RAM)
+        stream = self._session.open()
         try:
             self._mux.attach(from_socket(stream, client))
         except OSError as error:
@@ -259,7 +259,7 @@ class SourceConnection:
         """Work until one end takes leave; raises what Multiplexer.run does."""
         if self._ram is not None:
             self.ram_was_lost = True
-            stream = self._session.open(StreamClass.RAM)
+            stream = self._session.open()
             self._mux.attach(
                 LocalEnd(
                     stream,
@@ -299,7 +299,7 @@ class SourceConnection:
 
     def over(self, stream: Stream, why: str | None) -> None:
         """A stream is at its end."""
-        if stream.kind is not StreamClass.RAM or self._ram is None:
+        if not stream.carries_ram or self._ram is None:
             return
         if self.ram_was_lost:
             self._fail(why or "the destination has ended it")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbdserve.channel.wire.greeting import Offer
-from nbdserve.channel.wire.streams import StreamClass
 
 _MIB = 1 << 20
-IN_BULK = {StreamClass.DEMAND: 8 * _MIB, StreamClass.RAM: 16 * _MIB, StreamClass.STREAMING: 16 * _MIB}
-"""Windows, in bytes, of the destination, to which RAM and disks go; 16 MiB last a gigabit a second 0.13 s."""
-REQUESTS = dict.fromkeys(StreamClass, _MIB)
-"""Windows of the source, to which requests and the return path go."""
+IN_BULK = 16 * _MIB
+"""The destination's window, in bytes, as RAM and disks go there; it lasts a gigabit a second 0.13 s."""
+REQUESTS = _MIB
+"""The source's, in bytes, to which requests and the return path go."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,6 @@ class Limits:
     streams: int = 128
     """Open at a time."""
 
-    def offer(self, windows: dict[StreamClass, int]) -> Offer:
-        """Return what is said in the greeting."""
-        return Offer(windows, self.streams, round(self.silence * 1000))
+    def offer(self, window: int) -> Offer:
+        """Return what is said in the greeting, with a window of so many bytes."""
+        return Offer(window, self.streams, round(self.silence * 1000))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from functools import partial
 
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.cli.channel_end import Ending
 from nbdserve.cli.channel_options import add_session, parser, session_limits, start_log, unix_path
 from nbdserve.common import logs, program
@@ -69,8 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 
         destination = Destination(listeners, settings, tell)
         stack.callback(destination.close)
-        # All alike, as nobody says what his requests are for: each has its turn, beside the RAM.
-        entrance = Entrance(socket, partial(destination.adopt, StreamClass.STREAMING))
+        entrance = Entrance(socket, destination.adopt)
         stack.callback(entrance.close)
         if monitor is not None:
             stack.enter_context(monitor.served(destination, ending.tell))

@@ -16,7 +16,6 @@ from functools import partial
 
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings, Status
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.client import Through
 from nbdserve.common.threads import LOOK, promised
 from nbdserve.connection.listeners import listen_unix
@@ -63,9 +62,7 @@ class Channel:
             self._destination = Destination(self.listeners, settings, self._told)
             if options.socket is not None:
                 entrance = listen_unix(options.socket, options.socket_owner)
-                # Whether a stream is for a guest that waits is not known of others.
-                adopt = partial(self._destination.adopt, StreamClass.STREAMING)
-                self._entrance = Entrance(entrance, adopt)
+                self._entrance = Entrance(entrance, self._destination.adopt)
             undo.pop_all()
 
     def start(self) -> None:
@@ -78,7 +75,7 @@ class Channel:
 
     def through(self, address: MigrateUri) -> Through:
         """Return the export of the source that has this name."""
-        return Through(str(address), address.export, partial(self._destination.open, StreamClass.STREAMING))
+        return Through(str(address), address.export, self._destination.open)
 
     @property
     def is_awaited(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import mmap
+import signal
 import socket
 import statistics
 import struct
@@ -18,14 +19,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.client.libnbd import nbd
 from tests.support.channels import SIZE, Scene
-from tests.support.processes import listens, wait_until
+from tests.support.processes import dying_with_parent, listens, wait_until
 from tests.support.servers import free_tcp_address, nbdserve
 
 _PIECE = 256 << 10
@@ -91,7 +92,9 @@ class Sink:
     def __init__(self, directory: Path, kind: str, place: str) -> None:
         path = directory / "count"
         path.write_bytes(bytes(8))
-        self._process = subprocess.Popen([sys.executable, "-c", _SINK, kind, place, str(path)])
+        self._process = subprocess.Popen(
+            [*dying_with_parent(signal.SIGKILL), sys.executable, "-c", _SINK, kind, place, str(path)]
+        )
         with path.open("rb") as file:
             self._counter = mmap.mmap(file.fileno(), 8, access=mmap.ACCESS_READ)
 
@@ -122,23 +125,29 @@ class Reader:
         self._thread.join(10)
 
     def _run(self) -> None:
-        at, flying = 0, list[tuple[int, nbd.Buffer]]()
+        at = 0
+        # Used again and again: the binding of Debian 12 never frees one.
+        free, flying = deque(nbd.Buffer(_PIECE) for _ in range(_DEPTH)), deque[tuple[int, nbd.Buffer]]()
         with contextlib.suppress(nbd.Error):
             while not self._stopped:
-                while len(flying) < _DEPTH:
-                    buffer = nbd.Buffer(_PIECE)
+                while free:
+                    buffer = free.popleft()
                     flying.append((self._handle.aio_pread(buffer, at), buffer))
                     at = (at + _PIECE) % SIZE
                 while not self._handle.aio_command_completed(flying[0][0]):
                     self._handle.poll(-1)
-                flying.pop(0)
+                free.append(flying.popleft()[1])
                 self.moved += _PIECE
 
 
 @contextlib.contextmanager
 def feeding(descriptor: int, case: Case) -> Iterator[None]:
     """A process in QEMU's place sends RAM, if the case says so."""
-    process = subprocess.Popen([sys.executable, "-c", _FEED], stdout=descriptor) if case.ram else None
+    process = (
+        subprocess.Popen([*dying_with_parent(signal.SIGKILL), sys.executable, "-c", _FEED], stdout=descriptor)
+        if case.ram
+        else None
+    )
     try:
         yield
     finally:
@@ -172,7 +181,7 @@ def plain(directory: Path, case: Case, seconds: float) -> Result:
         server = stack.enter_context(nbdserve("-r", "-f", "raw", image, directory=directory, at=at))
         out = stack.enter_context(connected(port))
 
-        def connect(kind: StreamClass) -> nbd.NBD:
+        def connect() -> nbd.NBD:
             handle = nbd.NBD()
             handle.connect_uri(server.uri())
             return handle
@@ -190,15 +199,15 @@ def connected(port: int) -> socket.socket:
             time.sleep(0.01)
 
 
-def measured(sink: Sink, case: Case, connect: Callable[[StreamClass], nbd.NBD], seconds: float) -> Result:
+def measured(sink: Sink, case: Case, connect: Callable[[], nbd.NBD], seconds: float) -> Result:
     """Rates without demand, then latencies of single reads under the same load."""
-    reader = Reader(lambda: connect(StreamClass.STREAMING)) if case.disk else None
+    reader = Reader(connect) if case.disk else None
     time.sleep(_SETTLE)
     before, began = (sink.moved, reader.moved if reader else 0), time.monotonic()
     time.sleep(seconds)
     passed = time.monotonic() - began
     ram, disk = sink.moved - before[0], (reader.moved if reader else 0) - before[1]
-    handle, found = connect(StreamClass.DEMAND), list[float]()
+    handle, found = connect(), list[float]()
     while time.monotonic() < began + passed + seconds:
         start = time.perf_counter()
         handle.pread(_BLOCK, len(found) * 7 * _BLOCK % SIZE)

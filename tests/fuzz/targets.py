@@ -29,7 +29,7 @@ from nbdserve.channel.wire.frames import (
 )
 from nbdserve.channel.wire.return_path import ReturnPath
 from nbdserve.channel.wire.session import Role, Session
-from nbdserve.channel.wire.streams import Stream, StreamClass
+from nbdserve.channel.wire.streams import Stream
 from nbdserve.common.errors import ConnectionLostError, ProtocolError
 from nbdserve.exports.served_exports import Export, Exports
 from nbdserve.protocol.constants import Command, TransmissionFlags
@@ -65,7 +65,7 @@ def haggle(data: bytes) -> None:
 
 
 WINDOW = 64 << 10
-CHANNEL_OFFER = greeting.Offer(dict.fromkeys(StreamClass, WINDOW), 4, 15_000)
+CHANNEL_OFFER = greeting.Offer(WINDOW, 4, 15_000)
 MOST_FILLED = 200 << 10
 TOKEN = b"0123456789abcdef" * 2
 HELLO = greeting.Connector(TOKEN, greeting.Claim(greeting.Mode.NEW, 0, CHANNEL_OFFER), bytes(32)).first
@@ -80,7 +80,7 @@ def channel(data: bytes) -> None:
     choice = data[0] if data else 0
     role = Role.CONNECTOR if choice & 1 else Role.ACCEPTOR
     session = Session(role, CHANNEL_OFFER, CHANNEL_OFFER)
-    streams = [session.open(StreamClass.RAM if role is Role.CONNECTOR else StreamClass.DEMAND)]
+    streams = [session.open()]
     session.begin(streams[0])
     held = dict[int, int]()
     buffer = memoryview(bytearray(MOST_FILLED))
@@ -99,10 +99,10 @@ def channel(data: bytes) -> None:
 def channel_seed(choice: int) -> bytes:
     """Every kind of frame that the end takes which a choice means, in an order that the specification has."""
     if choice & 1:
-        number, kind, own = 2, StreamClass.DEMAND, 1
+        number, own = 2, 1
     else:
-        number, kind, own = 1, StreamClass.RAM, 2
-    frames: list[Control] = [Open(number, kind), Ping(7), Pong(1), Credit(own, 1)]
+        number, own = 1, 2
+    frames: list[Control] = [Open(number), Ping(7), Pong(1), Credit(own, 1)]
     frames += [Ram(RamStatus.LOADED), Done()] if choice & 1 else [Bye()]
     frames += [End(number)]
     frames += [Reset(own, ResetReason.BROKEN, "why"), Close(CloseReason.STOPPED, "enough")]
@@ -122,7 +122,7 @@ def _take(
             assert held[number] <= WINDOW
             if delivers:
                 session.took(stream, held.pop(number))
-        case Open(number, _):
+        case Open(number):
             assert stream is not None
             assert number == stream.number
             session.begin(stream)
@@ -138,9 +138,9 @@ def _take(
             assert stream is None
 
 
-def _read(stream: Stream, buffer: memoryview) -> int | None:
+def _read(stream: Stream, buffers: list[memoryview]) -> int | None:
     """Something to send, on some streams."""
-    return None if stream.number % 3 else min(len(buffer), 1000)
+    return None if stream.number % 3 else min(sum(map(len, buffers)), 70_000)
 
 
 def greet(data: bytes) -> None:

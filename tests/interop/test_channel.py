@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from nbdserve.channel.destination import Event, Limits
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.client.libnbd import nbd
 from tests.support.channels import LOADED, SIZE, Scene, Sender, resumed
 from tests.support.processes import is_alive, wait_until
@@ -39,7 +38,7 @@ def test_ram_and_disks_go_over_one_connection_and_the_source_ends_when_it_is_tol
         assert sender.end() == 0
         qemu.close()
         assert is_alive(sender.worker)
-        assert scene.read_disk(StreamClass.STREAMING)
+        assert scene.read_disk()
         worker = sender.worker
         scene.destination.done(60.0)
         wait_until(lambda: not is_alive(worker), "the worker's end")
@@ -145,7 +144,7 @@ def test_while_the_source_is_away_no_stream_is_opened_and_nothing_hangs(tmp_path
         scene.road.cut()
         scene.wait_for(Event.LOST)
         with pytest.raises(OSError, match="not connected"):
-            scene.destination.open(StreamClass.DEMAND)
+            scene.destination.open()
         with pytest.raises(TimeoutError):
             scene.destination.done(0.1)
         scene.road.is_closed = False
@@ -298,10 +297,10 @@ def test_ram_that_is_not_taken_delays_no_disk_and_a_disk_that_is_not_taken_delay
         writing.start()
         wait_until(lambda: scene.status.held > 14 << 20, "a window full of RAM")
         assert scene.read_disk()
-        assert scene.read_disk(StreamClass.STREAMING)
+        assert scene.read_disk()
         assert scene.status.held <= scene.status.bound
         # Somebody who asks for a lot and takes nothing.
-        greedy = scene.destination.open(StreamClass.STREAMING)
+        greedy = scene.destination.open()
         greedy.setblocking(True)
         ask_for_everything(greedy)
         wait_until(lambda: scene.status.held > 28 << 20, "a window full of the disk")
@@ -418,7 +417,7 @@ def test_descriptors_that_run_out_refuse_streams_and_nothing_else(tmp_path: Path
 
         _, most = resource.prlimit(sender.worker, resource.RLIMIT_NOFILE)
         resource.prlimit(sender.worker, resource.RLIMIT_NOFILE, (3, most))
-        lost = scene.destination.open(StreamClass.DEMAND)
+        lost = scene.destination.open()
         lost.setblocking(True)
         lost.settimeout(60.0)
         assert lost.recv(1) == b""

@@ -16,7 +16,6 @@ from typing import Self
 
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Limits, Settings, Status
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.client.libnbd import nbd
 from nbdserve.connection.listeners import Listener
 from tests.support.processes import PATIENCE, Argument, dying_with_parent, is_alive, wait_until
@@ -261,16 +260,16 @@ class Scene:
         qemu.close()
         return sender
 
-    def client(self, kind: StreamClass = StreamClass.DEMAND, export: str = "disk") -> nbd.NBD:
+    def client(self, export: str = "disk") -> nbd.NBD:
         """A client of the disk, through the channel."""
         handle = nbd.NBD()
         handle.set_export_name(export)
-        handle.connect_socket(self.destination.open(kind).detach())
+        handle.connect_socket(self.destination.open().detach())
         return handle
 
-    def read_disk(self, kind: StreamClass = StreamClass.DEMAND) -> bool:
+    def read_disk(self) -> bool:
         """Whether the whole disk is read as it is."""
-        handle = self.client(kind)
+        handle = self.client()
         read = b"".join(bytes(handle.pread(1 << 20, at)) for at in range(0, SIZE, 1 << 20))
         handle.shutdown()
         return read == self.content

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from nbdserve.channel.destination import Event
-from nbdserve.channel.wire.streams import StreamClass
 from tests.support.channels import NBDSERVE, Scene
 from tests.support.processes import Argument, Process, check, is_alive, listens, wait_until
 from tests.support.vms import DEVICE, DISK_SIZE, QEMU, monitor
@@ -38,7 +37,7 @@ def backing(scene: Scene, path: Path) -> Iterator[None]:
                 while True:
                     client, _ = listener.accept()
                     with contextlib.suppress(OSError):
-                        scene.destination.adopt(StreamClass.DEMAND, client)
+                        scene.destination.adopt(client)
 
         threading.Thread(target=serve, daemon=True).start()
         yield

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
 
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.common.errors import ProtocolError
 
 HEADER = struct.Struct(">III")
@@ -73,7 +72,7 @@ class CloseReason(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A piece of a stream; the memory is valid until the next piece is asked for."""
+    """A piece of a stream, in the memory that was fed."""
 
     stream: int
     piece: memoryview
@@ -92,7 +91,6 @@ class Open:
     """A new stream."""
 
     stream: int
-    kind: StreamClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +154,7 @@ Frame = Data | Control
 _LENGTHS = {
     Type.DATA: (1, MOST_DATA),
     Type.CREDIT: (4, 4),
-    Type.OPEN: (4, 4),
+    Type.OPEN: (0, 0),
     Type.END: (0, 0),
     Type.RESET: (4, 4 + MOST_TEXT),
     Type.PING: (8, 8),
@@ -175,8 +173,8 @@ def encode(frame: Control) -> bytes:
     match frame:
         case Credit(stream, count):
             return _encoded(Type.CREDIT, stream, _NUMBER.pack(count))
-        case Open(stream, kind):
-            return _encoded(Type.OPEN, stream, _NUMBER.pack(kind))
+        case Open(stream):
+            return _encoded(Type.OPEN, stream)
         case End(stream):
             return _encoded(Type.END, stream)
         case Reset(stream, reason, text):
@@ -272,7 +270,7 @@ def _decoded(kind: Type, stream: int, payload: bytes) -> Control:
         case Type.CREDIT:
             return Credit(stream, _number(kind, payload))
         case Type.OPEN:
-            return Open(stream, _member(StreamClass, kind, payload))
+            return Open(stream)
         case Type.END:
             return End(stream)
         case Type.RESET:

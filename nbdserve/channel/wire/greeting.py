@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.common.errors import OperatorError, ProtocolError
 
 MAGIC = b"nbd-chan"
@@ -31,9 +30,9 @@ LEAST_TOKEN = 32
 """Bytes of a token, at least."""
 _HELLO = struct.Struct(f">8sII{NONCE}s")
 _PROOF = 32
-_CLAIM = struct.Struct(">IQIIIII")
+_CLAIM = struct.Struct(">IQIII")
 _TEXT = 96
-_ANSWER = struct.Struct(f">IQIIIII{_TEXT}s")
+_ANSWER = struct.Struct(f">IQIII{_TEXT}s")
 _NO_PROOF = bytes(_PROOF)
 
 LEAST_WINDOW, MOST_WINDOW = 64 << 10, 1 << 30
@@ -75,10 +74,10 @@ class RefusedError(OperatorError):
 
 @dataclass(frozen=True)
 class Offer:
-    """What an end takes: windows in bytes for each class of streams, and how long it bears with silence."""
+    """What an end takes."""
 
-    windows: dict[StreamClass, int]
-    """What may be sent to it on a new stream before it grants more."""
+    window: int
+    """Bytes that may be sent to it on a new stream before it grants more."""
     streams: int
     """Streams that may be open at a time, of those that the other end opens."""
     silence: int
@@ -86,16 +85,15 @@ class Offer:
 
     def numbers(self) -> tuple[int, ...]:
         """Return them in the order in which they go over the wire."""
-        return self.silence, *(self.windows[kind] for kind in StreamClass), self.streams
+        return self.silence, self.window, self.streams
 
     @classmethod
-    def of(cls, silence: int, demand: int, ram: int, streaming: int, streams: int) -> Offer:
+    def of(cls, silence: int, window: int, streams: int) -> Offer:
         """Return what the numbers say; ProtocolError for such as are not in the specification."""
-        windows = dict(zip(StreamClass, (demand, ram, streaming), strict=True))
-        fair = all(LEAST_WINDOW <= window <= MOST_WINDOW for window in windows.values())
-        if not (fair and 1 <= streams <= MOST_STREAMS and LEAST_SILENCE <= silence <= MOST_SILENCE):
+        fair = LEAST_WINDOW <= window <= MOST_WINDOW and LEAST_SILENCE <= silence <= MOST_SILENCE
+        if not (fair and 1 <= streams <= MOST_STREAMS):
             raise ProtocolError("channel: the greeting offers what the specification forbids")
-        return cls(windows, streams, silence)
+        return cls(window, streams, silence)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,11 @@ from nbdserve.channel.wire.frames import (
     encode,
 )
 from nbdserve.channel.wire.greeting import Offer
-from nbdserve.channel.wire.streams import Stream, StreamClass, Turns
+from nbdserve.channel.wire.streams import QUANTUM, Stream, Turns
 from nbdserve.common.errors import ProtocolError
 
+_GRANTS = 8
+"""How often what was taken is granted while a window passes: rarely, but long before the other end waits."""
 _LEAST_ROOM = 4096
 """Bytes of data below which a frame waits for the next buffer."""
 _MOST_CONTROL = 1 << 20
@@ -49,8 +51,9 @@ _LONGEST_LOOK = 2.0
 
 _LONGEST_INTERVAL = 1.0
 
-Read = Callable[[Stream, memoryview], int | None]
-"""Reads what a stream is to send into a buffer: how many bytes, 0 at its end, None if there are none now."""
+Read = Callable[[Stream, list[memoryview]], int | None]
+"""Reads what a stream is to send into buffers, the payloads of frames that follow each other: how many bytes,
+0 at its end, None if there are none now."""
 
 
 class Role(Enum):
@@ -91,14 +94,16 @@ class Session:
 
     # What is sent.
 
-    def open(self, kind: StreamClass) -> Stream:
-        """Open a stream; OSError, EBUSY, where the other end takes no more."""
+    def open(self) -> Stream:
+        """Open a stream, the connector of RAM, the acceptor of NBD; OSError, EBUSY, where the other end takes
+        no more.
+        """
         own = sum(number % 2 == self._next_number % 2 for number in self.streams)
         if own >= self._theirs.streams or self._next_number > _MOST_STREAM:
             raise OSError(errno.EBUSY, f"{own} streams are open, and the other end takes no more")
-        stream = self._add(self._next_number, kind)
+        stream = self._add(self._next_number)
         self._next_number += 2
-        self.say(Open(stream.number, kind))
+        self.say(Open(stream.number))
         return stream
 
     def begin(self, stream: Stream) -> None:
@@ -121,7 +126,9 @@ class Session:
     def took(self, stream: Stream, count: int) -> None:
         """So many bytes of a stream were delivered here."""
         stream.taken += count
-        if 4 * stream.taken >= stream.window and not (stream.ended_there or stream.given_up or stream.over):
+        if _GRANTS * stream.taken >= stream.window and not (
+            stream.ended_there or stream.given_up or stream.over
+        ):
             self.say(Credit(stream.number, stream.taken))
             stream.allowed += stream.taken
             stream.taken = 0
@@ -146,22 +153,20 @@ class Session:
         at = 0
         while True:
             at += self._fill_control(buffer[at:])
-            room = len(buffer) - at - HEADER.size
-            if self._control or self._closed or room < _LEAST_ROOM:
+            if self._control or self._closed or len(buffer) - at < HEADER.size + _LEAST_ROOM:
                 break
             if (stream := self._turns.next()) is None:
                 break
-            start = at + HEADER.size
-            count = read(stream, buffer[start : start + min(room, MOST_DATA, stream.credit)])
+            payloads = _payloads(buffer[at:], min(stream.credit, QUANTUM))
+            count = read(stream, payloads)
             if count is None:
                 stream.ready = False
             elif count == 0:
                 self.finish(stream)
             else:
-                HEADER.pack_into(buffer, at, Type.DATA, stream.number, count)
                 stream.credit -= count
-                self._turns.sent(stream, count)
-                at = start + count
+                stream.deficit -= count
+                at = _frame(buffer, at, stream.number, count)
         if at:
             self._quiet = 0.0
         return at
@@ -177,9 +182,8 @@ class Session:
     def receive(self, data: memoryview) -> Iterator[tuple[Stream | None, Frame]]:
         """Yield what concerns who uses this, with the stream that it is about.
 
-        That is Data, Open, End and Reset of streams, Ram, Done, Bye and Close. Pieces of data are valid
-        until the next one is asked for, and each is to be told by ``took`` when it is delivered. Raises
-        ProtocolError.
+        That is Data, Open, End and Reset of streams, Ram, Done, Bye and Close. Pieces of data lie in the
+        memory that is given, and are to be told by ``took`` when they are delivered. Raises ProtocolError.
         """
         self.silent = 0.0
         for frame in self._decoder.feed(data):
@@ -194,8 +198,8 @@ class Session:
                     self._answer(Pong(value))
                 case Pong(_):
                     pass
-                case Open(number, kind):
-                    if (opened := self._opened(number, kind)) is not None:
+                case Open(number):
+                    if (opened := self._opened(number)) is not None:
                         yield opened, frame
                 case End(number):
                     stream = self._of(number, frame)
@@ -237,8 +241,8 @@ class Session:
         """Tell whether the other end was silent for longer than this one bears with."""
         return self.silent * 1000 >= self._ours.silence
 
-    def _add(self, number: int, kind: StreamClass) -> Stream:
-        stream = Stream(number, kind, self._ours.windows[kind], self._theirs.windows[kind])
+    def _add(self, number: int) -> Stream:
+        stream = Stream(number, self._ours.window, self._theirs.window)
         self.streams[number] = stream
         return stream
 
@@ -275,13 +279,11 @@ class Session:
             raise ProtocolError(f"channel: more credit for stream {number} than its window")
         self._turns.queue(stream)
 
-    def _opened(self, number: int, kind: StreamClass) -> Stream | None:
+    def _opened(self, number: int) -> Stream | None:
         if number != self._next_of_theirs:
             raise ProtocolError(f"channel: stream {number} is opened, {self._next_of_theirs} is the next")
-        if (kind is StreamClass.RAM) != (self._role is Role.ACCEPTOR):
-            raise ProtocolError(f"channel: a stream of class {kind.name} is opened by the wrong end")
         self._next_of_theirs += 2
-        stream = self._add(number, kind)
+        stream = self._add(number)
         if len(self._places) < self._ours.streams:
             self._places.add(number)
             return stream
@@ -328,6 +330,28 @@ class Session:
     def _require(self, role: Role, frame: Frame) -> None:
         if self._role is not role:
             raise ProtocolError(f"channel: a frame {type(frame).__name__} comes from the wrong end")
+
+
+def _payloads(buffer: memoryview, most: int) -> list[memoryview]:
+    """Cut a buffer into payloads of frames that follow each other, with room for their headers between."""
+    payloads = []
+    at = HEADER.size
+    while most > 0 and at < len(buffer):
+        payload = buffer[at : at + min(MOST_DATA, most)]
+        payloads.append(payload)
+        most -= len(payload)
+        at += len(payload) + HEADER.size
+    return payloads
+
+
+def _frame(buffer: memoryview, at: int, stream: int, count: int) -> int:
+    """Write the headers before so many bytes that lie in payloads from ``at`` on; returns where they end."""
+    while count:
+        length = min(count, MOST_DATA)
+        HEADER.pack_into(buffer, at, Type.DATA, stream, length)
+        at += HEADER.size + length
+        count -= length
+    return at
 
 
 __all__ = ["CloseReason", "RamStatus", "Read", "Role", "Session"]

@@ -1,20 +1,8 @@
-"""The streams of a channel: their classes, what is known of each one, and whose turn it is to send."""
+"""The streams of a channel: what is known of each one, and whose turn it is to send."""
 
 from __future__ import annotations
 
 from collections import deque
-from enum import IntEnum
-
-
-class StreamClass(IntEnum):
-    """What a stream carries, and so what overtakes it. The number is what goes over the wire."""
-
-    DEMAND = 0
-    """NBD for a guest that waits: goes before everything else."""
-    RAM = 1
-    """QEMU's migration stream, with its return path in the other direction."""
-    STREAMING = 2
-    """NBD in the background; shares what is left with RAM."""
 
 
 class Stream:
@@ -23,10 +11,10 @@ class Stream:
     __slots__ = (
         "allowed",
         "credit",
+        "deficit",
         "ended_here",
         "ended_there",
         "given_up",
-        "kind",
         "limit",
         "number",
         "over",
@@ -36,9 +24,8 @@ class Stream:
         "window",
     )
 
-    def __init__(self, number: int, kind: StreamClass, window: int, limit: int) -> None:
+    def __init__(self, number: int, window: int, limit: int) -> None:
         self.number = number
-        self.kind = kind
         self.window = window
         """Bytes that the other end may have sent without their being taken here."""
         self.limit = limit
@@ -49,6 +36,8 @@ class Stream:
         """Bytes that were taken here and have not been granted again."""
         self.credit = limit
         """Bytes that may still be sent."""
+        self.deficit = 0
+        """Bytes that may still be sent in this turn; less than none where the last piece was longer."""
         self.ready = False
         """Whether there is something to send, as far as is known."""
         self.queued = False
@@ -60,60 +49,62 @@ class Stream:
         """Nothing is sent or received any more."""
 
     @property
+    def carries_ram(self) -> bool:
+        """Tell whether the connector has opened it, which opens those of RAM only."""
+        return self.number % 2 == 1
+
+    @property
     def may_send(self) -> bool:
         """Tell whether data may be sent now."""
         return self.ready and self.credit > 0 and not (self.ended_here or self.given_up or self.over)
 
 
-_AHEAD = 256 << 10
-"""Bytes by which one who had nothing to send may be ahead of the other when it has again."""
+QUANTUM = 256 << 10
+"""Bytes that a stream sends in its turn, about."""
 
 
 class Turns:
-    """Whose turn it is to send: demand before all, then RAM and streaming alike, by bytes.
+    """Whose turn it is to send: deficit round robin, in which who comes new goes first (RFC 8290's fq_codel).
 
-    In each class the streams take turns.
+    A stream that has nothing to send most of the time, as that of a guest which waits for what it reads,
+    comes new each time, and so overtakes those that always have: nobody has to say which one that is. Those
+    share alike, by bytes; but RAM has as much as all disks together, however many streams these have.
     """
 
     def __init__(self) -> None:
-        self._queues = {kind: deque[Stream]() for kind in StreamClass}
-        self._sent = dict.fromkeys(StreamClass, 0)
+        self._new = deque[Stream]()
+        self._old = deque[Stream]()
 
     def begin(self, stream: Stream) -> None:
-        """A stream that had nothing to send has."""
-        if not stream.ready:
-            stream.ready = True
-            others = (self._sent[kind] for kind in StreamClass if kind is not StreamClass.DEMAND)
-            self._sent[stream.kind] = max(self._sent[stream.kind], max(others) - _AHEAD)
+        """A stream has something to send."""
+        stream.ready = True
         self.queue(stream)
 
     def queue(self, stream: Stream) -> None:
         """Let a stream wait for its turn, if it may send and does not wait yet."""
         if stream.may_send and not stream.queued:
             stream.queued = True
-            self._queues[stream.kind].append(stream)
+            stream.deficit = QUANTUM
+            self._new.append(stream)
 
     def next(self) -> Stream | None:
-        """Return whose turn it is, and let it wait no more; None where nobody may send."""
-        while (queue := self._queue()) is not None:
-            stream = queue.popleft()
-            stream.queued = False
-            if stream.may_send:
+        """Return whose turn it is, of whom ``deficit`` is to be lessened; None where nobody may send."""
+        while queue := self._new or self._old:
+            stream = queue[0]
+            if stream.may_send and stream.deficit > 0:
                 return stream
+            queue.popleft()
+            if stream.may_send:
+                stream.deficit += QUANTUM * (max(len(self._old), 1) if stream.carries_ram else 1)
+                self._old.append(stream)
+            elif queue is self._new and self._old:
+                # Else one that is empty for a moment after each piece would be new for ever.
+                self._old.append(stream)
+            else:
+                stream.queued = False
         return None
-
-    def sent(self, stream: Stream, count: int) -> None:
-        """A stream has sent so many bytes."""
-        self._sent[stream.kind] += count
-        self.queue(stream)
 
     @property
     def is_empty(self) -> bool:
         """Tell whether nobody waits for a turn."""
-        return self._queue() is None
-
-    def _queue(self) -> deque[Stream] | None:
-        if self._queues[StreamClass.DEMAND]:
-            return self._queues[StreamClass.DEMAND]
-        waiting = [kind for kind in (StreamClass.RAM, StreamClass.STREAMING) if self._queues[kind]]
-        return self._queues[min(waiting, key=self._sent.__getitem__)] if waiting else None
+        return self.next() is None

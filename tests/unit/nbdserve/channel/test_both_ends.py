@@ -20,7 +20,6 @@ from nbdserve.channel.dialling import Way
 from nbdserve.channel.source import RamPipes, Source, SourceSettings
 from nbdserve.channel.terms import REQUESTS, Limits
 from nbdserve.channel.wire.greeting import NONCE, Claim, Connector, Mode
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.threads import promised
 from tests.support.processes import PATIENCE, wait_until
@@ -125,7 +124,7 @@ def test_status_can_be_asked_while_streams_come_and_go(ends: Ends) -> None:
             with ExitStack() as opened:
                 for _ in range(100):
                     with suppress(BlockingIOError, OSError):
-                        opened.enter_context(ends.destination.open(StreamClass.STREAMING))
+                        opened.enter_context(ends.destination.open())
     finally:
         over.set()
         asking.join()
@@ -160,7 +159,7 @@ def test_a_stream_whose_user_has_given_up_waiting_is_reset(ends: Ends) -> None:
     other.close()
     client.close()
     with pytest.raises(OSError, match="given it up"):
-        ends.destination.adopt(StreamClass.STREAMING, client)
+        ends.destination.adopt(client)
     wait_until(lambda: ends.destination.status().streams == 0, "the stream is no more")
 
 

@@ -17,14 +17,11 @@ from nbdserve.channel.wire.greeting import (
     Refusal,
     RefusedError,
 )
-from nbdserve.channel.wire.streams import StreamClass
 from nbdserve.common.errors import ProtocolError
 
 TOKEN = b"0123456789abcdef0123456789abcdef"
-OURS = Offer(
-    {StreamClass.DEMAND: 1 << 20, StreamClass.RAM: 1 << 21, StreamClass.STREAMING: 1 << 22}, 5, 15_000
-)
-THEIRS = Offer(dict.fromkeys(StreamClass, 64 << 10), 7, 9_000)
+OURS = Offer(1 << 20, 5, 15_000)
+THEIRS = Offer(64 << 10, 7, 9_000)
 CLAIM = Claim(Mode.RESUME, 41, OURS)
 
 
@@ -136,7 +133,7 @@ def test_what_is_no_hello_is_refused(data: bytes) -> None:
 
 
 def test_a_claim_that_offers_nothing_is_refused_although_it_is_proven() -> None:
-    greedy = Offer(dict.fromkeys(StreamClass, 0), 5, 15_000)
+    greedy = Offer(0, 5, 15_000)
     connector = Connector(TOKEN, Claim(Mode.NEW, 0, greedy), b"c" * NONCE)
     _, acceptor = ends()
     claim = connector.receive(acceptor.receive(connector.first))

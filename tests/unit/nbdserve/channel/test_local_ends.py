@@ -10,12 +10,12 @@ import tracemalloc
 import pytest
 
 from nbdserve.channel.local_ends import LocalEnd, from_socket
-from nbdserve.channel.wire.streams import Stream, StreamClass
+from nbdserve.channel.wire.streams import Stream
 
 
 def stream() -> Stream:
     """Any stream."""
-    return Stream(2, StreamClass.DEMAND, 1 << 20, 1 << 20)
+    return Stream(2, 1 << 20, 1 << 20)
 
 
 @pytest.mark.parametrize("longest", [1, 700, 65_536, 200_000])
@@ -28,7 +28,7 @@ def test_what_is_not_taken_at_once_arrives_whole_and_in_order(longest: int) -> N
     for _ in range(400):
         piece = luck.randbytes(luck.randrange(1, longest + 1))
         sent += piece
-        delivered += end.deliver(memoryview(piece))
+        delivered += end.deliver([memoryview(piece)])
         if luck.random() < 0.5:
             received += take(theirs, luck.randrange(1, 100_000))
             delivered += end.flush()
@@ -56,11 +56,11 @@ def take(sock: socket.socket, most: int) -> bytes:
 def test_many_short_pieces_take_little_more_memory_than_their_bytes() -> None:
     ours, theirs = socket.socketpair()
     end = from_socket(stream(), ours)
-    end.deliver(memoryview(bytes(4 << 20)))
+    end.deliver([memoryview(bytes(4 << 20))])
     before = end.held
     tracemalloc.start()
     for _ in range(200_000):
-        end.deliver(memoryview(b"x"))
+        end.deliver([memoryview(b"x")])
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert end.held == before + 200_000
@@ -72,13 +72,13 @@ def test_many_short_pieces_take_little_more_memory_than_their_bytes() -> None:
 def test_two_pipes_are_an_end_whose_writer_is_closed_behind_what_waits() -> None:
     (reader, to_read), (from_writer, writer) = os.pipe(), os.pipe()
     end = LocalEnd(stream(), reader, writer)
-    assert end.read_into(memoryview(bytearray(10))) is None
+    assert end.read_into([memoryview(bytearray(10))]) is None
     os.write(to_read, b"stream")
     buffer = memoryview(bytearray(10))
-    assert end.read_into(buffer) == 6
+    assert end.read_into([buffer]) == 6
     assert bytes(buffer[:6]) == b"stream"
     answers = bytes(1 << 20)
-    assert end.deliver(memoryview(answers)) < len(answers)
+    assert end.deliver([memoryview(answers)]) < len(answers)
     end.end()
     received = b""
     while piece := os.read(from_writer, 1 << 16):
@@ -86,7 +86,7 @@ def test_two_pipes_are_an_end_whose_writer_is_closed_behind_what_waits() -> None
         end.flush()
     assert received == answers
     os.close(to_read)
-    assert end.read_into(buffer) == 0
+    assert end.read_into([buffer]) == 0
     end.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(reader)

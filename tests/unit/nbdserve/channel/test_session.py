@@ -1,4 +1,4 @@
-"""Two sessions back to back: streams arrive whole, windows are kept to, and demand overtakes."""
+"""Two sessions back to back: streams arrive whole, windows are kept to, and who comes new goes first."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nbdserve.channel.wire.frames import (
     HEADER,
+    MOST_DATA,
     Bye,
     Close,
     CloseReason,
@@ -30,12 +31,12 @@ from nbdserve.channel.wire.frames import (
 )
 from nbdserve.channel.wire.greeting import LEAST_WINDOW, Offer
 from nbdserve.channel.wire.session import Role, Session
-from nbdserve.channel.wire.streams import Stream, StreamClass
+from nbdserve.channel.wire.streams import QUANTUM, Stream
 from nbdserve.common.errors import ProtocolError
 
 WINDOW = LEAST_WINDOW
 BUFFER = 200 << 10
-OFFER = Offer(dict.fromkeys(StreamClass, WINDOW), 4, 15_000)
+OFFER = Offer(WINDOW, 4, 15_000)
 
 
 def data_frame(stream: int, data: bytes) -> bytes:
@@ -57,9 +58,9 @@ class Side:
         self.stopped = set[int]()
         self.told: list[object] = []
 
-    def open(self, kind: StreamClass) -> int:
+    def open(self) -> int:
         """Open a stream."""
-        stream = self.session.open(kind)
+        stream = self.session.open()
         self.known[stream.number] = stream
         return stream.number
 
@@ -84,7 +85,7 @@ class Side:
             match frame:
                 case Data(number, piece):
                     self.held[number] += piece
-                case Open(number, _):
+                case Open(number):
                     assert stream is not None
                     self.known[number] = stream
                 case End(number):
@@ -101,14 +102,16 @@ class Side:
         self.received[number] += data
         self.session.took(self.known[number], len(data))
 
-    def _read(self, stream: Stream, buffer: memoryview) -> int | None:
+    def _read(self, stream: Stream, buffers: list[memoryview]) -> int | None:
         waiting = self.to_send[stream.number]
         if not waiting:
             return 0 if stream.number in self.ending else None
-        count = min(len(buffer), len(waiting))
-        buffer[:count] = waiting[:count]
-        del waiting[:count]
-        return count
+        before = len(waiting)
+        for buffer in buffers:
+            count = min(len(buffer), len(waiting))
+            buffer[:count] = waiting[:count]
+            del waiting[:count]
+        return before - len(waiting)
 
 
 def pair() -> tuple[Side, Side]:
@@ -122,13 +125,7 @@ def test_streams_arrive_whole_within_their_windows_however_they_are_cut(seed: in
     luck = random.Random(seed)
     a, b = pair()
     sent = {(end, number): bytearray() for end in (0, 1) for number in (1, 2, 4, 6)}
-    opened = [
-        (a, StreamClass.RAM),
-        (b, StreamClass.DEMAND),
-        (b, StreamClass.STREAMING),
-        (b, StreamClass.DEMAND),
-    ]
-    numbers = [end.open(kind) for end, kind in opened]
+    numbers = [end.open() for end in (a, b, b, b)]
     assert numbers == [1, 2, 4, 6]
     ends, wires = (a, b), (bytearray(), bytearray())
     for each in ends:
@@ -180,51 +177,79 @@ def test_streams_arrive_whole_within_their_windows_however_they_are_cut(seed: in
             assert number in other.ended
 
 
-def test_demand_overtakes_what_waits_in_other_classes() -> None:
-    a, b = pair()
-    a.open(StreamClass.RAM)
-    demand, streaming = b.open(StreamClass.DEMAND), b.open(StreamClass.STREAMING)
-    a.receive(b.fill())
-    a.fill()
-    a.write(1, bytes(WINDOW))
-    a.write(streaming, bytes(WINDOW))
-    a.write(demand, b"now")
-    assert a.fill().startswith(data_frame(demand, b"now"))
-
-
-def test_ram_and_streaming_share_by_bytes_and_streams_of_a_class_take_turns() -> None:
-    big = Offer(dict.fromkeys(StreamClass, 1 << 30), 8, 15_000)
+def backlogged(disks: int) -> tuple[Side, Side, list[int]]:
+    """A source that has far more RAM, and of each disk, to send than can be sent soon, and a destination."""
+    big = Offer(1 << 30, 8, 15_000)
     a, b = Side(Role.CONNECTOR, other=big), Side(Role.ACCEPTOR, offer=big)
-    numbers = [a.open(StreamClass.RAM), *(b.open(StreamClass.STREAMING) for _ in range(3))]
+    numbers = [a.open(), *(b.open() for _ in range(disks))]
     a.receive(b.fill())
     b.receive(a.fill())
     for number in numbers:
-        a.write(number, bytes(20 << 20))
-    for _ in range(100):
+        a.write(number, bytes(40 << 20))
+    return a, b, numbers
+
+
+def sent_before(a: Side, b: Side, number: int, data: bytes) -> int:
+    """How many bytes of other streams go before these, of a stream that has them now."""
+    before = {each: len(held) for each, held in b.held.items()}
+    have = before.get(number, 0)
+    a.write(number, data)
+    while len(b.held[number]) < have + len(data):
+        b.receive(a.fill(2 * (HEADER.size + MOST_DATA)))
+    return sum(len(held) - before.get(each, 0) for each, held in b.held.items() if each != number)
+
+
+def test_who_comes_new_overtakes_those_that_always_have_something_to_send() -> None:
+    a, b, _ = backlogged(disks=2)
+    for _ in range(20):
+        b.receive(a.fill())
+    demand = b.open()
+    a.receive(b.fill())
+    for _ in range(20):
+        # A reply, whole: nothing goes before it but what the same buffer takes behind it.
+        assert sent_before(a, b, demand, bytes(32 + (64 << 10))) <= 2 * MOST_DATA
+        for _ in range(10):
+            b.receive(a.fill())
+
+
+def test_who_asks_again_at_once_does_not_keep_others_from_their_turn() -> None:
+    a, b, (ram, disk) = backlogged(disks=1)
+    greedy = b.open()
+    a.receive(b.fill())
+    for _ in range(300):
+        if not a.to_send[greedy]:
+            a.write(greedy, bytes(QUANTUM))
+        b.receive(a.fill())
+    assert a.to_send[ram]
+    taken = [len(b.held[number]) for number in (ram, disk, greedy)]
+    assert taken[2] <= 1.1 * taken[1] + 4 * QUANTUM
+
+
+def test_ram_has_as_much_as_all_disks_together_which_take_turns() -> None:
+    a, b, numbers = backlogged(disks=3)
+    for _ in range(300):
         b.receive(a.fill())
     counts = [len(b.held[number]) for number in numbers]
-    assert abs(counts[0] - sum(counts[1:])) <= 2 * (64 << 10)
-    assert max(counts[1:]) - min(counts[1:]) <= 2 * (64 << 10)
+    assert abs(counts[0] - sum(counts[1:])) <= 4 * QUANTUM
+    assert max(counts[1:]) - min(counts[1:]) <= 2 * QUANTUM
 
 
-def test_who_was_idle_does_not_catch_up_on_all_that_the_other_sent() -> None:
-    big = Offer(dict.fromkeys(StreamClass, 1 << 30), 8, 15_000)
-    a, b = Side(Role.CONNECTOR, other=big), Side(Role.ACCEPTOR, offer=big)
-    ram, streaming = a.open(StreamClass.RAM), b.open(StreamClass.STREAMING)
+def test_who_was_idle_does_not_catch_up_on_all_that_the_others_sent() -> None:
+    a, b, (ram, *_) = backlogged(disks=0)
+    streaming = b.open()
     a.receive(b.fill())
-    a.write(ram, bytes(50 << 20))
     for _ in range(100):
         b.receive(a.fill())
-    a.write(streaming, bytes(50 << 20))
+    a.write(streaming, bytes(40 << 20))
     before = len(b.held[ram])
     for _ in range(50):
         b.receive(a.fill())
-    assert len(b.held[ram]) - before >= len(b.held[streaming]) - (512 << 10)
+    assert len(b.held[ram]) - before >= len(b.held[streaming]) - 2 * QUANTUM
 
 
 def test_a_stream_without_credit_waits_and_others_do_not() -> None:
     a, b = pair()
-    one, other = b.open(StreamClass.STREAMING), b.open(StreamClass.STREAMING)
+    one, other = b.open(), b.open()
     a.receive(b.fill())
     a.write(one, bytes(3 * WINDOW))
     b.receive(a.fill())
@@ -242,9 +267,9 @@ def test_a_stream_without_credit_waits_and_others_do_not() -> None:
 def test_more_streams_than_agreed_are_not_opened_here_and_are_refused_there() -> None:
     a, b = pair()
     for _ in range(OFFER.streams):
-        b.open(StreamClass.DEMAND)
+        b.open()
     with pytest.raises(OSError, match="4 streams are open"):
-        b.open(StreamClass.DEMAND)
+        b.open()
     a.receive(b.fill())
     for number in list(b.known):
         b.session.finish(b.known[number])
@@ -253,7 +278,7 @@ def test_more_streams_than_agreed_are_not_opened_here_and_are_refused_there() ->
     a.receive(b.fill())
     assert not a.session.streams
     # Over, but not delivered there yet.
-    more = b.open(StreamClass.DEMAND)
+    more = b.open()
     a.receive(b.fill())
     assert more not in a.known
     b.receive(a.fill())
@@ -262,7 +287,7 @@ def test_more_streams_than_agreed_are_not_opened_here_and_are_refused_there() ->
     assert not a.session.streams
     for stream in a.known.values():
         a.session.release(stream)
-    again = b.open(StreamClass.DEMAND)
+    again = b.open()
     a.receive(b.fill())
     assert again in a.known
 
@@ -273,7 +298,7 @@ def test_a_reset_is_over_at_both_ends_whatever_crosses_it(
     ended: tuple[str, ...], resets: tuple[str, ...]
 ) -> None:
     a, b = pair()
-    number = b.open(StreamClass.DEMAND)
+    number = b.open()
     a.receive(b.fill())
     ends = {"a": a, "b": b}
     for end, other in ((a, b), (b, a)):
@@ -330,7 +355,7 @@ def test_control_comes_from_the_right_end_only() -> None:
 
 def test_nothing_is_sent_behind_a_close() -> None:
     a, b = pair()
-    number = b.open(StreamClass.DEMAND)
+    number = b.open()
     a.receive(b.fill())
     a.write(number, b"data")
     a.session.say(Close(CloseReason.STOPPED, "enough"))
@@ -345,20 +370,18 @@ WRONG: dict[str, tuple[Role, list[Control | bytes]]] = {
     "end of no stream": (Role.CONNECTOR, [End(2)]),
     "credit of no stream": (Role.CONNECTOR, [Credit(2, 1)]),
     "reset of no stream": (Role.CONNECTOR, [Reset(2, ResetReason.BROKEN)]),
-    "our own number": (Role.CONNECTOR, [Open(1, StreamClass.DEMAND)]),
-    "a number left out": (Role.CONNECTOR, [Open(4, StreamClass.DEMAND)]),
-    "a number twice": (Role.CONNECTOR, [Open(2, StreamClass.DEMAND), Open(2, StreamClass.DEMAND)]),
-    "RAM from the acceptor": (Role.CONNECTOR, [Open(2, StreamClass.RAM)]),
-    "NBD from the connector": (Role.ACCEPTOR, [Open(1, StreamClass.DEMAND)]),
-    "two ends": (Role.CONNECTOR, [Open(2, StreamClass.DEMAND), End(2), End(2)]),
+    "our own number": (Role.CONNECTOR, [Open(1)]),
+    "a number left out": (Role.CONNECTOR, [Open(4)]),
+    "a number twice": (Role.CONNECTOR, [Open(2), Open(2)]),
+    "two ends": (Role.CONNECTOR, [Open(2), End(2), End(2)]),
     "data behind the end": (
-        Role.CONNECTOR, [Open(2, StreamClass.DEMAND), End(2), data_frame(2, b"x")]),
+        Role.CONNECTOR, [Open(2), End(2), data_frame(2, b"x")]),
     "more data than granted": (
         Role.CONNECTOR,
-        [Open(2, StreamClass.DEMAND), data_frame(2, bytes(WINDOW)), data_frame(2, b"x")]),
-    "more credit than the window": (Role.CONNECTOR, [Open(2, StreamClass.DEMAND), Credit(2, 1)]),
+        [Open(2), data_frame(2, bytes(WINDOW)), data_frame(2, b"x")]),
+    "more credit than the window": (Role.CONNECTOR, [Open(2), Credit(2, 1)]),
     "an answer to nothing": (
-        Role.CONNECTOR, [Open(2, StreamClass.DEMAND), Reset(2, ResetReason.ANSWER)]),
+        Role.CONNECTOR, [Open(2), Reset(2, ResetReason.ANSWER)]),
     "bye from the acceptor": (Role.CONNECTOR, [Bye()]),
     "done from the connector": (Role.ACCEPTOR, [Done()]),
     "RAM's end from the connector": (Role.ACCEPTOR, [Ram(RamStatus.LOADED)]),
@@ -384,6 +407,6 @@ def test_who_asks_for_ever_and_takes_no_answers_is_not_kept_answers_for() -> Non
 
 def test_who_opens_streams_that_are_refused_and_does_not_answer_is_stopped() -> None:
     a, _ = pair()
-    opening = b"".join(encode(Open(number, StreamClass.DEMAND)) for number in range(2, 100, 2))
+    opening = b"".join(encode(Open(number)) for number in range(2, 100, 2))
     with pytest.raises(ProtocolError, match="more streams are opened"):
         a.receive(opening)
