@@ -23,6 +23,7 @@ from nbdserve.backends.probe import require_raw
 from nbdserve.common.errors import UsageError
 from nbdserve.common.uri import NbdUri
 from nbdserve.exports.export_options import ExportOptions, ImageOptions
+from nbdserve.exports.half_committed import refuse_half_committed
 from nbdserve.exports.served_exports import Export
 from nbdserve.protocol.offers import Offer
 
@@ -41,6 +42,9 @@ def open_export(wanted: ExportOptions, how: ImageOptions, identifier: str | None
     else:
         backend = _open_formatted(wanted.source, wanted.format, wanted, how)
     try:
+        if wanted.read_only and not isinstance(wanted.source, NbdUri):
+            # Who writes may be who commits; who only reads takes it for a disk.
+            refuse_half_committed(backend.read_into, backend.size, str(wanted.source))
         return Export(wanted.name, backend, wanted.description, identifier, block_hashes=how.block_hashes)
     except BaseException:
         backend.close()

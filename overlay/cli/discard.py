@@ -131,6 +131,8 @@ def _is_empty(path: Path, copies: bool) -> bool:
 
 
 def _holds_nothing(image: Image, copies: bool) -> bool:
+    if image.is_committed:
+        return True
     held = image.written_bytes if copies and image.records_writer else image.local_bytes
     return bool(image.backings) and held == 0
 

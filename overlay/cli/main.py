@@ -21,7 +21,7 @@ from nbdserve.common.sizes import format_size, parse_size
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri
 from overlay.channel.address import Address, MigrateUri, parse_backing
-from overlay.cli import control_command, map_command, serve_command, verify_command
+from overlay.cli import commit_command, control_command, map_command, serve_command, verify_command
 from overlay.cli.discard import discard, discard_on_device
 from overlay.cli.map_option import add_map_option
 from overlay.formats.device.block_device import device_size, open_device
@@ -63,6 +63,7 @@ _DISCARD_HELP = """\
 Remove an image that holds nothing, and its map: neither what a guest wrote nor what was copied. It undoes
 create, also one that was killed. Any other file is refused, and so is one that is in use. Where there is none
 nothing happens. With --copies what was copied from the backing, and is there still, is no reason to keep it.
+An image that was committed is of no use any more, and is removed, too.
 """
 
 Command = Callable[[argparse.Namespace], int]
@@ -124,7 +125,7 @@ def _parser() -> Parser:
             action="store_true",
             help="read an image that is in use; the answer may be wrong",
         )
-    for module in (serve_command, control_command, verify_command):
+    for module in (serve_command, control_command, verify_command, commit_command):
         module.register(commands, _EPILOG)
     return parser
 

@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
     from overlay.inspect.verify import verify
 
     backings = parse_backings(arguments.backing)
-    progress = _Progress()
+    progress = Progress()
     try:
         verdict = verify(arguments.image, backings, progress.show, arguments.layout, arguments.map)
     finally:
@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if verdict.differing else EXIT_DONE
 
 
-class _Progress:
+class Progress:
     """On standard error: a percentage that stays in its place on a terminal, else a line now and then."""
 
     def __init__(self) -> None:

@@ -87,6 +87,9 @@ class Image(ABC):
     was_killed: bool = False
     """Whether who had it open for changes before was killed, and may have stored what is not recorded."""
 
+    is_committed: bool = False
+    """Whether what the guest wrote is in another disk, so that nothing of this one is of use any more."""
+
     records_writer: bool = False
     """Whether the layout records what the guest wrote, so that runs are told as ``written``."""
 

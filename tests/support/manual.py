@@ -30,6 +30,7 @@ COMMANDS = (
     ("nbd-overlay", "channel-done"),
     ("nbd-overlay", "quit"),
     ("nbd-overlay", "verify"),
+    ("nbd-overlay", "commit"),
     ("nbd-migrate",),
     ("nbd-migrate", "plan"),
     ("nbd-migrate", "run"),

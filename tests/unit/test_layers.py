@@ -25,7 +25,7 @@ FOLDERS = {
         "monitor",
         "cli",
     ),
-    "overlay": ("channel", "formats", "backing", "fill", "", "monitor", "inspect", "cli"),
+    "overlay": ("channel", "formats", "backing", "fill", "", "monitor", "inspect", "commit", "cli"),
     "recipes": (
         "",
         "hosts",

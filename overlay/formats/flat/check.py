@@ -81,7 +81,8 @@ def _check_map(
         grains.store_directory(changes)
     if failed:
         clear_log(file)
-        file.write(0, replace(header, flags=Flag.CLEAN | Flag.UNCERTAIN).pack())
+        flags = Flag.CLEAN | Flag.UNCERTAIN | header.flags & Flag.COMMITTED
+        file.write(0, replace(header, flags=flags).pack())
         data.write(trailer_at(header.size), replace(trailer, flags=trailer.flags & ~int(Flag.FAILED)).pack())
         data.sync()
     file.sync()

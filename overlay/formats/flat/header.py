@@ -25,7 +25,7 @@ byte  size
   12     4  features: a program that does not know a bit must not open the image
   16     8  size of the disk, in bytes
   24     4  grain, in bytes: 4096
-  28     4  flags: CLEAN, FAILED, UNCERTAIN
+  28     4  flags: CLEAN, FAILED, UNCERTAIN, REOPENED, COMMITTED
   32    16  UUID, also in the data's trailer
   48    16  boot in which the log was written (/proc/sys/kernel/random/boot_id)
   64    16  generations of the log's two halves, 8 bytes each: records of others do not count
@@ -111,8 +111,14 @@ class Flag(IntFlag):
     ON_DEVICE = 8
     """Only of a trailer: it lies over the last bytes of a block device, and names its map."""
 
+    REOPENED = 16
+    """Who wrote was killed, and another has opened it since: a guest may have read what is not recorded."""
+    COMMITTED = 32
+    """Its guest's writes are in another disk now, which is the guest's: this one is of no use."""
 
-_OF_MAP = Flag.CLEAN | Flag.FAILED | Flag.UNCERTAIN
+
+_OF_MAP = Flag.CLEAN | Flag.FAILED | Flag.UNCERTAIN | Flag.REOPENED | Flag.COMMITTED
+_OF_TRAILER = Flag.FAILED | Flag.ON_DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +272,7 @@ def _trailer_at_end(data: Storage, path: str) -> Trailer | None:
     if not _is_sealed(raw, _TRAILER.size):
         raise ImageError(f"{path}: damaged trailer: its checksum is wrong; make a new overlay")
     _, version, flags, size, uuid = _TRAILER.unpack_from(raw)
-    _check_version(version, flags & ~sum(Flag), path)
+    _check_version(version, flags & ~int(_OF_TRAILER), path)
     name = ""
     if flags & Flag.ON_DEVICE:
         if _CRC.unpack_from(raw, _MAP_AT - 4)[0] != crc32(raw[_MAP_AT:SECTOR]):

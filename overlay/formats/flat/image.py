@@ -63,6 +63,7 @@ class FlatImage(Image):
         self._step = min(_STEP, data.zero_step)
         self._writable = writable
         self.was_killed = not header.flags & Flag.CLEAN
+        self.is_committed = bool(header.flags & Flag.COMMITTED)
         self._leftover = Leftover(file, remove_map, self.map_path)
         self._map = Map(file, header, path, writable=writable, boot=boot)
         self._grains = self._map.grains

@@ -43,8 +43,8 @@ class Map:
                 raise ImageError(f"{path}: damaged map: a record of its log is behind the disk's end")
             self.grains.set(first, first + count, written=True)
         flags = header.flags & ~int(Flag.CLEAN)
-        if not is_believed and not header.flags & Flag.CLEAN:
-            flags |= Flag.UNCERTAIN
+        if not header.flags & Flag.CLEAN:
+            flags |= Flag.REOPENED if is_believed else Flag.UNCERTAIN
         self.header = replace(header, boot=boot, flags=flags)
         self._log = Log(file, header.generations, lengths)
         if writable:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import UUID
 
@@ -205,6 +205,11 @@ def assemble(
         return RawImage(data, header.size, path, writable=True, leftover=leftover)
     if writable and (trailer.flags | header.flags) & Flag.FAILED:
         raise sync_failed(path)
+    if writable and header.flags & Flag.COMMITTED:
+        raise ImageError(
+            f"{path}: what its guest wrote was committed to another disk, which is the guest's since, and "
+            f"this one is of no use; nbd-overlay discard {path} removes it"
+        )
     if writable and trailer.map and trailer.map != os.path.abspath(parts.map_path):
         moved = header.trailer(os.path.abspath(parts.map_path))
         data.write(trailer_at(header.size), moved.pack())
@@ -219,6 +224,22 @@ def assemble(
         remove_map=remove_map,
         map_path=parts.map_path,
     )
+
+
+def mark_committed(path: Path, map_file: Path | None = None) -> None:
+    """Say in the map, durably, that what the guest wrote is in another disk: nobody writes to it any more.
+
+    Raises ImageError where somebody uses it, or it is no overlay; OSError.
+    """
+    parts = open_parts(path, writable=True, map_file=map_file)
+    try:
+        parts.check()
+        if parts.header is None or parts.file is None:
+            raise ImageError(f"{path}: it is a complete disk, and no overlay any more")
+        parts.file.write(0, replace(parts.header, flags=parts.header.flags | Flag.COMMITTED).pack())
+        parts.file.sync()
+    finally:
+        parts.close()
 
 
 def raw_size(parts: Parts, size: int | None = None) -> int:

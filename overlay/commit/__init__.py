@@ -1,0 +1,1 @@
+"""An overlay whose guest has ended, brought into the disk that it lies over."""
