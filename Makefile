@@ -85,7 +85,7 @@ bench-migrate: ROUNDS = 3
 bench-migrate: setup
 	$(BIN)/python -m tests.bench.migrate --size $(SIZE) --rounds $(ROUNDS) $(addprefix --directory ,$(DIRECTORIES))
 
-# The single channel beside two connections of TCP.
+# The single channel beside two connections and ssh. As root it has a network of its own.
 bench-channel: setup
 	$(BIN)/python -m tests.bench.channel
 

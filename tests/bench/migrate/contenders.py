@@ -56,10 +56,16 @@ POSTCOPY_TLS = Contender(
     moves("postcopy", "tls"),
     "postcopy",
 )
+SINGLE = Contender(
+    "single",
+    "`nbd-migrate run --policy postcopy --channel single`: disk and RAM in one connection, over TLS too",
+    moves("postcopy", "single"),
+    "postcopy",
+)
 HYBRID = Contender(
     "hybrid",
     "`nbd-migrate run --policy hybrid --channel plain --no-verify`, as the others compare nothing",
     moves("hybrid", "plain", "--no-verify"),
     "hybrid",
 )
-CONTENDERS = (STOCK, MIRROR, MIRROR_SYNC, POSTCOPY, POSTCOPY_TLS, HYBRID)
+CONTENDERS = (STOCK, MIRROR, MIRROR_SYNC, POSTCOPY, POSTCOPY_TLS, SINGLE, HYBRID)
