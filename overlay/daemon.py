@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import wait
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nbdserve.common.errors import ImageError, reason_of
 from nbdserve.common.threads import promised
 from overlay.backing.failover import Sources
+from overlay.backing.reads import SECTOR
 from overlay.backing.seed import Seed
 from overlay.engine import Overlay
 from overlay.fill.checkpoint import Checkpoints
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from overlay.channel.end import Channel
 
 _LOG = logging.getLogger("nbd-overlay")
+_FIRST_LOOK = 10.0
+"""Seconds in which the source must have shown something of the disk, before its RAM is taken."""
 
 
 class Daemon:
@@ -60,6 +65,7 @@ class Daemon:
         self._checkpoints = Checkpoints(image)
         if channel is not None:
             channel.source_came = sources.reconnect
+            channel.ram_came = self._ram_came
             channel.guest_came = self._guest_came
             sources.refused = self._is_other_disk
 
@@ -126,6 +132,20 @@ class Daemon:
         """Whether the image may be cut loose from its backing: until the guest is here that may change."""
         return not self.options.pre_copy or self.window_began is not None
 
+    def _ram_came(self) -> None:
+        """RAM begins to come: a guest whose disk cannot be had here must stay where it is."""
+        if self.channel is not None:
+            promised("first look", partial(self._let_ram_in, self.channel))
+
+    def _let_ram_in(self, channel: Channel) -> None:
+        looked = promised("first sector", partial(self.sources.read, (0, _first_sector())))
+        wait([looked], _FIRST_LOOK)
+        # A sector that has gone bad is no reason to stay.
+        if self.finished or (looked.done() and self.sources.connected):
+            channel.let_ram_in()
+        else:
+            channel.turn_away(f"the guest would be without its disk: {self.sources.troubles()}")
+
     def _guest_came(self) -> None:
         """All of the guest's RAM is here. In the channel's thread, which must not wait for a disk."""
         promised("activate", self._activate)
@@ -133,6 +153,9 @@ class Daemon:
     def _activate(self) -> None:
         try:
             self.overlay.activate()
+            # What is kept tells that the guest is here, should this process be started again.
+            self.overlay.read_into(0, _first_sector())
+            self.image.flush()
         except (OSError, ImageError) as error:
             # Its first write tries again.
             _LOG.error("the guest is here, but what it reads is not kept yet: %s", reason_of(error))
@@ -173,3 +196,8 @@ class Daemon:
         self.image.share()
         if self.channel is not None:
             self.channel.complete()
+
+
+def _first_sector() -> memoryview:
+    """A buffer for it."""
+    return memoryview(bytearray(SECTOR))

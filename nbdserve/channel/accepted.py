@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import Protocol
@@ -42,6 +44,10 @@ class Owner(Protocol):
     def ram(self) -> RamState:
         """Return what has become of the RAM."""
 
+    @property
+    def keeps_ram_waiting(self) -> bool:
+        """Tell whether QEMU gets nothing of RAM before ``let_ram_in``."""
+
     def incoming(self) -> str:
         """Return where QEMU waits for the RAM, of which the stream begins; OSError when it may not."""
 
@@ -63,7 +69,7 @@ class Connection:
         self._session = Session(Role.ACCEPTOR, ours, admission.claim.offer)
         self.mux = Multiplexer(admission.transport, self._session, self)
         # The last stream of RAM: where one may follow another, what becomes of the former says nothing of it.
-        self._ram: Stream | None = None
+        self._ram: LocalEnd | None = None
         self._thread = Thread(self._run, "channel")
 
     # From any thread.
@@ -89,25 +95,36 @@ class Connection:
 
     def say_done(self) -> None:
         """Tell the source that nothing is needed any more."""
-        try:
-            self.mux.ask(partial(self._session.say, Done()))
-        except ConnectionLostError:
-            # It is told on the next one.
-            pass
+        # Where the connection has ended it is told on the next one.
+        self._ask(partial(self._session.say, Done()))
+
+    def say_loaded(self) -> None:
+        """Tell a source that has come back that the guest is here."""
+        self._ask(partial(self._session.say, Ram(RamStatus.LOADED)))
+
+    def let_ram_in(self) -> None:
+        """Let QEMU have what was kept waiting of RAM."""
+        self._ask(self._let_ram_in)
 
     def end(self, reason: CloseReason, text: str, limit: float = _LEAVE) -> None:
         """Take leave, and end in so many seconds at the latest."""
-        try:
-            self.mux.ask(partial(self.mux.leave, Close(reason, text), limit))
-        except ConnectionLostError:
-            pass
+        self._ask(partial(self.mux.leave, Close(reason, text), limit))
 
     def join(self) -> None:
         """Wait for the end."""
         if self._thread.is_alive():
             self._thread.join()
 
+    def _ask(self, work: Callable[[], None]) -> None:
+        """Have its thread do something, unless it has ended."""
+        with suppress(ConnectionLostError):
+            self.mux.ask(work)
+
     # In its thread.
+
+    def _let_ram_in(self) -> None:
+        if self._ram is not None:
+            self.mux.let_in(self._ram)
 
     def _run(self) -> None:
         why = "it was ended here"
@@ -139,7 +156,8 @@ class Connection:
         except BaseException:
             sock.close()
             raise
-        self._ram = stream
+        end.is_kept_waiting = self._owner.keeps_ram_waiting
+        self._ram = end
         self._owner.ram_is(RamState.UNDER_WAY)
         return end
 
@@ -157,7 +175,7 @@ class Connection:
             self._owner.ram_is(RamState.FAILED, why or "it has ended before everything was loaded")
 
     def _is_under_way(self, stream: Stream) -> bool:
-        return stream is self._ram and self._owner.ram is RamState.UNDER_WAY
+        return self._ram is not None and stream is self._ram.stream and self._owner.ram is RamState.UNDER_WAY
 
     def _listen(self, stream: Stream, return_path: ReturnPath, said: memoryview) -> None:
         """QEMU tells the source's QEMU something, or has ended: OSError where it should not have."""

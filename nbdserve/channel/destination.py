@@ -10,13 +10,15 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 from nbdserve.channel.accepted import Connection, RamState
 from nbdserve.channel.admission import Admission, Door
 from nbdserve.channel.terms import IN_BULK, Limits
 from nbdserve.channel.wire.frames import CloseReason
-from nbdserve.channel.wire.greeting import Answer, Claim, Mode, Refusal
+from nbdserve.channel.wire.greeting import Answer, Claim, Mode, Refusal, is_newer, next_epoch
 from nbdserve.common.errors import ConnectionLostError, reason_of
+from nbdserve.common.threads import promised
 from nbdserve.connection.listeners import Listener
 
 __all__ = ["Destination", "Event", "Limits", "Settings", "Status"]
@@ -24,6 +26,8 @@ __all__ = ["Destination", "Event", "Limits", "Settings", "Status"]
 _LOG = logging.getLogger("nbdserve")
 _REPLACED = 0.2
 """Seconds in which one that is replaced may still hear of that; it may be half-open, so that it does not."""
+_RETURN = 60.0
+"""Seconds in which a source comes back that was told that it is needed no more; later it has gone."""
 
 
 class Event(Enum):
@@ -57,6 +61,8 @@ class Settings:
     """With the source verified; None only on a Unix socket or the loopback."""
     arrived: bool = False
     """The guest is here already, as this end was started again: there is a session, which can be resumed."""
+    keeps_ram_waiting: bool = False
+    """QEMU gets nothing of RAM before ``let_ram_in``."""
     lasting: bool = False
     """Whoever knows the token may connect at any time, whether or not this end knows of a session: either end
     may have been started again."""
@@ -169,6 +175,13 @@ class Destination:
         if connection is not None:
             connection.say_done()
 
+    def let_ram_in(self) -> None:
+        """Let QEMU have the RAM that was kept waiting."""
+        with self._lock:
+            connection = self._current
+        if connection is not None:
+            connection.let_ram_in()
+
     def hang_up(self, why: str) -> None:
         """End the connection that there is, telling the source why; RAM that is under way fails."""
         with self._lock:
@@ -211,14 +224,14 @@ class Destination:
         with self._lock:
             refusal, text = self._refusal(claim)
             if refusal is None:
-                self._epoch = claim.epoch or self._epoch + 1
+                self._epoch = claim.epoch or next_epoch(self._epoch)
             return Answer(refusal, self._epoch, self._offer, text)
 
     def _refusal(self, claim: Claim) -> tuple[Refusal | None, str]:
         """Why somebody who has proven himself is refused, if he is."""
         if self._closed:
             return Refusal.STOPPED, "the destination ends"
-        if 0 < claim.epoch <= self._epoch:
+        if claim.epoch and not is_newer(claim.epoch, self._epoch):
             return Refusal.STALE, "another source end has resumed the session since"
         if claim.mode is Mode.RESUME:
             if self._settings.lasting:
@@ -253,15 +266,23 @@ class Destination:
             if is_new:
                 self._ram = RamState.NONE
             done_wanted = self._done_wanted
+            has_loaded = self._ram is RamState.LOADED
         if former is not None:
             former.end(CloseReason.REPLACED, "another connection has taken the session over", _REPLACED)
         _LOG.info("channel: %s: %s", self._peer, "a session begins" if is_new else "the session goes on")
         self._tell(Event.BEGUN if is_new else Event.BACK, self._peer)
+        if has_loaded:
+            connection.say_loaded()
         if done_wanted:
             connection.say_done()
         connection.start()
 
     # What a connection tells, in its thread.
+
+    @property
+    def keeps_ram_waiting(self) -> bool:
+        """Tell whether QEMU gets nothing of RAM yet."""
+        return self._settings.keeps_ram_waiting
 
     def incoming(self) -> str:
         """Return where QEMU waits for the RAM, of which the stream begins; OSError when it may not."""
@@ -303,9 +324,22 @@ class Destination:
             if self._ram is RamState.FAILED:
                 self._session = False
             is_news = not (self._closed or self._done.is_set())
+            has_been_told, number = self._done_wanted, self._connections
         if is_news:
             _LOG.warning("channel: lost: %s", why)
             self._tell(Event.LOST, why)
+            if has_been_told:
+                promised("farewell", partial(self._wait_for_return, number))
+
+    def _wait_for_return(self, number: int) -> None:
+        """A source that was told to go may have gone, with its BYE lost on the way."""
+        if self._done.wait(_RETURN):
+            return
+        with self._lock:
+            is_back = self._closed or self._connections != number
+        if not is_back:
+            _LOG.warning("channel: the source has not come back: it has gone, or is to be ended by hand")
+            self.taken_leave()
 
 
 _RAM_EVENTS = {

@@ -8,8 +8,10 @@ import shlex
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from nbdserve.channel.places import Place, SshPlace, UnixPlace
@@ -17,6 +19,7 @@ from nbdserve.channel.transports import SocketTransport, TlsTransport, Transport
 from nbdserve.channel.wire.greeting import NONCE, Answer, Claim, Connector
 from nbdserve.client.dial import Countdown, connect_tcp, connect_unix
 from nbdserve.common.errors import ConnectError, ConnectionLostError, reason_of
+from nbdserve.common.threads import promised
 
 _END = 2.0
 """Seconds that ssh has to end when its connection is closed."""
@@ -53,6 +56,10 @@ class SshTransport(SocketTransport):
             ours.close()
             raise
 
+    def interrupt(self) -> None:
+        """Let who waits for it see its end."""
+        self._child.terminate()
+
     def close(self) -> None:
         """Hang up, and see that ssh ends."""
         super().close()
@@ -63,30 +70,78 @@ class SshTransport(SocketTransport):
             self._child.wait()
 
 
-def reach(way: Way, token: bytes, claim: Callable[[], Claim], limit: float) -> tuple[Transport, Answer]:
-    """Connect and greet, within ``limit`` seconds; what is claimed is asked for when somebody is there.
+class Attempt:
+    """One attempt to connect and greet, in a thread of its own: it may be given up at any moment.
 
-    Raises ConnectError when nobody is there, ProtocolError when it is no destination, RefusedError when it
-    does not accept this; nothing is left open then.
+    It has ``limit`` seconds. What is claimed is asked for when somebody is there, in that thread.
     """
-    deadline = time.monotonic() + limit
-    try:
-        connected = _connected(way, limit)
-    except OSError as error:
-        raise ConnectError(f"{way.place}: {reason_of(error)}") from error
-    transport: Transport = connected
-    try:
-        transport = _encrypted(connected, way, deadline)
-        greeting = Connector(token, claim(), secrets.token_bytes(NONCE))
-        converse(transport, greeting, deadline)
-    except (ConnectionLostError, OSError) as error:
-        transport.close()
-        raise ConnectError(f"{way.place}: {reason_of(error)}") from error
-    except BaseException:
-        transport.close()
-        raise
-    assert greeting.answer is not None
-    return transport, greeting.answer
+
+    def __init__(self, way: Way, token: bytes, claim: Callable[[], Claim], limit: float) -> None:
+        self._way = way
+        self._token = token
+        self._claim = claim
+        self._limit = limit
+        self._lock = threading.Lock()
+        """Held for moments only: who is greeted, as long as that one is not closed."""
+        self._greeted: SocketTransport | None = None
+        self._given_up = False
+        self._outcome = promised("connecting", self._reach)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the outcome, so many seconds at most; tell whether there is one."""
+        return bool(wait([self._outcome], seconds).done)
+
+    def result(self) -> tuple[Transport, Answer]:
+        """Wait for the outcome.
+
+        Raises ConnectError when nobody is there, ProtocolError when it is no destination, RefusedError when
+        it does not accept this; nothing is left open then.
+        """
+        return self._outcome.result()
+
+    def give_up(self) -> None:
+        """Let it end, and close what comes of it."""
+        with self._lock:
+            self._given_up = True
+            if self._greeted is not None:
+                self._greeted.interrupt()
+        self._outcome.add_done_callback(_close)
+
+    def _reach(self) -> tuple[Transport, Answer]:
+        deadline, place = time.monotonic() + self._limit, self._way.place
+        try:
+            connected = _connected(self._way, self._limit)
+        except OSError as error:
+            raise ConnectError(f"{place}: {reason_of(error)}") from error
+        with self._lock:
+            self._greeted = connected
+            if self._given_up:
+                connected.interrupt()
+        try:
+            transport = _encrypted(connected, self._way, deadline)
+            greeting = Connector(self._token, self._claim(), secrets.token_bytes(NONCE))
+            converse(transport, greeting, deadline)
+        except BaseException as error:
+            with self._lock:
+                self._greeted = None
+            connected.close()
+            if isinstance(error, ConnectionLostError | OSError):
+                raise ConnectError(f"{place}: {reason_of(error)}") from error
+            raise
+        with self._lock:
+            self._greeted = None
+        assert greeting.answer is not None
+        return transport, greeting.answer
+
+
+def reach(way: Way, token: bytes, claim: Callable[[], Claim], limit: float) -> tuple[Transport, Answer]:
+    """Connect and greet, within ``limit`` seconds; raises as Attempt.result()."""
+    return Attempt(way, token, claim, limit).result()
+
+
+def _close(outcome: Future[tuple[Transport, Answer]]) -> None:
+    if outcome.exception() is None:
+        outcome.result()[0].close()
 
 
 def _connected(way: Way, limit: float) -> SocketTransport:

@@ -30,7 +30,7 @@ class LocalEnd:
 
     They do not block. ``reader`` and ``writer`` are one socket or two pipes. ``on_read`` is shown what is
     read, and ``on_delivery`` what is delivered, beforehand. ``on_hang_up`` is called when nobody writes any
-    more, whether or not what is still to be read can be sent.
+    more, whether or not what is still to be read can be sent. ``ahead`` was read of it already.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class LocalEnd:
         on_read: Observe | None = None,
         on_delivery: Observe | None = None,
         on_hang_up: Callable[[], None] = lambda: None,
+        ahead: bytes = b"",
     ) -> None:
         self.stream = stream
         self.reader = reader
@@ -48,6 +49,9 @@ class LocalEnd:
         self.held = 0
         """Bytes that have come and are not delivered yet."""
         self.closed = False
+        self.is_kept_waiting = False
+        """Nothing is delivered as long as this is so: what comes is kept."""
+        self._ahead = memoryview(ahead)
         self._waiting = deque[bytearray]()
         # Bytes of the first of these that are delivered.
         self._gone = 0
@@ -63,6 +67,10 @@ class LocalEnd:
 
     def read_into(self, buffers: list[memoryview]) -> int | None:
         """Read what is to be sent: how many bytes, 0 at the end, None if there is nothing. Raises OSError."""
+        if self._ahead:
+            count = min(len(buffers[0]), len(self._ahead))
+            buffers[0][:count], self._ahead = self._ahead[:count], self._ahead[count:]
+            return count
         try:
             count = os.readv(self.reader, buffers)
         except BlockingIOError:
@@ -87,7 +95,7 @@ class LocalEnd:
             for piece in pieces:
                 self._on_delivery(piece)
         count = 0
-        if not self._waiting:
+        if not (self._waiting or self.is_kept_waiting):
             with contextlib.suppress(BlockingIOError):
                 count = os.writev(self.writer, pieces)
         left = count
@@ -100,7 +108,7 @@ class LocalEnd:
     def flush(self) -> int:
         """Deliver what waits, as far as possible; how many bytes that were. Raises OSError."""
         total = 0
-        while self._waiting:
+        while self._waiting and not self.is_kept_waiting:
             pieces = [memoryview(each) for each in itertools.islice(self._waiting, _PIECES)]
             pieces[0] = pieces[0][self._gone :]
             try:

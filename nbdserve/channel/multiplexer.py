@@ -115,6 +115,12 @@ class Multiplexer:
         self._ends[end.stream.number] = end
         self._by_fd[end.reader] = self._by_fd[end.writer] = end
 
+    def let_in(self, end: LocalEnd) -> None:
+        """Deliver to an end that was kept waiting."""
+        end.is_kept_waiting = False
+        if not end.closed:
+            self._deliver(end, [])
+
     def leave(self, frame: Control, limit: float = _LEAVE) -> None:
         """Say this last, and end when the other end has taken it, or in so many seconds."""
         if self._leave_by is None:
@@ -143,8 +149,8 @@ class Multiplexer:
     def _has_ended(self) -> ConnectionLostError:
         return ConnectionLostError(f"{self.transport.name}: the connection has ended")
 
-    def run(self) -> None:
-        """Work until this end has left, or the other has taken leave.
+    def run(self) -> bool:
+        """Work until this end has left; tell whether the other end has hung up behind its last words.
 
         Raises ConnectionLostError when the connection is lost, ProtocolError when the other end does not
         keep to the specification, which it is told. In any case everything is closed.
@@ -155,7 +161,7 @@ class Multiplexer:
                 self.transport.fileno(),
                 select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET,
             )
-            self._work()
+            return self._work()
         except ProtocolError as error:
             self._why = str(error)
             self._say_farewell(Close(CloseReason.PROTOCOL, self._why))
@@ -166,7 +172,7 @@ class Multiplexer:
         finally:
             self.close()
 
-    def _work(self) -> None:
+    def _work(self) -> bool:
         while True:
             idle = not (self._readable or (self._writable and (self._batch or self.session.has_to_send)))
             for fd, events in self._epoll.poll(self.session.interval if idle else 0):
@@ -174,7 +180,7 @@ class Multiplexer:
             if self._readable and not self._receive():
                 if self._leave_by is None:
                     raise ConnectionLostError("hung up")
-                return
+                return True
             if self._writable:
                 self._send()
             now = time.monotonic()
@@ -183,7 +189,7 @@ class Multiplexer:
                 self._looked = now
             if self._leave_by is not None:
                 if now >= self._leave_by:
-                    return
+                    return False
                 self._finish()
             elif self.session.is_dead:
                 raise ConnectionLostError(f"nothing was heard for {self.session.silent:.0f} s")

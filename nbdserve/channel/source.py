@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from nbdserve.channel.dialling import Way, reach
+from nbdserve.channel.child.pipes import RamPipes
+from nbdserve.channel.dialling import Attempt, Way
 from nbdserve.channel.local_ends import LocalEnd, from_socket
 from nbdserve.channel.multiplexer import Multiplexer
 from nbdserve.channel.terms import REQUESTS, Limits
 from nbdserve.channel.transports import Transport
 from nbdserve.channel.wire.frames import Bye, Close, CloseReason, Done, Ram, RamStatus, ResetReason
-from nbdserve.channel.wire.greeting import Claim, Mode, Offer, Refusal, RefusedError
+from nbdserve.channel.wire.greeting import Claim, Mode, Offer, Refusal, RefusedError, next_epoch
 from nbdserve.channel.wire.return_path import ReturnPath, Verdict
 from nbdserve.channel.wire.session import Role, Session
 from nbdserve.channel.wire.streams import Stream
-from nbdserve.client.reconnect import Pauses
+from nbdserve.client.dial import Pauses
 from nbdserve.common.errors import ConnectError, ConnectionLostError, OperatorError, ProtocolError, reason_of
 from nbdserve.connection.listeners import Visitor
 
@@ -31,6 +32,10 @@ _ASK = 10.0
 """Seconds in which the thread of a connection does what it is asked, which takes it microseconds."""
 _STABLE = 5.0
 """Seconds after which a connection was a good one: when it is lost it is made again at once."""
+_LOOK = 0.1
+"""Seconds between two looks at whether somebody who is connecting is to stop."""
+_FAREWELL = 5.0
+"""Seconds for which a destination is looked for that has said DONE, and may not have heard BYE."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,6 @@ class SourceSettings:
     limits: Limits = field(default_factory=Limits)
 
 
-@dataclass(frozen=True)
-class RamPipes:
-    """QEMU's stream and return path; ``over`` is told, once or more, whether all was loaded, or why not."""
-
-    reader: int
-    writer: int
-    over: Callable[[bool, str], None]
-
-
 class SessionOverError(OperatorError):
     """The session cannot go on, and why."""
 
@@ -69,15 +65,23 @@ class Source:
         serve: Callable[[Visitor], None],
         ram: RamPipes | None = None,
         connected: Callable[[], None] = lambda: None,
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
-        """``connected`` is called each time that the destination has been reached."""
+        """``connected`` is called each time that the destination has been reached.
+
+        ``arrived`` is called, once or more, when the guest has gone over, and its QEMU here has come to its
+        end with that; it returns at once.
+        """
         self._settings = settings
         self._serve = serve
         self._ram = ram
         self._connected = connected
+        self._arrived = arrived
         self._epoch = 0
         self._pauses = Pauses(_LONGEST_PAUSE)
         self._begun = settings.resume
+        self._done_by: float | None = None
+        """When it is the end in any case, as the destination needs nothing more."""
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         """Held for moments only: which connection there is."""
@@ -138,9 +142,9 @@ class Source:
         self._connected()
         if self._stopping.is_set():
             connection.stop()
-        began = time.monotonic()
+        began, was_heard = time.monotonic(), False
         try:
-            connection.run()
+            was_heard = connection.run()
         except (ConnectionLostError, ProtocolError) as error:
             connection.why = connection.why or str(error)
         finally:
@@ -148,9 +152,12 @@ class Source:
                 self._current = None
         if connection.ram_was_lost:
             raise SessionOverError(f"the RAM has not arrived: {connection.why}")
-        if connection.is_done or self._stopping.is_set():
+        if self._stopping.is_set() or (connection.is_done and was_heard):
             return True
-        _LOG.warning("channel: lost: %s; connecting again", connection.why)
+        if connection.is_done and self._done_by is None:
+            self._done_by = time.monotonic() + _FAREWELL
+        why = connection.why or "the other end has not taken leave"
+        _LOG.warning("channel: lost: %s; connecting again", why)
         if time.monotonic() - began >= _STABLE:
             self._pauses.begin_anew()
         return self._pause()
@@ -162,16 +169,16 @@ class Source:
         return stopped
 
     def _connect(self) -> SourceConnection | None:
-        """Reach the destination; None when this was stopped meanwhile."""
+        """Reach the destination; None when this was stopped meanwhile, or nobody needs it any more."""
         trouble = ""
         give_up = time.monotonic() + self._settings.patience
         while True:
             for way in self._settings.ways:
-                if self._stopping.is_set():
-                    return None
                 try:
                     return self._reach(way)
                 except RefusedError as error:
+                    if self._is_over:
+                        return None
                     if not self._begun or (not self._epoch and self._settings.resume):
                         raise
                     if error.refusal is Refusal.STALE:
@@ -184,24 +191,41 @@ class Source:
                 if reason != trouble:
                     trouble = reason
                     _LOG.warning("channel: %s; trying again", reason)
+                if self._is_over:
+                    return None
             if time.monotonic() >= give_up:
                 raise ConnectError(f"{trouble}; given up after {self._settings.patience:g} s")
             if self._pause():
                 return None
 
-    def _reach(self, way: Way) -> SourceConnection:
+    @property
+    def _is_over(self) -> bool:
+        """Whether nobody needs to be reached any more."""
+        return self._stopping.is_set() or (self._done_by is not None and time.monotonic() >= self._done_by)
+
+    def _reach(self, way: Way) -> SourceConnection | None:
+        """Reach the destination this way; as for _connect(). OperatorError when that cannot be done."""
         offer = self._settings.limits.offer(REQUESTS)
 
         def claim() -> Claim:
             # Each counts, as its answer may be lost; who has had none asks for the next, whatever that is.
-            self._epoch += 1 if self._epoch else 0
+            self._epoch = next_epoch(self._epoch) if self._epoch else 0
             return Claim(Mode.RESUME if self._begun else Mode.NEW, self._epoch, offer)
 
-        transport, answer = reach(way, self._settings.token, claim, self._settings.limits.greeting)
-        self._epoch = answer.epoch
         ram = None if self._begun else self._ram
+        attempt = Attempt(way, self._settings.token, claim, self._settings.limits.greeting)
+        while not attempt.wait(_LOOK):
+            is_broken_off = ram is not None and ram.look_whether_broken_off()
+            if is_broken_off or self._is_over:
+                attempt.give_up()
+            if is_broken_off:
+                raise SessionOverError("QEMU has broken the migration off")
+            if self._is_over:
+                return None
+        transport, answer = attempt.result()
+        self._epoch = answer.epoch
         try:
-            connection = SourceConnection(transport, offer, answer.offer, self._serve, ram)
+            connection = SourceConnection(transport, offer, answer.offer, self._serve, ram, self._arrived)
         except OSError as error:
             transport.close()
             raise ConnectError(f"{way.place}: {reason_of(error)}") from error
@@ -220,6 +244,7 @@ class SourceConnection:
         theirs: Offer,
         serve: Callable[[Visitor], None],
         ram: RamPipes | None,
+        arrived: Callable[[], None],
     ) -> None:
         self.is_done = False
         self.ram_was_lost = False
@@ -230,6 +255,7 @@ class SourceConnection:
         self._mux = Multiplexer(transport, self._session, self)
         self._serve = serve
         self._ram = ram
+        self._arrived = arrived
         self._return_path = ReturnPath()
 
     def stop(self) -> None:
@@ -255,8 +281,8 @@ class SourceConnection:
             self._session.give_up(stream, ResetReason.BROKEN, reason_of(error))
             raise
 
-    def run(self) -> None:
-        """Work until one end takes leave; raises what Multiplexer.run does."""
+    def run(self) -> bool:
+        """Work until one end takes leave; returns and raises as Multiplexer.run()."""
         if self._ram is not None:
             self.ram_was_lost = True
             stream = self._session.open()
@@ -267,9 +293,11 @@ class SourceConnection:
                     self._ram.writer,
                     on_delivery=self._look_at_answers,
                     on_hang_up=self._qemu_has_left,
+                    ahead=bytes(self._ram.ahead),
                 )
             )
-        self._mux.run()
+            self._session.begin(stream)
+        return self._mux.run()
 
     def opened(self, stream: Stream) -> LocalEnd:
         """The destination opens a stream: serve NBD on it."""
@@ -290,6 +318,10 @@ class SourceConnection:
                 self._mux.leave(Bye())
             case Ram(status) if status is RamStatus.FAILED:
                 _LOG.warning("channel: the destination could not load the RAM")
+            case Ram(_) if self._ram is None:
+                self._arrived()
+            case Close(_, _) if self.is_done:
+                pass
             case Close(CloseReason.REPLACED, text):
                 raise SessionOverError(f"channel: {text}")
             case Close(_, text):
@@ -304,7 +336,7 @@ class SourceConnection:
         if self.ram_was_lost:
             self._fail(why or "the destination has ended it")
         else:
-            self._ram.over(True, "")
+            self._has_loaded(self._ram)
 
     def _look_at_answers(self, data: memoryview) -> None:
         """The destination's QEMU tells ours something."""
@@ -320,7 +352,12 @@ class SourceConnection:
         if self.ram_was_lost:
             self._fail("QEMU has broken the migration off")
         else:
-            self._ram.over(True, "")
+            self._has_loaded(self._ram)
+
+    def _has_loaded(self, ram: RamPipes) -> None:
+        """The guest is elsewhere, and QEMU, which knows it, waits for its child only."""
+        ram.over(True, "")
+        self._arrived()
 
     def _fail(self, why: str) -> None:
         self.why = self.why or why

@@ -90,6 +90,11 @@ class SocketTransport:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
 
+    def interrupt(self) -> None:
+        """Let who waits for it see its end. From any thread, but not beside ``close``."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up."""
         self._sock.close()

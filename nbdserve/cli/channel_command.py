@@ -10,9 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nbdserve.channel.child.fence import Fence
+from nbdserve.channel.child.pipes import RamPipes
+from nbdserve.channel.child.worker import Lifeline, require_pipes, split
 from nbdserve.channel.relay import relay
-from nbdserve.channel.source import RamPipes, Source, SourceSettings
-from nbdserve.channel.worker import Lifeline, require_pipes, split
+from nbdserve.channel.source import Source, SourceSettings
 from nbdserve.cli.channel_end import Ending
 from nbdserve.cli.channel_options import (
     PROGRAM,
@@ -47,8 +49,9 @@ QEMU itself starts this, on the source, and waits only until the RAM has gone ov
 
     migrate "exec:nbdserve channel --connect HOST:PORT --export NAME=FILE --token-file FILE ..."
 
-What it leaves behind serves the disks, read-only, until nbd-overlay serve --channel, on the destination,
-needs them no more. Without --tls-certificates only the loopback, a Unix socket or ssh:// is connected to.
+What it leaves behind serves the disks, read-only, and keeps every QEMU here from writing to them, until
+nbd-overlay serve --channel, on the destination, needs them no more. Without --tls-certificates only the
+loopback, a Unix socket or ssh:// is connected to.
 """
 
 
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         return program.EXIT_DONE
     settings = _settings(given)
     exports = [parse_export(text, read_only=True) for text in given.export]
+    program.allow_many_descriptors()
     # Before QEMU is let go, so that it is told of what is missing.
     log = _open_log(given)
     if given.resume:
@@ -135,8 +139,10 @@ def _carry(
         serving.start()
         stack.callback(serving.join, _END)
         stack.callback(server.stop)
+        fence = Fence([each.source for each in wanted if isinstance(each.source, Path)])
+        stack.callback(fence.close)
         ram = None if lifeline is None else RamPipes(lifeline.reader, lifeline.writer, lifeline.over)
-        source = Source(settings, server.welcome, ram)
+        source = Source(settings, server.welcome, ram, arrived=fence.stand)
         ending = Ending()
         pid_file.publish()
         carried = promised("channel", source.run)

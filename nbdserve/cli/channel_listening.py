@@ -12,7 +12,7 @@ from nbdserve.cli.channel_end import Ending
 from nbdserve.cli.channel_options import add_session, parser, session_limits, start_log, unix_path
 from nbdserve.common import logs, program
 from nbdserve.common.errors import UsageError
-from nbdserve.common.ownership import ownership
+from nbdserve.common.ownership import add_options, ownership
 from nbdserve.common.program import Parser
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.connection.listeners import listen_unix
@@ -88,8 +88,7 @@ def _parser() -> Parser:
     add = made.add_argument
     add("--listen", metavar="PLACE", required=True, help="where the source connects: HOST:PORT or unix:PATH")
     add("--socket", metavar="PATH", help="a Unix socket at which the source's disks are")
-    add("--socket-owner", metavar="USER[:GROUP]", help="whose that is")
-    add("--socket-mode", metavar="MODE", help="who may use it (default: 0600)")
+    add_options(add, "--socket-", "that socket")
     add("--incoming", metavar="unix:PATH", help="where the destination's QEMU waits for the RAM")
     add_session(add, certificates="ca-cert.pem, server-cert.pem and server-key.pem")
     add("--qmp", metavar="unix:PATH", help="live control: query-channel, channel-done, quit")

@@ -20,7 +20,7 @@ from nbdserve.cli.channel_options import (
 from nbdserve.cli.config import parse_export
 from nbdserve.common import logs, program
 from nbdserve.common.errors import UsageError
-from nbdserve.common.ownership import ownership
+from nbdserve.common.ownership import add_options, ownership
 from nbdserve.common.program import Parser
 from nbdserve.common.threads import promised
 from nbdserve.connection.handshake import Terms
@@ -111,8 +111,7 @@ def _parser() -> Parser:
     add = made.add_argument
     add_source(add, "the destination")
     add("--ram", metavar="unix:PATH", required=True, help="a Unix socket to which the source's QEMU migrates")
-    add("--socket-owner", metavar="USER[:GROUP]", help="whose that is")
-    add("--socket-mode", metavar="MODE", help="who may use it (default: 0600)")
+    add_options(add, "--socket-", "that socket")
     add(
         "--simple-replies",
         action="store_true",

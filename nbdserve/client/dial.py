@@ -28,6 +28,8 @@ from nbdserve.common.uri import NbdUri
 
 _NEXT = 0.25
 """Seconds after which the next address is tried too (RFC 8305, "Connection Attempt Delay")."""
+_FIRST_PAUSE = 0.05
+"""Seconds between the first two attempts to connect."""
 _KEEPALIVE = (socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)
 """Seconds, and how often: a host that is gone is noticed on an idle connection, too."""
 SILENT_NETWORK = 20.0
@@ -87,6 +89,26 @@ class Countdown:
         if left <= 0:
             raise TimeoutError
         return left
+
+
+class Pauses:
+    """The pauses between attempts to connect: each twice as long as the last, up to ``longest`` seconds.
+
+    For one thread at a time.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self.next = _FIRST_PAUSE
+        """Seconds to wait before the next attempt."""
+
+    def grow(self) -> None:
+        """Let the next one be longer: another attempt has failed."""
+        self.next = min(2 * self.next, self._longest)
+
+    def begin_anew(self) -> None:
+        """Let the next one be short: an attempt has succeeded."""
+        self.next = _FIRST_PAUSE
 
 
 def connect_tcp(host: str, port: int, limit: Countdown) -> socket.socket:

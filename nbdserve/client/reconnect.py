@@ -25,9 +25,6 @@ from nbdserve.common.errors import ConnectError, OperatorError
 
 DIAL_TIMEOUT = 5.0
 """Seconds in which a server must take a connection, and for which it may be silent until it is made."""
-_FIRST_PAUSE = 0.05
-"""Seconds between the first two attempts to connect."""
-
 _GONE = (errno.ENOTCONN, errno.ETIMEDOUT, errno.ESHUTDOWN)
 """What says that the connection is the trouble. Only the last comes over the wire."""
 
@@ -48,26 +45,6 @@ def fault_of(error: OSError) -> Fault:
     if error.errno == errno.EPROTO:
         return Fault.SERVER
     return Fault.CONNECTION if error.errno in _GONE else Fault.REQUEST
-
-
-class Pauses:
-    """The pauses between attempts to connect: each twice as long as the last, up to ``longest`` seconds.
-
-    For one thread at a time.
-    """
-
-    def __init__(self, longest: float) -> None:
-        self._longest = longest
-        self.next = _FIRST_PAUSE
-        """Seconds to wait before the next attempt."""
-
-    def grow(self) -> None:
-        """Let the next one be longer: another attempt has failed."""
-        self.next = min(2 * self.next, self._longest)
-
-    def begin_anew(self) -> None:
-        """Let the next one be short: an attempt has succeeded."""
-        self.next = _FIRST_PAUSE
 
 
 class Dialler:

@@ -17,9 +17,10 @@ from concurrent.futures import Future
 from enum import Enum, auto
 from typing import Concatenate, ParamSpec, TypeVar
 
+from nbdserve.client.dial import Pauses
 from nbdserve.client.export import Export
 from nbdserve.client.pipeline import Client
-from nbdserve.client.reconnect import Connections, Dialler, Fault, Pauses, fault_of
+from nbdserve.client.reconnect import Connections, Dialler, Fault, fault_of
 from nbdserve.common.errors import OperatorError
 
 _LOG = logging.getLogger("nbdserve")

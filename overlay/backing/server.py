@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbdserve.client import Target, connect
-from nbdserve.client.reconnect import DIAL_TIMEOUT, Dialler, Fault, Pauses, fault_of
+from nbdserve.client.dial import Pauses
+from nbdserve.client.reconnect import DIAL_TIMEOUT, Dialler, Fault, fault_of
 from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import Thread
 from overlay.backing.connections import LOOK, Session

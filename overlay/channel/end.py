@@ -33,7 +33,8 @@ _LEAVE = 5.0
 class Channel:
     """The destination's end. Everything may be called from any thread.
 
-    ``source_came``, ``guest_came`` and ``emit`` are called in a thread of the channel: they return at once.
+    ``source_came``, ``ram_came``, ``guest_came`` and ``emit`` are called in a thread of the channel: they
+    return at once.
     ``_lock`` is held for moments only.
 
     Raises UsageError where the options make no sense, ConnectError when nobody can listen there.
@@ -44,6 +45,8 @@ class Channel:
         """The source can be asked from now on."""
         self.guest_came: Callable[[], None] = lambda: None
         """All RAM is here."""
+        self.ram_came: Callable[[], None] = lambda: None
+        """RAM begins to come, and is kept waiting until ``let_ram_in``."""
         self.emit: Callable[[str, Mapping[str, object]], None] = lambda event, data: None
         """Tells a monitor's clients of an event, by its name and its data."""
         self._is_shared = options.socket is not None
@@ -53,7 +56,9 @@ class Channel:
         self._over = threading.Event()
         tls = None if options.certificates is None else places.server_context(options.certificates)
         token = places.read_token(options.token_file)
-        settings = Settings(token, options.incoming, tls, arrived=arrived, lasting=True)
+        settings = Settings(
+            token, options.incoming, tls, arrived=arrived, lasting=True, keeps_ram_waiting=True
+        )
         self._entrance: Entrance | None = None
         with ExitStack() as undo:
             self.listeners = places.listen(options.listen, encrypted=tls is not None)
@@ -86,6 +91,10 @@ class Channel:
     def guest_is_here(self) -> None:
         """From now on the guest here depends on the source, which is waited for."""
         self._arrived = True
+
+    def let_ram_in(self) -> None:
+        """Let this host's QEMU have the RAM: the guest's disk can be reached."""
+        self._destination.let_ram_in()
 
     def turn_away(self, why: str) -> None:
         """End the connection, before the guest is here, which then goes on at the source."""
@@ -155,5 +164,7 @@ class Channel:
         self.emit(name, {"reason": reason} if reason else {})
         if event in (Event.BEGUN, Event.BACK):
             self.source_came()
+        elif event is Event.RAM_BEGUN:
+            self.ram_came()
         elif event is Event.RAM_LOADED:
             self.guest_came()

@@ -27,6 +27,8 @@ control=unix:$OVERLAY.qmp
 # Where it is under way already, it goes on.
 said=$(nbd-overlay stream --qmp "$control" --speed "$SPEED" 2>&1) || [[ $said = *" is busy: "* ]] || die "$said"
 nbd-overlay wait --qmp "$control"
-nbd-overlay channel-done --qmp "$control"
+# Nothing of A is needed any more, also where it is gone for good.
+nbd-overlay channel-done --qmp "$control" ||
+    echo "$me: every block is here, and this goes on without A; its end of the channel, if it is there, is to be ended by hand" >&2
 nbd-migrate pivot --qmp "$DESTINATION_QMP" --node "$NODE" "$OVERLAY"
 nbd-overlay quit --qmp "$control"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -199,26 +198,23 @@ def test_local_images_are_served_without_libnbd(installed: Installed, tmp_path: 
     assert (tmp_path / "copy.img").read_bytes() == (tmp_path / "disk.img").read_bytes()
 
 
-def test_what_the_readme_says_makes_an_environment_in_which_everything_works(
-    sources: Path, source: Server, tmp_path: Path
+def test_a_host_that_a_guest_leaves_over_one_connection_needs_no_libnbd(
+    installed: Installed, tmp_path: Path
 ) -> None:
-    (line,) = re.findall(r"^    (/usr/bin/python3 -m venv .*pip install \.)$", README, re.MULTILINE)
-    place = tmp_path / "place"
-    offline = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
-    ours = {"PYTHONPATH": sysconfig.get_path("purelib")}
-    command = line.replace("/opt/nbd-migrate", str(place))
-    done = run("sh", "-c", command, cwd=sources, seconds=120, env=offline | ours)
-    assert done.returncode == 0, done.stderr
-    new = tmp_path / "new.img"
-    made = run(place / "bin" / "nbd-overlay", "create", "--backing", source.uri(), new, env=ours)
-    assert made.returncode == 0, made.stderr
-    told = run(place / "bin" / "nbd-overlay", "info", new, env=ours)
-    assert f"backing: {source.uri()}" in told.stdout
-
-
-def test_the_environment_is_really_an_ordinary_one(environment: Path) -> None:
-    code = "import nbdserve, overlay, recipes, sys; print(nbdserve.__file__); import nbd"
-    done = run(environment / "bin" / "python", "-I", "-c", code, cwd=Path("/"))
-    assert done.stdout.startswith(str(environment)), "the copy is used, not the checkout"
-    assert "No module named 'nbd'" in done.stderr
-    assert os.environ.get("PYTHONPATH") is None
+    random_disk(tmp_path / "disk.img", MIB)
+    token, disks = tmp_path / "token", UnixAddress(tmp_path / "disks")
+    token.touch(mode=0o600)
+    token.write_text("0123456789abcdef" * 2)
+    channel: list[Argument] = [installed.program("nbdserve"), "channel", "--token-file", token]
+    place, ready = f"unix:{tmp_path / 'channel'}", tmp_path / "b.pid"
+    listens = [*channel, "--listen", place, "--socket", disks.path, "--pid-file", ready]
+    connects = [*channel, "--connect", place, "--export", f"vm={tmp_path / 'disk.img'},format=raw"]
+    with Process(listens, tmp_path / "b.log", env=installed.environment) as b:
+        b.wait_for_pid_file(ready)
+        for number, form in enumerate((["--resume"], ["--ram", f"unix:{tmp_path / 'ram'}"])):
+            log, copy = tmp_path / f"a{number}.log", tmp_path / f"copy{number}.img"
+            with Process([*connects, *form], log, env=installed.environment) as a:
+                a.wait_for_line("connected", 60.0)
+                check("nbdcopy", disks.uri("vm"), copy)
+                a.terminate()
+            assert copy.read_bytes() == (tmp_path / "disk.img").read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -58,7 +59,8 @@ class Place:
 
     def sender(self, *names: str, certificates: Path | None = None) -> Sender:
         """What A's QEMU starts."""
-        exports = [word for name in names for word in ("--export", f"{name}={self.disk(name)},format=raw")]
+        named = [name if "=" in name else f"{name}={self.disk(name)}" for name in names]
+        exports = [word for name in named for word in ("--export", f"{name},format=raw")]
         argv: list[Argument] = ["--connect", f"127.0.0.1:{self.port}", "--token-file", self.token, *exports]
         if certificates is not None:
             argv += ["--tls-certificates", str(certificates)]
@@ -245,6 +247,42 @@ def test_a_read_before_any_source_has_come_fails_soon_so_that_a_qemu_can_start(p
         place.sender("disk")
         wait_for_channel(daemon, connected=True)
         assert guest.read(0, 512) == place.disk("disk").read_bytes()[:512]
+
+
+def refused_before_any_ram(place: Place, sender: Sender, why: str) -> None:
+    """The migration fails for this reason, and B's QEMU has got nothing."""
+    sender.write(b"RAM")
+    assert sender.wait() == 1
+    assert why in sender.errors
+    qemu, _ = place.incoming.accept()
+    assert qemu.recv(1) == b""
+    qemu.close()
+
+
+def test_a_guest_whose_disk_is_another_or_cannot_be_had_stays_where_it_is(place: Place) -> None:
+    (place.directory / "larger").write_bytes(bytes(SIZE + 512))
+    image = place.image("b", "migrate:disk")
+    with overlay(image, *place.options(), directory=place.directory):
+        larger = place.sender("disk=" + str(place.directory / "larger"))
+        refused_before_any_ram(place, larger, f"the disk has {SIZE} bytes, what answers there {SIZE + 512}")
+        refused_before_any_ram(place, place.sender("other"), "the guest would be without its disk")
+        place.arrive(place.sender("disk"))
+
+
+def test_an_overlay_that_is_started_again_when_the_guest_has_just_come_knows_that(place: Place) -> None:
+    image = place.image("b", "migrate:disk")
+    with overlay(image, *place.options(), directory=place.directory) as daemon:
+        place.arrive(place.sender("disk"))
+        daemon.wait_for_status(armed=False)
+        wait_until(lambda: daemon.status()["local"] > 0, "something is kept")
+        # It is flushed behind that.
+        time.sleep(0.5)
+        daemon.process.kill()
+        daemon.process.wait(20.0)
+    with overlay(image, *place.options("--stream"), directory=place.directory) as daemon:
+        assert not daemon.status()["armed"]
+        daemon.wait_for_status(complete=True)
+    assert image.read_bytes() == place.disk("disk").read_bytes()
 
 
 def complaint(*argv: Argument, code: int) -> str:

@@ -37,6 +37,7 @@ class Road:
         self.port = int(self._listener.getsockname()[1])
         self.open = threading.Event()
         self.open.set()
+        self._deaf = set[socket.socket]()
         self.passed = 0
         """Connections that were begun."""
         self.is_closed = False
@@ -49,6 +50,10 @@ class Road:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         self._pairs.clear()
+
+    def deafen(self) -> None:
+        """From now on nothing goes on of what the clients say that there are, nor that they hang up."""
+        self._deaf |= set(self._pairs[::2])
 
     def close(self) -> None:
         """End everything."""
@@ -75,7 +80,10 @@ class Road:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 self.open.wait()
-                target.sendall(data)
+                if source not in self._deaf:
+                    target.sendall(data)
+        if source in self._deaf:
+            return
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
 

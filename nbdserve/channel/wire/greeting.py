@@ -34,10 +34,21 @@ _CLAIM = struct.Struct(">IQIII")
 _TEXT = 96
 _ANSWER = struct.Struct(f">IQIII{_TEXT}s")
 _NO_PROOF = bytes(_PROOF)
+_MOST_EPOCH = (1 << 64) - 1
 
 LEAST_WINDOW, MOST_WINDOW = 64 << 10, 1 << 30
 MOST_STREAMS = 1 << 16
 LEAST_SILENCE, MOST_SILENCE = 1000, 3_600_000
+
+
+def next_epoch(epoch: int) -> int:
+    """Return the epoch behind this one, or the first behind 0, which is none."""
+    return epoch % _MOST_EPOCH + 1
+
+
+def is_newer(epoch: int, last: int) -> bool:
+    """Tell whether an epoch comes behind ``last``, if there was one; in a circle: none is the last."""
+    return not last or 0 < (epoch - last) % _MOST_EPOCH <= _MOST_EPOCH // 2
 
 
 class Mode(IntEnum):

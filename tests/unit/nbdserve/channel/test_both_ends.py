@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from nbdserve.channel import places
+from nbdserve.channel.child.pipes import RamPipes
 from nbdserve.channel.destination import Destination, Event, Settings
 from nbdserve.channel.dialling import Way
-from nbdserve.channel.source import RamPipes, Source, SourceSettings
+from nbdserve.channel.source import Source, SourceSettings
 from nbdserve.channel.terms import REQUESTS, Limits
 from nbdserve.channel.wire.greeting import NONCE, Claim, Connector, Mode
 from nbdserve.common.errors import OperatorError

@@ -16,9 +16,12 @@ from nbdserve.channel.wire.greeting import (
     Offer,
     Refusal,
     RefusedError,
+    is_newer,
+    next_epoch,
 )
 from nbdserve.common.errors import ProtocolError
 
+EPOCHS = st.integers(1, (1 << 64) - 1)
 TOKEN = b"0123456789abcdef0123456789abcdef"
 OURS = Offer(1 << 20, 5, 15_000)
 THEIRS = Offer(64 << 10, 7, 9_000)
@@ -139,3 +142,18 @@ def test_a_claim_that_offers_nothing_is_refused_although_it_is_proven() -> None:
     claim = connector.receive(acceptor.receive(connector.first))
     with pytest.raises(ProtocolError, match="forbids"):
         acceptor.receive(claim)
+
+
+@given(EPOCHS)
+def test_behind_each_epoch_comes_a_newer_one(epoch: int) -> None:
+    after = next_epoch(epoch)
+    assert 1 <= after < 1 << 64
+    assert is_newer(after, epoch)
+    assert not is_newer(epoch, after)
+    assert not is_newer(epoch, epoch)
+    assert is_newer(epoch, 0)
+
+
+@given(EPOCHS, EPOCHS)
+def test_of_two_epochs_one_is_the_newer(one: int, other: int) -> None:
+    assert one == other or is_newer(one, other) != is_newer(other, one)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nbdserve.client.reconnect import DIAL_TIMEOUT, Connections, Dialler, Fault, Pauses, fault_of
+from nbdserve.client.dial import Pauses
+from nbdserve.client.reconnect import DIAL_TIMEOUT, Connections, Dialler, Fault, fault_of
 from nbdserve.common.errors import ConnectError
 
 
