@@ -62,6 +62,12 @@ def test_a_mirror_leaves_no_window() -> None:
     assert found.latencies[Phase.AFTER, "r"].longest == 0.006
 
 
+def test_a_guest_that_has_said_nothing_on_a_host_is_a_failed_migration() -> None:
+    moved = Moved(began=1.5, free=7.0, ended=9.5, downtime_ms=100, layout="raw")
+    with pytest.raises(MoveError, match="no request on b"):
+        sample(moved, [each for each in GUEST if each.host == "a"], 1000)
+
+
 def test_of_no_request_nothing_is_said() -> None:
     assert latency([]) == Latency(0.0, 0.0, 0.0)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tests.bench.migrate.guest import Done
-from tests.bench.migrate.setting import Moved
+from tests.bench.migrate.setting import Moved, MoveError
 
 
 class Phase(Enum):
@@ -62,7 +62,9 @@ class Sample:
 
 
 def sample(moved: Moved, done: Sequence[Done], passed: int) -> Sample:
-    """Judge a migration by what the guest has told."""
+    """Judge a migration by what the guest has told; MoveError where it has told nothing on one of the hosts."""
+    if silent := {"a", "b"} - {each.host for each in done}:
+        raise MoveError(f"the guest has told of no request on {', '.join(sorted(silent))}")
     last = max(each.at for each in done if each.host == "a")
     first = min(each.at for each in done if each.host == "b")
     # A mirror leaves nothing on A that is needed.
