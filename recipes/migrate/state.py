@@ -235,6 +235,8 @@ class State:
     """What there is of it, or may be, besides its process."""
     parameters: Parameters = field(default_factory=Parameters)
     """The migration parameters of A before, of those that say how to use TLS."""
+    downtime_limit: int = 0
+    """A's ``downtime-limit`` before, in milliseconds; 0: nobody has changed it."""
     tracking: Tracking | None = None
     """Policy hybrid: the bitmaps on A."""
     rounds: tuple[Round, ...] = ()

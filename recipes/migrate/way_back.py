@@ -33,7 +33,14 @@ from recipes.processes.child import lives
 from recipes.qemu.credentials import drop_credentials
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.facts import Facts, OnA, OnB
-from recipes.qemu.source import UNDER_WAY_ON_A, HasLeftError, guest_on_a, restore_capabilities, resume
+from recipes.qemu.source import (
+    UNDER_WAY_ON_A,
+    HasLeftError,
+    guest_on_a,
+    restore_capabilities,
+    resume,
+    set_downtime_limit,
+)
 from recipes.qemu.vm import Vm, VmGoneError
 
 ATTEMPTS = 3
@@ -279,6 +286,8 @@ class WayBack:
             await restore_capabilities(a, self._state.capabilities)
             if self._state.certificates and self._state.plan.ram_over_tls:
                 await drop_credentials(a, self._state.parameters)
+            if self._state.downtime_limit:
+                await set_downtime_limit(a, self._state.downtime_limit)
         except VmGoneError:
             raise
         except MigrationError as error:

@@ -173,3 +173,13 @@ async def restore_capabilities(vm: Vm, before: Sequence[str]) -> None:
     ]
     if surplus:
         await vm.execute("migrate-set-capabilities", capabilities=surplus)
+
+
+async def downtime_limit(vm: Vm) -> int:
+    """Return for how many milliseconds the guest may stand still at the switch-over."""
+    return int((await vm.execute("query-migrate-parameters"))["downtime-limit"])
+
+
+async def set_downtime_limit(vm: Vm, limit: int) -> None:
+    """Let the guest stand still for so many milliseconds; also while it is being sent."""
+    await vm.call("migrate-set-parameters", {"downtime-limit": limit})

@@ -26,9 +26,10 @@ from recipes.precopy.rounds import Rounds
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.devices import check_jobs, devices_of, difference
 from recipes.qemu.images import RAW
-from recipes.qemu.source import LOOK, WANTED, ram_sent, set_capabilities
+from recipes.qemu.source import LOOK, WANTED, downtime_limit, ram_sent, set_capabilities
 from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError, VmSilentError
 from recipes.running import speed
+from recipes.running.downtime import Downtime
 from recipes.running.estimate import Estimate
 from recipes.steps import advice
 from recipes.steps.export import serve_files
@@ -57,13 +58,17 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
     await set_capabilities(b, ("events", "return-path"))
     await set_capabilities(a, WANTED)
     await tls.send_ram(m)
+    longest = await downtime_limit(a)
+    m.record(downtime_limit=longest)
+    downtime = Downtime(a, longest)
+    await downtime.begin()
     # One that is kept waiting by who has connected to it would keep A's waiting, and its guest with it.
     async with parting_silent_ones(m):
         await m.during(b.execute("query-status"), m.plan.limits.command, "B's QEMU")
     # While the guest stands still nothing is started whose answer is waited for.
     async with aclosing(FilesLater(m.host_a, [disk.image for disk in m.disks])) as files:
         with a.events("MIGRATION") as news:
-            await send_guest(m, rounds, files, news)
+            await send_guest(m, rounds, files, news, downtime)
             arrived = await switch_over(m, news)
     await arrive(m, arrived)
     await fence_source(m)
@@ -84,7 +89,9 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
     )
 
 
-async def send_guest(m: Migration, rounds: Rounds | None, files: FilesLater, news: EventListener) -> None:
+async def send_guest(
+    m: Migration, rounds: Rounds | None, files: FilesLater, news: EventListener, downtime: Downtime
+) -> None:
     """Have A's QEMU send the guest, until it is told to switch over; ``news`` is of its migration.
 
     Raises MigrationError: then the guest goes on on A, or can.
@@ -101,7 +108,7 @@ async def send_guest(m: Migration, rounds: Rounds | None, files: FilesLater, new
         raise
     async with parting_silent_ones(m):
         await m.during(reaching("active", a, news), limit, "A's QEMU connecting to B's")
-    await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM")
+    await as_long_as_bytes_move(m, reaching("pre-switchover", a, news), "sending the RAM", downtime)
     m.report.moment(Moment.SWITCHOVER)
     m.refuse_the_dead()
     # Who may have the guest in a moment must not end with us: the QEMUs come to an end by themselves. Beside
@@ -224,12 +231,14 @@ async def reaching(state: str, a: Vm, news: EventListener) -> None:
             raise RefusedGuestError(f"A's QEMU says that the migration is {event['status']}: {reason}")
 
 
-async def as_long_as_bytes_move(m: Migration, work: Coroutine[Any, Any, None], what: str) -> None:
+async def as_long_as_bytes_move(
+    m: Migration, work: Coroutine[Any, Any, None], what: str, downtime: Downtime | None = None
+) -> None:
     """Wait for ``work`` as long as A's QEMU sends something, and everything needed lives.
 
     Raises MigrationError: whose end it was, or that nothing has moved for ``limits.silence``.
     """
-    waits = [asyncio.ensure_future(work), asyncio.ensure_future(silence(m))]
+    waits = [asyncio.ensure_future(work), asyncio.ensure_future(silence(m, downtime))]
     try:
         await m.during(asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED), math.inf, what)
         if not waits[0].done():
@@ -242,8 +251,11 @@ async def as_long_as_bytes_move(m: Migration, work: Coroutine[Any, Any, None], w
             each.cancel()
 
 
-async def silence(m: Migration) -> None:
-    """Follow how A's QEMU sends its guest; return when nothing has moved for ``limits.silence``."""
+async def silence(m: Migration, downtime: Downtime | None) -> None:
+    """Follow how A's QEMU sends its guest; return when nothing has moved for ``limits.silence``.
+
+    ``downtime`` is how long the guest may stand still, until it does.
+    """
     limit, seen, moved, estimate = m.plan.limits.silence, None, now(), Estimate()
     # Once the guest stands still nothing else is done.
     tells = m.state.phase is Phase.MIGRATE
@@ -255,6 +267,8 @@ async def silence(m: Migration) -> None:
             ram = await ram_sent(m.a, limit)
             if ram != seen:
                 seen, moved = ram, now()
+            if downtime:
+                await downtime.follow(ram.rounds)
             estimate.note(now(), ram.sent, ram.missing)
             if tells and ram.sent:
                 progress = RamProgress(ram.sent, ram.missing, estimate.rate, ram.rounds)
