@@ -144,7 +144,7 @@ def test_every_byte_is_right_where_there_are_rounds_while_the_ram_moves(tmp_path
     with many_disks(tmp_path, sizes=THREE) as stage:
         hybrid(stage)
         with monitor(stage.monitor_a) as a:
-            a.execute("migrate-set-parameters", max_bandwidth=96 << 10)
+            a.execute("migrate-set-parameters", max_bandwidth=384 << 10)
         argv = [sys.executable, "-c", HURRIED, "run", str(stage.plan_file()), "--name", NAME]
         with Process(argv, tmp_path / "run.log", cwd=ROOT) as run:
             assert run.wait(SECONDS) == 0, run.output()
