@@ -62,7 +62,7 @@ class Sample:
 
 
 def sample(moved: Moved, done: Sequence[Done], passed: int) -> Sample:
-    """Judge a migration by what the guest has told; MoveError where it has told nothing on one of the hosts."""
+    """Judge a migration by what the guest has told; MoveError where that is nothing on one of the hosts."""
     if silent := {"a", "b"} - {each.host for each in done}:
         raise MoveError(f"the guest has told of no request on {', '.join(sorted(silent))}")
     last = max(each.at for each in done if each.host == "a")
