@@ -11,19 +11,22 @@ import sys
 import threading
 import time
 
-from tests.bench.migrate.link import BUFFER, Direction, pass_on
+from tests.bench.migrate.link import Direction, pass_on
+
+_BUFFER = 128 << 10
+"""Bytes of a connection that the kernel holds before the wire, about: they delay all that comes behind."""
 
 
 def serve(listen: int, connect: int, out: Direction, back: Direction) -> None:
     """Pass on whoever connects, for ever."""
     listener = socket.create_server(("127.0.0.1", listen))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
 
     def accept() -> None:
         while True:
             client, _ = listener.accept()
             server = socket.socket()
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
             while server.connect_ex(("127.0.0.1", connect)):
                 time.sleep(0.02)
             for each in (client, server):
