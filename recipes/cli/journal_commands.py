@@ -1,4 +1,6 @@
-"""The subcommands that work from a migration's journal: list, status, resume, abort, cleanup."""
+"""The subcommands that work from a migration's journal: list, status, resume, recover, abort,
+cleanup.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import posixpath
 import sys
 import time
 from collections.abc import Coroutine
@@ -16,6 +19,7 @@ from nbdserve.common.errors import UsageError
 from nbdserve.common.sizes import parse_size
 from recipes.commands import overview, report
 from recipes.commands.abort import abort
+from recipes.commands.recover import recover
 from recipes.commands.resume import resume
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import interruptible, like_ctrl_c
@@ -77,6 +81,29 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
     )
     add_verify(each)
     each.set_defaults(body=run_resume)
+    each = subcommands.add_parser("recover", help="boot a guest again whose QEMU on B is lost")
+    each.description = (
+        "Boot a guest again whose QEMU on B, or host B itself, has died after the cut-over and before its "
+        "disk was complete. What it had flushed is there. On B its disk is completed under it. On A what it "
+        "wrote on B is written to A's image first, and B's files are of no use any more."
+    )
+    each.add_argument("name", metavar="NAME", type=check_name)
+    each.add_argument("--on", choices=("a", "b"), default="b", help="where it is booted (default: b)")
+    each.add_argument(
+        "--from",
+        dest="copies",
+        metavar="DIR",
+        help="with --on a: a directory on A to which B's images and their maps were copied",
+    )
+    each.add_argument(
+        "--b-is-off",
+        action="store_true",
+        help="with --from: you know that host B is off, or that its guest is; it is not asked",
+    )
+    each.add_argument(
+        "--no-boot", action="store_true", help="only make its disk whole there, and do not start the guest"
+    )
+    each.set_defaults(body=run_recover)
     each = subcommands.add_parser("abort", help="give a migration up whose command has died")
     each.description = (
         "Give up a migration that nobody acts on any more: the guest runs on A as if nothing had happened, "
@@ -207,6 +234,27 @@ def run_resume(given: argparse.Namespace) -> int:
     told = choose_report()
     with contextlib.closing(told):
         return clock.run(until_signal(resume(given.name, told, boot=given.boot, verify=given.verify)))
+
+
+def run_recover(given: argparse.Namespace) -> int:
+    """``nbd-migrate recover``."""
+    copies = given.copies or ""
+    if given.on == "b" and (copies or given.b_is_off):
+        raise UsageError("--from and --b-is-off are for recover --on a")
+    if given.b_is_off and not copies:
+        raise UsageError("--b-is-off: without host B its files are needed: --from DIR")
+    if copies and (not copies.startswith("/") or posixpath.normpath(copies) != copies):
+        raise UsageError(f"--from: {copies!r} is no absolute path without '.', '..' and double slashes")
+    told = choose_report()
+    with contextlib.closing(told):
+        work = recover(
+            *(given.name, told),
+            on_a=given.on == "a",
+            copies=copies,
+            b_is_off=given.b_is_off,
+            boot=not given.no_boot,
+        )
+        return clock.run(until_signal(work))
 
 
 def run_abort(given: argparse.Namespace) -> int:

@@ -20,11 +20,13 @@ from recipes.engines.interface import blockdev_options, reached
 from recipes.errors import MigrationError
 from recipes.hosts.quoting import listed
 from recipes.migrate.journal import Journal
+from recipes.migrate.leftovers import sockets_of_qemu
 from recipes.migrate.progress import Report, Step
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Hook, Phase, Role
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import monitor_b
+from recipes.recovering.lost_places import make_lost
 from recipes.running.hooks import beside, tell, told_of_failure
 from recipes.steps.cutover import fence_source
 from recipes.steps.export import check_exports, serve_files, start_server
@@ -84,6 +86,7 @@ async def finish_with(
 
 async def take_up(m: Migration, *, boot: bool) -> None:
     """See that everything is there that the rest of the steps need."""
+    await make_lost_places(m)
     await secure(m)
     if m.b:
         m.need("B's QEMU", m.b.ended())
@@ -94,6 +97,15 @@ async def take_up(m: Migration, *, boot: bool) -> None:
     else:
         m.report.note("the guest does not run on B; its disk is completed without it")
         await go_without_guest(m)
+
+
+async def make_lost_places(m: Migration) -> None:
+    """Make the directories anew that a reboot of a host has taken, as they were in memory."""
+    plan, limit, logs = m.plan, m.plan.limits.command, [f"{m.plan.log.directory}/"]
+    await make_lost(m.host_b, [*sockets_of_qemu(plan), *logs], limit)
+    if not m.complete:
+        socket = plan.export.address.socket
+        await make_lost(m.host_a, [*([socket] if socket else []), *logs], limit)
 
 
 async def where(m: Migration) -> str:

@@ -50,6 +50,8 @@ PHASES = {
     Phase.TAKING_BACK: "the guest is being given back to A",
     Phase.TAKEN_BACK: "taken back: the guest is on A",
     Phase.LOST: "A's QEMU ended while it had the guest",
+    Phase.RECOVERING: "what the guest wrote on B is written to A's images, which are no disks meanwhile",
+    Phase.RECOVERED: "recovered: the guest's disk is on A, with all that it wrote on B",
 }
 
 
@@ -80,6 +82,8 @@ def _who(name: str, state: State) -> str:
         return ""
     if state.phase in OVER:
         return "it has left something behind: abort it"
+    if state.phase is Phase.RECOVERING:
+        return f"nobody is at work: {state.onward}"
     return "nobody is at work: resume it, or abort it"
 
 
@@ -96,6 +100,9 @@ def lines(name: str) -> list[str]:
     state, pid = journal.last(name), journal.actor(name)
     told = [f"{name}: {PHASES[state.phase]} (since {_stamp(state.time)})"]
     for disk in state.disks:
+        if state.phase is Phase.RECOVERED:
+            told.append(f"disk: {disk.source} on A is the guest's; {disk.target} on B is of no use any more")
+            continue
         whole = "complete" if disk.complete else "not complete"
         seeded = f", {format_size(disk.seeded)} of it from its seed" if disk.seeded else ""
         told.append(
@@ -130,7 +137,7 @@ def lines(name: str) -> list[str]:
         told += left_behind(state)
         told.append(f"to clear that away: nbd-migrate abort {name}")
     else:
-        told.append(f"nobody is at work; to go on: nbd-migrate resume {name}")
+        told.append(f"nobody is at work; to go on: {state.onward}")
         if state.phase in BEFORE:
             told.append(f"to give up: nbd-migrate abort {name}")
         if state.complete:

@@ -34,6 +34,7 @@ from recipes.processes.children import Children
 from recipes.qemu.devices import devices_of
 from recipes.qemu.source import capabilities_on
 from recipes.qemu.vm import Vm, VmGoneError
+from recipes.recovering.booting import how_started
 from recipes.running.hooks import beside, call, tell, told_of_failure
 from recipes.steps import preflight
 from recipes.steps.create import create_overlay
@@ -133,6 +134,7 @@ async def migrate_from(
             report.note("what is copied is compared with A in the end (--no-verify leaves that out)")
         capabilities = await capabilities_on(a)
         devices = await devices_of(a)
+        command = await how_started(plan, places[0])
         paths = [disk.image for disk in plan.disks]
         files = await files_at(places[0], paths, plan.limits.command)
     state = State(
@@ -144,6 +146,7 @@ async def migrate_from(
         ),
         capabilities=tuple(capabilities),
         devices=devices,
+        command=command,
         finish=finish or f"nbd-migrate resume {journal.directory.name}",
         finish_by=finish_by,
     )

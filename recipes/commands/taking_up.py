@@ -19,7 +19,7 @@ from recipes.migrate.journal import Journal
 from recipes.migrate.leftovers import end_exporter, not_ended
 from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import OVER, Role, State, entered
+from recipes.migrate.state import OVER, Phase, Role, State, entered
 from recipes.migrate.way_back import GRACE, Verdict, WayBack
 from recipes.plans.by_hand import asking
 from recipes.plans.reaching import hosts, monitor_b, source_monitor
@@ -39,9 +39,11 @@ class TakenUpHands(OwnHands):
     is away keeps nobody from what is to be done on the other.
     """
 
-    def __init__(self, m: Migration) -> None:
+    def __init__(self, m: Migration, *, b_is_off: bool = False) -> None:
+        """``b_is_off``: the operator knows that host B is off, and that nothing runs there."""
         super().__init__(m)
         self._lost: dict[Host, HostError] = {}
+        self._b_is_off = b_is_off
 
     @property
     def saw_the_end(self) -> bool:
@@ -51,6 +53,8 @@ class TakenUpHands(OwnHands):
     async def destination(self, limit: float | None) -> OnB:
         """Ask B's QEMU, connected to anew; where there is none, whether a guest has run there."""
         m = self._m
+        if self._b_is_off:
+            return OnB.STOPPED
         found = await look(monitor_b(m.plan, m.host_b), limit or m.plan.limits.connect)
         if found is not OnB.NONE:
             return found
@@ -114,9 +118,10 @@ class TakenUp:
         """Return what it has come to."""
         return self.m.state
 
-    async def decide(self, wish: Wish) -> Verdict:
-        """Look, decide, and do what leads back to A if that was decided."""
-        way = WayBack(TakenUpHands(self.m), self.state, wish=wish, grace=GRACE)
+    async def decide(self, wish: Wish, *, b_is_off: bool = False) -> Verdict:
+        """Look, decide, and do what leads back to A if that was decided; ``b_is_off`` as for TakenUpHands."""
+        hands = TakenUpHands(self.m, b_is_off=b_is_off)
+        way = WayBack(hands, self.state, wish=wish, grace=GRACE)
         going = asyncio.ensure_future(way.go())
         try:
             return await completed(going)
@@ -155,6 +160,8 @@ class TakenUp:
 
 def by_hand(state: State) -> str:
     """Return what the operator does where nobody but him can know what is right."""
+    if state.phase is Phase.RECOVERING:
+        return "nothing else brings it to its end"
     queries = [
         asking(there, query)
         for there, query in (

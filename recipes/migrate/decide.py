@@ -37,6 +37,8 @@ ON_B = frozenset({Phase.ARRIVED, Phase.STREAM})
 """The guest is B's, and part of its disk is on A only."""
 WHOLE = frozenset({Phase.COMPLETE, Phase.SHUT_DOWN})
 """Every block is on B."""
+COMMITTING = frozenset({Phase.RECOVERING})
+"""A's images are neither the old disks nor the new ones."""
 
 
 class Wish(Enum):
@@ -46,6 +48,10 @@ class Wish(Enum):
     """The migration cannot, or shall not, go on: a step has failed, the command was killed, ``abort``."""
     GO_ON = "go on"
     """``resume``."""
+    ON_B = "boot on B"
+    """``recover``: B's QEMU is lost, and the guest is to be booted there."""
+    ON_A = "boot on A"
+    """``recover --on a``: the same, on A, to which what it wrote on B is to be brought."""
 
 
 class Action(Enum):
@@ -60,6 +66,7 @@ class Action(Enum):
     KEEP_B = "let what carries the guest on B live on, and see that A's QEMU does not go on with it"
     START_OVER = "as when going back; then begin anew"
     FINISH = "do what is left of steps 5 and 6"
+    COMMIT = "write what the guest wrote on B to A's images, which are its disks then"
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,9 @@ class Rule:
     """One line of the table.
 
     ``words`` may name {image}, the guest's disk on A, {overlay}, that on B, {missing}, that on B of which A
-    has a part, and the commands {finish} and {go_on} and {end_a}, which let A's guest go on and end its QEMU.
-    Where there are several disks, {image} and {missing} are those that are not complete; the other words in
-    braces agree with how many there are.
+    has a part, and the commands {finish}, {recover} and {go_on} and {end_a}, which let A's guest go on and
+    end its QEMU. Where there are several disks, {image} and {missing} are those that are not complete; the
+    other words in braces agree with how many there are.
     """
 
     name: str
@@ -87,6 +94,8 @@ class Rule:
 
 _BACK, _ON = frozenset({Wish.GO_BACK}), frozenset({Wish.GO_ON})
 _BOTH = _BACK | _ON
+_ON_A, _ON_B = frozenset({Wish.ON_A}), frozenset({Wish.ON_B})
+_RECOVER = _ON_A | _ON_B
 _A, _B = frozenset(OnA), frozenset(OnB)
 _RUNS = frozenset({OnA.RUNS, OnA.RUNS_TOO, OnA.ANOTHER})
 _NOT_YET_SENT = frozenset({OnA.RUNS, OnA.RUNS_TOO, OnA.ANOTHER, OnA.STANDS, OnA.SENDS, OnA.HOLDS})
@@ -96,6 +105,8 @@ _HAS_ONE = frozenset(OnA) - {OnA.LEFT, OnA.GONE, OnA.SILENT}
 _STOPPED_ON_B = frozenset({OnB.NONE, OnB.STOPPED})
 _AGAIN = frozenset({Phase.TAKEN_BACK, Phase.LOST})
 _NOT_ON_B = PREPARING | SENDING | MOVING | BACK | _AGAIN
+_UNSEEN = SENDING | MOVING | BACK
+"""Nobody has seen the guest arrive."""
 
 AS_BEFORE = "the guest runs on A as before"
 _LOST = "A's QEMU is gone and with it the guest; its disk is untouched"
@@ -109,13 +120,45 @@ _STAYS = (
 _STOPPED = (
     "the guest has stopped; its {disk} {are} {overlay} on B together with {image} on A, which {is} still "
     "served: keep {both}; to start the guest again and complete its {disk}: {finish} --boot; to complete the "
-    "{disk} without it: {finish}"
+    "{disk} without it: {finish}; to start it on A: {recover} --on a"
 )
 _WHOLE = (
     "its {disk}, {overlay} on B, {are} complete and {need} nothing on A; to clear away what is left: {finish}"
 )
 
+_HALF = (
+    "what the guest wrote on B is being written to {image} on A, which {is} neither the old {disk} nor the "
+    "new until that has ended: {recover} --on a"
+)
+
 RULES: tuple[Rule, ...] = (
+    # B is lost, and the guest is to be booted again.
+    Rule("recovered", _BOTH | _RECOVER, {Phase.RECOVERED}, _A, _B, Action.NOTHING,
+         "the guest's {disk} {are} {image} on A, with all that it wrote on B"),
+    Rule("half committed", _BOTH | _ON_B, COMMITTING, _A, _B, Action.KEEP, _HALF),
+    Rule("nothing to recover", _RECOVER, PREPARING | _AGAIN, _A, _B, Action.KEEP,
+         "the guest never left A, and there is nothing to recover"),
+    Rule("recover, B has the guest", _RECOVER, _UNSEEN | ON_B | WHOLE | COMMITTING | {Phase.DONE}, _A,
+         {OnB.HAS_GUEST}, Action.KEEP, "B's QEMU has the guest, and there is nothing to recover"),
+    Rule("recover, B is silent", _RECOVER, _UNSEEN | ON_B | WHOLE | COMMITTING | {Phase.DONE}, _A,
+         {OnB.SILENT}, Action.KEEP, "it is not known whether B's QEMU has the guest"),
+    Rule("recover, B waits", _RECOVER, _UNSEEN | ON_B | WHOLE | COMMITTING | {Phase.DONE}, _A,
+         {OnB.WAITS, OnB.LATE}, Action.KEEP, "B's QEMU waits for a guest: end it, and then again"),
+    Rule("not needed on A", _ON_A, WHOLE | {Phase.DONE}, _A, _B, Action.KEEP,
+         "the {disk} {overlay} on B {are} complete and {need} nothing on A: {recover} --on b"),
+    Rule("recover a complete disk", _ON_B, {Phase.DONE}, _A, _B, Action.FINISH, "the guest is booted on B"),
+    Rule("recover, A has a guest", _RECOVER, _UNSEEN | ON_B | WHOLE | COMMITTING, _HAS_ONE, _B, Action.KEEP,
+         "the QEMU at A's monitor has a guest: see what it is (query-status, query-migrate)"),
+    Rule("recover on B", _ON_B, ON_B | WHOLE, _A, _B, Action.FINISH, "the guest is booted on B"),
+    Rule("recover, A is silent", _RECOVER, _UNSEEN | ON_B | COMMITTING, {OnA.SILENT}, _B, Action.KEEP,
+         "A cannot be reached, which has what the guest's {disk} on B {need}"),
+    Rule("recover on A", _ON_A, ON_B | COMMITTING, _A, _B, Action.COMMIT, "the guest is booted on A"),
+    Rule("recover on B, unseen", _ON_B, _UNSEEN, _A, {OnB.STOPPED}, Action.FINISH,
+         "the guest is booted on B"),
+    Rule("recover on A, unseen", _ON_A, _UNSEEN, _A, {OnB.STOPPED}, Action.COMMIT,
+         "the guest is booted on A"),
+    Rule("recover, B had nothing", _RECOVER, _UNSEEN, _A, _B, Action.KEEP,
+         "the guest has written nothing on B, so that its {disk} {are} {image} on A as before"),
     # Over.
     Rule("done", _ON, {Phase.DONE}, _A, _B, Action.NOTHING, _DONE),
     Rule("done, too late", _BACK, {Phase.DONE}, _A, _B, Action.KEEP_B, _DONE),
@@ -257,6 +300,7 @@ def told(words: str, state: State) -> str:
         both="all of them" if several else "both",
         it="them" if some else "it",
         finish=state.finish,
+        recover=f"nbd-migrate recover {state.name}",
         go_on=go_on,
         end_a=end_a,
         **{"is": "are" if some else "is"},

@@ -56,9 +56,13 @@ class Phase(Enum):
     """The guest is A's."""
     LOST = "lost"
     """A's QEMU ended while it had the guest."""
+    RECOVERING = "recovering"
+    """B is lost: what the guest wrote there is being written to A's images, which are no disks meanwhile."""
+    RECOVERED = "recovered"
+    """A's images are the guest's disks again, with all that it wrote on B."""
 
 
-OVER = frozenset({Phase.DONE, Phase.TAKEN_BACK, Phase.LOST})
+OVER = frozenset({Phase.DONE, Phase.TAKEN_BACK, Phase.LOST, Phase.RECOVERED})
 """It is known where the guest is, and stays."""
 
 
@@ -230,6 +234,8 @@ class State:
     """Migration capabilities that were on at A before."""
     devices: tuple[str, ...] = ()
     """Those of A's QEMU when it was looked at; empty: nobody has."""
+    command: tuple[str, ...] = ()
+    """What starts the guest on A as it was started there; empty: that is not known."""
     certificates: Certificates | None = None
     tunnel: Tunnel | None = None
     """What there is of it, or may be, besides its process."""
@@ -300,8 +306,15 @@ class State:
         back = f"nbd-migrate abort {self.name}"
         if self.phase in OVER:
             return f"has left something behind ({self.phase.value}): {back} clears it away"
-        onward = f"is not over ({self.phase.value}): nbd-migrate resume {self.name} takes it up"
+        onward = f"is not over ({self.phase.value}): {self.onward} takes it up"
         return f"{onward}, {back} takes it back" if self.phase in BEFORE else onward
+
+    @property
+    def onward(self) -> str:
+        """Return the command that goes on with it where nobody acts on it."""
+        recovering = self.phase is Phase.RECOVERING
+        words = f"recover {self.name} --on a" if recovering else f"resume {self.name}"
+        return f"nbd-migrate {words}"
 
     def disk(self, planned: PlannedDisk) -> Disk:
         """Return how far a disk of the plan has come."""

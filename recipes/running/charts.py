@@ -31,6 +31,7 @@ COLOURS: Mapping[Phase, str] = {
     Phase.STREAM: _OPEN,
     **dict.fromkeys((Phase.COMPLETE, Phase.SHUT_DOWN, Phase.DONE), _AFTER),
     **dict.fromkeys((Phase.TAKING_BACK, Phase.TAKEN_BACK, Phase.LOST), _BACK),
+    **dict.fromkeys((Phase.RECOVERING, Phase.RECOVERED), _BACK),
 }
 """A phase's: before the cut-over, while the guest stands still, while A is needed, after that, given up."""
 

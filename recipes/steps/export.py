@@ -103,19 +103,20 @@ async def _replace_exports(m: Migration, *, from_qemu: bool) -> None:
             await server.call("block-export-add", given)
 
 
-async def server_command(m: Migration, *, from_qemu: bool | None = None) -> list[str]:
+async def server_command(m: Migration, *, from_qemu: bool | None = None, writable: bool = False) -> list[str]:
     """Return the server's command line, with its pid file where whoever ends it later looks for that.
 
     ``from_qemu``: disks that A's QEMU has to serve are read from there; so it is until the cut-over.
+    ``writable``: what B has is going to be written to them; not by the single channel.
     """
     is_end = m.plan.channel.kind == SINGLE
     pid_file = f"{await m.place(m.host_a, m.disks[0].image, 'nbdserve')}.pid"
     replies = [] if engine_for(m).structured_replies else ["--simple-replies"]
-    hashes = ["--block-hashes"] if m.plan.tells_hashes else []
+    hashes = ["--block-hashes"] if m.plan.tells_hashes and not writable else []
     # Until the guest has gone its bitmaps are passed on.
     told = is_end or (m.plan.hybrid and not m.arrived)
     control = ["--qmp", f"unix:{await source_server.monitor_path(m)}"] if told else []
-    head = await single.server_words(m) if is_end else ["-r"]
+    head = await single.server_words(m) if is_end else ["-r"] if not writable else []
     where = [] if is_end else await _listening(m)
     options = [*replies, *hashes, *where, *control, "--pid-file", pid_file]
     by_qemu = not m.arrived if from_qemu is None else from_qemu

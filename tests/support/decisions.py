@@ -60,6 +60,16 @@ TESTS = {
         "overlay",
         "test_a_failure_behind_the_stream_does_not_say_that_the_source_is_needed",
     ),
+    "recover on A": (
+        "recover",
+        "test_a_guest_that_was_lost_with_b_is_booted_on_a_with_all_that_it_wrote",
+    ),
+    "recovered": ("recover", "test_a_guest_that_was_lost_with_b_is_booted_on_a_with_all_that_it_wrote"),
+    "recover on B": ("recover", "test_a_guest_that_was_lost_with_b_is_booted_there_again"),
+    "half committed": ("recover", "test_killed_at_each_entry_of_its_journal_it_goes_on"),
+    "recover, B has the guest": ("recover", "test_a_guest_that_lives_on_b_is_not_booted_a_second_time"),
+    "not needed on A": ("recover", "test_a_guest_that_lives_on_b_is_not_booted_a_second_time"),
+    "recover a complete disk": ("recover", "test_a_guest_that_lives_on_b_is_not_booted_a_second_time"),
 }
 """Rules to which a test with real QEMUs comes: tests/vm/test_migrate_*.py, and its name."""
 
@@ -67,8 +77,8 @@ HEAD = """# What is decided after a failure
 
 Written by `make docs` from the table in `recipes/migrate/decide.py`; every pair of a phase and of what can be
 found is in it, and tested. The command itself asks it after a failure, its guard when the command was killed,
-`nbd-migrate abort`, and, with the other wish, `nbd-migrate resume`. "A" and "B" are what the two QEMUs say,
-in the words of `recipes/qemu/facts.py`.
+`nbd-migrate abort`, and, with other wishes, `nbd-migrate resume` and `recover`. "A" and "B" are what the two
+QEMUs say, in the words of `recipes/qemu/facts.py`.
 """
 
 
@@ -78,7 +88,12 @@ def page() -> str:
 
 
 def _wish(wish: Wish) -> Iterator[str]:
-    titles = {Wish.GO_BACK: "When it cannot, or shall not, go on", Wish.GO_ON: "When it is resumed"}
+    titles = {
+        Wish.GO_BACK: "When it cannot, or shall not, go on",
+        Wish.GO_ON: "When it is resumed",
+        Wish.ON_B: "When the guest is to be booted on B",
+        Wish.ON_A: "When the guest is to be booted on A",
+    }
     yield f"\n## {titles[wish]}\n"
     rows = ((phase, tuple(_phase(phase, wish))) for phase in Phase)
     # Phases in which the same holds, side by side in the journal or not, share a table.

@@ -40,6 +40,7 @@ COMMANDS = (
     ("nbd-migrate", "speed"),
     ("nbd-migrate", "report"),
     ("nbd-migrate", "resume"),
+    ("nbd-migrate", "recover"),
     ("nbd-migrate", "abort"),
     ("nbd-migrate", "cleanup"),
     ("nbd-migrate", "demo"),

@@ -42,6 +42,7 @@ FOLDERS = {
         "engines",
         "precopy",
         "steps",
+        "recovering",
         "commands",
         "demo",
         "cli",

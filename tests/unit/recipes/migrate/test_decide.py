@@ -9,6 +9,7 @@ import pytest
 from recipes.migrate.decide import (
     AS_BEFORE,
     BACK,
+    COMMITTING,
     MOVING,
     ON_B,
     PREPARING,
@@ -31,7 +32,7 @@ ENDS_B = LETS_A_GO_ON | {Action.CLEAN_UP}
 
 
 def test_every_phase_belongs_to_one_group() -> None:
-    groups = [PREPARING, SENDING, MOVING, BACK, ON_B, WHOLE, OVER]
+    groups = [PREPARING, SENDING, MOVING, BACK, ON_B, WHOLE, COMMITTING, OVER]
     assert sorted(phase.name for group in groups for phase in group) == sorted(phase.name for phase in Phase)
 
 

@@ -51,6 +51,7 @@ FULL = State(
     processes=(Process(Role.QEMU, 4711, "unix:/run/b.qmp"),),
     capabilities=("events",),
     devices=("net0 (virtio-net-pci)",),
+    command=("env", "-C", "/srv", "qemu-system-x86_64", "-m", "2G"),
     tunnel=Tunnel("/a.raw.export", "/a.raw.ram", "/a.raw.nbdserve.qmp"),
     arrival=Arrival(12, 3456, 1 << 20),
     arrived=1000.5,
@@ -292,7 +293,8 @@ def test_abort_is_named_only_as_long_as_the_guest_may_be_on_a(phase: Phase) -> N
         refuse_another("other", FULL.plan)
     seen = "\n".join(overview.lines("vm"))
     for said in (str(begun.value), str(forgotten.value), str(another.value), seen):
-        assert "nbd-migrate resume vm" in said
+        onward = "recover vm --on a" if phase is Phase.RECOVERING else "resume vm"
+        assert f"nbd-migrate {onward}" in said
         assert ("nbd-migrate abort vm" in said) == (phase in BEFORE), said
 
 
