@@ -21,6 +21,8 @@ from overlay.fill.progress import Progress
 from overlay.fill.seeding import Seeding
 from overlay.fill.streamer import Streamer
 from overlay.formats.image import Image
+from overlay.mirror.recorder import Recorder
+from overlay.mirror.shipper import Mirror
 from overlay.options import Options
 
 if TYPE_CHECKING:
@@ -47,8 +49,17 @@ class Daemon:
         self.options = options
         self.channel = channel
         self.job = Job()
+        recorder = None if options.mirror is None else Recorder(image, options.mirror_queue)
+        self.mirror = (
+            None if recorder is None or options.mirror is None else Mirror(options.mirror, image, recorder)
+        )
         self.overlay = Overlay(
-            image, sources, keep=options.keep, armed=options.armed, on_activation=self._activated
+            image,
+            sources,
+            keep=options.keep,
+            armed=options.armed,
+            on_activation=self._activated,
+            changes=recorder,
         )
         self._seed = seed
         seeding = None if seed is None else Seeding(seed, image, sources)
@@ -73,6 +84,8 @@ class Daemon:
         """Connect to the backing, and stream if that was asked for."""
         self._checkpoints.start()
         self.streamer.start()
+        if self.mirror is not None:
+            self.mirror.start()
         if self.channel is not None:
             self.channel.start()
         if self.image.backings:
@@ -85,6 +98,8 @@ class Daemon:
 
     def stop(self) -> None:
         """End what goes on beside the guests' requests."""
+        if self.mirror is not None:
+            self.mirror.close()
         self.sources.close()
         self.streamer.close()
         self._checkpoints.close()

@@ -11,6 +11,7 @@ import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from nbdserve.backends.base import Backend, Buffer, Capabilities
 from nbdserve.backends.splicing import FileRange
@@ -29,6 +30,22 @@ _HERE, _BACKING = 1, 2
 """Allocation depths: in the overlay itself, and in its backing."""
 _MOST_STATUS, _MOST_QUESTIONS = 1 << 30, 64
 """Bytes, and absent ranges, whose status is asked for in one reply: it must not take for ever."""
+
+
+class Changes(Protocol):
+    """What makes a guest's changes: the image, or who passes them on to it; see Image for the methods."""
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Store data, if that needs no waiting."""
+
+    def write(self, offset: int, data: Buffer) -> bool:
+        """Store data, unless something has to be fetched first."""
+
+    def zero(self, offset: int, length: int) -> bool:
+        """Make a range read as zeros, unless something has to be fetched first."""
+
+    def flush(self) -> None:
+        """Make every change durable that returned before."""
 
 
 class Overlay(Backend):
@@ -61,8 +78,11 @@ class Overlay(Backend):
         keep: bool = True,
         armed: bool = False,
         on_activation: Callable[[], None] = lambda: None,
+        changes: Changes | None = None,
     ) -> None:
+        """``changes`` is told of what guests change, and passes it on to the image."""
         self.image = image
+        self._changes = image if changes is None else changes
         self.sources = sources
         self.fetcher = Fetcher(image, sources)
         self.size = image.size
@@ -135,7 +155,7 @@ class Overlay(Backend):
         if not self._guest_is_here:
             self.activate()
         try:
-            return self.image.write_now(offset, data)
+            return self._changes.write_now(offset, data)
         except (ImageError, MemoryError) as error:
             raise _as_os_error(error) from error
 
@@ -148,40 +168,40 @@ class Overlay(Backend):
         # A guest that writes runs here.
         self.activate()
         with _data_path():
-            if self.image.write_now(offset, data):
+            if self._changes.write_now(offset, data):
                 self.image.log_writes()
             else:
-                while not self.image.write(offset, data):
+                while not self._changes.write(offset, data):
                     self._bring_edges(offset, len(data))
                 self.image.commit()
             if fua:
-                self.image.flush()
+                self._changes.flush()
 
     def zero(self, offset: int, length: int, fua: bool, may_trim: bool, fast: bool) -> None:
         """Make the range read as zeroes. Whole clusters cost no space, whatever ``may_trim`` says."""
         self.activate()
         with _data_path():
-            while not self.image.zero(offset, length):
+            while not self._changes.zero(offset, length):
                 if fast:
                     raise OSError(errno.ENOTSUP, "the edges have to be fetched first")
                 self._bring_edges(offset, length)
             self.image.commit()
             if fua:
-                self.image.flush()
+                self._changes.flush()
 
     def trim(self, offset: int, length: int, fua: bool) -> None:
         """Let the range read as zeroes, but for clusters at its edges that are not here."""
         self.activate()
         size = self.image.cluster_size
         with _data_path():
-            if not self.image.zero(offset, length):
+            if not self._changes.zero(offset, length):
                 begin = -(-offset // size) * size
                 end = (offset + length) // size * size
                 if begin < end:
-                    self.image.zero(begin, end - begin)
+                    self._changes.zero(begin, end - begin)
             self.image.commit()
             if fua:
-                self.image.flush()
+                self._changes.flush()
 
     def cache(self, offset: int, length: int) -> None:
         """Fetch what is missing of the range, if it is to be kept."""
@@ -192,7 +212,7 @@ class Overlay(Backend):
     def flush(self) -> None:
         """Make everything acknowledged durable, and what was fetched."""
         with _data_path():
-            self.image.flush()
+            self._changes.flush()
 
     def extents(self, offset: int, length: int, context: str) -> Iterator[Extent]:
         """Yield what is here, and of what is not, what a server says; data, where none says anything.

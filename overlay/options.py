@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdserve.common.ownership import PRIVATE, Ownership
+from nbdserve.common.uri import NbdUri
 from overlay.backing.defaults import CONNECTIONS, PATIENCE
 from overlay.channel.address import Address
 from overlay.channel.options import ChannelOptions
 from overlay.formats.open import Layout
+
+MIRROR_QUEUE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Options:
     """Keep what is copied while the guest still runs elsewhere, as somebody invalidates what it changes."""
     channel: ChannelOptions | None = None
     """Of a migration over one connection, of which this process is an end."""
+    mirror: NbdUri | None = None
+    """Where the guest's writes also go."""
+    mirror_queue: int = MIRROR_QUEUE
+    """Bytes of memory for those that are on their way there."""
     connections: int = CONNECTIONS
     patience: float = PATIENCE
     """Seconds for which guests wait for a lost backing."""

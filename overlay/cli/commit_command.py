@@ -12,7 +12,7 @@ from nbdserve.common.errors import UsageError
 from nbdserve.common.program import EXIT_DONE, Parser, RawHelpFormatter, filled_path
 from nbdserve.common.sizes import format_size
 from nbdserve.common.uri import NbdUri, parse_uri
-from overlay.cli.map_option import add_map_option
+from overlay.cli.map_command import add_map_option
 from overlay.cli.verify_command import Progress
 
 _DESCRIPTION = """\

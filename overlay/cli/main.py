@@ -21,9 +21,16 @@ from nbdserve.common.sizes import format_size, parse_size
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri
 from overlay.channel.address import Address, MigrateUri, parse_backing
-from overlay.cli import commit_command, control_command, map_command, serve_command, verify_command
+from overlay.cli import (
+    commit_command,
+    control_command,
+    map_command,
+    receive_command,
+    serve_command,
+    verify_command,
+)
 from overlay.cli.discard import discard, discard_on_device
-from overlay.cli.map_option import add_map_option
+from overlay.cli.map_command import add_map_option
 from overlay.formats.device.block_device import device_size, open_device
 from overlay.formats.device.map_place import check_map, default_map, is_among_devices
 from overlay.formats.flat import create as flat
@@ -33,6 +40,7 @@ from overlay.formats.open import LAYOUT_HELP, LAYOUTS, layout_of, open_image, re
 from overlay.formats.qed import create as qed
 from overlay.formats.qed.check import check
 from overlay.formats.qed.header import read_header
+from overlay.formats.redo.beside import point_of
 from overlay.formats.storage import open_file
 from overlay.inspect import flat_report
 from overlay.inspect.report import check_json, check_text, info_json, info_text
@@ -125,7 +133,7 @@ def _parser() -> Parser:
             action="store_true",
             help="read an image that is in use; the answer may be wrong",
         )
-    for module in (serve_command, control_command, verify_command, commit_command):
+    for module in (serve_command, receive_command, control_command, verify_command, commit_command):
         module.register(commands, _EPILOG)
     return parser
 
@@ -308,9 +316,9 @@ def _info(arguments: argparse.Namespace) -> int:
     if (arguments.layout or layout_of(path, arguments.map)) == "flat":
         show_flat = flat_report.info_json if arguments.json else flat_report.info_text
         sharing, beside = arguments.force_share, arguments.map
-        with open_image(path, force_share=sharing, layout="flat", map_file=beside) as image:
+        with open_image(path, force_share=sharing, layout="flat", map_file=beside, receiving=True) as image:
             occupied, of_device = path.stat().st_blocks * 512, device_size(path)
-            print(show_flat(str(arguments.image), image, occupied, of_device))
+            print(show_flat(str(arguments.image), image, occupied, of_device, point_of(image)))
         return EXIT_DONE
     storage = open_file(path, force_share=arguments.force_share)
     try:

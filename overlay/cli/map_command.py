@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nbdserve.common.errors import UsageError
 from nbdserve.common.program import EXIT_DONE, filled_path
+from overlay.formats.device.map_place import check_map
 from overlay.formats.open import open_image
 from overlay.inspect.report import map_json, map_text, printable
 
@@ -17,6 +18,16 @@ Show which parts of the disk the image has: data, zeros, or absent, that is, lef
 On a terminal they are drawn in colours; otherwise there is a line for each run. The JSON is that of qemu-img
 map: depth 0 is the image, depth 1 the backing, which is not asked and counts as data.
 """
+
+
+def add_map_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--map``, of all commands that open an image, to a parser; it becomes an absolute path."""
+    parser.add_argument(
+        "--map",
+        type=lambda text: check_map(filled_path(text)),
+        metavar="FILE",
+        help="IMAGE is a block device: where its map is (default: as the trailer on the device says)",
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

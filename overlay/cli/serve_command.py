@@ -11,15 +11,16 @@ from nbdserve.common.ownership import add_options
 from nbdserve.common.program import Parser, RawHelpFormatter, filled_path, patience, positive
 from nbdserve.common.sizes import parse_size
 from nbdserve.common.socket_paths import check_socket_path
-from nbdserve.common.uri import NbdUri
+from nbdserve.common.uri import NbdUri, parse_uri
 from overlay.channel.address import Address, parse_backing
 from overlay.channel.options import add_channel, read_channel
-from overlay.cli.map_option import add_map_option
+from overlay.cli.map_command import add_map_option
 from overlay.formats.device.map_place import is_among_devices
 from overlay.formats.open import LAYOUT_HELP, LAYOUTS
-from overlay.options import Options
+from overlay.options import MIRROR_QUEUE, Options
 
 MOST_CONNECTIONS = 64
+LEAST_QUEUE = 1 << 20
 
 _DESCRIPTION = """\
 Serve an image over NBD on a Unix socket. What is missing of the disk comes from the backing and is kept
@@ -88,6 +89,18 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         "written, before that is needed no more; as --seed, it needs nbdserve --block-hashes there",
     )
     add("--speed", metavar="SIZE", help="bytes per second at which to stream, at most (default: no limit)")
+    add(
+        "--mirror-writes",
+        metavar="URI",
+        help="also send what the guest writes, in order, to this nbd-overlay receive on another host: a "
+        "complete disk, as of a moment ago, if this one is lost",
+    )
+    add(
+        "--mirror-queue",
+        metavar="SIZE",
+        help="memory for writes that are on their way there; beyond that they are read again from the image "
+        "(default: 64M)",
+    )
     mode = parser.add_mutually_exclusive_group().add_argument
     mode("--armed", action="store_true", help="keep nothing until the guest is here")
     mode(
@@ -145,6 +158,8 @@ def read_options(given: argparse.Namespace) -> Options:
         armed=given.armed,
         pre_copy=given.pre_copy,
         channel=read_channel(given),
+        mirror=None if given.mirror_writes is None else parse_uri(given.mirror_writes),
+        mirror_queue=_mirror_queue(given),
         connections=given.connections,
         patience=given.reconnect_timeout,
         metrics=None if given.metrics is None else host_and_port(given.metrics),
@@ -159,8 +174,20 @@ def read_options(given: argparse.Namespace) -> Options:
     )
     if options.connections > MOST_CONNECTIONS:
         raise UsageError(f"--connections {options.connections}: {MOST_CONNECTIONS} are the most")
-    _check_paths(options)
+    check_paths(options)
     return options
+
+
+def _mirror_queue(given: argparse.Namespace) -> int:
+    """Return the memory for a mirror's writes in bytes; UsageError where it is too little, or for nothing."""
+    if given.mirror_queue is None:
+        return MIRROR_QUEUE
+    if given.mirror_writes is None:
+        raise UsageError("--mirror-queue is for --mirror-writes: leave it out, or say where the writes go")
+    size = parse_size(given.mirror_queue, "--mirror-queue")
+    if size < LEAST_QUEUE:
+        raise UsageError(f"--mirror-queue {given.mirror_queue}: it is 1M at least")
+    return size
 
 
 def parse_backings(texts: list[str]) -> tuple[Address, ...]:
@@ -172,7 +199,7 @@ def parse_backings(texts: list[str]) -> tuple[Address, ...]:
     return tuple(found)
 
 
-def _check_paths(options: Options) -> None:
+def check_paths(options: Options) -> None:
     """What the options name must be there, and nothing named twice."""
     if not (options.image.is_file() or options.image.is_block_device()):
         what = "it is no file" if options.image.exists() else "there is no such file"

@@ -68,6 +68,43 @@ def serve(options: Options) -> int:
     return program.EXIT_DONE if exports.intact else program.EXIT_FAILED
 
 
+def receive(options: Options) -> int:
+    """Take a guest's writes over into a mirror's image; returns the exit code when that has ended.
+
+    Raises OperatorError when the image cannot be opened, or nobody can listen on the socket.
+    """
+    # Only now: they take memory that others need not have.
+    from overlay.formats.flat.image import FlatImage
+    from overlay.formats.redo.beside import opened, point_text
+    from overlay.mirror.target import MirrorTarget
+
+    _start_log(options, logging.StreamHandler())
+    with contextlib.ExitStack() as stack:
+        announce = _detach(stack, options)
+        pid_file = stack.enter_context(PidFile(options.pid_file))
+        image = open_image(
+            options.image, writable=True, layout="flat", map_file=options.map_file, receiving=True
+        )
+        stack.callback(image.close)
+        if not isinstance(image, FlatImage):
+            raise ImageError(
+                f"{options.image}: a complete disk, and no mirror: make one with nbd-overlay create"
+            )
+        log = stack.enter_context(opened(image))
+        exports = Exports([Export(options.name, MirrorTarget(log))])
+        stack.callback(exports.close)
+        listener = _listen(stack, options.socket, options.socket_owner)
+        manager = ServiceManager(os.environ)
+        server = Server(exports, [listener], Policy(), manager)
+        server.stop_on_signals()
+        pid_file.publish()
+        _LOG.info("%s receives on %s: %s", options.image, listener, point_text(log.point))
+        announce()
+        manager.tell("READY=1", f"MAINPID={os.getpid()}", f"STATUS=mirroring into {options.image}")
+        server.run()
+    return program.EXIT_DONE if exports.intact else program.EXIT_FAILED
+
+
 def _put_together(options: Options) -> Daemon:
     """Open the image and prepare what it needs; nothing is connected to yet."""
     image = open_image(
@@ -88,6 +125,7 @@ def _put_together(options: Options) -> Daemon:
                 f"{options.image}: its layout does not record what the guest writes, so that a copy in it "
                 "cannot be verified; leave out --verify, or use the flat layout"
             )
+        options = _mirrored(options, image)
         seed = None
         if options.seed is not None:
             path = real_path(options.image)
@@ -98,6 +136,22 @@ def _put_together(options: Options) -> Daemon:
         image.close()
         raise
     return Daemon(image, sources, options, seed, channel)
+
+
+def _mirrored(options: Options, image: Image) -> Options:
+    """Without a mirror, where the image is complete: nobody knows any more what the guest has written.
+
+    ImageError where its layout has never known that.
+    """
+    if options.mirror is None or image.records_writer:
+        return options
+    if not image.complete:
+        raise ImageError(
+            f"{options.image}: its layout does not record what the guest writes, so that it cannot be "
+            "mirrored; leave out --mirror-writes, or use the flat layout"
+        )
+    _LOG.warning("%s is complete: what the guest writes is not mirrored any more", options.image)
+    return replace(options, mirror=None)
 
 
 def _as_things_are(options: Options, image: Image) -> Options:

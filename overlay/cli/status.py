@@ -47,6 +47,7 @@ def text(told: Status) -> str:
         ("verified", _verified(told)),
         ("misses", _misses(told)),
         ("channel", _channel(told)),
+        ("mirror", _mirror(told)),
         *(("source", _source(source, told["complete"])) for source in told["sources"]),
     ]
     return "\n".join(f"{name:<8} {value}" for name, value in rows if value)
@@ -60,6 +61,8 @@ def line(told: Status) -> str:
     ]
     if told["window"] is not None:
         parts.append(f"window {duration(told['window'])}")
+    if told["mirror"] is not None and told["mirror"]["state"] != "in-sync":
+        parts.append(f"the mirror is {told['mirror']['state']}")
     lost = [source for source in told["sources"] if not source["connected"]]
     if lost and len(lost) == len(told["sources"]) and not told["complete"]:
         parts.append("the backing is lost")
@@ -256,6 +259,16 @@ def _channel(told: Status) -> str:
         return f"not connected: {channel['trouble']}; {ram}"
     held = f"{format_size(channel['held'])} held of {format_size(channel['bound'])} at most"
     return f"{channel['peer']}, {ram}, {channel['streams']} streams, {held}"
+
+
+def _mirror(told: Status) -> str:
+    mirror = told["mirror"]
+    if mirror is None:
+        return ""
+    trouble = f": {mirror['trouble']}" if mirror["trouble"] else ""
+    lag = f"{format_size(mirror['lag'])} and {duration(mirror['lag-seconds'])} behind the guest"
+    point = f", point {mirror['point']}" if mirror["point"] else ""
+    return f"{mirror['uri']}: {mirror['state']}{trouble}, {lag}{point}"
 
 
 def _source(source: Mapping[str, Any], complete: bool) -> str:

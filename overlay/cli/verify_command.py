@@ -10,7 +10,7 @@ import time
 
 from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, Parser, RawHelpFormatter, filled_path, tell
 from nbdserve.common.sizes import format_size
-from overlay.cli.map_option import add_map_option
+from overlay.cli.map_command import add_map_option
 from overlay.formats.open import LAYOUT_HELP, LAYOUTS
 
 _DESCRIPTION = """\

@@ -146,6 +146,10 @@ class _Work:
         header, trailer = parts.header, parts.trailer
         if header is None or trailer is None:
             raise ImageError(f"{path}: it is a complete disk, and needs no other: boot from it, or copy it")
+        if header.flags & Flag.REDO:
+            raise ImageError(
+                f"{path}: a mirror, whose redo log comes first: nbd-overlay receive --finish {path}"
+            )
         if (header.flags | trailer.flags) & Flag.FAILED:
             raise ImageError(
                 f"{path}: writing back to the disk has failed, and writes that were acknowledged may be "

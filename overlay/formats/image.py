@@ -10,6 +10,7 @@ from enum import Enum
 from operator import itemgetter
 from types import TracebackType
 from typing import NamedTuple, Self
+from uuid import UUID
 
 Buffer = bytes | bytearray | memoryview
 
@@ -89,6 +90,12 @@ class Image(ABC):
 
     is_committed: bool = False
     """Whether what the guest wrote is in another disk, so that nothing of this one is of use any more."""
+
+    uuid: UUID = UUID(int=0)
+    """What no other image has; zero where the layout has none."""
+
+    hides_writes: bool = False
+    """Whether a guest may have read what is not recorded as ``written``, as who stored it was killed."""
 
     records_writer: bool = False
     """Whether the layout records what the guest wrote, so that runs are told as ``written``."""

@@ -11,10 +11,12 @@ from nbdserve.common.errors import ImageError, UsageError
 from overlay.formats.device.block_device import open_device
 from overlay.formats.flat.create import map_path
 from overlay.formats.flat.header import read_device_trailer, read_trailer
+from overlay.formats.flat.image import FlatImage
 from overlay.formats.flat.open import open_flat, place_of_map
 from overlay.formats.image import Image
 from overlay.formats.qed.header import MAGIC as QED_MAGIC
 from overlay.formats.qed.image import QedImage
+from overlay.formats.redo.beside import redo_path, settle
 from overlay.formats.storage import open_file
 
 Layout = Literal["flat", "qed"]
@@ -35,15 +37,47 @@ def open_image(
     layout: Layout | None = None,
     map_file: Path | None = None,
     size: int | None = None,
+    receiving: bool = False,
 ) -> Image:
     """Open an image under QEMU's image locks; through a symbolic link, the file that it leads to.
 
     Without ``layout`` the file tells: one with a map or a trailer is flat, one that begins with QED's magic
     is QED, any other a complete raw disk, which is what becomes of a flat image. As a guest can write QED's
     magic to its disk, whoever knows the layout should give it. ``map_file`` and ``size`` are of an image on a
-    block device, see open_flat(). Raises ImageError, OSError.
+    block device, see open_flat(). A mirror's redo log is applied, and removed, before it is written to;
+    who is ``receiving`` goes on with it. Raises ImageError, OSError.
     """
-    path = real_path(path)
+    image = _opened(
+        real_path(path), writable, force_share=force_share, layout=layout, map_file=map_file, size=size
+    )
+    try:
+        if isinstance(image, FlatImage) and image.has_redo and not receiving:
+            _settle(image, writable=writable, force_share=force_share)
+    except BaseException:
+        image.close()
+        raise
+    return image
+
+
+def _settle(image: FlatImage, *, writable: bool, force_share: bool) -> None:
+    if writable:
+        settle(image)
+    elif not force_share:
+        raise ImageError(
+            f"{redo_path(image)}: a mirror's redo log, which is not applied yet; if nobody serves the "
+            "mirror any more, nbd-overlay receive --finish applies it"
+        )
+
+
+def _opened(
+    path: Path,
+    writable: bool,
+    *,
+    force_share: bool,
+    layout: Layout | None,
+    map_file: Path | None,
+    size: int | None,
+) -> Image:
     if path.is_block_device():
         if layout == "qed":
             raise ImageError(f"{path}: a block device cannot hold a QED image, which grows; name a file")

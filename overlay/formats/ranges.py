@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from overlay.formats.image import Run, State
+from overlay.formats.storage import Storage
+
 
 def cut(ranges: Iterable[tuple[int, int]], unit: int, size: int) -> Iterator[tuple[int, int, int]]:
     """Yield the parts of ranges (offset, length) in bytes: number of a table, its first entry and the end.
@@ -38,3 +41,25 @@ def joined(runs: Iterable[tuple[int, int, bool, bool]]) -> Iterator[tuple[int, i
             pending = run
     if pending is not None:
         yield pending
+
+
+def runs_of(
+    data: Storage, run: tuple[int, int, bool, bool], unit: int, offset: int, end: int, *, is_raw: bool
+) -> Iterator[Run]:
+    """Yield what lies within a range of a run of units (first, end, present, written), holes told from data.
+
+    Of a raw disk nobody knows who wrote it.
+    """
+    first, last, present, written = run
+    written &= not is_raw
+    begin, stop = max(offset, first * unit), min(end, last * unit)
+    if not present:
+        yield Run(begin, stop - begin, State.ABSENT)
+        return
+    for place, length in data.data(begin, stop - begin):
+        if place > begin:
+            yield Run(begin, place - begin, State.ZERO, None, written)
+        yield Run(place, length, State.DATA, place, written)
+        begin = place + length
+    if begin < stop:
+        yield Run(begin, stop - begin, State.ZERO, None, written)

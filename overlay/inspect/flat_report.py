@@ -7,13 +7,22 @@ import json
 from nbdserve.common.sizes import format_size
 from overlay.formats.flat.check import FlatReport
 from overlay.formats.image import Image
+from overlay.formats.redo.beside import point_text
+from overlay.formats.redo.chunks import Point
 from overlay.inspect.report import printable
 
 
-def info_json(path: str, image: Image, actual_size: int, device_size: int | None = None) -> str:
+def info_json(
+    path: str,
+    image: Image,
+    actual_size: int,
+    device_size: int | None = None,
+    point: Point | None = None,
+) -> str:
     """Return what ``qemu-img info --output=json`` says, with all the backings; a complete image is raw.
 
-    ``actual_size`` is what the file occupies, ``device_size`` that of the device which it is on, in bytes.
+    ``actual_size`` is what the file occupies, ``device_size`` that of the device which it is on, in bytes;
+    ``point`` what it holds as a mirror.
     """
     answer: dict[str, object] = {
         "filename": path,
@@ -31,10 +40,18 @@ def info_json(path: str, image: Image, actual_size: int, device_size: int | None
         answer["backing-filename"] = image.backings[0].name
         answer["backing-filename-format"] = "raw"
         answer["backing-filenames"] = [backing.name for backing in image.backings]
+    if point is not None:
+        answer["mirror-point"], answer["mirror-point-time"] = point.number, point.nanoseconds / 1e9
     return json.dumps(answer, indent=4)
 
 
-def info_text(path: str, image: Image, actual_size: int, device_size: int | None = None) -> str:
+def info_text(
+    path: str,
+    image: Image,
+    actual_size: int,
+    device_size: int | None = None,
+    point: Point | None = None,
+) -> str:
     """Return the same for people."""
     share = 100 * image.local_bytes // image.size
     on_device = device_size is not None
@@ -49,6 +66,7 @@ def info_text(path: str, image: Image, actual_size: int, device_size: int | None
             *([f"written by the guest: {format_size(image.written_bytes)}"] if image.backings else []),
             *(f"backing: {printable(backing.name)}" for backing in image.backings),
             *([] if image.backings else ["backing: none"]),
+            *([] if point is None else [f"mirror: {point_text(point)}"]),
             *([f"map: {printable(image.map_path)}"] if on_device and image.backings else []),
         ]
     )

@@ -306,8 +306,27 @@ class Control:
             "miss-seconds": fetched.waits.seconds,
             "window": daemon.window,
             "channel": None if daemon.channel is None else daemon.channel.told(),
+            "mirror": _mirror_told(daemon),
             "sources": [dataclasses.asdict(health) for health in daemon.sources.health()],
         }
+
+
+def _mirror_told(daemon: Daemon) -> dict[str, object] | None:
+    """How the mirror is, where there is one."""
+    if daemon.mirror is None:
+        return None
+    told = daemon.mirror.status()
+    return {
+        "uri": told.uri,
+        "state": told.state.value,
+        "trouble": told.trouble or None,
+        "point": told.point,
+        "point-time": told.point_time or None,
+        "points": told.points,
+        "lag": told.lag_bytes,
+        "lag-seconds": told.lag_seconds,
+        "sent": told.sent,
+    }
 
 
 def checked_ranges(given: list[object], size: int) -> Ranges:
@@ -333,6 +352,8 @@ def served(server: Server, daemon: Daemon, listener: Listener) -> Iterator[None]
     daemon.job.tell = control.events.tell
     if daemon.channel is not None:
         daemon.channel.emit = monitor.emit
+    if daemon.mirror is not None:
+        daemon.mirror.tell = control.events.tell_of_mirror
     monitor.start()
     _LOG.info("monitor on %s", listener)
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from overlay.daemon import Daemon
 from overlay.fill.job import Phase
+from overlay.mirror.status import MirrorState
 
 Emit = Callable[[str, Mapping[str, object]], None]
 """Tells everybody of an event, by its name and its data."""
@@ -54,6 +55,10 @@ class JobEvents:
         self._status(identifier, "created", "running")
         nothing = {"len": 0, "offset": 0}
         self._end(identifier, ["waiting", "pending"], "BLOCK_JOB_COMPLETED", nothing)
+
+    def tell_of_mirror(self, state: MirrorState, reason: str) -> None:
+        """The mirror of the guest's writes follows, or does not, for a reason."""
+        self.emit("OVERLAY_MIRROR", {"state": state.value, **({"reason": reason} if reason else {})})
 
     def _end(
         self, identifier: str, first: list[str], event: str, more: Mapping[str, object] | None = None

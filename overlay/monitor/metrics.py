@@ -16,6 +16,7 @@ from nbdserve.monitor import metrics
 from nbdserve.service.server import Server
 from overlay.daemon import Daemon
 from overlay.fill.job import Phase
+from overlay.mirror.status import MirrorState
 
 
 class Collector(PrometheusCollector):
@@ -33,6 +34,7 @@ class Collector(PrometheusCollector):
         yield from self._state()
         yield from self._sources()
         yield from self._channel()
+        yield from self._mirror()
 
     def _copying(self) -> Iterator[Metric]:
         daemon = self._daemon
@@ -81,6 +83,31 @@ class Collector(PrometheusCollector):
         for phase in Phase:
             phases.add_metric((phase.value,), int(phase is now))
         yield phases
+
+    def _mirror(self) -> Iterator[Metric]:
+        """Of the mirror of the guest's writes, where there is one."""
+        if self._daemon.mirror is None:
+            return
+        told = self._daemon.mirror.status()
+        for name, what, value in (
+            ("lag_bytes", "Changes of the guest that it lacks, at most", told.lag_bytes),
+            ("lag_seconds", "How long ago the first of these was made", told.lag_seconds),
+            (
+                "point_time_seconds",
+                "When the disk was as the mirror has it; 0 until that is known",
+                told.point_time,
+            ),
+        ):
+            yield GaugeMetricFamily(f"nbd_overlay_mirror_{name}", what, value=value)
+        for name, what, value in (
+            ("points", "Points that it was given", told.points),
+            ("sent_bytes", "Bytes sent there", told.sent),
+        ):
+            yield CounterMetricFamily(f"nbd_overlay_mirror_{name}", what, value=value)
+        states = GaugeMetricFamily("nbd_overlay_mirror_state", "1 for how it follows", labels=("state",))
+        for state in MirrorState:
+            states.add_metric((state.value,), int(state is told.state))
+        yield states
 
     def _channel(self) -> Iterator[Metric]:
         """Of a migration over one connection, where this is an end of it."""

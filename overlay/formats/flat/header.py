@@ -25,7 +25,7 @@ byte  size
   12     4  features: a program that does not know a bit must not open the image
   16     8  size of the disk, in bytes
   24     4  grain, in bytes: 4096
-  28     4  flags: CLEAN, FAILED, UNCERTAIN, REOPENED, COMMITTED
+  28     4  flags: CLEAN, FAILED, UNCERTAIN, REOPENED, COMMITTED, REDO
   32    16  UUID, also in the data's trailer
   48    16  boot in which the log was written (/proc/sys/kernel/random/boot_id)
   64    16  generations of the log's two halves, 8 bytes each: records of others do not count
@@ -115,9 +115,11 @@ class Flag(IntFlag):
     """Who wrote was killed, and another has opened it since: a guest may have read what is not recorded."""
     COMMITTED = 32
     """Its guest's writes are in another disk now, which is the guest's: this one is of no use."""
+    REDO = 64
+    """A mirror's: a redo log lies beside the map, and has to be applied before the disk is looked at."""
 
 
-_OF_MAP = Flag.CLEAN | Flag.FAILED | Flag.UNCERTAIN | Flag.REOPENED | Flag.COMMITTED
+_OF_MAP = Flag.CLEAN | Flag.FAILED | Flag.UNCERTAIN | Flag.REOPENED | Flag.COMMITTED | Flag.REDO
 _OF_TRAILER = Flag.FAILED | Flag.ON_DEVICE
 
 

@@ -14,8 +14,8 @@ from overlay.formats.flat import bits
 from overlay.formats.flat.header import CHUNK_GRAINS, GRAIN, Flag, Header, trailer_at
 from overlay.formats.flat.leftover import Leftover
 from overlay.formats.flat.map import Map
-from overlay.formats.image import Buffer, Image, Run, State, zero_runs
-from overlay.formats.ranges import joined
+from overlay.formats.image import Buffer, Image, Run, zero_runs
+from overlay.formats.ranges import joined, runs_of
 from overlay.formats.storage import Storage
 
 _PIECE = 256
@@ -64,8 +64,10 @@ class FlatImage(Image):
         self._writable = writable
         self.was_killed = not header.flags & Flag.CLEAN
         self.is_committed = bool(header.flags & Flag.COMMITTED)
+        self.uuid = header.uuid
         self._leftover = Leftover(file, remove_map, self.map_path)
         self._map = Map(file, header, path, writable=writable, boot=boot)
+        self.hides_writes = bool(self._map.header.flags & (Flag.UNCERTAIN | Flag.REOPENED))
         self._grains = self._map.grains
         self._lock = self._grains.lock
         self._flush_lock = Lock()
@@ -103,11 +105,20 @@ class FlatImage(Image):
         """Tell whether what is not told as written was copied; see Image."""
         return bool(self.backings) and not self._map.header.flags & Flag.UNCERTAIN
 
+    @property
+    def has_redo(self) -> bool:
+        """Tell whether a redo log belongs to it, without which it is no disk; see formats/redo/."""
+        return bool(self._map.header.flags & Flag.REDO)
+
+    def mark_redo(self, *, has_redo: bool) -> None:
+        """Say that from now on, or no longer, a redo log belongs to it, durably."""
+        self._map.mark_redo(has_redo=has_redo)
+
     def runs(self, offset: int, length: int) -> Iterator[Run]:
         """Yield the runs that make up a range; see Image. Asks the file system where the holes are."""
         self._check_range(offset, length)
         for piece in joined(self._pieces(offset, offset + length)):
-            yield from self._runs_of(piece, offset, offset + length)
+            yield from runs_of(self._data, piece, GRAIN, offset, offset + length, is_raw=self._is_raw)
 
     def absent(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield what of a range has to be fetched; see Image. The map alone says that.
@@ -375,22 +386,6 @@ class FlatImage(Image):
                 piece = list(islice(self._grains.runs(first, last), _PIECE))
             yield from piece
             first = piece[-1][1]
-
-    def _runs_of(self, run: tuple[int, int, bool, bool], offset: int, end: int) -> Iterator[Run]:
-        """What of a run of grains lies within a range, holes told from data."""
-        first, last, present, written = run
-        written &= not self._is_raw
-        begin, stop = max(offset, first * GRAIN), min(end, last * GRAIN)
-        if not present:
-            yield Run(begin, stop - begin, State.ABSENT)
-            return
-        for place, length in self._data.data(begin, stop - begin):
-            if place > begin:
-                yield Run(begin, place - begin, State.ZERO, None, written)
-            yield Run(place, length, State.DATA, place, written)
-            begin = place + length
-        if begin < stop:
-            yield Run(begin, stop - begin, State.ZERO, None, written)
 
     def _check_change(self, offset: int, length: int) -> None:
         super()._check_change(offset, length)

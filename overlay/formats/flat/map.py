@@ -144,6 +144,14 @@ class Map:
         self._write_header()
         self._sync()
 
+    def mark_redo(self, *, has_redo: bool) -> None:
+        """Say whether a redo log belongs to the image, durably. Takes the lock. Raises OSError."""
+        flags = self.header.flags & ~int(Flag.REDO)
+        with self._storing, self.grains.lock:
+            self.header = replace(self.header, flags=flags | Flag.REDO if has_redo else flags)
+            self._write_header()
+            self._sync()
+
     def mark_failed(self) -> None:
         """Take no more changes, and let the header say why, if it can."""
         self.failed = True
