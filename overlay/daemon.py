@@ -79,6 +79,9 @@ class Daemon:
             channel.ram_came = self._ram_came
             channel.guest_came = self._guest_came
             sources.refused = self._is_other_disk
+        elif options.armed:
+            # Where it is reached through another disk's channel, it comes with the guest.
+            sources.is_awaited = lambda: self.overlay.guest_is_here or sources.was_connected
 
     def start(self) -> None:
         """Connect to the backing, and stream if that was asked for."""

@@ -52,9 +52,18 @@ class SshTransport(SocketTransport):
             with theirs:
                 self._child = subprocess.Popen(words, stdin=theirs.fileno(), stdout=theirs.fileno())
             super().__init__(ours, str(place))
+        except OSError as error:
+            ours.close()
+            raise OSError(error.errno, f"{words[0]}: {reason_of(error)}") from error
         except BaseException:
             ours.close()
             raise
+
+    @property
+    def complaint(self) -> str:
+        """Tell how ssh has failed, if it has, after ``close``."""
+        code = self._child.returncode
+        return f"ssh has ended with {code}; the log has what it said" if code > 0 else ""
 
     def interrupt(self) -> None:
         """Let who waits for it see its end."""
@@ -126,7 +135,9 @@ class Attempt:
                 self._greeted = None
             connected.close()
             if isinstance(error, ConnectionLostError | OSError):
-                raise ConnectError(f"{place}: {reason_of(error)}") from error
+                complaint = isinstance(connected, SshTransport) and connected.complaint
+                why = complaint or reason_of(error).removeprefix(f"{place}: ")
+                raise ConnectError(f"{place}: {why}") from error
             raise
         with self._lock:
             self._greeted = None

@@ -145,6 +145,8 @@ def server_context(directory: Path) -> ssl.SSLContext:
 
     Raises UsageError, as nbdserve does for its own certificates.
     """
+    # Without it the system's authorities would count, where that is allowed: here it is not.
+    read_certificates(directory / "ca-cert.pem")
     return load(Certificates.in_directory(directory, verify_peer=True)).context
 
 

@@ -170,7 +170,7 @@ class Source:
 
     def _connect(self) -> SourceConnection | None:
         """Reach the destination; None when this was stopped meanwhile, or nobody needs it any more."""
-        trouble = ""
+        troubles = dict[Way, str]()
         give_up = time.monotonic() + self._settings.patience
         while True:
             for way in self._settings.ways:
@@ -188,13 +188,13 @@ class Source:
                     reason = str(error)
                     if not self._begun and way is self._settings.ways[-1]:
                         raise
-                if reason != trouble:
-                    trouble = reason
+                if reason != troubles.get(way):
+                    troubles[way] = reason
                     _LOG.warning("channel: %s; trying again", reason)
                 if self._is_over:
                     return None
             if time.monotonic() >= give_up:
-                raise ConnectError(f"{trouble}; given up after {self._settings.patience:g} s")
+                raise ConnectError(f"{reason}; given up after {self._settings.patience:g} s")
             if self._pause():
                 return None
 

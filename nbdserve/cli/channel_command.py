@@ -21,6 +21,7 @@ from nbdserve.cli.channel_options import (
     add_session,
     add_source,
     parser,
+    require_distinct,
     source_settings,
     start_log,
 )
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         relay(check_socket_path(given.relay, "--relay"))
         return program.EXIT_DONE
     settings = _settings(given)
+    require_distinct(given, "token_file", "log", "pid_file")
     exports = [parse_export(text, read_only=True) for text in given.export]
     program.allow_many_descriptors()
     # Before QEMU is let go, so that it is told of what is missing.

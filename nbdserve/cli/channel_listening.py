@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from nbdserve.channel import places
 from nbdserve.channel.destination import Destination, Event, Settings
 from nbdserve.cli.channel_end import Ending
-from nbdserve.cli.channel_options import add_session, parser, session_limits, start_log, unix_path
+from nbdserve.cli.channel_options import (
+    add_session,
+    parser,
+    require_distinct,
+    session_limits,
+    start_log,
+    unix_path,
+)
 from nbdserve.common import logs, program
 from nbdserve.common.errors import UsageError
 from nbdserve.common.ownership import add_options, ownership
@@ -37,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     if given.token_file is None or given.socket is None:
         raise UsageError("--listen needs --socket PATH, where the source's disks are, and --token-file FILE")
+    require_distinct(given, "token_file", "listen", "socket", "incoming", "qmp", "pid_file")
     tls = None if given.tls_certificates is None else places.server_context(given.tls_certificates)
     token = places.read_token(given.token_file)
     incoming = None if given.incoming is None else unix_path(given.incoming, "--incoming")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def add_source(add: Callable[..., object], destination: str) -> None:
     )
     add("--block-hashes", action="store_true", help="tell hashes of blocks to nbd-overlay serve --seed")
     add("--tls-hostname", type=filled, metavar="NAME", help="whose certificate it must be (default: HOST's)")
-    add("--ssh", type=filled, default="ssh", metavar="COMMAND", help="that leads to ssh:// (default: ssh)")
+    add("--ssh", type=_command, default="ssh", metavar="COMMAND", help="that leads to ssh:// (default: ssh)")
     add(
         "--remote",
         type=filled,
@@ -114,6 +116,30 @@ def unix_path(text: str, option: str) -> str:
     if not text.startswith("unix:"):
         raise UsageError(f"{option} {text}: write unix:PATH")
     return check_socket_path(text.removeprefix("unix:"), option)
+
+
+def require_distinct(given: argparse.Namespace, *names: str) -> None:
+    """UsageError where two of these options, as the namespace calls them, name the same file."""
+    seen = dict[str, str]()
+    for name in names:
+        value = getattr(given, name)
+        path = None if value is None else str(value).removeprefix("unix:")
+        if path is None or (name == "listen" and not str(value).startswith("unix:")):
+            continue
+        option, real = f"--{name.replace('_', '-')}", os.path.realpath(path)
+        if real in seen:
+            raise UsageError(f"{option} {value}: it is the same file as {seen[real]}")
+        seen[real] = option
+
+
+def _command(text: str) -> str:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no command: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("it is empty; give it a value, or leave it out")
+    return text
 
 
 def _silence(text: str) -> float:

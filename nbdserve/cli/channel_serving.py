@@ -13,6 +13,7 @@ from nbdserve.cli.channel_options import (
     add_session,
     add_source,
     parser,
+    require_distinct,
     source_settings,
     start_log,
     unix_path,
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command until the destination has everything, or a signal comes."""
     given = _parser().parse_args(arguments)
     settings = _settings(given)
+    require_distinct(given, "token_file", "ram", "qmp", "pid_file")
     ram = unix_path(given.ram, "--ram")
     wanted = [parse_export(text, read_only=True) for text in given.export]
     images = ImageOptions(block_hashes=given.block_hashes)

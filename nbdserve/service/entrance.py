@@ -32,6 +32,7 @@ class Entrance:
         self._listener = listener
         self._adopt = adopt
         self._failures = AcceptFailures()
+        self._trouble = ""
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = Thread(self._run, "entrance")
 
@@ -69,5 +70,9 @@ class Entrance:
             return
         try:
             self._adopt(visitor.sock)
+            self._trouble = ""
         except OSError as error:
-            _LOG.warning("%s: hung up on a client: %s", self._listener, reason_of(error))
+            # Who is hung up on comes again and again.
+            known, self._trouble = self._trouble, reason_of(error)
+            if self._trouble != known:
+                _LOG.warning("%s: hung up on a client: %s", self._listener, self._trouble)

@@ -56,7 +56,10 @@ class Sources:
     ) -> None:
         self.size = size
         self._patience = patience
-        self._is_awaited = is_awaited
+        self.is_awaited = is_awaited
+        """Tells whether it is certain that a server is there, or comes back."""
+        self.was_connected = False
+        """Whether there has been a server."""
         self.refused: Callable[[str], None] = lambda why: None
         """Told why a server's disk is another one, in that server's thread."""
         self._changed = threading.Condition()
@@ -144,10 +147,12 @@ class Sources:
             return best
         for source in self._sources:
             source.retry()
+        # One that nobody has seen yet may have come in this moment, as with a guest's arrival.
+        least = 0.0 if self.was_connected else time.monotonic() + _UNEXPECTED
         with self._changed:
             while (best := self._best()) is None:
                 self._note_loss()
-                left = self._seconds_left()
+                left = max(self._seconds_left(), least - time.monotonic())
                 if self._closed or left <= 0 or self._is_nobody_trusted():
                     raise OSError(errno.EIO, f"the backing is lost: {self.troubles()}")
                 self._changed.wait(min(left, 1.0))
@@ -260,7 +265,7 @@ class Sources:
         """A server was connected or lost."""
         with self._changed:
             if self._best() is not None:
-                self._lost_since = None
+                self._lost_since, self.was_connected = None, True
             else:
                 self._note_loss()
             self._changed.notify_all()
@@ -271,7 +276,7 @@ class Sources:
 
     def _seconds_left(self) -> float:
         since = self._lost_since
-        patience = self._patience if self._is_awaited() else min(self._patience, _UNEXPECTED)
+        patience = self._patience if self.is_awaited() else min(self._patience, _UNEXPECTED)
         return patience if since is None else since + patience - time.monotonic()
 
     def troubles(self) -> str:

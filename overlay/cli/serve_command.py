@@ -209,6 +209,7 @@ def check_paths(options: Options) -> None:
         listen = options.channel.listen
         new["--channel"] = listen.removeprefix("unix:") if listen.startswith("unix:") else None
         new["--channel-socket"] = options.channel.socket
+        new["--incoming"] = options.channel.incoming
     seen = {os.path.realpath(options.image): "IMAGE"}
     for option, path in new.items():
         if path is None:

@@ -14,12 +14,13 @@
 # LOG              where A's end of the channel logs (default: DISK with .channel.log added)
 # MIGRATE_TIMEOUT  seconds that the RAM may take (default 3600)
 #
-# If it fails, the guest goes on here, on A. Afterwards A's end serves the disk, also when A's QEMU has ended, until
-# step 5 is done, and ends by itself. If it is killed, the command that it leaves in LOG.resume starts it again.
-# Never "cont" here, when the guest is on B.
+# If it fails or is interrupted, the guest goes on here, on A. When the guest has left, A's QEMU is ended, so that the
+# guest never runs here, too. Its end of the channel serves the disk until step 5 is done, keeps every other QEMU from
+# writing to it meanwhile, and ends by itself. If it is killed, the command that it leaves in LOG.resume starts it again.
 
 set -euo pipefail
 . "$(dirname "$0")/../common.sh"
+. "$(dirname "$0")/../leaving.sh"
 
 help_or_go_on "$@"
 NAME=${NAME:-disk}
@@ -33,21 +34,27 @@ need_programs nbd-migrate nbdserve
 
 qmp() { nbd-migrate qmp "$SOURCE_QMP" "$@"; }
 
+# why_failed: what A's end of the channel said last; QEMU only knows that its child has ended.
+why_failed() {
+    qmp query-migrate --get status >/dev/null 2>&1 || return
+    tail -n 1 "$LOG" 2>/dev/null || true
+}
+
+has_gone() {
+    downtime=$(qmp query-migrate --get downtime)
+    qmp quit >/dev/null || die "the guest runs on B, but A's QEMU cannot be ended: never 'cont' here"
+}
+
+require_running
+if ! { : >>"$LOG" && : >"$LOG.resume"; } 2>/dev/null; then
+    die "LOG: $LOG and $LOG.resume cannot be written"
+fi
+complaints=$(mktemp)
+trap 'rm -f -- "$complaints"' EXIT
 command=$(printf '%q ' "$(command -v nbdserve)" channel --connect "$CONNECT" --export "$NAME=$DISK,format=raw" \
     --token-file "$TOKEN_FILE" ${CERTIFICATES:+--tls-certificates "$CERTIFICATES"})
-started="$command--log $(printf %q "$LOG")"
-state=$(qmp query-status --get status)
-[ "$state" = running ] || die "the guest is in state $state, not running; nothing was done"
 echo "$command--resume" >"$LOG.resume"
-# Without the return path nobody would know when B has all of the guest.
-qmp migrate-set-capabilities "$(capabilities events return-path)" >/dev/null
+started="$command--log $(printf %q "$LOG")"
 started=${started//\\/\\\\}
-qmp migrate "{\"uri\": \"exec:${started//\"/\\\"}\"}" >/dev/null ||
-    die "the guest runs on here, on A; see $LOG"
-why=$(qmp query-migrate --get status --until completed --unless 'failed|cancelled' --timeout "$MIGRATE_TIMEOUT" 2>&1) || {
-    state=$(qmp query-migrate --get status 2>/dev/null) || die "A's QEMU does not answer any more: $why"
-    [[ $state = @(failed|cancelled) ]] ||
-        die "the migration is $state, and goes on; migrate_cancel gives the guest back as long as it is active"
-    die "the guest runs on here, on A: $(tail -n 1 "$LOG")"
-}
-echo "$me: the guest runs on B; it stood still for $(qmp query-migrate --get downtime) ms"
+leave "exec:${started//\"/\\\"}" "$MIGRATE_TIMEOUT"
+echo "$me: the guest runs on B; it stood still for $downtime ms"

@@ -13,8 +13,8 @@ from tests.support.processes import is_alive, run, wait_until
 
 
 def write_to(disk: Path) -> str:
-    """What a QEMU that wants to write to the disk is told; nothing where it may."""
-    return run("qemu-io", "-f", "raw", "-c", "write 0 512", disk).stderr
+    """What a QEMU that opens the disk for writing is told; nothing where it may."""
+    return run("qemu-io", "-f", "raw", "-c", "info", disk).stderr
 
 
 def test_what_qemu_starts_may_have_as_many_descriptors_as_it_is_allowed(tmp_path: Path) -> None:

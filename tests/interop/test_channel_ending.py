@@ -111,6 +111,21 @@ def test_a_source_that_dies_when_it_is_needed_no_more_is_not_waited_for_without_
         scene.wait_for(Event.DONE)
 
 
+def test_a_connection_that_is_half_open_keeps_no_other_out(tmp_path: Path) -> None:
+    with Scene(tmp_path) as scene:
+        worker = scene.migrate().worker
+        assert scene.road is not None
+        # Nothing goes either way any more, not even that who was there has ended.
+        scene.road.open.clear()
+        os.kill(worker, signal.SIGKILL)
+        straight = ["--connect", f"127.0.0.1:{scene.port}"]
+        began = time.monotonic()
+        with resumed(scene, *straight):
+            scene.wait_for(Event.BACK)
+            assert time.monotonic() - began < scene.limits.silence
+            assert scene.read_disk()
+
+
 def test_no_epoch_that_is_claimed_keeps_a_later_source_out(tmp_path: Path) -> None:
     with Scene(tmp_path) as scene:
         worker = scene.migrate().worker

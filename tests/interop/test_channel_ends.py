@@ -46,7 +46,10 @@ class Ends:
     def connect(self, *options: Argument) -> Process:
         """Start the source's end, and wait until it is connected."""
         exports = options or ("--export", f"vm={self.disk},format=raw")
-        return self._started("a", "--connect", self.place, "--ram", f"unix:{self.ram}", *exports)
+        started = self._started("a", "--connect", self.place, "--ram", f"unix:{self.ram}", *exports)
+        # It has heard that it is accepted; the other end may be about to take note of that.
+        wait_until(lambda: self.ask("b", "query-channel")["connected"], "both are connected")
+        return started
 
     def _started(self, name: str, *words: Argument) -> Process:
         ready = self.directory / f"{name}.pid"
@@ -210,6 +213,11 @@ def test_another_token_is_refused_in_one_line(ends: Ends) -> None:
     ("words", "said"),
     [
         (("--listen", "192.0.2.1:1", "--socket", "/x", "--token-file", "TOKEN"), "give --tls-certificates"),
+        (("--listen", "unix:c", "--socket", "c", "--token-file", "TOKEN"), "the same file as --listen"),
+        (("--listen", "unix:c", "--socket", "s", "--token-file", "TOKEN", "--tls-certificates", "/nowhere"),
+         "/nowhere/ca-cert.pem: No such file or directory"),
+        (("--ram", "unix:r", "--connect", "unix:c", "--token-file", "TOKEN", "--qmp", "unix:r"),
+         "the same file as --ram"),
         (("--listen", "x:1"), "--listen needs --socket PATH"),
         (("--listen", "127.0.0.1:1", "--socket", "/x", "--token-file", "TOKEN", "--incoming", "/y"),
          "--incoming /y: write unix:PATH"),

@@ -171,6 +171,8 @@ WRONG = {
     "no path": (["--connect", "ssh://host"], "write ssh://"),
     "a name without TLS": (["--connect", "unix:x", "--tls-hostname", "b"], "without --tls-certificates"),
     "no certificates": (["--connect", "unix:x", "--tls-certificates", "/nowhere"], "ca-cert.pem"),
+    "a broken command": (["--connect", "ssh://b/x", "--ssh", "ssh '"], "No closing quotation"),
+    "one file twice": (["--connect", "unix:x", "--log", "l", "--pid-file", "./l"], "the same file as --log"),
     "no log": (["--connect", "unix:x", "--log", "/nowhere/log"], "--log /nowhere/log"),
     "a short silence": (["--connect", "unix:x", "--silence", "0.1"], "not a time of 1 to 3600"),
     "no terminal's pipes": (["--connect", "unix:x"], "start this by migrate exec:"),
@@ -255,3 +257,15 @@ def exactly(sock: socket.socket, length: int) -> bytes:
         assert piece, f"the end behind {len(data)} bytes"
         data += piece
     return data
+
+
+@pytest.mark.parametrize(
+    ("command", "why"), [("no-such-ssh", "no-such-ssh: No such file"), ("false", "ssh has ended with 1")]
+)
+def test_where_ssh_does_not_lead_anywhere_that_is_said(command: str, why: str, tmp_path: Path) -> None:
+    with Scene(tmp_path, unix=True) as scene:
+        place = ["--connect", f"ssh://localhost{scene.path}", "--ssh", command]
+        sender = scene.send_with([*place, *scene.options()[2:]])
+        assert sender.wait() == 1
+        [line] = sender.errors.splitlines()
+        assert why in line

@@ -124,12 +124,16 @@ class ManyDisks(Scene):
 
     def stop_b(self) -> int:
         """Stop the guest on B and end its QEMU; the number of the record that it was about to write."""
+        counter = self.stop_guest_on_b()
+        self.quit_b()
+        return counter
+
+    def stop_guest_on_b(self) -> int:
+        """Stop the guest on B; the number of the record that it was about to write."""
         with monitor(self.monitor_b) as b:
             b.execute("stop")
             told = b.execute("human-monitor-command", command_line=f"xp /1wx {COUNTER:#x}")
-        counter = int(re.findall(r"0x[0-9a-f]+", told)[-1], 16)
-        self.quit_b()
-        return counter
+        return int(re.findall(r"0x[0-9a-f]+", told)[-1], 16)
 
     def verdict(self, counter: int | None = None) -> list[str]:
         """What is wrong on B's disks, sector by sector.

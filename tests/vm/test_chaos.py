@@ -13,6 +13,7 @@ from tests.vm import chaos
     [
         ("--channel", "ssh", "--format", "qcow2", "--policy", "hybrid", "--disks", "2"),
         ("--channel", "tls", "--format", "raw", "--policy", "postcopy", "--disks", "3"),
+        ("--channel", "single", "--format", "raw", "--policy", "hybrid", "--disks", "2"),
         ("--channel", "plain", "--format", "raw", "--disks", "1", "--engine", "qemu"),
     ],
     ids=lambda options: "-".join(options[1::2]),

@@ -150,6 +150,33 @@ def test_a_cable_that_is_pulled_costs_only_time(stage: ApartScene, seconds: floa
     is_on_b_whole(stage)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("role", [Role.CHANNEL, Role.SERVER])
+def test_an_end_that_stands_still_for_longer_than_the_other_waits_costs_only_time(
+    stage: ApartScene, role: Role
+) -> None:
+    with stage.run() as migration:
+        migration.wait_for_line(" of 64 MiB", LONG)
+        end = end_of(stage, role)
+        end.suspend()
+        time.sleep(20.0)
+        end.resume()
+        code = migration.wait(LONG)
+    if code:  # what does not answer is not waited for as long
+        with stage.migrate("resume", "a", log="resume.log") as again:
+            assert again.wait(LONG) == 0, again.output()
+    is_on_b_whole(stage)
+
+
+@pytest.mark.exhaustive
+def test_qemu_itself_copies_through_the_channel(tmp_path: Path) -> None:
+    with apart(tmp_path, engine="qemu") as stage:
+        stage.change("channel", kind="single")
+        with stage.run() as migration:
+            assert migration.wait(LONG) == 0, migration.output()
+        is_on_b_whole(stage)
+
+
 @pytest.mark.parametrize(
     ("policy", "moment", "victims"),
     [

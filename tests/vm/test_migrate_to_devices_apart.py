@@ -1,4 +1,4 @@
-"""A Linux moves over ssh and TLS to the block devices of another host, whatever these are like."""
+"""A Linux moves, between hosts that ssh leads to, to block devices, whatever these are like."""
 
 from __future__ import annotations
 
@@ -63,19 +63,23 @@ def found_on(device: Path, disk: LinuxDisk, copy: Path) -> LinuxDisk:
     return replace(disk, target=copy)
 
 
-STANDS_FOR_THE_OTHERS = ("device", "hybrid", "4096", "nobody")
+STANDS_FOR_THE_OTHERS = ("device", "hybrid", "4096", "nobody", "tls")
+SINGLE = ("raw", "postcopy", "512", "root", "single")
 
 
 def parameters() -> list[object]:
-    """Each kind of disk on A, policy, logical sector on B and user of both QEMUs."""
-    cells = itertools.product(("raw", "device"), ("postcopy", "hybrid"), ("512", "4096"), ("root", "nobody"))
+    """Each kind of disk on A, policy, logical sector on B and user of both QEMUs, over TLS; and one more."""
+    forms, users = ("raw", "device"), ("root", "nobody")
+    cells = [*itertools.product(forms, ("postcopy", "hybrid"), ("512", "4096"), users, ("tls",)), SINGLE]
     exhaustive = pytest.mark.exhaustive
     return [pytest.param(*cell, marks=() if cell == STANDS_FOR_THE_OTHERS else exhaustive) for cell in cells]
 
 
-@pytest.mark.parametrize(("form", "policy", "sector", "user"), parameters())
+@pytest.mark.parametrize(("form", "policy", "sector", "user", "channel"), parameters())
 @pytest.mark.representative
-def test_disks_move_to_devices_of_another_host(form: str, policy: str, sector: str, user: str) -> None:
+def test_disks_move_to_devices_of_another_host(
+    form: str, policy: str, sector: str, user: str, channel: str
+) -> None:
     options, owner = (AS_NOBODY_LATER, NOBODY) if user == "nobody" else ((), 0)
     with (
         guest_on_a(form, 2, "-drive", options=options) as stage,
@@ -86,7 +90,7 @@ def test_disks_move_to_devices_of_another_host(form: str, policy: str, sector: s
         words = [f"--target={disk.drive}={device}" for disk, device in zip(stage.disks, made, strict=True)]
         words += [f"--overwrite={device}" for device in made]
         stage.directory.chmod(0o755)
-        stage.run_between("a", "b", "--channel", "tls", "--policy", policy, *words)
+        stage.run_between("a", "b", "--channel", channel, "--policy", policy, *words)
         stage.works()
         memory = stage.verify_on(stage.guest_on_b)
         for device in made:

@@ -147,13 +147,12 @@ def test_the_five_steps_move_a_guest_and_nothing_is_stopped_at_the_source(stage:
             assert "the guest runs on B; it stood still for" in operator.must(4)
             cut_over = stage.guest_on_a.announced
             assert len(operator.ends_at_a()) == 1
-            # It is needed no more: A's QEMU may end, its child serves the disk.
-            source.signal(signal.SIGKILL)
-            source.wait()
+            # It is needed no more: A's QEMU has ended, its child serves the disk.
+            assert source.wait(30.0) == 0
             assert "RAM loaded" in operator.status()
             operator.must(5, SPEED=str(16 * MIB))
             streamed = stage.guest_on_b.announced or cut_over
-            assert operator.ends_at_a() == []
+            wait_until(lambda: operator.ends_at_a() == [], "A's end has ended")
             assert "channel: done" in operator.logs()
             wait_until(lambda: not is_alive_by(Path(f"{overlay}.pid")), "nbd-overlay ends")
             asyncio.run(demo.write_for(0.5, stage.guest_on_b))
@@ -254,7 +253,7 @@ def test_a_connection_that_breaks_while_ram_goes_over_leaves_the_guest_at_a_and_
         wait_until(lambda: "RAM under-way" in operator.status(), "RAM moves")
         road.cut()
         assert migrating.wait(60) == 1
-        assert "4-migrate.sh: the guest runs on here, on A: " in migrating.output()
+        assert "4-migrate.sh: the guest runs on here, on A, as the migration failed: " in migrating.output()
     guest.wait_until_guest_works("a")
     wait_until(lambda: operator.ends_at_a() == [], "A's end has ended")
     assert "not here yet (armed)" in operator.status()
@@ -303,14 +302,13 @@ def test_a_wrong_token_moves_nothing(small: tuple[Scene, Operator, Road]) -> Non
     complete(guest, operator)
 
 
-def test_a_disk_of_another_size_is_found_while_ram_goes_over_and_the_guest_stays_at_a(
+def test_a_guest_whose_disk_has_another_size_stays_at_a(
     small: tuple[Scene, Operator, Road],
 ) -> None:
     guest, operator, _ = small
     operator.must(1, SIZE=str(DISK_SIZE - 512))
     operator.must(2)
     operator.must(3)
-    slow_down(guest)
     assert f"the disk has {DISK_SIZE - 512} bytes, what answers there {DISK_SIZE}" in operator.fails(4)
     guest.wait_until_guest_works("a")
 
