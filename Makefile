@@ -119,6 +119,7 @@ chaos: setup
 docs: setup
 	$(BIN)/python -m tests.support.manual docs/commands.md
 	$(BIN)/python -m tests.support.decisions docs/decisions.md
+	$(BIN)/python -m tests.support.failures docs/failures.md
 
 clean:
 	rm -rf build $(VENV)

@@ -23,6 +23,7 @@ need NBD_ADDRESS
 need_absolute DISK NBD_PID_FILE
 need_number NBD_PORT
 need_programs nbdserve
+! [ -e "$DISK.moved.json" ] || die "DISK: the guest of $DISK has moved: see $DISK.moved.json"
 [ -f "$DISK" ] || [ -b "$DISK" ] || die "DISK: $DISK is neither a file nor a block device"
 
 nbdserve --read-only --format raw --simple-replies \

@@ -26,9 +26,12 @@ MOVE_TO=${MOVE_TO:-}
 need SOURCE_QMP DESTINATION_QMP
 need_absolute DISK NBD_PID_FILE FENCE_FILE
 need_programs nbd-migrate awk
+# Who has run nbd-migrate finds the disk where that has put it out of reach.
+now=$DISK
+[ ! -e "$DISK.moved" ] || now=$DISK.moved
 if [ -n "$MOVE_TO" ]; then
     need_absolute MOVE_TO
-    [ -f "$DISK" ] || die "DISK: $DISK is not a file, so it cannot be moved" 2
+    [ -f "$now" ] || die "DISK: $DISK is not a file, so it cannot be moved" 2
     [ ! -e "$MOVE_TO" ] || die "MOVE_TO: $MOVE_TO exists; choose another name" 2
 fi
 
@@ -79,7 +82,7 @@ has_clients() {
 
 has_no_clients() { ! has_clients "$1"; }
 
-nbdserve='^(.*/)?nbdserve$' fence='^((.*/)?nbd-migrate|recipes\.(qemu\.)?fence)$'
+nbdserve='^(.*/)?nbdserve$' fence='^((.*/)?nbd-migrate|recipes\.([a-z]+\.)?fence)$'
 
 # Is anything here still needed?
 if [ "$DESTINATION_QMP" != ended ]; then
@@ -103,7 +106,10 @@ if [ "$SOURCE_QMP" != ended ]; then
     nbd-migrate qmp "$SOURCE_QMP" quit >/dev/null
     await 30 "A's QEMU does not end" nobody_at "$SOURCE_QMP"
 fi
-[ -z "$MOVE_TO" ] || mv -n "$DISK" "$MOVE_TO"
+if [ -n "$MOVE_TO" ]; then
+    mv -n "$now" "$MOVE_TO"
+    rm -f "$DISK.moved.json"
+fi
 end "$NBD_PID_FILE" "$nbdserve"
 end "$FENCE_FILE" "$fence"
 echo "$me: A's QEMU and the server have ended${MOVE_TO:+, $DISK is now $MOVE_TO}"

@@ -24,6 +24,7 @@ from nbdserve.common.errors import UsageError
 from nbdserve.common.uri import NbdUri
 from nbdserve.exports.export_options import ExportOptions, ImageOptions
 from nbdserve.exports.half_committed import refuse_half_committed
+from nbdserve.exports.moved_images import refuse_moved
 from nbdserve.exports.served_exports import Export
 from nbdserve.protocol.offers import Offer
 
@@ -35,6 +36,8 @@ def open_export(wanted: ExportOptions, how: ImageOptions, identifier: str | None
 
     Raises OperatorError or OSError, with nothing left open, when that is not possible.
     """
+    if isinstance(wanted.source, Path):
+        _refuse_moved(wanted.source, read_only=wanted.read_only)
     if isinstance(wanted.source, NbdUri):
         backend = _open_nbd(wanted.source, wanted, how)
     elif wanted.format in (None, "raw"):
@@ -49,6 +52,12 @@ def open_export(wanted: ExportOptions, how: ImageOptions, identifier: str | None
     except BaseException:
         backend.close()
         raise
+
+
+def _refuse_moved(path: Path, *, read_only: bool) -> None:
+    """Raise ImageError for an image that is out of date; to read it where it is now harms nobody."""
+    if not read_only or not path.exists():
+        refuse_moved(path)
 
 
 def describe(wanted: ExportOptions, how: ImageOptions) -> Offer:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 import time
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class Marker:
     @property
     def lifting(self) -> str:
         """Return the words of the command that makes it an image like others again."""
-        return f"nbd-migrate fence --lift {self.image}"
+        return f"nbd-migrate fence --lift {shlex.quote(self.image)}"
 
     def to_json(self) -> str:
         """Return the marker as text, which people read, too."""
@@ -104,7 +105,8 @@ class Marker:
 
 def marker_beside(image: Path) -> Path:
     """Return where the marker of a file would be, of an image in its place or of one that was moved."""
-    return image.with_name(f"{image.name.removesuffix(MOVED)}{MARKER}")
+    # Not with_name(): a path may be without one, and is refused by whoever opens it.
+    return image.parent / f"{image.name.removesuffix(MOVED)}{MARKER}"
 
 
 def find_marker(image: Path) -> Path | None:
@@ -130,26 +132,40 @@ def read_marker(path: Path) -> Marker:
 
 
 def refuse_moved(image: Path) -> None:
-    """Raise ImageError for an image whose guest has moved to another host, saying where it is."""
+    """Raise ImageError for an image whose guest has moved to another host, saying where it is.
+
+    Where what the guest wrote there is being written to the image, that is done at its new place.
+    """
     found = find_marker(image)
-    if found is not None:
-        raise ImageError(refusal(image, read_marker(found)))
+    if found is None:
+        return
+    marker = read_marker(found)
+    if marker.standing is not Standing.COMMITTING or not _is_at(image, marker.place):
+        raise ImageError(refusal(image, marker, found))
 
 
-def refusal(image: Path, marker: Marker) -> str:
-    """Return the line that says why an image is not used."""
-    where = f", and is {marker.moved} now" if marker.moved and str(image) != marker.moved else ""
-    went = f"{image}: its guest went to {marker.to} on {marker.since} (migration {marker.migration})"
+def refusal(image: Path, marker: Marker, place: Path) -> str:
+    """Return the line that says why an image is not used; ``place`` is where its marker is."""
+    where = f"; the image is {marker.moved} now" if marker.moved and str(image) != marker.moved else ""
+    went = f"{image}: its guest went to {marker.to} on {marker.since} (migration {marker.migration}){where}"
     if marker.standing is Standing.COMMITTING:
         return (
-            f"{went}, and what it wrote there is being written to this image{where}, which is no disk until "
-            f"that has ended: nbd-migrate recover {marker.migration} --on a"
+            f"{went}; what it wrote there is being written to it, and it is no disk until that has ended: "
+            f"nbd-migrate recover {marker.migration} --on a"
         )
-    need = {
-        Standing.NEEDED: "its disk there still needs this image, as it is",
-        Standing.OUT_OF_DATE: "this image is out of date",
-    }[marker.standing]
-    return f"{went}; {need}{where}; to use it all the same, without what was written since: {marker.lifting}"
+    if marker.standing is Standing.NEEDED:
+        need = "its disk there still needs this image, as it is"
+    else:
+        gone = " ".join(shlex.quote(str(each)) for each in (*([marker.moved] if marker.moved else []), place))
+        need = f"this image is out of date; where nobody needs it: rm {gone}"
+    return f"{went}; {need}; to use it all the same, without what was written since: {marker.lifting}"
+
+
+def _is_at(image: Path, place: Path) -> bool:
+    try:
+        return image.samefile(place)
+    except OSError:
+        return False
 
 
 def _device_number(path: Path) -> int | None:

@@ -20,6 +20,7 @@ from nbdserve.common.program import EXIT_DONE, EXIT_FAILED, Parser, RawHelpForma
 from nbdserve.common.sizes import format_size, parse_size
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri
+from nbdserve.exports.moved_images import refuse_moved
 from overlay.channel.address import Address, MigrateUri, parse_backing
 from overlay.cli import (
     commit_command,
@@ -176,6 +177,7 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
 
 def _create(arguments: argparse.Namespace) -> int:
     _check_place(arguments)
+    refuse_moved(arguments.image)
     uris = [_lasting(parse_backing(backing)) for backing in arguments.backing]
     size = parse_size(arguments.size, "--size") if arguments.size is not None else _size_of(uris)
     make = _create_qed if arguments.layout == "qed" else _create_flat

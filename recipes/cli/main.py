@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nbdserve.common import clock, program, sizes
 from nbdserve.common.errors import UsageError
-from recipes.cli import journal_commands, pivot_command, plan_command, small
+from recipes.cli import fence_command, journal_commands, pivot_command, plan_command, small
 from recipes.cli.journal_commands import add_finish_by, add_verify, until_signal
 from recipes.cli.small import PROGRAM
 from recipes.commands.finish import finish
@@ -34,6 +34,9 @@ EPILOGUE = """
 For recipes and for the other host of a migration:
   nbd-migrate qmp MONITOR COMMAND [JSON]     execute one QMP command
   nbd-migrate fence READY IMAGE...           keep every QEMU from writing to the images
+  nbd-migrate put-away NAME STANDING IMAGE TO    put an image out of reach whose guest has moved
+  nbd-migrate give-back IMAGE...             the opposite
+  nbd-migrate marks IMAGE...                 what this host knows of such images
   nbd-migrate probe URI                      what this host sees of an export
   nbd-migrate supervisor LOG READY COMMAND   run a process that ends with our standard input
   nbd-migrate bridge MONITOR                 pass a monitor of this host on to standard input and output
@@ -83,6 +86,9 @@ def make_parser() -> program.Parser:
     configure_finish(end)
     end.set_defaults(body=finish_plan)
     journal_commands.configure(subcommands)
+    lift = subcommands.add_parser("fence", help="let guests use an image again that one has moved from")
+    fence_command.configure(lift)
+    lift.set_defaults(body=fence_command.main)
     show = subcommands.add_parser("demo", help="the whole sequence on this machine, with a real guest")
     demo.configure(show)
     show.set_defaults(body=demo.main)

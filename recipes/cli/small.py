@@ -7,7 +7,6 @@ a quarter to a half of that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from nbdserve.common import program
 
@@ -53,7 +52,11 @@ def find(words: list[str]) -> Callable[[], int] | None:
             return lambda: tunnel.main([ready, orders])
         case [name, *rest] if name in NEEDS and not {"-h", "--help"} & set(rest):
             return lambda: _refuse(f"{name} needs {NEEDS[name]}: see nbd-migrate --help")
-        case ["qmp" | "fence" | "probe" | "process" | "route" | "reach" as name, *rest]:
+        case ["fence", *rest] if {"--lift", "-h", "--help"} & set(rest):
+            return None
+        case ["fence" | "put-away" | "give-back" | "marks" as name, *rest]:
+            return lambda: program.run(PROGRAM, lambda: _keep_away(name, rest))
+        case ["qmp" | "probe" | "process" | "route" | "reach" as name, *rest]:
             return lambda: program.run(PROGRAM, lambda: _run(name, rest))
         case _:
             return None
@@ -64,6 +67,26 @@ def _refuse(message: str) -> int:
     return program.EXIT_USAGE
 
 
+def _keep_away(name: str, rest: list[str]) -> int:
+    match name:
+        case "fence":
+            from recipes.fencing import fence
+
+            return fence.main(rest)
+        case "put-away":
+            from recipes.fencing import moving
+
+            return moving.main(rest)
+        case "give-back":
+            from recipes.fencing import giving_back
+
+            return giving_back.main(rest)
+        case _:
+            from recipes.fencing import marks
+
+            return marks.main(rest)
+
+
 def _run(name: str, rest: list[str]) -> int:
     parser = program.Parser(prog=f"{PROGRAM} {name}")
     if name == "qmp":
@@ -71,14 +94,6 @@ def _run(name: str, rest: list[str]) -> int:
 
         qmp_command.configure(parser)
         return qmp_command.main(parser.parse_args(rest))
-    if name == "fence":
-        from recipes.qemu import fence
-
-        parser.add_argument("ready", metavar="READY", type=Path)
-        parser.add_argument("images", metavar="IMAGE", nargs="+")
-        parser.add_argument("--free", action="store_true")
-        given = parser.parse_args(rest)
-        return fence.fence(given.images, given.ready, free=given.free)
     if name == "process":
         from recipes.discovery import process
 

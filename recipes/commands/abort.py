@@ -17,7 +17,8 @@ from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.leftovers import but
 from recipes.migrate.progress import Report
-from recipes.migrate.state import Hook, Phase
+from recipes.migrate.state import Phase
+from recipes.plans.hooks import Hook
 from recipes.qemu.facts import OnA
 from recipes.running.hooks import tell
 

@@ -176,7 +176,7 @@ def with_account(disk: Disk, known: State) -> Disk:
     before = next((each for each in known.disks if each.target == disk.target), None)
     if before is None:
         return disk
-    disk = replace(disk, file=before.file)
+    disk = replace(disk, file=before.file, moved=before.moved)
     if not disk.complete:
         return disk
     return replace(disk, seeded=before.seeded, verified=before.verified, written=before.written)

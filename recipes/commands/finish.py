@@ -7,7 +7,6 @@ has ended on B is no obstacle: its disk is completed without it, or, with ``boot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
 
 from nbdserve.common.errors import OperatorError
@@ -18,12 +17,14 @@ from recipes.commands.run import go_through
 from recipes.engines.choice import engine_for
 from recipes.engines.interface import blockdev_options, reached
 from recipes.errors import MigrationError
+from recipes.fencing.source_images import files_on_a, note_places, put_away, start_fence
 from recipes.hosts.quoting import listed
 from recipes.migrate.journal import Journal
 from recipes.migrate.leftovers import sockets_of_qemu
 from recipes.migrate.progress import Report, Step
-from recipes.migrate.runtime import READY, Migration
-from recipes.migrate.state import Hook, Phase, Role
+from recipes.migrate.runtime import Migration
+from recipes.migrate.state import Phase, Role
+from recipes.plans.hooks import Hook
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import monitor_b
 from recipes.recovering.lost_places import make_lost
@@ -40,11 +41,9 @@ async def shut_down(m: Migration) -> str:
     """Step 6, at which A may be without a fence."""
     m.enter(Phase.SHUT_DOWN)
     await detach(m)
-    limit = m.plan.limits.command
     # Some may have been moved aside.
-    images = [disk.image for disk in m.disks if await m.host_a.test("-e", disk.image, limit)]
-    if m.fence is None and images:
-        await raise_fence(m, images)
+    if m.fence is None and all(file for _, file in await files_on_a(m, m.disks)):
+        await raise_fence(m)
     return await clear_source(m)
 
 
@@ -119,19 +118,28 @@ async def secure(m: Migration) -> None:
         await fence_source(m)
     else:
         if not m.complete and m.fence is None:
-            await raise_fence(m, [disk.image for disk in m.disks])
+            await raise_fence(m)
+        elif not m.complete:
+            await hold_away(m)
         await serve_files(m)
         await through_qemu.forget(m)
     if not m.complete:
         await ensure_export(m)
 
 
-async def raise_fence(m: Migration, images: Sequence[str]) -> None:
+async def raise_fence(m: Migration) -> None:
     """Keep everybody from writing to A's disks; MigrationError where somebody does that already."""
-    limit = m.plan.limits.start
-    command = m.host_a.own("fence", READY, *images, "--free")
-    fence = await m.start(Role.FENCE, command, ready=True)
+    fence, limit = await start_fence(m, free=True), m.plan.limits.start
     await m.during(fence.ready(limit), limit, "raising the fence on A")
+    await note_places(m)
+
+
+async def hold_away(m: Migration) -> None:
+    """See that A's images are out of reach behind a fence that stands; where that fails, it is told."""
+    try:
+        await put_away(m)
+    except MigrationError as error:
+        m.report.note(str(error))
 
 
 async def ensure_export(m: Migration) -> None:

@@ -157,7 +157,7 @@ def left_behind(state: State) -> list[str]:
         told.append(f"{target} on B; this removes it: {pasted(host.typed(removing_flash(target)))}")
     if not state.made and state.phase not in BEFORE | OVER:
         for each in state.disks:
-            until = "" if each.complete else f", and {each.source} on A until that is complete"
+            until = "" if each.complete else f", and {each.on_a} on A until that is complete"
             told.append(f"the guest's disk, which is to be kept: {each.target} on B{until}")
     if state.tracking:
         told.append(

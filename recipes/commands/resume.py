@@ -12,7 +12,8 @@ from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
-from recipes.migrate.state import Hook, Phase, State
+from recipes.migrate.state import Phase, State
+from recipes.plans.hooks import Hook
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import hosts, source_monitor
 from recipes.running.hooks import tell

@@ -36,7 +36,7 @@ async def retreat(m: Migration) -> str:
             return unknown(m, verdict.where, hangs=verdict.decision.words == UNKNOWN)
         if verdict.action is not Action.KEEP_B:
             return verdict.where
-        m.enter(Phase.ARRIVED, arrived=time.time(), made=())
+        m.enter(Phase.ARRIVED, arrived=time.time(), made=(), disks=m.state.with_moved())
         with suppress(MigrationError):
             m.release()
     return await after_cut_over(m)
@@ -134,7 +134,7 @@ async def stop(m: Migration, child: Child | None) -> None:
 
 async def after_cut_over(m: Migration) -> str:
     """Return what is so after a failure behind the cut-over. A must not go on in any case."""
-    if m.a.connected or m.state.exporter:
+    if m.a.connected or m.state.exporter or not (m.fence or m.complete):
         await fence_source(m)
     await m.guest_has_ended()
     return where_on_b(m)

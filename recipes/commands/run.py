@@ -25,8 +25,9 @@ from recipes.migrate.guard import start_guard
 from recipes.migrate.journal import Journal, actor, check_name, last, of_destination, usable_name
 from recipes.migrate.progress import Outcome, Report, Step, StepResult
 from recipes.migrate.runtime import FINISH, AdvisedError, Migration
-from recipes.migrate.state import OVER, Disk, Hook, Phase, State
+from recipes.migrate.state import OVER, Disk, Phase, State
 from recipes.migrate.watch import Orders
+from recipes.plans.hooks import Hook
 from recipes.plans.plan import Plan
 from recipes.plans.reaching import find_commands, hosts, source_monitor
 from recipes.precopy.rounds import copied_before

@@ -32,6 +32,14 @@ async def files_at(host: Host, paths: Sequence[str], limit: float) -> list[str]:
     return said.split("\n")[: len(paths)]
 
 
+def same_file(one: str, other: str) -> bool:
+    """Tell whether files_at() has said of both that they are one file of a directory, at whatever time.
+
+    The number of a file system may be another one after a boot.
+    """
+    return bool(one and other) and one.split()[1].split(":")[1] == other.split()[1].split(":")[1]
+
+
 class FilesLater:
     """files_at() whose answer is needed at once when it is asked for: the shell that gives it waits there."""
 

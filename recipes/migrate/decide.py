@@ -291,7 +291,7 @@ def told(words: str, state: State) -> str:
     missing = [disk for disk in disks if not disk.complete] or disks
     several, some = len(disks) > 1, len(missing) > 1
     return words.format(
-        image=listed(disk.source for disk in missing),
+        image=listed(disk.on_a for disk in missing),
         overlay=listed(disk.target for disk in disks),
         missing=listed(disk.target for disk in missing),
         disk="disks" if several else "disk",

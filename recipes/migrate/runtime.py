@@ -194,7 +194,7 @@ class Migration:
 
     @property
     def fence(self) -> Child | None:
-        """Return recipes.qemu.fence on A."""
+        """Return recipes.fencing.fence on A."""
         return self.child(Role.FENCE)
 
     def overlay(self, disk: PlannedDisk) -> Child | None:

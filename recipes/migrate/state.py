@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Self
 
 from nbdserve.common.errors import UsageError
+from nbdserve.exports.moved_images import MOVED
+from overlay.formats.device.map_place import is_among_devices
 from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
 from recipes.plans.channel import PLAIN
 from recipes.plans.disks import PlannedDisk
+from recipes.plans.hooks import Hook
 from recipes.plans.limits import GONE
 from recipes.plans.plan import Plan
 from recipes.plans.policy import HYBRID
+from recipes.qemu.bitmaps import Tracking
 from recipes.qemu.credentials import Parameters
 
 VERSION = 1
@@ -65,7 +70,6 @@ class Phase(Enum):
 OVER = frozenset({Phase.DONE, Phase.TAKEN_BACK, Phase.LOST, Phase.RECOVERED})
 """It is known where the guest is, and stays."""
 
-
 BEFORE = frozenset(
     {
         *(Phase.PREPARED, Phase.EXPORT, Phase.OVERLAY, Phase.LAUNCH, Phase.PRECOPY),
@@ -96,15 +100,6 @@ PER_DISK = frozenset({Role.OVERLAY})
 """Roles of which there is one process for each disk."""
 
 
-class Hook(Enum):
-    """A command of the operator's that a migration calls; the value is its key in the plan."""
-
-    BEFORE_CUTOVER = "before_cutover"
-    AFTER_CUTOVER = "after_cutover"
-    DONE = "done"
-    FAILED = "failed"
-
-
 NAMES = {
     Role.SERVER: "the server on A",
     Role.FENCE: "the fence on A",
@@ -132,6 +127,8 @@ class Disk:
     size: int
     file: str = ""
     """What tells A's image from any other, and how long it was, as hosts/images.files_at() says."""
+    moved: str = ""
+    """Where A's image is since its guest has left, or is about to be; empty: it stays at ``source``."""
     complete: bool = False
     """Every block is on B, on stable storage."""
     seeded: int = 0
@@ -140,6 +137,16 @@ class Disk:
     """Bytes that were compared on both hosts, and are equal."""
     written: int = 0
     """Bytes that were left out of that, as the guest has written in their blocks on B."""
+
+    @property
+    def on_a(self) -> str:
+        """Return where A's image is, as far as is known."""
+        return self.moved or self.source
+
+    @property
+    def away(self) -> str:
+        """Return where A's image is moved to when its guest has left; nothing for a block device."""
+        return "" if is_among_devices(self.source) else f"{self.source}{MOVED}"
 
 
 @dataclass(frozen=True)
@@ -174,18 +181,6 @@ class Tunnel:
     disk: str
     ram: str
     monitor: str = ""
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """The dirty bitmaps of ours that A's QEMU has, or may have.
-
-    nodes    the block nodes that they are on, in the order of the disks
-    monitor  the socket of the monitor of A's server, by which they are passed on
-    """
-
-    nodes: tuple[str, ...]
-    monitor: str
 
 
 @dataclass(frozen=True)
@@ -291,18 +286,15 @@ class State:
 
     @property
     def gives_way(self) -> bool:
-        """Tell whether another migration of this name may begin.
-
-        B has nothing of this one then, and A's QEMU says where the guest is, or it is known to be elsewhere.
-        """
+        """Tell whether another migration of this name may begin: B has nothing of this one, and A's QEMU says
+        where the guest is, or it is known to be elsewhere."""
         return self.is_clear and self.phase in OVER | BEFORE
 
     @property
     def standing(self) -> str:
-        """Return what is wrong with a migration that is not over and on which nobody acts, and what is typed.
+        """Return what is wrong with one that is not over, on which nobody acts, and what is typed.
 
-        ``abort`` is named as long as the guest may be on A: afterwards it refuses.
-        """
+        It names ``abort`` as long as the guest may be on A: afterwards that refuses."""
         back = f"nbd-migrate abort {self.name}"
         if self.phase in OVER:
             return f"has left something behind ({self.phase.value}): {back} clears it away"
@@ -313,8 +305,7 @@ class State:
     def onward(self) -> str:
         """Return the command that goes on with it where nobody acts on it."""
         recovering = self.phase is Phase.RECOVERING
-        words = f"recover {self.name} --on a" if recovering else f"resume {self.name}"
-        return f"nbd-migrate {words}"
+        return f"nbd-migrate {f'recover {self.name} --on a' if recovering else f'resume {self.name}'}"
 
     def disk(self, planned: PlannedDisk) -> Disk:
         """Return how far a disk of the plan has come."""
@@ -327,9 +318,19 @@ class State:
 
     def with_complete(self, planned: PlannedDisk) -> tuple[Disk, ...]:
         """Return the disks, of which this one is complete now."""
-        return tuple(
-            replace(each, complete=True) if each.target == planned.target else each for each in self.disks
-        )
+        whole = replace(self.disk(planned), complete=True)
+        return tuple(whole if each.target == planned.target else each for each in self.disks)
+
+    def with_moved(self, moved: Sequence[str] = ()) -> tuple[Disk, ...]:
+        """Return the disks, whose images are at these paths of A, or without any go where ``away`` says."""
+        paths = moved or [disk.away for disk in self.disks]
+        return tuple(replace(disk, moved=path) for disk, path in zip(self.disks, paths, strict=True))
+
+    @property
+    def departures(self) -> list[tuple[str, str]]:
+        """Return each of A's images, with words that say where the guest has that disk instead."""
+        host = self.plan.destination.host or "B"
+        return [(disk.source, f"{host}:{disk.target}") for disk in self.disks]
 
     def with_facts(
         self, planned: PlannedDisk, *, seeded: int, verified: int, written: int

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nbdserve.exports.moved_images import Standing
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.migrate.decide import UNKNOWN, Action, Wish
@@ -179,7 +180,7 @@ class Watch(Hands):
             assert self._journal is not None
             with suppress(OSError):
                 arrived = replace(self.state, phase=Phase.ARRIVED, arrived=time.time(), made=())
-                self._journal.append(arrived)
+                self._journal.append(replace(arrived, disks=arrived.with_moved()))
         before, after = "A's QEMU is gone; ", ""
         needed = self.state.exporter and self.state.plan.through_qemu
         if self._a and self._a.connected and needed:
@@ -192,10 +193,19 @@ class Watch(Hands):
             before, after = "", "A's QEMU was ended; "
             with suppress(MigrationError):
                 await self._a.execute("quit")
+        await self._put_away()
         if verdict.facts.b in (OnB.NONE, OnB.STOPPED):
             return f"{before}{verdict.where}"
         unfinished = f"its disk is not complete yet; to complete it: {self.state.finish}"
         return f"{before}the guest runs on B; {after}{unfinished}"
+
+    async def _put_away(self) -> None:
+        """Put A's images out of reach; what fails, or who has them open, whoever goes on sees to."""
+        state, host = self.state, self._hosts[0]
+        words = [word for each in state.departures for word in each]
+        command = host.own("put-away", state.name, Standing.NEEDED.value, *words)
+        with suppress(MigrationError):
+            await host.run(*command, limit=state.plan.limits.command)
 
     def _nobody_knows(self, why: str) -> MigrationError:
         """Let everything live on; the line that says so, to be raised."""

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import Enum
 
 from nbdserve.common.errors import UsageError
+
+
+class Hook(Enum):
+    """A command of the operator's that a migration calls; the value is its key in the plan."""
+
+    BEFORE_CUTOVER = "before_cutover"
+    AFTER_CUTOVER = "after_cutover"
+    DONE = "done"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ from recipes.engines.overlay_engine import monitor_of_overlay
 from recipes.errors import MigrationError
 from recipes.hosts.interruption import together
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import Tracking
 from recipes.plans.disks import PlannedDisk
 from recipes.qemu import bitmaps, exporter
+from recipes.qemu.bitmaps import Tracking
 from recipes.qemu.exporter import NodeExport
 from recipes.qemu.vm import CommandError, Vm
 

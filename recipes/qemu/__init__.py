@@ -1,1 +1,1 @@
-"""A QEMU over its monitor, and what keeps every QEMU from a disk."""
+"""A QEMU over its monitor."""

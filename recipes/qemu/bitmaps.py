@@ -14,6 +14,7 @@ Nothing is persistent: they end with their QEMU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from recipes.errors import MigrationError
@@ -25,6 +26,18 @@ PREFIX = "nbd-migrate-"
 
 GRANULARITY = 64 << 10
 """Bytes for which there is a bit: what nbd-overlay fetches together."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """The dirty bitmaps of ours that A's QEMU has, or may have.
+
+    nodes    the block nodes that they are on, in the order of the disks
+    monitor  the socket of the monitor of A's server, by which they are passed on
+    """
+
+    nodes: tuple[str, ...]
+    monitor: str
 
 
 def name_of(number: int) -> str:

@@ -2,10 +2,12 @@
 
 1. The journal says so; whatever had either end of the disks open is ended: nbd-overlay, the fence, A's
    server, and A's QEMU, from which the guest has gone.
-2. A's server serves the images for writing, by the channel of the migration. Their first bytes say from then
-   on that they are no disks (nbdserve/exports/half_committed.py).
+2. A's server serves the images for writing, where they are out of reach (recipes/fencing/), by the channel of
+   the migration. Their markers, and their first bytes (nbdserve/exports/half_committed.py), say from then on
+   that they are no disks.
 3. ``nbd-overlay commit`` runs on B, or on A where the overlays were copied there, for all disks at once.
-4. The journal says that A has the guest's disks; what was there for the migration is ended and removed.
+4. The journal says that A has the guest's disks; they have their names back, and what was there for the
+   migration is ended and removed.
 
 Killed at any instant, the same is done again.
 """
@@ -13,9 +15,11 @@ Killed at any instant, the same is done again.
 from __future__ import annotations
 
 from nbdserve.common.uri import NbdUri
+from nbdserve.exports.moved_images import Standing
 from recipes.channel import carriers, keys, through_qemu, tls
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
+from recipes.fencing.source_images import give_back, images_on_a, put_away
 from recipes.hosts.host import Host
 from recipes.hosts.places import beside
 from recipes.hosts.quoting import listed, pasted
@@ -42,6 +46,7 @@ async def commit(m: Migration, copies: str, *, b_is_off: bool) -> None:
     m.report.note(f"what the guest wrote on B is written to {images} on A, no disk until that has ended")
     try:
         await end_users(m, b_is_off=b_is_off)
+        await put_away(m, Standing.COMMITTING)
         host, overlays, places = await serve(m, copies)
         words = [word for pair in zip(overlays, places, strict=True) for word in pair]
         committing = await start(m, host, [host.tool("nbd-overlay"), "commit", *words])
@@ -100,7 +105,8 @@ async def serve(m: Migration, copies: str) -> tuple[Host, list[str], list[str]]:
         names = [f"{copies.rstrip('/')}/{disk.target.rpartition('/')[2]}" for disk in m.disks]
         socket = await beside(m.host_a, m.disks[0].image, SOCKET, limits.command)
         argv = [m.host_a.tool("nbdserve"), "-k", socket, "--pid-file", READY]
-        argv += [word for disk in m.disks for word in ("--export", export_option(m, disk, None))]
+        pairs = zip(m.disks, await images_on_a(m, m.disks), strict=True)
+        argv += [word for pair in pairs for word in ("--export", export_option(m, *pair))]
         uris = (NbdUri(socket=socket, export=m.plan.export_of(disk).export) for disk in m.disks)
         places = [str(uri) for uri in uris]
         host = m.host_a
@@ -134,6 +140,7 @@ async def clear(m: Migration, *, b_is_off: bool) -> None:
     for role, drive in m.roles(Role.SERVER):
         if child := m.child(role, drive) or await m.adopt(role, drive):
             await child.stop(limits.stop)
+    await give_back(m, committed=True)
     await carriers.end(m)
     await through_qemu.forget(m)
     await keys.remove_all(m)

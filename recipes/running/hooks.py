@@ -27,7 +27,8 @@ from recipes.hosts.quoting import pasted
 from recipes.hosts.spawn import spawn
 from recipes.migrate.journal import HOOKS_LOG
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import Hook, State
+from recipes.migrate.state import State
+from recipes.plans.hooks import Hook
 from recipes.processes.lastwords import last_words
 
 KEPT = 256 << 10

@@ -36,13 +36,13 @@ async def bad_source(m: Migration, disk: PlannedDisk) -> str:
     log = await m.place(m.host_a, m.disks[0].image, "nbdserve")
     return (
         f"everything else can be copied; {log}.log on A, the server's log, names the places that cannot be "
-        f"read: make them readable in {disk.image}; then: {m.finish}"
+        f"read: make them readable in {m.state.disk(disk).on_a}; then: {m.finish}"
     )
 
 
-async def cut_off_source(m: Migration, disk: PlannedDisk, size: int) -> str:
+async def cut_off_source(m: Migration, image: str, size: int) -> str:
     """Return what to do where A's disk has become shorter; it had ``size`` bytes."""
-    zeros = pasted(m.host_a.typed(["truncate", "--size", str(size), disk.image]))
+    zeros = pasted(m.host_a.typed(["truncate", "--size", str(size), image]))
     return (
         "what was behind its end is missing: write that back from a copy; or, if it may be zeros for the "
         f"guest, to make it so: {zeros}; then: {m.finish}"
@@ -51,14 +51,14 @@ async def cut_off_source(m: Migration, disk: PlannedDisk, size: int) -> str:
 
 async def gone_source(m: Migration, disk: PlannedDisk) -> str:
     """Return what to do where A's disk is not there any more: the fence has it open still, as a rule."""
-    found, limit = None, m.plan.limits.command
+    found, limit, on_a = None, m.plan.limits.command, m.state.disk(disk).on_a
     if m.fence:
         with suppress(MigrationError):
             found = await open_in(m.host_a, m.fence.pid, m.state.disk(disk).file, limit)
     if found is None:
         return f"put it back from a copy; then: {m.finish}"
-    move = ["mv", "--no-clobber", "--", found.name, disk.image]
-    words = move if found.name else ["cp", "--sparse=always", "--", found.descriptor, disk.image]
+    move = ["mv", "--no-clobber", "--", found.name, on_a]
+    words = move if found.name else ["cp", "--sparse=always", "--", found.descriptor, on_a]
     back = pasted(m.host_a.typed(words))
     called = f"it is {found.name} now" if found.name else "the fence still has it open"
     return f"{called}; to have it back: {back}; then: {m.finish}"

@@ -15,11 +15,12 @@ from nbdserve.qmp.client import EventListener
 from recipes.channel import carriers, through_qemu, tls
 from recipes.checks.disk_nodes import disk_nodes
 from recipes.errors import MigrationError
+from recipes.fencing.source_images import note_places, put_away, start_fence
 from recipes.hosts.images import FilesLater, files_at
 from recipes.hosts.interruption import together, undisturbed
 from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment, RamProgress
-from recipes.migrate.runtime import READY, Migration
+from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Arrival, Phase, Role
 from recipes.plans.disks import PlannedDisk
 from recipes.precopy.rounds import Rounds
@@ -296,7 +297,7 @@ async def switch_over(m: Migration, news: EventListener) -> Arrival | None:
 
 async def arrive(m: Migration, arrival: Arrival | None) -> None:
     """Note that the guest is B's, and let what carries it live on without us."""
-    m.enter(Phase.ARRIVED, arrived=time.time(), arrival=arrival, made=())
+    m.enter(Phase.ARRIVED, arrived=time.time(), arrival=arrival, made=(), disks=m.state.with_moved())
     m.no_longer_need("A's QEMU")
     await m.during(arriving(m.monitor_b), ARRIVE, "the guest's start on B")
     m.report.moment(Moment.ARRIVED)
@@ -335,20 +336,40 @@ async def fence_source(m: Migration) -> None:
 
     The guest runs on B already, so what fails here is told and does not stop the disk from following it.
     """
-    images, limits = [disk.image for disk in m.disks], m.plan.limits
+    images, limits = listed(disk.image for disk in m.disks), m.plan.limits
+    away = not await has_another_guest(m.a)
     try:
         if m.fence is None or not m.fence.running:
-            command = m.host_a.own("fence", READY, *images)
-            fence = await m.start(Role.FENCE, command, ready=True)
-            await fence.ready(limits.start)
-        else:
-            await m.fence.ready(limits.start)
+            await start_fence(m, away=away)
+        elif away:
+            await put_away(m)
+        assert m.fence
+        await m.fence.ready(limits.start)
     except MigrationError as error:
-        m.report.note(f"no fence: {error}; do not let anyone open {listed(images)} on A")
+        m.report.note(f"no fence: {error}; do not let anyone open {images} on A")
     if await serve_files(m):
         await end_source(m)
     else:
-        m.report.note(f"A's QEMU was not ended, as it serves {listed(images)}; never let its guest go on")
+        m.report.note(f"A's QEMU was not ended, as it serves {images}; never let its guest go on")
+    await note_places(m)
+    for disk in m.state.disks if away else ():
+        if disk.moved != disk.away:
+            why = "see to it that nothing there starts a guest on it"
+            m.report.note(f"{disk.source} on A keeps its name: {why}")
+
+
+async def has_another_guest(a: Vm) -> bool:
+    """Tell whether A's QEMU says that it has a guest that this migration has not sent."""
+    try:
+        status = await a.execute("query-status", limit=PARTING)
+    except MigrationError:
+        return False
+    return is_another_guest(status)
+
+
+def is_another_guest(status: Mapping[str, Any]) -> bool:
+    """Tell the same from what query-status answers."""
+    return bool(status["running"]) or status["status"] in NOT_OURS
 
 
 async def end_source(m: Migration) -> None:
@@ -357,7 +378,7 @@ async def end_source(m: Migration) -> None:
     try:
         with suppress(VmGoneError):
             status = await m.a.execute("query-status")
-            if status["running"] or status["status"] in NOT_OURS:
+            if is_another_guest(status):
                 m.report.note(
                     f"A's QEMU was not ended, as it has a guest ({status['status']}) that this migration has "
                     f"not sent; never let one run on {listed(images)}"

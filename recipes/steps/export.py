@@ -11,6 +11,7 @@ from recipes.channel import carriers, keys, plain, single, source_server, ssh, t
 from recipes.engines.choice import engine_for
 from recipes.engines.devices import make_places
 from recipes.errors import MigrationError
+from recipes.fencing.source_images import images_on_a
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import Migration
 from recipes.migrate.state import Phase, Role
@@ -89,7 +90,7 @@ async def _replace_server(m: Migration, *, from_qemu: bool) -> None:
 async def _replace_exports(m: Migration, *, from_qemu: bool) -> None:
     """Have the server serve the same disks from elsewhere: their clients are cut off, and connect again."""
     async with source_server.monitor(m) as server:
-        for disk in m.disks:
+        for disk, image in zip(m.disks, await images_on_a(m, m.disks), strict=True):
             if disk.format == RAW:
                 continue
             name = m.plan.export_of(disk).export
@@ -99,7 +100,7 @@ async def _replace_exports(m: Migration, *, from_qemu: bool) -> None:
             if from_qemu:
                 given |= {"filename": str(through_qemu.uri_of(m, disk))}
             else:
-                given |= {"filename": disk.image, "format": disk.format}
+                given |= {"filename": image, "format": disk.format}
             await server.call("block-export-add", given)
 
 
@@ -121,15 +122,16 @@ async def server_command(m: Migration, *, from_qemu: bool | None = None, writabl
     options = [*replies, *hashes, *where, *control, "--pid-file", pid_file]
     by_qemu = not m.arrived if from_qemu is None else from_qemu
     sources = [through_qemu.uri_of(m, disk) if by_qemu and disk.format != RAW else None for disk in m.disks]
+    images = await images_on_a(m, m.disks)
     if len(m.disks) == 1 and not is_end:
         name = m.plan.export.address.export
-        of_file = ["-f", m.disks[0].format, "-x", name, *options, m.disks[0].image]
+        of_file = ["-f", m.disks[0].format, "-x", name, *options, images[0]]
         if part_of(m, m.disks[0]):
-            of_file = [*options, "--export", export_option(m, m.disks[0], None)]
+            of_file = [*options, "--export", export_option(m, m.disks[0], images[0])]
         what = of_file if sources[0] is None else ["-x", name, *options, str(sources[0])]
     else:
-        pairs = zip(m.disks, sources, strict=True)
-        what = [*options, *(word for pair in pairs for word in ("--export", export_option(m, *pair)))]
+        found = zip(m.disks, images, sources, strict=True)
+        what = [*options, *(word for each in found for word in ("--export", export_option(m, *each)))]
     return [m.host_a.tool("nbdserve"), *head, *what]
 
 
@@ -145,12 +147,12 @@ async def _listening(m: Migration) -> list[str]:
     return ["-b", address.host, "-p", str(address.port), *secure]
 
 
-def export_option(m: Migration, disk: PlannedDisk, uri: NbdUri | None) -> str:
+def export_option(m: Migration, disk: PlannedDisk, image: str, uri: NbdUri | None = None) -> str:
     """Return what nbdserve's --export is told of a disk: of its file, or of what A's QEMU serves at a URI."""
     name = m.plan.export_of(disk).export.replace("=", "==")
     if uri is not None:
         return f"{name}={str(uri).replace(',', ',,')}"
-    return f"{name}={disk.image.replace(',', ',,')},format={disk.format}{part_of(m, disk)}"
+    return f"{name}={image.replace(',', ',,')},format={disk.format}{part_of(m, disk)}"
 
 
 def part_of(m: Migration, disk: PlannedDisk) -> str:

@@ -9,6 +9,8 @@ from pathlib import PurePosixPath
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
+from nbdserve.exports.moved_images import MOVED
+from overlay.formats.device.map_place import is_among_devices
 from recipes.channel import carriers
 from recipes.checks.chains import IDENTITIES, check_chains, held
 from recipes.checks.disk_nodes import DiskNode, check_given_up, check_open, check_recorded, disk_nodes
@@ -44,6 +46,8 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[tuple[in
     nodes = await disk_nodes(plan, a)
     check_hooks(plan.hooks)
     await check_tools(plan, host_a, host_b)
+    await check_marks(plan, host_a, [disk.image for disk in plan.disks], "image")
+    await check_away(plan, host_a)
     await check_open(plan, nodes, host_a)
     told = await check_given_up(plan, nodes, a)
     await check_served(plan, nodes, a, host_a)
@@ -51,6 +55,7 @@ async def check(plan: Plan, a: Vm, host_a: Host, host_b: Host) -> tuple[tuple[in
     await check_flash(plan, a, host_b)
     await check_apart(plan, host_a, [disk.image for disk in plan.disks], "image")
     sizes = tuple(node.size for node in nodes)
+    await check_marks(plan, host_b, [disk.target for disk in plan.disks], "target")
     told += await check_targets(plan, sizes, host_b)
     await check_apart(plan, host_b, [disk.target for disk in plan.disks], "target")
     await check_private(plan, host_a, host_b)
@@ -105,6 +110,22 @@ async def check_tools(plan: Plan, host_a: Host, host_b: Host) -> None:
             raise MigrationError(f"there is no {program} on {host.name}; install it there")
         if host.remote:
             await check_version(host, limit)
+
+
+async def check_marks(plan: Plan, host: Host, images: Sequence[str], key: str) -> None:
+    """No image may be one, or take the place of one, whose guest has moved to another host."""
+    for why in (await host.told(*host.own("marks", *images), limit=plan.limits.command)).values():
+        raise MigrationError(f"{plan.called(key)}: {why}")
+
+
+async def check_away(plan: Plan, host_a: Host) -> None:
+    """Where A's images go when their guest has left nothing may be; block devices stay."""
+    places = [f"{disk.image}{MOVED}" for disk in plan.disks if not is_among_devices(disk.image)]
+    for path in await in_the_way(host_a, places, plan.limits.command):
+        raise MigrationError(
+            f"{plan.called('image')}: {path} exists on A, where the image goes when its guest has left: "
+            "rename or remove it"
+        )
 
 
 async def check_apart(plan: Plan, host: Host, paths: Sequence[str], key: str) -> None:

@@ -17,7 +17,7 @@ from nbdserve.common.clock import now
 from recipes.channel import carriers
 from recipes.engines.jobs import Job, Jobs
 from recipes.errors import MigrationError
-from recipes.hosts.images import files_at
+from recipes.fencing.source_images import files_on_a
 from recipes.hosts.quoting import listed
 from recipes.migrate.runtime import AdvisedError, Migration
 from recipes.plans.disks import PlannedDisk
@@ -153,7 +153,7 @@ class Recovery:
         failures = [line for line in (await self._new_in_log(seen)).splitlines() if _FAILS in line]
         if failures:
             disk = self._disk_in(failures[-1])
-            why = f"{disk.image} on A cannot be read: {failures[-1].strip()}"
+            why = f"{self._m.state.disk(disk).on_a} on A cannot be read: {failures[-1].strip()}"
             raise await self.advised(why, await advice.bad_source(self._m, disk))
 
     async def refuse_lost_source(self, *, lasting: bool = True) -> None:
@@ -164,19 +164,19 @@ class Recovery:
         m = self._m
         disks = [job.disk for job in self._jobs.running]
         try:
-            files = await files_at(m.host_a, [disk.image for disk in disks], self._limits.command)
+            files = await files_on_a(m, disks)
         except MigrationError:
             # A is away, as whoever needs it says.
             return
-        for disk, file in zip(disks, files, strict=True):
+        for disk, (image, file) in zip(disks, files, strict=True):
             before = m.state.disk(disk).file
             if not file and before and lasting and (self.server_has_ended or disk.format != RAW):
-                why = f"there is no {disk.image} on A any more"
+                why = f"there is no {image} on A any more"
                 raise await self.advised(why, await advice.gone_source(m, disk))
             (*is_before, size), (*is_now, left) = (before or "0").split(), (file or "0").split()
             if is_before == is_now and int(left) < int(size):
-                why = f"{disk.image} on A was cut off: it has {left} bytes, and had {size}"
-                remedy = await advice.cut_off_source(m, disk, int(size))
+                why = f"{image} on A was cut off: it has {left} bytes, and had {size}"
+                remedy = await advice.cut_off_source(m, image, int(size))
                 raise await self.advised(why, remedy, "what is on B stays there")
 
     def _disk_in(self, line: str) -> PlannedDisk:
@@ -188,7 +188,8 @@ class Recovery:
         """Raise MigrationError for what nbd-overlay says, though it is connected to A: a disk has failed."""
         disk = job.disk
         if _OF_SOURCE in error:
-            why, remedy = f"{disk.image} on A: {error}", await advice.bad_source(self._m, disk)
+            on_a = self._m.state.disk(disk).on_a
+            why, remedy = f"{on_a} on A: {error}", await advice.bad_source(self._m, disk)
         elif error.endswith(_FULL):
             # It was told to go on, and QEMU's word for a full disk is gone with that.
             why = f"there is no space left for {disk.target} on B ({error}); make room"
@@ -246,7 +247,8 @@ class Recovery:
                 if told["phase"] != "failed" or told.get("verify") is None:
                     continue
                 if told["verify"]["differing"] or str(told["error"]).startswith(_NOT_VERIFIED):
-                    why = f"{job.disk.target} on B, compared with {job.disk.image} on A: {told['error']}"
+                    on_a = self._m.state.disk(job.disk).on_a
+                    why = f"{job.disk.target} on B, compared with {on_a} on A: {told['error']}"
                     remedy = await advice.different(self._m, told["verify"]["first"])
                     raise AdvisedError(f"{why}; the guest is on B and stays there; {remedy}")
 
@@ -259,7 +261,8 @@ class Recovery:
                 state = (await self._jobs.execute(self._m.b, "query-status"))["status"]
         disks = "disks are" if len(self._m.disks) > 1 else "disk is"
         targets = listed(disk.target for disk in self._m.disks)
-        images = listed(disk.image for disk in self._m.pending or self._m.disks)
+        needed = self._m.pending or self._m.disks
+        images = listed(self._m.state.disk(disk).on_a for disk in needed)
         return AdvisedError(
             f"{reason}; the guest on B (state {state}) waits as soon as it needs what is missing, and "
             f"{kept}: its {disks} {targets} on B together with {images} on A; {remedy}"

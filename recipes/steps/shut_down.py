@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from nbdserve.exports.moved_images import MARKER, Standing
 from recipes.channel import carriers, keys, single, through_qemu
 from recipes.engines.choice import engine_for
 from recipes.errors import MigrationError
+from recipes.fencing.source_images import images_on_a, put_away
 from recipes.hosts.quoting import listed
 from recipes.migrate.progress import Moment
 from recipes.migrate.runtime import Migration
@@ -37,9 +39,7 @@ async def clear_source(m: Migration) -> str:
             f"the disk is complete on B, but A's QEMU does not end; kill it before the fence (process "
             f"{m.fence.pid if m.fence else 'none'} on A) and never let its guest go on"
         )
-    if m.plan.finish.move_aside:
-        for disk in m.disks:
-            await move_aside(m, disk.image, m.plan.moved_to(disk))
+    await put_out_of_reach(m)
     if m.fence:
         await m.fence.stop(limits.stop)
     await carriers.end(m)
@@ -53,8 +53,11 @@ async def clear_source(m: Migration) -> str:
     if m.guest_end and not (m.guest_end.good and m.guest_end.reason in ("", *WANTED)):
         raise MigrationError(end_told(m.guest_end))
     was, are, it = ("were", "are", "them") if len(m.disks) > 1 else ("was", "is", "it")
+    moved = [disk.moved for disk in m.state.disks if disk.moved]
     if m.plan.finish.move_aside:
         end = f"{images} {was} moved to {m.plan.finish.move_aside}"
+    elif len(moved) == len(m.disks):
+        end = f"{images} {are} {listed(moved)} now, out of date"
     else:
         end = f"{images} {are} out of date: never start a guest on {it}"
     return f"the server and A's QEMU have ended; {end}"
@@ -81,11 +84,25 @@ async def end_what_carried(m: Migration) -> None:
         await engine_for(m).end(m, disk)
 
 
-async def move_aside(m: Migration, image: str, target: str) -> None:
-    """Put A's old disk out of reach; while the fence stands, so that nobody opens it in between."""
-    limit = m.plan.limits.command
-    if await m.host_a.test("-e", target, limit) and not await m.host_a.test("-e", image, limit):
+async def put_out_of_reach(m: Migration) -> None:
+    """Put A's old disks out of reach for good; while the fence stands, so that nobody opens one before."""
+    if m.plan.finish.move_aside:
+        for disk, image in zip(m.disks, await images_on_a(m, m.disks), strict=True):
+            await move_aside(m, disk.image, image, m.plan.moved_to(disk))
         return
-    await m.host_a.run("mv", "--no-target-directory", "--no-clobber", "--", image, target, limit=limit)
-    if await m.host_a.test("-e", image, limit):
-        raise MigrationError(f"the disk is complete on B, but {image} on A could not be moved to {target}")
+    try:
+        await put_away(m, Standing.OUT_OF_DATE)
+    except MigrationError as error:
+        m.report.note(str(error))
+
+
+async def move_aside(m: Migration, name: str, image: str, target: str) -> None:
+    """Move A's old disk, which was called ``name`` and is at ``image``, and remove its marker."""
+    limit = m.plan.limits.command
+    if not await m.host_a.test("-e", target, limit) or await m.host_a.test("-e", image, limit):
+        await m.host_a.run("mv", "--no-target-directory", "--no-clobber", "--", image, target, limit=limit)
+        if image != target and await m.host_a.test("-e", image, limit):
+            raise MigrationError(
+                f"the disk is complete on B, but {image} on A could not be moved to {target}"
+            )
+    await m.host_a.run("rm", "-f", "--", f"{name}{MARKER}", limit=limit)

@@ -20,8 +20,8 @@ from recipes.errors import MigrationError
 from recipes.migrate.journal import HOOKS_LOG
 from recipes.migrate.progress import Report
 from recipes.migrate.runtime import Migration
-from recipes.migrate.state import Hook, Phase
-from recipes.plans.hooks import Hooks
+from recipes.migrate.state import Phase
+from recipes.plans.hooks import Hook, Hooks
 from recipes.running import hooks
 from tests.support.journals import begun
 from tests.support.processes import PATIENCE, wait_until

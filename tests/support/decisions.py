@@ -78,7 +78,8 @@ HEAD = """# What is decided after a failure
 Written by `make docs` from the table in `recipes/migrate/decide.py`; every pair of a phase and of what can be
 found is in it, and tested. The command itself asks it after a failure, its guard when the command was killed,
 `nbd-migrate abort`, and, with other wishes, `nbd-migrate resume` and `recover`. "A" and "B" are what the two
-QEMUs say, in the words of `recipes/qemu/facts.py`.
+QEMUs say, in the words of `recipes/qemu/facts.py`. What leads here, and what follows:
+[failures.md](failures.md).
 """
 
 

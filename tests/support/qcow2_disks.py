@@ -79,7 +79,7 @@ class Qcow2Disks(ManyDisks):
     def content(self, image: Path) -> bytes:
         """What a disk of A holds; the images below it stay where they are."""
         copy = self.directory / "content.raw"
-        if image.suffix == ".raw":
+        if ".raw" in image.suffixes:
             return image.read_bytes()
         if image.name.startswith("a0."):
             below = self.directory / "a0.middle.qcow2"

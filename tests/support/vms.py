@@ -79,7 +79,7 @@ class Role(Enum):
     SERVER = ("nbdserve", (KEPT, CHANNEL_ON_B))
     CHANNEL = (CHANNEL_ON_B, (KEPT,))
     """The single channel's end on B; the other one is A's server."""
-    FENCE = ("recipes.qemu.fence", (KEPT,))
+    FENCE = ("recipes.fencing.fence", (KEPT,))
     GUARD = ("recipes.migrate.guard", ())
     CHIEF = ('"tell"', ())
     DEPUTY = ('"chief"', ())
@@ -87,11 +87,11 @@ class Role(Enum):
     OVERLAY = ("nbd-overlay serve", (KEPT,))
     ONE_OVERLAY = ("/b1.raw -k ", (KEPT,))
     """Of several that of the second disk; see many_disks.py."""
-    SUPERVISOR_OF_B = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "nbd-overlay", TUNNEL_MODULE))
-    SUPERVISOR_OF_OVERLAY = (SUPERVISOR, ("nbdserve", "recipes.qemu.fence", "-incoming", TUNNEL_MODULE))
+    SUPERVISOR_OF_B = (SUPERVISOR, ("nbdserve", "recipes.fencing.fence", "nbd-overlay", TUNNEL_MODULE))
+    SUPERVISOR_OF_OVERLAY = (SUPERVISOR, ("nbdserve", "recipes.fencing.fence", "-incoming", TUNNEL_MODULE))
     SUPERVISOR_OF_SERVER = (
         SUPERVISOR,
-        ("-incoming", "recipes.qemu.fence", "nbd-overlay", TUNNEL_MODULE, CHANNEL_ON_B),
+        ("-incoming", "recipes.fencing.fence", "nbd-overlay", TUNNEL_MODULE, CHANNEL_ON_B),
     )
     CONNECTION = ("[mux]", ())
     """Of ssh, shared by several; of a stage whose XDG_RUNTIME_DIR is in its directory."""
@@ -162,6 +162,8 @@ class Scene:
         self.directory = directory
         self.image = directory / "a.raw"
         self.moved = directory / "a.moved"
+        self.away = directory / "a.raw.moved"
+        """Where A's image is from the cut-over until it is moved aside."""
         self.overlay = directory / ("b.qed" if engine == "qemu" else "b.raw")
         self.monitor_a = directory / "a.qmp"
         self.monitor_b = directory / "b.qmp"

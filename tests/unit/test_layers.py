@@ -52,6 +52,7 @@ FOLDERS = {
         "running",
         "engines",
         "precopy",
+        "fencing",
         "steps",
         "recovering",
         "commands",

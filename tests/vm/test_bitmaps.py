@@ -13,8 +13,9 @@ from nbdserve.client import connect as connect_nbd
 from nbdserve.common import clock
 from recipes.hosts.host import Host
 from recipes.migrate.leftovers import end_exporter, remove_exporter
-from recipes.migrate.state import Phase, Tracking
+from recipes.migrate.state import Phase
 from recipes.qemu import bitmaps, exporter
+from recipes.qemu.bitmaps import Tracking
 from recipes.qemu.exporter import NodeExport
 from recipes.qemu.vm import CommandError, Vm, connect
 from tests.support.disks import MIB

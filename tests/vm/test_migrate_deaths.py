@@ -185,7 +185,7 @@ def test_the_guest_survives_on_b_when_the_orchestrator_is_killed_after_the_cut_o
     alive = {Role.B, Role.SERVER} | ({Role.FENCE} if moment == "PROGRESS" else set())
     wait_until(lambda: stage.started() == alive, f"{alive} are left", 10.0)
     assert stage.overlay.exists()
-    assert stage.image.exists()
+    assert stage.away.exists()
 
 
 def test_an_interrupted_stream_leaves_the_guest_on_b(stage: Scene) -> None:
@@ -220,7 +220,7 @@ def test_both_halves_of_the_disk_are_kept_when_the_destination_dies_while_stream
         assert run.wait(SECONDS) == 1
     last = run.output().splitlines()[-1]
     assert "B's QEMU was ended by signal 9" in last
-    assert f"its disk is {stage.overlay} on B together with {stage.image} on A, which is still served" in last
+    assert f"its disk is {stage.overlay} on B together with {stage.away} on A, which is still served" in last
     stage.wait_until_only({Role.SERVER, Role.FENCE})
     # And so it is: whoever opens the overlay now finds the guest's whole disk.
     assert stage.wrong_sectors(interrupted=True) == []

@@ -46,7 +46,7 @@ def test_no_logs_and_process_ids_land_among_the_devices(stage: Scene) -> None:
         assert run.wait(60.0) == 0, run.output()
     stage.wait_until_guest_works("b")
     names = sorted(path.name for path in place.iterdir())
-    assert names == [f"{stage.image.name}.{what}" for what in ("fence.log", "nbdserve.log")]
+    assert names == [f"{stage.image.name}.{what}" for what in ("fence.log", "moved.json", "nbdserve.log")]
     for path in (stage.image, stage.image.resolve()):
         assert list(path.parent.glob(f"{path.name}.*")) == []
     stage.quit_b()

@@ -189,7 +189,7 @@ def test_one_of_the_disks_may_be_a_device_which_stays_and_is_fenced(on_a_device:
     with stage.run() as run:
         wait_until_one_is_complete(stage)
         for disk in stage.disks:
-            written = anyhow("qemu-io", "-f", "raw", "-c", "write 0 512", disk.image)
+            written = anyhow("qemu-io", "-f", "raw", "-c", "write 0 512", disk.away)
             assert 'Failed to get "write" lock' in written.stderr, written
         assert run.wait(SECONDS) == 0, run.output()
     assert list(device.parent.glob(f"{device.name}.*")) == []

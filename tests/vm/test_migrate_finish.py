@@ -212,7 +212,8 @@ def test_somebody_who_writes_to_the_old_disk_is_not_overlooked(tmp_path: Path, c
         stage.change("limits", speed=0 if complete else MIB)
         with stage.run_doomed("SHUTDOWN" if complete else "PROGRESS", Role.ORCHESTRATOR, Role.FENCE) as run:
             assert run.wait(SECONDS) == -signal.SIGKILL
-        with Process(stage.source_qemu(), stage.directory / "again.log") as again:
+        argv = [word.replace(str(stage.image), str(stage.away)) for word in stage.source_qemu()]
+        with Process(argv, stage.directory / "again.log") as again:
             stage.wait_until_guest_works("a")
             # Its monitor is another one, of which the plan does not know.
             stage.change("source", qmp=str(stage.directory / "other.qmp"))
@@ -220,7 +221,7 @@ def test_somebody_who_writes_to_the_old_disk_is_not_overlooked(tmp_path: Path, c
             assert again.running
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done
         assert "the image is in use: another process is writing to it" in done.stderr
-        assert stage.image.exists()
+        assert stage.away.exists()
         stage.wait_until_guest_works("b")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.many_disks import ManyDisks
+from tests.support.pasting import after, pasted_well
 from tests.support.processes import Process, run, wait_until
 from tests.support.vms import NBD_MIGRATE, QEMU, Role, Scene, monitor, running
 
@@ -248,15 +249,22 @@ def test_a_plan_that_was_written_runs_as_its_first_lines_say(stage: Found) -> No
 
 
 @pytest.mark.parametrize("stage", ["-drive if=virtio"], indirect=True)
-def test_the_same_guest_moves_there_and_back(stage: Found) -> None:
+@pytest.mark.parametrize("aside", [True, False])
+def test_the_same_guest_moves_there_and_back(stage: Found, aside: bool) -> None:
+    """Where its old image has stayed that is in the way, until it is removed as the refusal says."""
     back, elsewhere = stage.directory, stage.directory / "moved.raw"
-    with stage.run_found(str(stage.monitor_a), "--move-aside", str(elsewhere)) as moving:
+    options = ["--move-aside", str(elsewhere)] if aside else []
+    with stage.run_found(str(stage.monitor_a), *options) as moving:
         assert moving.wait(60.0) == 0, moving.output()
     stage.wait_until_guest_works("b")
     before = stage.dots("a")
-    with Process(
-        [NBD_MIGRATE, "run", "--source", stage.monitor_b, "--to-dir", back], stage.directory / "back.log"
-    ) as moving:
+    argv = [str(NBD_MIGRATE), "run", "--source", str(stage.monitor_b), "--to-dir", str(back)]
+    if not aside:
+        done = run(*argv, seconds=60.0)
+        assert done.returncode == 1, done
+        assert f"{stage.image}: its guest went to" in done.stderr
+        pasted_well(after("this image is out of date; where nobody needs it", done.stderr))
+    with Process(argv, stage.directory / "back.log") as moving:
         assert moving.wait(60.0) == 0, moving.output()
     wait_until(lambda: stage.dots("a") > before + 2, "the guest works on A again", 15.0)
     with monitor(stage.monitor_a) as a:

@@ -48,21 +48,37 @@ def test_an_image_that_was_cut_off_is_named_with_what_is_missing(tmp_path: Path,
         stage.change("limits", speed=16 * MIB, stall=STALL, recover=STALL)
         with stage.run() as run:
             run.wait_for_line(" of 64 MiB", SECONDS)
-            content = stage.image.read_bytes()
-            os.truncate(stage.image, 40 * MIB)
+            content = stage.away.read_bytes()
+            os.truncate(stage.away, 40 * MIB)
             if killed:
                 kill_server(stage)
             assert run.wait(SECONDS) == 1, run.output()
         line = run.output().splitlines()[-1]
         assert (
-            f"{stage.image} on A was cut off: it has {40 * MIB} bytes, and had {64 * MIB}; the guest" in line
+            f"{stage.away} on A was cut off: it has {40 * MIB} bytes, and had {64 * MIB}; the guest" in line
         )
         assert "what is on B stays there" in line
         pasted_well(after("to make it so", line))
-        assert stage.image.stat().st_size == 64 * MIB
-        with stage.image.open("r+b") as file:
+        assert stage.away.stat().st_size == 64 * MIB
+        with stage.away.open("r+b") as file:
             file.write(content)
         pasted_well(after("then", line))
+        stage.wait_until_guest_works("b")
+        stage.quit_b()
+        assert stage.wrong_sectors() == []
+
+
+def test_a_job_that_reads_touches_or_renames_the_image_costs_nothing(tmp_path: Path) -> None:
+    """As a backup, or one that tidies up, while its server lives."""
+    with scene(tmp_path) as stage:
+        stage.change("limits", speed=16 * MIB)
+        with stage.run() as run:
+            run.wait_for_line(" of 64 MiB", SECONDS)
+            assert stage.away.read_bytes()[:512] == stage.original[:512]
+            os.utime(stage.away, (0, 0))
+            stage.away.rename(tmp_path / "elsewhere")
+            (tmp_path / "elsewhere").rename(stage.away)
+            assert run.wait(SECONDS) == 0, run.output()
         stage.wait_until_guest_works("b")
         stage.quit_b()
         assert stage.wrong_sectors() == []
@@ -77,13 +93,13 @@ def test_an_image_that_is_gone_with_its_server_is_had_back_by_what_is_to_be_type
         with stage.run() as run:
             run.wait_for_line(" of 64 MiB", SECONDS)
             if how == "deleted":
-                stage.image.unlink()
+                stage.away.unlink()
             else:
-                stage.image.rename(tmp_path / "elsewhere")
+                stage.away.rename(tmp_path / "elsewhere")
             kill_server(stage)
             assert run.wait(SECONDS) == 1, run.output()
         line = run.output().splitlines()[-1]
-        assert f"there is no {stage.image} on A any more; the guest on B" in line
+        assert f"there is no {stage.away} on A any more; the guest on B" in line
         assert (
             "the fence still has it open" if how == "deleted" else f"it is {tmp_path}/elsewhere now"
         ) in line
@@ -102,7 +118,7 @@ def test_a_qcow2_image_that_is_gone_with_its_reader_is_had_back(tmp_path: Path) 
             run.wait_for_line("step 5  stream", SECONDS)
             wait_until(lambda: not Role.A.find(stage.directory), "A's QEMU has ended", SECONDS)
             run.wait_for_line(" of 28 MiB", SECONDS)
-            image = stage.disks[0].image
+            image = stage.disks[0].away
             image.unlink()
             kill(*readers_of(stage))
             assert run.wait(SECONDS) == 1, run.output()

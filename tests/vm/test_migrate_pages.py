@@ -114,7 +114,7 @@ def test_what_is_typed_too_early_takes_nothing_from_the_guest(tmp_path: Path) ->
         stage.wait_until_guest_works("b")
         assert Role.OVERLAY.find(stage.directory)
         assert Role.SERVER.find(stage.directory)
-        assert stage.image.exists()
+        assert stage.away.exists()
         for command in typed(stage, FINISH):
             pasted_well(command)
         finished(stage)

@@ -56,7 +56,7 @@ def test_disks_with_and_without_others_below_them_move_and_a_is_free_at_once(
             wait_until(lambda: not Role.A.find(stage.directory), "A's QEMU has ended", SECONDS)
             assert run.running, "the disks are copied after that"
             for disk in stage.disks:
-                written = anyhow("qemu-io", "-c", "write 0 512", disk.image)
+                written = anyhow("qemu-io", "-c", "write 0 512", disk.away)
                 assert 'Failed to get "write" lock' in written.stderr, written
             assert run.wait(SECONDS) == 0, run.output()
         assert list(tmp_path.glob("*.exporter")) == []

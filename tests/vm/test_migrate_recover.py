@@ -281,9 +281,10 @@ def test_what_the_page_says_by_hand_brings_the_disk_to_a(tmp_path: Path) -> None
             "192.0.2.1": f"{address.host} -p {address.port}",
             "/run/commit.pid": str(pid),
         }
-        on_a = typed(BY_HAND_ON_A[:1], {**places, "/var/lib/images/vm.raw": str(stage.image)})
-        on_b = typed(BY_HAND_ON_A[1:], {**places, "/var/lib/images/vm.raw": str(stage.overlay)})
-        pasted_well(on_a[0])
+        on_a = typed(BY_HAND_ON_A[:2], {**places, "/var/lib/images/vm.raw": str(stage.image)})
+        on_b = typed(BY_HAND_ON_A[2:], {**places, "/var/lib/images/vm.raw": str(stage.overlay)})
+        for command in on_a:
+            pasted_well(command)
         pasted_well(on_b[0])
         psutil.Process(int(pid.read_text())).terminate()
         wait_until(lambda: not pid.exists(), "the server ends")

@@ -68,7 +68,7 @@ def test_a_damaged_block_is_found_and_a_is_kept(tmp_path: Path) -> None:
         assert f"differ, the first at {place}" in line, line
         assert "A's image and its server are kept" in line
         assert "--no-verify" in line
-        assert stage.image.exists()
+        assert stage.away.exists()
         assert Role.SERVER.find(tmp_path)
         stage.wait_until_guest_works("b")
         # As it stands in the line.

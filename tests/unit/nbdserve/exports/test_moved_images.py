@@ -51,7 +51,7 @@ def test_what_refuses_an_image_names_it_and_where_its_guest_went(moved: Path, st
     line = str(error.value)
     assert "\n" not in line
     assert line.startswith(f"{moved}: its guest went to b.example:/srv/vm.raw on ")
-    assert f"{moved}.moved now" in line
+    assert f"; the image is {moved}.moved now; " in line
 
 
 def test_the_marker_is_found_by_each_path_of_the_image(moved: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from recipes.cli.main import main
 from recipes.migrate.journal import Journal
-from recipes.migrate.state import Arrival, Disk, Hook, Phase, State
+from recipes.migrate.state import Arrival, Disk, Phase, State
+from recipes.plans.hooks import Hook
 from recipes.plans.plan import Destination, Export, Plan, Source
 from recipes.running.account import account
 from recipes.running.charts import COLOURS

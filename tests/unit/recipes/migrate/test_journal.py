@@ -32,11 +32,11 @@ from recipes.migrate.state import (
     Role,
     Round,
     State,
-    Tracking,
     Tunnel,
 )
 from recipes.plans.disks import PlannedDisk
 from recipes.plans.plan import Destination, Export, Plan, Source
+from recipes.qemu.bitmaps import Tracking
 
 PLAN = Plan(
     Source(qmp="/run/a.qmp", image="/a.raw", shell=("ssh", "a.example")),
@@ -47,7 +47,7 @@ FULL = State(
     "vm",
     PLAN,
     Phase.STREAM,
-    disks=(Disk("/a.raw", "/b.raw", 1 << 30, "inode 1:2 1073741824"),),
+    disks=(Disk("/a.raw", "/b.raw", 1 << 30, "inode 1:2 1073741824", "/a.raw.moved"),),
     processes=(Process(Role.QEMU, 4711, "unix:/run/b.qmp"),),
     capabilities=("events",),
     devices=("net0 (virtio-net-pci)",),

@@ -15,6 +15,11 @@ from recipes.plans.limits import Limits
 from recipes.steps.recovery import Recovery
 
 
+def on_a(disk: SimpleNamespace) -> SimpleNamespace:
+    """What is known of a disk whose image is where it was."""
+    return SimpleNamespace(on_a=disk.image)
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -29,6 +34,7 @@ def test_a_disk_of_b_that_is_full_is_not_taken_for_a_broken_one(error: str, told
     disk = SimpleNamespace(image="/a.raw", target="/b.raw")
     m = SimpleNamespace(plan=SimpleNamespace(limits=Limits()), b=None, disks=[disk], pending=[disk])
     m.finish, m.host_a, m.host_b = "nbd-migrate resume vm", SimpleNamespace(), SimpleNamespace()
+    m.state = SimpleNamespace(disk=on_a)
     m.place = lambda *_: asyncio.sleep(0, "/log")
     recovery = Recovery(cast(Any, m), cast(Any, SimpleNamespace()))
     job = SimpleNamespace(disk=disk, bytes_missing=65536)
@@ -65,7 +71,8 @@ def test_a_difference_that_is_found_while_the_stream_comes_back_is_not_compared_
         return found
 
     m = SimpleNamespace(plan=SimpleNamespace(limits=Limits(recover=5.0)), b=None, disks=[job.disk])
-    m.state, m.record, m.finish = SimpleNamespace(recoveries=0), lambda **_: None, "nbd-migrate resume vm"
+    m.state, m.record = SimpleNamespace(recoveries=0, disk=on_a), lambda **_: None
+    m.finish = "nbd-migrate resume vm"
     m.report = SimpleNamespace(note=lambda _: None)
     m.server, m.child, m.host_a = None, lambda _: None, None
     m.place = lambda *_: asyncio.sleep(0, "/log")

@@ -139,7 +139,7 @@ def test_only_who_asks_to_go_on_has_a_difference_compared_again(
             raise MigrationError("it goes on")
         return answers[command]
 
-    state = SimpleNamespace(finish_by=0.0, recoveries=0)
+    state = SimpleNamespace(finish_by=0.0, recoveries=0, disk=lambda _: SimpleNamespace(on_a="/a"))
     m = SimpleNamespace(plan=SimpleNamespace(limits=Limits()), disks=(), state=state, b=SimpleNamespace())
     m.journal, m.report, m.record = SimpleNamespace(directory=tmp_path), Report(), lambda **_: None
     m.child, m.server, m.finish = (lambda _: None), None, "nbd-migrate resume vm"
