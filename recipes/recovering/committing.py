@@ -14,6 +14,8 @@ Killed at any instant, the same is done again.
 
 from __future__ import annotations
 
+import time
+
 from nbdserve.common.uri import NbdUri
 from nbdserve.exports.moved_images import Standing
 from recipes.channel import carriers, keys, through_qemu, tls
@@ -41,7 +43,8 @@ async def commit(m: Migration, copies: str, *, b_is_off: bool) -> None:
     Raises MigrationError, whose line says what to do.
     """
     refuse_what_cannot_be(m, copies)
-    m.enter(Phase.RECOVERING, made=())
+    # Whoever was to see the guest arrive may have died before.
+    m.enter(Phase.RECOVERING, made=(), arrived=m.state.arrived or time.time())
     images = listed(disk.image for disk in m.disks)
     m.report.note(f"what the guest wrote on B is written to {images} on A, no disk until that has ended")
     try:
@@ -90,7 +93,8 @@ async def end_users(m: Migration, *, b_is_off: bool) -> None:
             # One that was started in the place of the one that is known has its pid file.
             if child := await adopt(role, drive):
                 await child.stop(m.plan.limits.stop)
-    for role in carriers.ROLES:
+    # Copies need nothing that leads to B.
+    for role in () if b_is_off else carriers.ROLES:
         await m.adopt(role)
     if m.a.connected:
         await end_source(m)
