@@ -56,6 +56,8 @@ _AT_ONCE = 4
 """Chunks that are on their way together."""
 _SYNC_EACH = 64 << 20
 """Bytes after which the receiver makes them durable, so that the commit takes no longer than it must."""
+_PAUSE = 0.05
+"""Seconds between two batches: each costs the guest's processor, however short it is."""
 _IDLE = 2.0
 """Seconds after which it is looked whether the receiver is still there."""
 _NONE = CommandFlags(0)
@@ -144,6 +146,7 @@ class Mirror:
                 self._become(MirrorState.IN_SYNC, "")
                 pauses.begin_anew()
                 while self._wait(client):
+                    self._ending.wait(_PAUSE)
                     position, number = self._ship(client, position, number)
             finally:
                 self._client = None
