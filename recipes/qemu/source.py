@@ -175,6 +175,11 @@ async def restore_capabilities(vm: Vm, before: Sequence[str]) -> None:
         await vm.execute("migrate-set-capabilities", capabilities=surplus)
 
 
+async def runs_on_kvm(vm: Vm) -> bool:
+    """Tell whether the guest runs on KVM, and is not emulated."""
+    return bool((await vm.execute("query-kvm"))["enabled"])
+
+
 async def downtime_limit(vm: Vm) -> int:
     """Return for how many milliseconds the guest may stand still at the switch-over."""
     return int((await vm.execute("query-migrate-parameters"))["downtime-limit"])

@@ -27,10 +27,10 @@ from recipes.precopy.rounds import Rounds
 from recipes.qemu.destination import ARRIVE
 from recipes.qemu.devices import check_jobs, devices_of, difference
 from recipes.qemu.images import RAW
-from recipes.qemu.source import LOOK, WANTED, downtime_limit, ram_sent, set_capabilities
+from recipes.qemu.source import LOOK, WANTED, ram_sent, set_capabilities
 from recipes.qemu.vm import CommandError, RefusedGuestError, Vm, VmGoneError, VmSilentError
 from recipes.running import speed
-from recipes.running.downtime import Downtime
+from recipes.running.downtime import Downtime, short_downtime
 from recipes.running.estimate import Estimate
 from recipes.steps import advice
 from recipes.steps.export import serve_files
@@ -59,10 +59,7 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
     await set_capabilities(b, ("events", "return-path"))
     await set_capabilities(a, WANTED)
     await tls.send_ram(m)
-    longest = await downtime_limit(a)
-    m.record(downtime_limit=longest)
-    downtime = Downtime(a, longest)
-    await downtime.begin()
+    downtime = await short_downtime(m)
     # One that is kept waiting by who has connected to it would keep A's waiting, and its guest with it.
     async with parting_silent_ones(m):
         await m.during(b.execute("query-status"), m.plan.limits.command, "B's QEMU")
@@ -91,7 +88,7 @@ async def cut_over(m: Migration, rounds: Rounds | None = None) -> str:
 
 
 async def send_guest(
-    m: Migration, rounds: Rounds | None, files: FilesLater, news: EventListener, downtime: Downtime
+    m: Migration, rounds: Rounds | None, files: FilesLater, news: EventListener, downtime: Downtime | None
 ) -> None:
     """Have A's QEMU send the guest, until it is told to switch over; ``news`` is of its migration.
 

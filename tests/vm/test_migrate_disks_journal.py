@@ -18,7 +18,7 @@ from tests.support.many_disks import ManyDisks
 from tests.support.processes import wait_until
 from tests.support.vms import running
 
-ENTRIES = 23
+ENTRIES = 22
 """Four more than with one disk: two while the other image is made, one nbd-overlay, one complete disk."""
 
 SIZES = (8 << 20, 2 << 20)

@@ -248,7 +248,7 @@ def test_a_guest_may_be_told_to_go_in_the_middle_of_the_first_round(tmp_path: Pa
         stage.assert_moved()
 
 
-ENTRIES = 24
+ENTRIES = 23
 """How often an undisturbed run makes something durable; see test_migrate_journal.py."""
 
 PRECOPY_ENTRY = 12

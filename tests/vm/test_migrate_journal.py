@@ -24,10 +24,10 @@ from tests.support.killed import NAME, SECONDS, command, kill_at, traced
 from tests.support.processes import Process, listens, run, wait_until
 from tests.support.vms import NBD_MIGRATE, QEMU, Role, Scene, lives, monitor, running, scene
 
-ENTRIES = 19
+ENTRIES = 18
 """How often an undisturbed run makes something durable: an entry each, and once each of two directories."""
 
-ARRIVAL = 14
+ARRIVAL = 13
 """Which of its calls of pwrite writes that the guest has arrived."""
 
 NO_FENCE = "no fence:"

@@ -21,7 +21,7 @@ from tests.support.vms import NBD_MIGRATE, QEMU, Role, monitor, running
 
 SECONDS = 120.0
 SLOW = 12 << 20
-ENTRIES = 30
+ENTRIES = 29
 """Of the journal of such a migration."""
 EXHAUSTIVE = pytest.mark.exhaustive
 
