@@ -148,7 +148,7 @@ class Sources:
         for source in self._sources:
             source.retry()
         # One that nobody has seen yet may have come in this moment, as with a guest's arrival.
-        least = 0.0 if self.was_connected else time.monotonic() + _UNEXPECTED
+        least = 0.0 if self.was_connected else time.monotonic() + min(self._patience, _UNEXPECTED)
         with self._changed:
             while (best := self._best()) is None:
                 self._note_loss()
