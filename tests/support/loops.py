@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserve.exports.moved_images import find_marker
 from tests.support.processes import check, run
 
 
@@ -17,8 +18,17 @@ def loop_device(image: Path, *options: str) -> Iterator[Path]:
     attached = run("losetup", "--find", "--show", *options, image)
     if attached.returncode:
         pytest.skip(f"no loop device here: {attached.stderr.strip()}")
-    device = attached.stdout.strip()
+    device = Path(attached.stdout.strip())
+    # The next image that is this device has nothing to do with a guest that has moved from this one.
+    forget_guest(device)
     try:
-        yield Path(device)
+        yield device
     finally:
+        forget_guest(device)
         check("losetup", "--detach", device)
+
+
+def forget_guest(device: Path) -> None:
+    """Remove the marker of a guest that has moved from a device."""
+    if marker := find_marker(device):
+        marker.unlink(missing_ok=True)
