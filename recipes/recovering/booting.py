@@ -7,6 +7,7 @@ so again.
 
 from __future__ import annotations
 
+from nbdserve.common.errors import OperatorError
 from recipes.checks.started import started
 from recipes.discovery.command_line.options import CommandLine
 from recipes.discovery.derive import made_paths
@@ -37,7 +38,7 @@ async def how_started(plan: Plan, host: Host) -> tuple[str, ...]:
         process = Process(**told)
         ours = (await host.run("id", "-un", limit=limit)).strip()
         command = understood(process)
-    except (MigrationError, TypeError):
+    except (OperatorError, TypeError):
         return ()
     if is_libvirts(command) or any(_is_given(each) for each in process.argv):
         return ()
