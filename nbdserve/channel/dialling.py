@@ -145,11 +145,6 @@ class Attempt:
         return transport, greeting.answer
 
 
-def reach(way: Way, token: bytes, claim: Callable[[], Claim], limit: float) -> tuple[Transport, Answer]:
-    """Connect and greet, within ``limit`` seconds; raises as Attempt.result()."""
-    return Attempt(way, token, claim, limit).result()
-
-
 def _close(outcome: Future[tuple[Transport, Answer]]) -> None:
     if outcome.exception() is None:
         outcome.result()[0].close()

@@ -344,7 +344,7 @@ def test_garbage_behind_the_greeting_ends_the_connection_with_one_line(
 ) -> None:
     import secrets
 
-    from nbdserve.channel.dialling import Way, reach
+    from nbdserve.channel.dialling import Attempt, Way
     from nbdserve.channel.places import TcpPlace
     from nbdserve.channel.terms import REQUESTS
     from nbdserve.channel.wire.greeting import Claim, Mode
@@ -352,7 +352,7 @@ def test_garbage_behind_the_greeting_ends_the_connection_with_one_line(
     with Scene(tmp_path) as scene:
         claim = Claim(Mode.NEW, 0, Limits().offer(REQUESTS))
         way = Way(TcpPlace("127.0.0.1", scene.port))
-        transport, _ = reach(way, scene.token.read_bytes(), lambda: claim, 60.0)
+        transport, _ = Attempt(way, scene.token.read_bytes(), lambda: claim, 60.0).result()
         transport.send(memoryview(b"\xff" + secrets.token_bytes(1000)))
         scene.wait_for(Event.LOST)
         assert "there is no frame of type" in scene.reasons[-1]

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from nbdserve.channel import destination
 from nbdserve.channel.destination import Event
-from nbdserve.channel.dialling import Way, reach
+from nbdserve.channel.dialling import Attempt, Way
 from nbdserve.channel.places import TcpPlace
 from nbdserve.channel.terms import REQUESTS, Limits
 from nbdserve.channel.wire.greeting import Claim, Mode
@@ -132,7 +133,8 @@ def test_no_epoch_that_is_claimed_keeps_a_later_source_out(tmp_path: Path) -> No
         way, offer = Way(TcpPlace("127.0.0.1", scene.port)), Limits().offer(REQUESTS)
         token = scene.token.read_bytes()
         for epoch in (1 << 63, (1 << 64) - 1):
-            transport, answer = reach(way, token, lambda: Claim(Mode.RESUME, epoch, offer), 20.0)  # noqa: B023 - it is over before the next one
+            claim = partial(Claim, Mode.RESUME, epoch, offer)
+            transport, answer = Attempt(way, token, claim, 20.0).result()
             assert answer.epoch == epoch
             transport.close()
         wait_until(lambda: not is_alive(worker), "who was replaced has ended")
