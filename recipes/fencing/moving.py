@@ -19,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import stat
 import sys
 import time
 from collections.abc import Sequence
@@ -77,7 +76,7 @@ def put_away(image: str, migration: str, to: str, standing: Standing = Standing.
             raise ImageError(refusal(path, before, known))
         marker = replace(marker, time=before.time)
     try:
-        if _is_device(real):
+        if real.is_block_device():
             place = _place_of_device(image)
             place.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             write_marker(place, replace(marker, moved=""))
@@ -145,13 +144,6 @@ def rename_new(old: Path, new: Path) -> None:
     if os.path.lexists(new):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
     old.rename(new)
-
-
-def _is_device(path: Path) -> bool:
-    try:
-        return stat.S_ISBLK(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 def _place_of_device(image: str) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nbdserve.exports.moved_images import MARKER, MOVED, Standing
 from recipes.errors import MigrationError
+from recipes.hosts import images
 from recipes.hosts.images import files_at, same_file
 from recipes.migrate.runtime import READY, Migration
 from recipes.migrate.state import Disk, Role
@@ -34,9 +35,8 @@ async def put_away(m: Migration, standing: Standing = Standing.NEEDED) -> None:
     """
     _note(m, m.state.with_moved())
     try:
-        words = [word for each in m.state.departures for word in each]
-        command = m.host_a.own("put-away", m.state.name, standing.value, *words)
-        await m.host_a.run(*command, limit=m.plan.limits.command)
+        limit = m.plan.limits.command
+        await images.put_away(m.host_a, m.state.name, standing, m.state.departures, limit)
     finally:
         await note_places(m)
 

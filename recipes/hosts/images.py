@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nbdserve.exports.moved_images import Standing
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
 from recipes.hosts.quoting import on_one_line
@@ -38,6 +39,17 @@ def same_file(one: str, other: str) -> bool:
     The number of a file system may be another one after a boot.
     """
     return bool(one and other) and one.split()[1].split(":")[1] == other.split()[1].split(":")[1]
+
+
+async def put_away(
+    host: Host, migration: str, standing: Standing, departures: Sequence[tuple[str, str]], limit: float
+) -> None:
+    """Put images out of reach (fencing/moving.py), each with words that say where its guest has that disk.
+
+    Raises as Host.run(), also where one keeps its name.
+    """
+    words = [word for departure in departures for word in departure]
+    await host.run(*host.own("put-away", migration, standing.value, *words), limit=limit)
 
 
 class FilesLater:

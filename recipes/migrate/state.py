@@ -13,12 +13,10 @@ from enum import Enum
 from typing import Self
 
 from nbdserve.common.errors import UsageError
-from nbdserve.exports.moved_images import MOVED
-from overlay.formats.device.map_place import is_among_devices
 from recipes.errors import MigrationError
 from recipes.migrate.decoding import decoded
 from recipes.plans.channel import PLAIN
-from recipes.plans.disks import PlannedDisk
+from recipes.plans.disks import PlannedDisk, away
 from recipes.plans.hooks import Hook
 from recipes.plans.limits import GONE
 from recipes.plans.plan import Plan
@@ -146,7 +144,7 @@ class Disk:
     @property
     def away(self) -> str:
         """Return where A's image is moved to when its guest has left; nothing for a block device."""
-        return "" if is_among_devices(self.source) else f"{self.source}{MOVED}"
+        return away(self.source)
 
 
 @dataclass(frozen=True)

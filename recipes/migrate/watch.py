@@ -19,6 +19,7 @@ from pathlib import Path
 from nbdserve.exports.moved_images import Standing
 from recipes.errors import MigrationError
 from recipes.hosts.host import Host
+from recipes.hosts.images import put_away
 from recipes.migrate.decide import UNKNOWN, Action, Wish
 from recipes.migrate.journal import Journal
 from recipes.migrate.leftovers import remove_channel, remove_exporter, remove_made
@@ -201,11 +202,9 @@ class Watch(Hands):
 
     async def _put_away(self) -> None:
         """Put A's images out of reach; what fails, or who has them open, whoever goes on sees to."""
-        state, host = self.state, self._hosts[0]
-        words = [word for each in state.departures for word in each]
-        command = host.own("put-away", state.name, Standing.NEEDED.value, *words)
+        state, limit = self.state, self.state.plan.limits.command
         with suppress(MigrationError):
-            await host.run(*command, limit=state.plan.limits.command)
+            await put_away(self._hosts[0], state.name, Standing.NEEDED, state.departures, limit)
 
     def _nobody_knows(self, why: str) -> MigrationError:
         """Let everything live on; the line that says so, to be raised."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nbdserve.common.errors import UsageError
 from nbdserve.common.socket_paths import SOCKET_PATH_LIMIT
+from nbdserve.exports.moved_images import MOVED
 from overlay.formats.device.map_place import is_among_devices, name_of
 from recipes.qemu.images import FORMATS, RAW
 
@@ -31,6 +32,11 @@ SHORTHAND = {
     "seed": "destination.seed",
 }
 """The keys of a plan's only disk where it has no [[disk]]."""
+
+
+def away(image: str) -> str:
+    """Return where A's image goes when its guest has left; nothing for a block device, which stays."""
+    return "" if is_among_devices(image) else f"{image}{MOVED}"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from pathlib import PurePosixPath
 
 from nbdserve.common.errors import ConnectError, UsageError
 from nbdserve.common.sizes import format_size
-from nbdserve.exports.moved_images import MOVED
-from overlay.formats.device.map_place import is_among_devices
 from recipes.channel import carriers
 from recipes.checks.chains import IDENTITIES, check_chains, held
 from recipes.checks.disk_nodes import DiskNode, check_given_up, check_open, check_recorded, disk_nodes
@@ -26,6 +24,7 @@ from recipes.hosts.places import KEYS, NBD_SERVER, left_beside
 from recipes.hosts.quoting import pasted
 from recipes.plans.by_hand import cancelling
 from recipes.plans.channel import SSH
+from recipes.plans.disks import away
 from recipes.plans.hooks import Hooks
 from recipes.plans.plan import Plan, Source
 from recipes.plans.reaching import monitor_b
@@ -120,7 +119,7 @@ async def check_marks(plan: Plan, host: Host, images: Sequence[str], key: str) -
 
 async def check_away(plan: Plan, host_a: Host) -> None:
     """Where A's images go when their guest has left nothing may be; block devices stay."""
-    places = [f"{disk.image}{MOVED}" for disk in plan.disks if not is_among_devices(disk.image)]
+    places = [place for disk in plan.disks if (place := away(disk.image))]
     for path in await in_the_way(host_a, places, plan.limits.command):
         raise MigrationError(
             f"{plan.called('image')}: {path} exists on A, where the image goes when its guest has left: "
