@@ -49,10 +49,11 @@ class Daemon:
         self.options = options
         self.channel = channel
         self.job = Job()
-        recorder = None if options.mirror is None else Recorder(image, options.mirror_queue)
-        self.mirror = (
-            None if recorder is None or options.mirror is None else Mirror(options.mirror, image, recorder)
-        )
+        recorder: Recorder | None = None
+        self.mirror: Mirror | None = None
+        if options.mirror is not None:
+            recorder = Recorder(image, options.mirror_queue)
+            self.mirror = Mirror(options.mirror, image, recorder)
         self.overlay = Overlay(
             image,
             sources,

@@ -11,7 +11,7 @@ from nbdserve.common.program import EXIT_DONE, Parser, RawHelpFormatter, filled_
 from nbdserve.common.socket_paths import check_socket_path
 from nbdserve.common.uri import NbdUri
 from overlay.cli.map_command import add_map_option
-from overlay.cli.serve_command import check_paths
+from overlay.cli.serve_command import add_running, check_paths
 from overlay.formats.flat.image import FlatImage
 from overlay.formats.open import open_image
 from overlay.formats.redo.beside import point_text, settle
@@ -43,10 +43,7 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     add("-x", "--export-name", default="", metavar="NAME", help="name of the export (default: empty)")
     add_map_option(parser)
     add("--finish", action="store_true", help="serve nothing: let the image be an ordinary overlay")
-    add("--daemonize", action="store_true", help="return when ready, and serve in the background")
-    add("--pid-file", type=filled_path, metavar="FILE", help="holds the process id when ready")
-    add("-v", "--verbose", action="store_true", help="log more")
-    add("--log-format", choices=("text", "json"), default="text", help="lines of text, or objects")
+    add_running(add)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
 from nbdserve.cli.config import host_and_port, monitor_owner, monitor_path, socket_owner
 from nbdserve.common.errors import ImageError, UsageError
@@ -124,6 +125,11 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
     )
     add("--simple-replies", action="store_true", help="offer no structured replies")
     add("--metrics", metavar="HOST:PORT", help="tell Prometheus over HTTP")
+    add_running(add)
+
+
+def add_running(add: Callable[..., object]) -> None:
+    """Add how a daemon runs, whatever it does."""
     add("--daemonize", action="store_true", help="return when ready, and serve in the background")
     add("--pid-file", type=filled_path, metavar="FILE", help="holds the process id when ready")
     add("-v", "--verbose", action="store_true", help="log more")

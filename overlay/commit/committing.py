@@ -32,6 +32,7 @@ from nbdserve.exports.half_committed import MARK_BYTES, mark, mark_of
 from overlay.commit.target import Target, opened
 from overlay.formats.flat.header import Flag
 from overlay.formats.flat.log import current_boot
+from overlay.formats.flat.map import sync_failed
 from overlay.formats.flat.open import assemble, mark_committed, open_parts
 from overlay.formats.image import Image, Run, State
 from overlay.formats.open import layout_of, open_image, real_path
@@ -151,10 +152,7 @@ class _Work:
                 f"{path}: a mirror, whose redo log comes first: nbd-overlay receive --finish {path}"
             )
         if (header.flags | trailer.flags) & Flag.FAILED:
-            raise ImageError(
-                f"{path}: writing back to the disk has failed, and writes that were acknowledged may be "
-                f"lost; if that is acceptable: nbd-overlay check --repair {path}; then again"
-            )
+            raise sync_failed(str(path))
         self._uuid: UUID = header.uuid
         self._takes_all = bool(header.flags & (Flag.UNCERTAIN | Flag.REOPENED))
         self._image: Image = assemble(
