@@ -10,6 +10,7 @@ import errno
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
@@ -144,3 +145,30 @@ class Flight:
             oldest.overtaken, oldest.next_round = self._clock(), self._number
         elif answered.number > oldest.next_round:
             oldest.rounds, oldest.next_round = oldest.rounds + 1, self._number
+
+
+class Window:
+    """Requests of one user that are under way, ``most`` at a time, each with what must stay until it is done.
+
+    What fails is raised when its turn comes to be waited for. For one thread.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._under_way: deque[tuple[Future[None], object]] = deque()
+
+    def make_room(self) -> None:
+        """Wait until one more may be begun. Raises OSError."""
+        self._settle(self._most - 1)
+
+    def add(self, request: Future[None], kept: object = None) -> None:
+        """Have one more, for which there is room."""
+        self._under_way.append((request, kept))
+
+    def drain(self) -> None:
+        """Wait for all of them. Raises OSError."""
+        self._settle(0)
+
+    def _settle(self, left: int) -> None:
+        while len(self._under_way) > left:
+            self._under_way.popleft()[0].result()

@@ -7,14 +7,13 @@ the latest. Failures are OSError with an errno.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
 from nbdserve.backends.probe import looks_like
 from nbdserve.client import Client, connect
+from nbdserve.client.flight import Window
 from nbdserve.common.errors import ImageError
 from nbdserve.common.uri import NbdUri
 from nbdserve.protocol.constants import CommandFlags
@@ -90,11 +89,11 @@ class ServerTarget(Target):
     def __init__(self, client: Client) -> None:
         self.name, self.size = str(client.uri), client.size
         self._client = client
-        self._under_way: deque[tuple[Future[None], Buffer]] = deque()
+        self._window = Window(_AT_ONCE)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return what the server has."""
-        self._settle(0)
+        self._window.drain()
         return self._client.read(offset, length)
 
     def write(self, offset: int, data: Buffer) -> None:
@@ -102,10 +101,9 @@ class ServerTarget(Target):
         view = memoryview(data)
         step = self._client.export.payload(len(view))
         for begin in range(0, len(view), step):
-            self._settle(_AT_ONCE - 1)
+            self._window.make_room()
             part = view[begin : begin + step]
-            # What is sent has to stay there until it is.
-            self._under_way.append((self._client.start_write(offset + begin, part, _NONE), part))
+            self._window.add(self._client.start_write(offset + begin, part, _NONE), part)
 
     def zero(self, offset: int, length: int) -> None:
         """Ask for zeros; where the server knows no such request they are sent."""
@@ -115,17 +113,13 @@ class ServerTarget(Target):
             if not self._client.export.zero:
                 self.write(begin, bytes(part))
                 continue
-            self._settle(_AT_ONCE - 1)
-            self._under_way.append((self._client.start_zero(begin, part, _NONE), b""))
+            self._window.make_room()
+            self._window.add(self._client.start_zero(begin, part, _NONE))
 
     def flush(self) -> None:
         """Wait for everything, and have the server make it durable."""
-        self._settle(0)
+        self._window.drain()
         self._client.start_flush().result()
-
-    def _settle(self, left: int) -> None:
-        while len(self._under_way) > left:
-            self._under_way.popleft()[0].result()
 
 
 @contextmanager

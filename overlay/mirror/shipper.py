@@ -12,13 +12,12 @@ import errno
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from uuid import UUID, uuid4
 
 from nbdserve.client import Client, connect
 from nbdserve.client.dial import Pauses
+from nbdserve.client.flight import Window
 from nbdserve.client.reconnect import DIAL_TIMEOUT
 from nbdserve.common.errors import OperatorError, reason_of
 from nbdserve.common.threads import Thread
@@ -235,7 +234,7 @@ class _Sending:
         self._batch: UUID = uuid4()
         self._records: list[bytes | bytearray] = []
         self._length = 0
-        self._under_way: deque[tuple[bytes, Future[None]]] = deque()
+        self._window = Window(_AT_ONCE)
         self._unsynced = 0
 
     def add_all(self, records: Iterator[bytes]) -> None:
@@ -248,8 +247,7 @@ class _Sending:
         for record in records:
             self._add(record)
         self._send(point)
-        while self._under_way:
-            self._under_way.popleft()[1].result()
+        self._window.drain()
 
     def _add(self, record: bytes | bytearray) -> None:
         if self._records and self._length + len(record) > _CHUNK:
@@ -263,9 +261,8 @@ class _Sending:
         self.sent += len(data)
         if self.sent > self._most:
             raise OSError(errno.EFBIG, "the guest writes faster than the mirror takes it: it begins anew")
-        while len(self._under_way) >= _AT_ONCE:
-            self._under_way.popleft()[1].result()
-        self._under_way.append((data, self._client.start_write(self.position, data, _NONE)))
+        self._window.make_room()
+        self._window.add(self._client.start_write(self.position, data, _NONE), data)
         self.position += len(data)
         self._unsynced += len(data)
         if self._unsynced >= _SYNC_EACH:
