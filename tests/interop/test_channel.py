@@ -14,7 +14,7 @@ import pytest
 
 from nbdserve.channel.destination import Event, Limits
 from nbdserve.client.libnbd import nbd
-from tests.support.channels import LOADED, SIZE, Scene, Sender, resumed
+from tests.support.channels import LOADED, SIZE, Scene, Sender, receive, resumed
 from tests.support.processes import is_alive, wait_until
 
 QUICK = Limits(silence=2.0)
@@ -327,16 +327,6 @@ def ask_for_everything(sock: socket.socket) -> None:
     assert receive(sock, 10)
     for _ in range(10):
         sock.sendall(wire.request(wire.Command.READ, 0, SIZE))
-
-
-def receive(sock: socket.socket, length: int) -> bytes:
-    """Exactly so many bytes."""
-    data = b""
-    while len(data) < length:
-        piece = sock.recv(length - len(data))
-        assert piece
-        data += piece
-    return data
 
 
 def test_garbage_behind_the_greeting_ends_the_connection_with_one_line(

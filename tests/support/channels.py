@@ -88,6 +88,16 @@ class Road:
             target.shutdown(socket.SHUT_RDWR)
 
 
+def receive(sock: socket.socket, length: int) -> bytes:
+    """Exactly so many bytes."""
+    data = b""
+    while len(data) < length:
+        piece = sock.recv(length - len(data))
+        assert piece
+        data += piece
+    return data
+
+
 class Sender:
     """``nbdserve channel`` as QEMU starts it, and this test in QEMU's place."""
 

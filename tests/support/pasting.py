@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -41,6 +42,16 @@ def blocks(page: Path, heading: str) -> list[list[str]]:
     (body,) = (each for each in section if each.startswith(heading))
     found = re.findall(r"(?:^    .*\n)+", body, flags=re.MULTILINE)
     return [_commands(block) for block in found]
+
+
+def in_places(commands: Sequence[str], places: Mapping[str, str]) -> list[str]:
+    """Commands of a page, with the names and paths of a test in the place of the page's."""
+    found = []
+    for command in commands:
+        for old, new in places.items():
+            command = command.replace(old, new)
+        found.append(command)
+    return found
 
 
 def _commands(block: str) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.pasting import after, pasted_well
 from tests.support.processes import Process, check, wait_until
-from tests.support.vms import NBD_MIGRATE, Role, lives, monitor, scene
+from tests.support.vms import NBD_MIGRATE, Role, Scene, lives, monitor, scene
 from tests.vm.test_migrate_finish import ENGINES, MIB, SECONDS, assert_finished
 
 BAD_SECTORS = """
@@ -63,6 +63,17 @@ def tools(directory: Path, name: str, script: str) -> str:
     return str(directory)
 
 
+def with_bad_sectors(stage: Scene, there: Path) -> Path:
+    """Have A's server find some as soon as there is the file that is returned."""
+    trigger, code = there / "bad", there / "lib" / "sitecustomize.py"
+    code.parent.mkdir(parents=True)
+    place = {"begin": 40 * MIB, "end": 40 * MIB + 4096}
+    code.write_text(BAD_SECTORS.format(trigger=str(trigger), image=str(stage.image), **place))
+    bin_ = tools(there / "bin", "nbdserve", f'PYTHONPATH={code.parent} exec {{real}} "$@"')
+    stage.change("source", bin=bin_)
+    return trigger
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.representative
 @pytest.mark.sampled(1)
@@ -70,12 +81,7 @@ def test_a_bad_sector_on_a_is_called_that(tmp_path: Path, engine: str) -> None:
     there, directory = tmp_path / "there", tmp_path / "scene"
     directory.mkdir()
     with scene(directory, engine) as stage:
-        trigger, code = there / "bad", there / "lib" / "sitecustomize.py"
-        code.parent.mkdir(parents=True)
-        place = {"begin": 40 * MIB, "end": 40 * MIB + 4096}
-        code.write_text(BAD_SECTORS.format(trigger=str(trigger), image=str(stage.image), **place))
-        bin_ = tools(there / "bin", "nbdserve", f'PYTHONPATH={code.parent} exec {{real}} "$@"')
-        stage.change("source", bin=bin_)
+        trigger = with_bad_sectors(stage, there)
         stage.change("limits", recover=30.0, reconnect_delay=1)
         trigger.touch()
         with stage.run() as run:
@@ -93,12 +99,7 @@ def test_a_bad_sector_that_is_found_before_the_guest_goes_leaves_it_on_a(tmp_pat
     there, directory = tmp_path / "there", tmp_path / "scene"
     directory.mkdir()
     with scene(directory) as stage:
-        trigger, code = there / "bad", there / "lib" / "sitecustomize.py"
-        code.parent.mkdir(parents=True)
-        place = {"begin": 40 * MIB, "end": 40 * MIB + 4096}
-        code.write_text(BAD_SECTORS.format(trigger=str(trigger), image=str(stage.image), **place))
-        bin_ = tools(there / "bin", "nbdserve", f'PYTHONPATH={code.parent} exec {{real}} "$@"')
-        stage.change("source", bin=bin_)
+        trigger = with_bad_sectors(stage, there)
         stage.change("destination", policy="hybrid")
         trigger.touch()
         with stage.run() as run:

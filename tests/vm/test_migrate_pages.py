@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pasting import after, blocks, paste, pasted_well
+from tests.support.pasting import after, blocks, in_places, paste, pasted_well
 from tests.support.processes import wait_until
 from tests.support.recipes import DIRECTORY
 from tests.support.servers import free_tcp_address
@@ -33,12 +33,7 @@ def typed(stage: Scene, commands: Sequence[str], *, on_b: str = "") -> list[str]
         "recipes/": f"{DIRECTORY}/",
         "plan.toml": str(stage.directory / "plan.toml"),
     }
-    found = []
-    for command in commands:
-        for old, new in places.items():
-            command = command.replace(old, new)
-        found.append(command)
-    return found
+    return in_places(commands, places)
 
 
 def orphaned(stage: Scene, moment: str, *victims: Role) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ from recipes.migrate.state import Phase
 from tests.support.boot_sector import RECORDS, SECTOR, is_record, newest, number_in
 from tests.support.disks import MIB
 from tests.support.many_disks import ManyDisks
-from tests.support.pasting import COMMANDS, after, blocks, paste, pasted_well
+from tests.support.pasting import COMMANDS, after, blocks, in_places, paste, pasted_well
 from tests.support.processes import Process, run, wait_until
 from tests.support.qcow2_disks import Qcow2Disks
 from tests.support.recipes import DIRECTORY
@@ -220,16 +220,6 @@ def test_a_guest_that_lives_on_b_is_not_booted_a_second_time(tmp_path: Path) -> 
 ON_B_AGAIN, AGAIN_ON_A, CARRIED, BY_HAND_ON_B, BY_HAND_ON_A = blocks(PAGE, "B is lost")
 
 
-def typed(commands: Sequence[str], places: Mapping[str, str]) -> list[str]:
-    """Commands of the page, with the names and paths of a test."""
-    found = []
-    for command in commands:
-        for old, new in places.items():
-            command = command.replace(old, new)
-        found.append(command)
-    return found
-
-
 @pytest.mark.parametrize("commands", [ON_B_AGAIN, AGAIN_ON_A, CARRIED], ids=["on B", "on A", "carried"])
 def test_what_the_page_says_boots_the_guest_again(tmp_path: Path, commands: Sequence[str]) -> None:
     stage = Lost(tmp_path)
@@ -240,7 +230,7 @@ def test_what_the_page_says_boots_the_guest_again(tmp_path: Path, commands: Sequ
             for disk in stage.disks:
                 for path in (disk.target, Path(f"{disk.target}.map")):
                     shutil.move(path, carried)
-        for command in typed(commands, {" vm": f" {NAME}", "/srv/carried": str(carried)}):
+        for command in in_places(commands, {" vm": f" {NAME}", "/srv/carried": str(carried)}):
             pasted_well(command)
         stage.wait_until_guest_works("b" if commands is ON_B_AGAIN else "a")
 
@@ -257,7 +247,7 @@ def test_what_the_page_says_by_hand_boots_the_guest_on_b(tmp_path: Path) -> None
             "-m 2G": guest,
             "recipes/": f"{DIRECTORY}/",
         }
-        [command] = typed(BY_HAND_ON_B, places)
+        [command] = in_places(BY_HAND_ON_B, places)
         with Process(["bash", "-c", f"exec {command}"], tmp_path / "again.log", env=PATHS) as again:
             stage.wait_until_guest_works("b")
             again.wait_for_line("is complete, and the guest uses it", seconds=60)
@@ -281,8 +271,8 @@ def test_what_the_page_says_by_hand_brings_the_disk_to_a(tmp_path: Path) -> None
             "192.0.2.1": f"{address.host} -p {address.port}",
             "/run/commit.pid": str(pid),
         }
-        on_a = typed(BY_HAND_ON_A[:2], {**places, "/var/lib/images/vm.raw": str(stage.image)})
-        on_b = typed(BY_HAND_ON_A[2:], {**places, "/var/lib/images/vm.raw": str(stage.overlay)})
+        on_a = in_places(BY_HAND_ON_A[:2], {**places, "/var/lib/images/vm.raw": str(stage.image)})
+        on_b = in_places(BY_HAND_ON_A[2:], {**places, "/var/lib/images/vm.raw": str(stage.overlay)})
         for command in on_a:
             pasted_well(command)
         pasted_well(on_b[0])

@@ -20,6 +20,7 @@ from tests.vm.test_recipes_channel import (
     Operator,
     arrived,
     complete,
+    goes_again,
     is_alive_by,
     slow_down,
     small,  # noqa: F401 - a fixture
@@ -54,12 +55,7 @@ def test_a_migration_that_is_interrupted_leaves_the_guest_at_a_and_may_be_begun_
     guest.wait_until_guest_works("a")
     wait_until(lambda: operator.ends_at_a() == [], "A's end has ended")
     wait_until(lambda: not is_alive_by(Path(f"{guest.monitor_b}.pid")), "B's QEMU has ended")
-    with monitor(guest.monitor_a) as a:
-        a.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 30})
-    operator.must(3)
-    operator.must(4)
-    guest.wait_until_guest_works("b")
-    complete(guest, operator)
+    goes_again(guest, operator)
 
 
 def test_a_migration_is_cancelled_while_its_end_still_connects(

@@ -30,6 +30,7 @@ from nbdserve.channel.wire.session import Role, Session
 from nbdserve.channel.wire.streams import Stream
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.threads import promised
+from tests.support.channels import receive
 from tests.support.processes import PATIENCE, wait_until
 
 OFFER = Offer(16 << 20, 8, 15_000)
@@ -101,23 +102,13 @@ def data_frame(stream: int, data: bytes) -> bytes:
     return HEADER.pack(Type.DATA, stream, len(data)) + data
 
 
-def received(sock: socket.socket, length: int) -> bytes:
-    """So many bytes."""
-    data = b""
-    while len(data) < length:
-        piece = sock.recv(length - len(data))
-        assert piece
-        data += piece
-    return data
-
-
 def test_thousands_of_short_pieces_that_come_at_once_are_delivered(stack: ExitStack) -> None:
     end = End(Role.ACCEPTOR, stack)
     stack.callback(end.close)
     # More than one system call takes.
     data = bytes(range(250)) * 20
     end.send(Open(1), *(data_frame(1, bytes([each])) for each in data))
-    assert received(end.local(1), len(data)) == data
+    assert receive(end.local(1), len(data)) == data
 
 
 def test_a_reply_overtakes_ram_that_waits_on_a_carrier_that_is_slow(stack: ExitStack) -> None:
