@@ -21,12 +21,12 @@ from overlay.fill.progress import Progress
 from overlay.fill.seeding import Seeding
 from overlay.fill.streamer import Streamer
 from overlay.formats.image import Image
-from overlay.mirror.recorder import Recorder
-from overlay.mirror.shipper import Mirror
 from overlay.options import Options
 
 if TYPE_CHECKING:
     from overlay.channel.end import Channel
+    from overlay.mirror.recorder import Recorder
+    from overlay.mirror.shipper import Mirror
 
 _LOG = logging.getLogger("nbd-overlay")
 _FIRST_LOOK = 10.0
@@ -52,6 +52,10 @@ class Daemon:
         recorder: Recorder | None = None
         self.mirror: Mirror | None = None
         if options.mirror is not None:
+            # Only now: others start without them.
+            from overlay.mirror.recorder import Recorder
+            from overlay.mirror.shipper import Mirror
+
             recorder = Recorder(image, options.mirror_queue)
             self.mirror = Mirror(options.mirror, image, recorder)
         self.overlay = Overlay(
