@@ -26,6 +26,7 @@ def measure(directory: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.representative
 def test_a_guest_is_moved_over_a_long_link_and_what_it_saw_is_told(tmp_path: Path) -> None:
     text = measure(tmp_path, "--contender=postcopy", "--link=20 ms")
     assert "## 1 Gbit/s, 20 ms of round trip, " in text

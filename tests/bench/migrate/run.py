@@ -13,7 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from nbdserve.exports.moved_images import find_marker
 from recipes.errors import MigrationError
+from recipes.fencing.giving_back import free
+from recipes.fencing.moving import image_now
 from tests.bench.fillers import touch_memory
 from tests.bench.migrate.contenders import Contender
 from tests.bench.migrate.guest import Guest, GuestError
@@ -70,7 +73,7 @@ def migrate(contender: Contender, link: Link, guest: Guest, image: Path, seconds
         time.sleep(seconds)
         found = sample(moved, heard.done, made.passed())
         asyncio.run(end(setting, "b"))
-        compare(image, setting.target(moved.layout), moved.layout, guest.sockets)
+        compare(image_now(str(image)), setting.target(moved.layout), moved.layout, guest.sockets)
     return found
 
 
@@ -99,7 +102,9 @@ def compare(image: Path, target: Path, layout: str, sockets: Path) -> None:
 
 @contextmanager
 def nothing_left(setting: Setting) -> Iterator[None]:
-    """Kill what a migration has left running, and remove its files; a guest on B lives on by design."""
+    """Kill what a migration has left running, remove its files, and give A's image its name back; a guest on
+    B lives on, and its image on A is out of reach, by design.
+    """
     try:
         yield
     except BaseException as error:
@@ -112,13 +117,19 @@ def nothing_left(setting: Setting) -> Iterator[None]:
         raise MoveError(f"{in_one_line(error)}; {consoles(setting.guest.sockets)}") from error
     finally:
         marks = str(setting.guest.sockets), str(setting.directory)
+        killed = []
         for process in psutil.process_iter(["cmdline"]):
             words = " ".join(process.info["cmdline"] or [])
             if any(mark in words for mark in marks) and process.pid not in ours():
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
+                    killed.append(process)
+        psutil.wait_procs(killed, timeout=10)
         for path in setting.directory.glob("b.*"):
             path.unlink()
+        # The next guest is moved from it, too.
+        if find_marker(setting.image):
+            free(setting.image)
 
 
 def consoles(sockets: Path) -> str:
