@@ -129,6 +129,18 @@ class Daemon:
         return max(0.0, (self.window_ended or time.monotonic()) - self.window_began)
 
     @property
+    def needed_bytes(self) -> int | None:
+        """Tell how many bytes of the guest's disk are not on stable storage here, at most.
+
+        0 is told when the source may be switched off, and never before: what is compared with it then
+        (``verify``) cannot be any more, but nothing is lost. None while the guest may run there.
+        """
+        if self.finished:
+            return 0
+        is_elsewhere = self.window_began is None and (self.overlay.armed or self.options.pre_copy)
+        return None if is_elsewhere else self._checkpoints.unstable_bytes
+
+    @property
     def rate(self) -> float | None:
         """Tell how many bytes a second become local by copying; None while that is not known."""
         if self.job.phase is not Phase.RUNNING or not self.streamer.has_surveyed:
@@ -148,7 +160,12 @@ class Daemon:
 
     def invalidate(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Forget ranges, which the guest has changed at the source; OSError, EBUSY, once it runs here."""
-        self.progress.take_away(lambda: self.overlay.invalidate(ranges))
+        try:
+            self.progress.take_away(lambda: self.overlay.invalidate(ranges))
+        finally:
+            # A cluster is taken away as a whole.
+            edges = 2 * self.image.cluster_size * len(ranges)
+            self._checkpoints.taken_away(sum(length for _, length in ranges) + edges)
         self.streamer.look_again()
 
     def _is_due(self) -> bool:

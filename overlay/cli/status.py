@@ -42,6 +42,7 @@ def text(told: Status) -> str:
         ("disk", _disk(told)),
         ("job", _job(told)),
         ("guest", _guest(told)),
+        ("needed", _needed(told)),
         ("copied", _copied(told)),
         ("seed", _seed(told)),
         ("verified", _verified(told)),
@@ -216,6 +217,18 @@ def _guest(told: Status) -> str:
         return "nothing written yet" + kept
     needed = "needed" if told["complete"] else "has needed"
     return f"here, {needed} the source for {duration(told['window'])}{kept}"
+
+
+def _needed(told: Status) -> str:
+    """What of the source the guest needs still, once it is here."""
+    count = told["needed-bytes"]
+    if count is None:
+        return ""
+    if not count:
+        return "nothing of the source, which may be switched off"
+    left = told["seconds-left"]
+    after = "" if left is None else f", for {duration(left)} at this rate"
+    return f"the source for {format_size(count)} that are not on stable storage here{after}"
 
 
 def _copied(told: Status) -> str:

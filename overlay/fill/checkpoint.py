@@ -16,11 +16,20 @@ INTERVAL = 2.0
 
 
 class Checkpoints:
-    """Flushes and tidies an image in a thread of its own: nobody waits for the disk but who asked to."""
+    """Flushes and tidies an image in a thread of its own: nobody waits for the disk but who asked to.
+
+    Safe for several threads. ``_lock`` is held for moments only; the image's locks may be taken under it.
+    """
 
     def __init__(self, image: Image, interval: float = INTERVAL) -> None:
         self._image = image
         self._interval = interval
+        self._lock = threading.Lock()
+        # Whether what an earlier process left is on stable storage is not known before the first flush.
+        self._unstable = image.size
+        """Bytes that were not here at the last flush, and what has been taken away since."""
+        self._flushed: int | None = 0
+        """What was local then; None where that has been taken away, and may have come again."""
         self._end = threading.Event()
         self._thread = Thread(self._run, "checkpoints")
 
@@ -34,16 +43,45 @@ class Checkpoints:
         if self._thread.is_alive():
             self._thread.join()
 
+    @property
+    def unstable_bytes(self) -> int:
+        """Return how many bytes of the disk are not on stable storage here, at most; 0: it is all there.
+
+        What was stored since the last flush counts as not there, though its guest may have flushed it itself.
+        """
+        with self._lock:
+            return max(self._unstable, self._image.size - self._image.local_bytes)
+
+    def taken_away(self, length: int) -> None:
+        """Note that so many bytes, at most, have become absent; what comes in their place is not durable."""
+        with self._lock:
+            self._unstable = min(self._image.size, self._unstable + length)
+            self._flushed = None
+
+    def flush(self) -> None:
+        """Make durable what is local now, if that has changed; raises what the image's flush does."""
+        with self._lock:
+            # Before the flush: what comes meanwhile may not be part of it.
+            local, before, known = self._image.local_bytes, self._unstable, self._flushed
+            if local == known:
+                return
+            self._flushed = local
+        try:
+            self._image.flush()
+        except BaseException:
+            with self._lock:
+                self._flushed = None
+            raise
+        with self._lock:
+            self._unstable = min(self._image.size, self._image.size - local + self._unstable - before)
+
     def _run(self) -> None:
-        flushed: int | None = None
         trouble = ""
         while True:
             try:
                 self._image.tidy()
-                local = self._image.local_bytes
-                if flushed is not None and local != flushed:
-                    self._image.flush()
-                flushed, trouble = local, ""
+                self.flush()
+                trouble = ""
             except Exception as error:  # noqa: BLE001 - it is tried again, as there may be room some day
                 # Guests are told by their own requests; here nobody waits for an answer.
                 reason = _reason(error)

@@ -139,9 +139,11 @@ class Streamer:
     def _stream(self) -> None:
         """Go over the disk until nothing is absent; OSError when it cannot go on."""
         self.has_surveyed, self._losing_since, self._rests = False, None, False
-        self._mark_zeros()
-        if self.seeding is not None:
-            self.seeding.run(self._session, self._job.pause_point)
+        # An image that is complete needs nobody, also where it was not finished.
+        if not self._image.complete:
+            self._mark_zeros()
+            if self.seeding is not None:
+                self.seeding.run(self._session, self._job.pause_point)
         self.has_surveyed = True
         self._fetcher.copied.restart()
         while True:

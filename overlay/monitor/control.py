@@ -305,6 +305,7 @@ class Control:
             "misses": fetched.misses,
             "miss-seconds": fetched.waits.seconds,
             "window": daemon.window,
+            "needed-bytes": daemon.needed_bytes,
             "channel": None if daemon.channel is None else daemon.channel.told(),
             "mirror": _mirror_told(daemon),
             "sources": [dataclasses.asdict(health) for health in daemon.sources.health()],

@@ -74,6 +74,11 @@ class Collector(PrometheusCollector):
             ("rate_bytes_per_second", "How fast the disk becomes local by copying", daemon.rate),
             ("seconds_left", "Until the disk is local, at this rate", daemon.seconds_left),
             ("window_seconds", "How long the guest here has depended on the source, or did", daemon.window),
+            (
+                "source_needed_bytes",
+                "Bytes of the guest's disk that are not on stable storage here; 0: the source may go",
+                daemon.needed_bytes,
+            ),
             ("speed_limit_bytes_per_second", "Of streaming; 0 is none", daemon.streamer.limit.speed),
             ("in_flight_bytes", "What streaming has asked for", daemon.streamer.in_flight),
         ):

@@ -29,6 +29,7 @@ from recipes.plans.reaching import host_of
 from recipes.qemu import bitmaps
 from recipes.qemu.exporter import removing_place
 from recipes.running.speed import described
+from recipes.running.window import window_of
 from recipes.steps import advice
 
 LOOK = 1.0
@@ -119,6 +120,8 @@ def lines(name: str) -> list[str]:
         told.append(advice.paused(state))
     if (moving := progress(name, state)) is not None:
         told.append(f"stream: {describe(moving)}")
+    if (window := window_of(state, journal.progress(name), at_work=pid != 0)) is not None:
+        told.append(f"window: {window.described()}")
     if (before := precopy_progress(name, state)) is not None:
         told.append(describe_precopy(before))
         told.append(f"to let the guest go now: nbd-migrate cutover {name}")
@@ -221,6 +224,7 @@ def as_json(name: str) -> str:
     state, pid = states[-1], journal.actor(name)
     moving, ram = progress(name, state), ram_progress(name, state)
     before = precopy_progress(name, state)
+    window = window_of(state, journal.progress(name), at_work=pid != 0)
     values: dict[str, Any] = json.loads(state.to_json())
     values |= {
         "over": state.over,
@@ -229,6 +233,7 @@ def as_json(name: str) -> str:
         "progress": None if moving is None else dataclasses.asdict(moving),
         "precopy": None if before is None else dataclasses.asdict(before),
         "ram": None if ram is None else dataclasses.asdict(ram),
+        "source-needed": None if window is None else dataclasses.asdict(window),
         "history": [{"phase": each.phase.value, "time": each.time} for each in states],
     }
     return json.dumps(values)

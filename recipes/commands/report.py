@@ -9,10 +9,11 @@ from pathlib import Path
 
 from nbdserve.common.sizes import format_size
 from recipes.commands.overview import PHASES
-from recipes.migrate.journal import directory_of, history
+from recipes.migrate.journal import actor, directory_of, history, progress
 from recipes.running.account import Account, account
 from recipes.running.charts import draw, duration
 from recipes.running.samples import load
+from recipes.running.window import window_of
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 62em;
@@ -27,7 +28,9 @@ svg { max-width: 100%; height: auto; }
 
 def account_of(name: str) -> Account:
     """Return what a migration was like. Raises MigrationError where there is none."""
-    return account(history(name), load(directory_of(name)), time.time())
+    states, now = history(name), time.time()
+    window = window_of(states[-1], progress(name), at_work=actor(name) != 0)
+    return account(states, load(directory_of(name)), now, window)
 
 
 def write(name: str, output: Path) -> None:
@@ -71,6 +74,11 @@ def _facts(told: Account) -> Iterator[tuple[str, ...]]:
         yield "cut-over", stamp(told.cut_over)
         predicted = "" if told.predicted is None else f" ({duration(told.predicted)} were predicted)"
         yield "window", f"{duration(told.window)}: from then until nothing on A was needed{predicted}"
+    if told.needed:
+        left = "" if told.left is None else f", for {duration(told.left)} at the rate of late"
+        yield "A is needed", f"for {format_size(told.needed)} that are not on stable storage on B{left}"
+    elif told.needed == 0:
+        yield "A is needed", "no more: all of the guest's disks is on stable storage on B"
     if told.rounds:
         count = told.rounds[-1].number + 1
         yield "before the cut-over", f"{format_size(told.precopied)} were copied, rounds: {count}"

@@ -52,6 +52,7 @@ class Pace:
         if all(each is None or each["rate"] is not None for each in overlays):
             self._estimate.note(now(), self.moved, told.missing)
             progress = replace(told, rate=self._estimate.rate, left=self._estimate.left)
+        progress = replace(progress, needed=self._needed(overlays))
         counted = [each for each in overlays if each is not None]
         misses = sum(each["misses"] for each in counted) if counted else -1
         waited = sum(each["miss-seconds"] for each in counted)
@@ -70,6 +71,17 @@ class Pace:
         told: Mapping[str, Any] = await self._jobs.execute(job.vm, "query-overlay")
         moved.note(told["copied"])
         return told
+
+    def _needed(self, running: list[Mapping[str, Any] | None]) -> int | None:
+        """Return how many bytes A is needed for still, by what the nbd-overlays of ``running`` jobs say."""
+        needed = 0
+        for each in running:
+            if each is None or each["needed-bytes"] is None:
+                return None
+            needed += each["needed-bytes"]
+        # One whose job has ended well has said that all of it is on stable storage; B's QEMU has not.
+        rest = [job for job in self._jobs.all if job.done and job.vm is self._m.b]
+        return None if any(job.disk in self._m.pending for job in rest) else needed
 
     @property
     def moved(self) -> int:

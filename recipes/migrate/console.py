@@ -196,9 +196,10 @@ def describe(progress: Progress) -> str:
     """Return one line about the stream: bytes, rate, time left, vulnerable window."""
     left = progress.left
     verified = f"  {progress.verified / MIB:.0f} MiB compared with A" if progress.verified else ""
+    needed = f"  A needed for {progress.needed / MIB:.1f} MiB" if progress.needed is not None else ""
     return (
         f"{progress.done / MIB:.0f} of {progress.total / MIB:.0f} MiB  {progress.rate / MIB:.1f} MiB/s  "
-        f"{'--' if left is None else f'{left:.0f} s'} left  window {progress.window:.0f} s{verified}"
+        f"{'--' if left is None else f'{left:.0f} s'} left  window {progress.window:.0f} s{needed}{verified}"
     )
 
 

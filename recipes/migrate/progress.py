@@ -48,7 +48,8 @@ class Progress:
     """How far the stream is: bytes done, bytes in all, bytes per second, seconds since the cut-over.
 
     ``left`` are the seconds until the end, None while that is not known, or nothing moves. ``verified`` are
-    the bytes that have been looked at to compare them with A's.
+    the bytes that have been looked at to compare them with A's. ``needed`` are the bytes that are not on
+    stable storage on B: 0 when A may be switched off. None where nobody tells that, as B's QEMU does not.
     """
 
     done: int
@@ -57,6 +58,7 @@ class Progress:
     window: float
     left: float | None = None
     verified: int = 0
+    needed: int | None = None
 
     @property
     def missing(self) -> int:

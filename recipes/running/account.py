@@ -10,6 +10,7 @@ from typing import Any
 
 from recipes.migrate.state import OVER, Disk, Phase, Round, State
 from recipes.running.samples import Sample
+from recipes.running.window import Window
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Account:
     downtime  how long the guest stood still, as A's QEMU has told
     ram_time  how long its RAM took
     window    from the cut-over until nothing on A was needed, or until now
+    needed    bytes that are not on stable storage on B: 0 when A may be switched off
+    left      until then, as the rate of late predicts
     rate      of the disk, from the cut-over on, on average
     precopied bytes that were copied before it, in rounds, of which these are the last
     predicted what the window was expected to be, when the guest stood still
@@ -55,6 +58,8 @@ class Account:
     ram_bytes: int | None
     cut_over: float | None
     window: float | None
+    needed: int | None
+    left: float | None
     rate: float | None
     precopied: int
     rounds: tuple[Round, ...]
@@ -79,8 +84,10 @@ class Account:
         return values
 
 
-def account(history: Sequence[State], samples: Sequence[Sample], now: float) -> Account:
-    """Return what the states of a migration, at least one, and its samples tell at a time."""
+def account(
+    history: Sequence[State], samples: Sequence[Sample], now: float, needed: Window | None = None
+) -> Account:
+    """Return what the states of a migration, at least one, its samples and its window tell at a time."""
     state = history[-1]
     end = state.time if state.phase in OVER else max(now, state.time)
     arrival = state.arrival
@@ -102,6 +109,8 @@ def account(history: Sequence[State], samples: Sequence[Sample], now: float) -> 
         ram_bytes=arrival.ram_bytes if arrival else None,
         cut_over=cut_over,
         window=window,
+        needed=needed.bytes if needed else None,
+        left=needed.left if needed else None,
         rate=_rate(ours, state, window),
         precopied=state.precopied,
         rounds=state.rounds,

@@ -142,6 +142,26 @@ def test_the_time_left_is_that_which_a_known_rate_takes(image: Path) -> None:
         assert 0 < told["rate"] <= 1.3 * speed
 
 
+def test_what_the_source_is_needed_for_falls_to_nothing_when_it_may_go(image: Path) -> None:
+    with served(image, "--stream", "--speed", "4M") as daemon:
+        seen: list[int] = []
+
+        def is_over() -> bool:
+            told = json.loads(daemon.must("status", "--json"))
+            seen.append(told["needed-bytes"])
+            # What has come since the last flush is in memory only.
+            assert told["needed-bytes"] >= told["size"] - told["local"]
+            if told["needed-bytes"] == 0:
+                assert told["complete"]
+            return bool(told["complete"])
+
+        wait_until(is_over, "it is complete", 30.0, 0.05)
+        assert seen == sorted(seen, reverse=True)
+        assert any(0 < each <= SIZE for each in seen)
+        assert seen[-1] == 0
+        assert "needed   nothing of the source, which may be switched off" in daemon.must("status")
+
+
 def test_wait_says_why_nothing_will_come(image: Path, source: Server) -> None:
     with served(image, "--reconnect-timeout", "0.2") as daemon:
         assert "start it with nbd-overlay stream" in one_line(daemon.command("wait"), 1)

@@ -194,6 +194,12 @@ def test_what_is_told_of_a_stream_never_goes_back(stage: TwoMonitors) -> None:
             assert watching.wait(SECONDS) == 0
     assert [each.done for each in told] == sorted(each.done for each in told)
     assert [each.window for each in told] == sorted(each.window for each in told)
+    needed = [each.needed for each in told if each.needed is not None]
+    assert needed == sorted(needed, reverse=True)
+    assert all(each.needed >= each.missing for each in told if each.needed is not None)
+    open_ones = [json.loads(line)["source-needed"] for line in watching.output().splitlines()]
+    assert any(each and each["open"] and each["bytes"] for each in open_ones)
+    assert open_ones[-1]["bytes"] == 0
     # How right it is tests/unit/recipes/running/test_estimate.py shows: this machine may be busy.
     known_left = [each.left for each in told if each.left is not None and each.done > SIZE / 4]
     assert known_left

@@ -46,6 +46,7 @@ class Overlay:
     def __init__(self, size: int) -> None:
         self.size, self.local, self.copied = size, 0, 0
         self.surveyed = True
+        self.unstable = 0
         self.misses, self.waited = 0, 0.0
         self.speeds: list[int] = []
 
@@ -61,7 +62,8 @@ class Overlay:
         if command == "query-overlay":
             rate = 1.0 if self.surveyed else None
             waits = {"misses": self.misses, "miss-seconds": self.waited}
-            return {"copied": self.copied, "rate": rate, **waits}
+            needed = self.size - self.local + self.unstable
+            return {"copied": self.copied, "rate": rate, "needed-bytes": needed, **waits}
         if command != "block-job-set-speed":
             raise CommandError(command, command)
         self.speeds.append(given["speed"])
@@ -98,6 +100,10 @@ class Stage:
     def state(self) -> State:
         assert self.journal.state
         return self.journal.state
+
+    @property
+    def pending(self) -> tuple[PlannedDisk, ...]:
+        return self.state.pending
 
     @property
     def plan(self) -> Plan:
@@ -163,6 +169,33 @@ def test_an_overlay_that_was_started_again_breaks_nothing(tmp_path: Path, tickin
     assert after[0].done >= before[-1].done
     assert after[-1].rate == pytest.approx(10 * MIB, rel=0.05)
     assert all(each.left is not None and each.left > 0 for each in after)
+
+
+def test_what_a_is_needed_for_is_that_of_all_disks_and_what_is_only_in_memory_counts(
+    tmp_path: Path, ticking: list[float]
+) -> None:
+    stage = Stage(tmp_path)
+    stage.overlays[0].copy(500 * MIB)
+    stage.overlays[0].unstable = 3 * MIB
+    told = looks(stage, ticking, 1, 0)[0]
+    assert (told.missing, told.needed) == (500 * MIB, 503 * MIB)
+    # All is here, and not on stable storage: A may not go yet.
+    for overlay in stage.overlays:
+        overlay.copy(overlay.size)
+    assert looks(stage, ticking, 1, 0)[0].needed == 3 * MIB
+    stage.overlays[0].unstable = 0
+    assert looks(stage, ticking, 1, 0)[0].needed == 0
+
+
+def test_of_what_b_s_qemu_copies_nobody_knows_what_is_on_stable_storage(
+    tmp_path: Path, ticking: list[float]
+) -> None:
+    stage = Stage(tmp_path)
+    job = stage.jobs.all[0]
+    stage.b = cast(Any, job.vm)
+    assert looks(stage, ticking, 1, 0)[0].needed is None
+    job.done = True
+    assert looks(stage, ticking, 1, 0)[0].needed is None, "its end is not written down yet"
 
 
 def test_how_it_went_is_kept(tmp_path: Path, ticking: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,12 @@ def test_nothing_is_said_about_the_end_of_a_stream_that_stands_still() -> None:
     assert "0.0 MiB/s  -- left" in describe(Progress(0, MIB, 0.0, 1.0))
 
 
+def test_a_stream_is_told_with_what_a_is_needed_for_where_that_is_known() -> None:
+    assert "needed" not in describe(HALFWAY)
+    line = describe(dataclasses.replace(HALFWAY, needed=515 * MIB))
+    assert line == "512 of 1024 MiB  64.0 MiB/s  8 s left  window 10 s  A needed for 515.0 MiB"
+
+
 def test_the_ram_is_told_with_what_is_to_go_and_how_often_it_began_anew() -> None:
     ram = RamProgress(sent=100 * MIB, missing=20 * MIB, rate=8.0 * MIB, rounds=1)
     assert describe_ram(ram) == "RAM: 100 MiB sent, 20 MiB to go  8.0 MiB/s"
