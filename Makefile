@@ -103,18 +103,19 @@ MILLIONS := 20
 soak: setup
 	$(BIN)/python -m tests.soak --millions $(MILLIONS)
 
-# ROUNDS migrations, in each of which some process is killed at some moment; SEED repeats a run, ENGINE is qemu or overlay.
-# POLICY, CHANNEL, FORMAT and DISKS (up to three) are drawn for each, unless they are given.
+# ROUNDS migrations, each under a schedule of faults, JOBS at a time; SEED repeats a run. It needs root.
+# ENGINE, POLICY, CHANNEL, FORMAT and DISKS (up to three) are drawn for each, unless they are given.
+chaos: JOBS = 2
 ROUNDS := 50
 SEED := $(shell echo $$RANDOM$$RANDOM)
-ENGINE := overlay
+ENGINE := any
 POLICY := any
 CHANNEL := any
 FORMAT := any
 DISKS := any
 chaos: setup
-	$(BIN)/python -m tests.vm.chaos --engine $(ENGINE) --policy $(POLICY) --channel $(CHANNEL) --format $(FORMAT) \
-	    --disks $(DISKS) $(ROUNDS) $(SEED)
+	$(BIN)/python -m tests.chaos --engine $(ENGINE) --policy $(POLICY) --channel $(CHANNEL) --format $(FORMAT) \
+	    --disks $(DISKS) --jobs $(JOBS) $(ROUNDS) $(SEED)
 
 docs: setup
 	$(BIN)/python -m tests.support.manual docs/commands.md
