@@ -19,7 +19,7 @@ from nbdserve.channel.wire.greeting import Offer
 from nbdserve.channel.wire.return_path import ReturnPath, Verdict
 from nbdserve.channel.wire.session import Role, Session
 from nbdserve.channel.wire.streams import Stream
-from nbdserve.common.errors import ConnectionLostError, OperatorError, reason_of
+from nbdserve.common.errors import ConnectionLostError, OperatorError, ProtocolError, reason_of
 from nbdserve.common.threads import Thread
 
 _ASK = 10.0
@@ -40,9 +40,8 @@ class RamState(Enum):
 class Owner(Protocol):
     """Whose connection it is. All of it is called in the connection's thread, and returns at once."""
 
-    @property
-    def ram(self) -> RamState:
-        """Return what has become of the RAM."""
+    def is_loading(self, connection: Connection) -> bool:
+        """Tell whether RAM that this connection has brought is under way."""
 
     @property
     def keeps_ram_waiting(self) -> bool:
@@ -51,8 +50,8 @@ class Owner(Protocol):
     def incoming(self) -> str:
         """Return where QEMU waits for the RAM, of which the stream begins; OSError when it may not."""
 
-    def ram_is(self, state: RamState, why: str = "") -> None:
-        """The RAM has come to this."""
+    def ram_is(self, connection: Connection, state: RamState, why: str = "") -> None:
+        """The RAM that this connection has brought has come to this."""
 
     def taken_leave(self) -> None:
         """The source has said goodbye."""
@@ -70,6 +69,7 @@ class Connection:
         self.mux = Multiplexer(admission.transport, self._session, self)
         # The last stream of RAM: where one may follow another, what becomes of the former says nothing of it.
         self._ram: LocalEnd | None = None
+        self._has_said_done = False
         self._thread = Thread(self._run, "channel")
 
     # From any thread.
@@ -96,7 +96,7 @@ class Connection:
     def say_done(self) -> None:
         """Tell the source that nothing is needed any more."""
         # Where the connection has ended it is told on the next one.
-        self._ask(partial(self._session.say, Done()))
+        self._ask(self._say_done)
 
     def say_loaded(self) -> None:
         """Tell a source that has come back that the guest is here."""
@@ -121,6 +121,10 @@ class Connection:
             self.mux.ask(work)
 
     # In its thread.
+
+    def _say_done(self) -> None:
+        self._has_said_done = True
+        self._session.say(Done())
 
     def _let_ram_in(self) -> None:
         if self._ram is not None:
@@ -158,12 +162,14 @@ class Connection:
             raise
         end.is_kept_waiting = self._owner.keeps_ram_waiting
         self._ram = end
-        self._owner.ram_is(RamState.UNDER_WAY)
+        self._owner.ram_is(self, RamState.UNDER_WAY)
         return end
 
     def told(self, frame: Ram | Done | Bye | Close) -> None:
         """The source takes leave."""
         if isinstance(frame, Bye):
+            if not self._has_said_done:
+                raise ProtocolError("channel: BYE without DONE")
             self._owner.taken_leave()
         elif isinstance(frame, Close):
             raise OSError(errno.ECONNABORTED, frame.text or frame.reason.name.lower())
@@ -172,10 +178,10 @@ class Connection:
         """A stream is at its end: if that of RAM is before QEMU has loaded all of it, it never will."""
         if self._is_under_way(stream):
             self._session.say(Ram(RamStatus.FAILED))
-            self._owner.ram_is(RamState.FAILED, why or "it has ended before everything was loaded")
+            self._owner.ram_is(self, RamState.FAILED, why or "it has ended before everything was loaded")
 
     def _is_under_way(self, stream: Stream) -> bool:
-        return self._ram is not None and stream is self._ram.stream and self._owner.ram is RamState.UNDER_WAY
+        return self._ram is not None and stream is self._ram.stream and self._owner.is_loading(self)
 
     def _listen(self, stream: Stream, return_path: ReturnPath, said: memoryview) -> None:
         """QEMU tells the source's QEMU something, or has ended: OSError where it should not have."""
@@ -188,7 +194,7 @@ class Connection:
             raise OSError(errno.ECONNRESET, broken if return_path.heard else unheard)
         if return_path.verdict is Verdict.LOADED:
             self._session.say(Ram(RamStatus.LOADED))
-            self._owner.ram_is(RamState.LOADED)
+            self._owner.ram_is(self, RamState.LOADED)
         elif return_path.verdict is Verdict.FAILED:
             self._session.say(Ram(RamStatus.FAILED))
-            self._owner.ram_is(RamState.FAILED, "QEMU could not load it")
+            self._owner.ram_is(self, RamState.FAILED, "QEMU could not load it")

@@ -113,6 +113,8 @@ class Destination:
         """Held for moments only, with no other under it: what the session is, and which connection it has."""
         self._session = settings.arrived
         self._ram = RamState.LOADED if settings.arrived else RamState.NONE
+        # Who has brought it: one that was replaced may still be at its end.
+        self._bringer: Connection | None = None
         self._epoch = 0
         self._current: Connection | None = None
         self._connections = 0
@@ -264,7 +266,7 @@ class Destination:
             self._connections += 1
             self._peer, self._session = admission.transport.name, True
             if is_new:
-                self._ram = RamState.NONE
+                self._ram, self._bringer = RamState.NONE, None
             done_wanted = self._done_wanted
             has_loaded = self._ram is RamState.LOADED
         if former is not None:
@@ -294,17 +296,22 @@ class Destination:
                 raise OSError(errno.ECONNREFUSED, "the destination takes no RAM: give it --incoming")
             return self._settings.incoming
 
-    def ram_is(self, state: RamState, why: str = "") -> None:
-        """The RAM has come to this."""
+    def is_loading(self, connection: Connection) -> bool:
+        """Tell whether RAM that this connection has brought is under way."""
+        with self._lock:
+            return self._ram is RamState.UNDER_WAY and self._bringer is connection
+
+    def ram_is(self, connection: Connection, state: RamState, why: str = "") -> None:
+        """The RAM that this connection has brought has come to this."""
         with self._lock:
             self._ram = state
+            self._bringer = connection if state is RamState.UNDER_WAY else None
+            successor = None if self._current is connection else self._current
+        if state is RamState.LOADED and successor is not None:
+            # It came before that was known.
+            successor.say_loaded()
         _LOG.info("channel: RAM: %s%s", state.value, f": {why}" if why else "")
         self._tell(_RAM_EVENTS[state], why)
-
-    @property
-    def ram(self) -> RamState:
-        """Return what has become of the RAM."""
-        return self._ram
 
     def taken_leave(self) -> None:
         """The source has said goodbye."""

@@ -301,10 +301,19 @@ class Multiplexer:
 
     def _open(self, stream: Stream) -> None:
         try:
-            self.attach(self._handler.opened(stream))
+            end = self._handler.opened(stream)
         except OSError as error:
-            self.session.give_up(stream, ResetReason.REFUSED, reason_of(error))
-            self.session.release(stream)
+            self._refuse(stream, error)
+            return
+        try:
+            self.attach(end)
+        except OSError as error:
+            self._refuse(stream, error)
+            self._handler.over(stream, reason_of(error))
+
+    def _refuse(self, stream: Stream, error: OSError) -> None:
+        self.session.give_up(stream, ResetReason.REFUSED, reason_of(error))
+        self.session.release(stream)
 
     def _deliver(self, end: LocalEnd, pieces: list[memoryview]) -> None:
         """Deliver what has come, or what has waited."""

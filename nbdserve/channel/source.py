@@ -285,19 +285,22 @@ class SourceConnection:
         """Work until one end takes leave; returns and raises as Multiplexer.run()."""
         if self._ram is not None:
             self.ram_was_lost = True
-            stream = self._session.open()
-            self._mux.attach(
-                LocalEnd(
-                    stream,
-                    self._ram.reader,
-                    self._ram.writer,
-                    on_delivery=self._look_at_answers,
-                    on_hang_up=self._qemu_has_left,
-                    ahead=bytes(self._ram.ahead),
-                )
-            )
-            self._session.begin(stream)
+            try:
+                self._begin(self._ram)
+            except OSError as error:
+                self._mux.close()
+                raise ConnectionLostError(f"QEMU's stream: {reason_of(error)}") from error
         return self._mux.run()
+
+    def _begin(self, ram: RamPipes) -> None:
+        """Carry QEMU's stream; OSError where the kernel does not let that be watched."""
+        stream = self._session.open()
+        look, left = self._look_at_answers, self._qemu_has_left
+        end = LocalEnd(
+            stream, ram.reader, ram.writer, on_delivery=look, on_hang_up=left, ahead=bytes(ram.ahead)
+        )
+        self._mux.attach(end)
+        self._session.begin(stream)
 
     def opened(self, stream: Stream) -> LocalEnd:
         """The destination opens a stream: serve NBD on it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -14,12 +15,27 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.channel import places
+from nbdserve.channel import accepted, destination, places
 from nbdserve.channel.child.pipes import RamPipes
 from nbdserve.channel.destination import Destination, Event, Settings
 from nbdserve.channel.dialling import Way
+from nbdserve.channel.local_ends import LocalEnd
+from nbdserve.channel.multiplexer import Multiplexer
 from nbdserve.channel.source import Source, SourceSettings
 from nbdserve.channel.terms import REQUESTS, Limits
+from nbdserve.channel.wire.frames import (
+    Bye,
+    Close,
+    CloseReason,
+    Control,
+    Decoder,
+    Done,
+    Frame,
+    Open,
+    Ram,
+    RamStatus,
+    encode,
+)
 from nbdserve.channel.wire.greeting import NONCE, Claim, Connector, Mode
 from nbdserve.common.errors import OperatorError
 from nbdserve.common.threads import promised
@@ -80,6 +96,46 @@ class Ends:
         at_source.sendall(b"RAM")
         assert at_destination.recv(3) == b"RAM"
         return at_source, at_destination
+
+
+class Connection:
+    """A source's end of which this test says every frame."""
+
+    def __init__(self, ends: Ends) -> None:
+        before = ends.destination.status().connections
+        self.sock = ends.stack.enter_context(socket.socket(socket.AF_UNIX))
+        self.sock.settimeout(_WAIT)
+        greet(self.sock, ends)
+        wait_until(lambda: ends.destination.status().connections > before, "the destination has the source")
+
+    def say(self, frame: Control) -> None:
+        self.sock.sendall(encode(frame))
+
+    def bring_ram(self, ends: Ends) -> socket.socket:
+        """The socket of the destination's QEMU, to which a stream of RAM leads from now on."""
+        self.say(Open(1))
+        qemu, _ = ends.incoming.accept()
+        ends.stack.callback(qemu.close)
+        wait_until(lambda: ends.destination.status().ram == "under-way", "RAM is under way")
+        return qemu
+
+    def hears(self, wanted: Frame) -> bool:
+        """Whether this is said before the other end hangs up."""
+        decoder = Decoder()
+        while data := self.sock.recv(1 << 16):
+            if wanted in decoder.feed(memoryview(data)):
+                return True
+        return False
+
+
+def greet(client: socket.socket, ends: Ends) -> None:
+    """Connect, and be accepted."""
+    client.connect(str(ends.path))
+    greeting = Connector(TOKEN, Claim(Mode.RESUME, 0, Limits().offer(REQUESTS)), os.urandom(NONCE))
+    client.sendall(greeting.first)
+    while greeting.needed:
+        if said := greeting.receive(client.recv(greeting.needed, socket.MSG_WAITALL)):
+            client.sendall(said)
 
 
 @pytest.fixture
@@ -170,7 +226,6 @@ def test_descriptors_that_run_out_at_the_door_hang_up_on_who_came_in_one_line(
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     client = socket.socket(socket.AF_UNIX)
     client.settimeout(_WAIT)
-    claim = Claim(Mode.RESUME, 0, Limits().offer(REQUESTS))
     filling: list[int] = []
     with client:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 3, hard))
@@ -181,12 +236,7 @@ def test_descriptors_that_run_out_at_the_door_hang_up_on_who_came_in_one_line(
             # One for who is accepted, and one more, which a connection does not come by with.
             for _ in range(2):
                 os.close(filling.pop())
-            client.connect(str(ends.path))
-            greeting = Connector(TOKEN, claim, os.urandom(NONCE))
-            client.sendall(greeting.first)
-            while greeting.needed:
-                if said := greeting.receive(client.recv(greeting.needed, socket.MSG_WAITALL)):
-                    client.sendall(said)
+            greet(client, ends)
             assert client.recv(1) == b""
         finally:
             for each in filling:
@@ -211,3 +261,76 @@ def test_a_source_that_is_stopped_does_not_try_the_other_ways_first(tmp_path: Pa
         with waiting:
             source.stop()
             carried.result(5.0)
+
+
+def test_a_goodbye_that_answers_nothing_is_none(ends: Ends) -> None:
+    source = Connection(ends)
+    source.say(Bye())
+    assert source.hears(Close(CloseReason.PROTOCOL, "channel: BYE without DONE"))
+    assert Event.DONE not in ends.events
+    again = Connection(ends)
+    ends.destination.say_done()
+    assert again.hears(Done())
+    again.say(Bye())
+    wait_until(lambda: Event.DONE in ends.events, "the source has taken leave")
+
+
+def test_the_end_of_a_connection_that_was_replaced_says_nothing_of_its_successors_ram(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(destination, "_REPLACED", _WAIT)
+    former = Connection(ends)
+    former.bring_ram(ends).sendall(FAILED)
+    wait_until(lambda: Event.RAM_FAILED in ends.events, "the first RAM has failed")
+    successor = Connection(ends)
+    qemu = successor.bring_ram(ends)
+    former.sock.shutdown(socket.SHUT_WR)
+    assert not former.hears(Ram(RamStatus.LOADED))
+    qemu.sendall(LOADED)
+    assert successor.hears(Ram(RamStatus.LOADED))
+    assert ends.events.count(Event.RAM_FAILED) == 1
+
+
+def test_who_has_replaced_a_connection_is_told_what_its_ram_has_come_to(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as moment:
+        # That in which the thread of the former one has not begun to take leave.
+        moment.setattr(accepted.Connection, "end", lambda *_: None)
+        qemu = Connection(ends).bring_ram(ends)
+        successor = Connection(ends)
+        qemu.sendall(LOADED)
+        assert successor.hears(Ram(RamStatus.LOADED))
+
+
+def no_more_watches(_: Multiplexer, end: LocalEnd) -> None:
+    end.close()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_ram_that_cannot_be_watched_has_failed_and_other_ram_may_come(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as short:
+        # As fs.epoll.max_user_watches does, which is one for all processes.
+        short.setattr(Multiplexer, "attach", no_more_watches)
+        Connection(ends).say(Open(1))
+        wait_until(lambda: Event.RAM_FAILED in ends.events, "RAM has failed")
+    ends.incoming.accept()[0].close()
+    Connection(ends).bring_ram(ends)
+
+
+def test_a_source_that_cannot_watch_its_qemu_fails_the_migration_in_one_line(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Multiplexer, "attach", no_more_watches)
+    reader, writer = os.pipe(), os.pipe()
+    ends.stack.callback(os.close, reader[1])
+    ends.stack.callback(os.close, writer[0])
+    told: list[tuple[bool, str]] = []
+    ram = RamPipes(reader[0], writer[1], lambda loaded, why: told.append((loaded, why)))
+    settings = SourceSettings([Way(places.UnixPlace(str(ends.path)))], TOKEN, resume=False, patience=_WAIT)
+    with pytest.raises(OperatorError, match=r"RAM has not arrived: .*No space left"):
+        Source(settings, lambda visitor: visitor.sock.close(), ram).run()
+    assert not told[0][0]
+    wait_until(lambda: not ends.destination.status().connected, "the source has hung up")
