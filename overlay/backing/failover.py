@@ -66,16 +66,38 @@ class Sources:
         self._lost_since: float | None = time.monotonic()
         self._closed = False
         self.samples = Samples()
-        silence = max(_LEAST_SILENCE, patience)
-        self._sources = [
-            Source(uri, connections, silence, self._require_same_disk, self._tell, self._has_another)
-            for uri in uris
-        ]
+        self._connections = connections
+        self._sources = [self._at(uri) for uri in uris]
+
+    def _at(self, uri: Target) -> Source:
+        silence = max(_LEAST_SILENCE, self._patience)
+        return Source(uri, self._connections, silence, self._require_same_disk, self._tell, self._has_another)
 
     def start(self) -> None:
         """Connect from now on; what is asked waits until that is done."""
         for source in self._sources:
             source.start()
+
+    def move_to(self, uris: Sequence[Target]) -> None:
+        """Connect to servers at these addresses, and hang up elsewhere; may wait for one to hang up.
+
+        Who waits goes on to wait, with patience anew. What answers must be the same disk, as ever.
+        """
+        with self._changed:
+            if self._closed:
+                return
+            before = self._sources
+            known = {str(source.uri): source for source in before}
+            self._sources = after = [known.get(str(uri)) or self._at(uri) for uri in uris]
+            if self._lost_since is not None:
+                self._lost_since = time.monotonic()
+        for source in after:
+            if source not in before:
+                source.start()
+        for source in before:
+            if source not in after:
+                source.close()
+        self._tell()
 
     @property
     def failed(self) -> bool:

@@ -66,6 +66,7 @@ class Control:
             "overlay-activate": self._activate,
             "overlay-invalidate": self._invalidate,
             "overlay-verify": self._verify,
+            "overlay-backing": self._move_backing,
             "quit": self._quit,
         }
         if daemon.channel is not None:
@@ -194,6 +195,15 @@ class Control:
         if self._daemon.channel is None:
             raise CommandError(f"{address}: there is no channel through which it is reached")
         return self._daemon.channel.through(address)
+
+    def _move_backing(self, backing: list[object]) -> Future[None]:
+        """The same disk is at these addresses now. Waits for those servers that are let go."""
+        if self._daemon.finished:
+            raise CommandError("everything is here: there is no backing any more")
+        if not backing or not all(isinstance(each, str) for each in backing):
+            raise CommandError("backing: give a list of one address or more")
+        targets = [self._target(str(each)) for each in backing]
+        return promised("overlay-backing", lambda: self._daemon.sources.move_to(targets))
 
     def _forget(self, wanted: Callable[[], Ranges]) -> dict[str, int]:
         try:

@@ -50,6 +50,17 @@ async def make(m: Migration) -> None:
     on_b = f"{first.stem}{KEYS}" if first.on_device else await beside(m.host_b, first.target, KEYS, limit)
     made = Certificates(await beside(m.host_a, first.image, KEYS, limit), on_b)
     m.record(certificates=made)
+    await _issue(m, made)
+
+
+async def renew(m: Migration) -> None:
+    """Give both hosts others in the place of those they have: A has another address than these are for."""
+    if m.state.certificates and m.plan.disk_over_tls:
+        await _issue(m, m.state.certificates)
+
+
+async def _issue(m: Migration, made: Certificates) -> None:
+    plan = m.plan
     a, b = _files(plan)
     if plan.channel.kind == SINGLE:
         # Both ends are ours, and run as whoever makes this.

@@ -79,6 +79,11 @@ def configure(subcommands: argparse._SubParsersAction[program.Parser]) -> None:
     each.add_argument(
         "--boot", action="store_true", help="start the guest on B again where its QEMU has ended"
     )
+    each.add_argument(
+        "--source-address",
+        metavar="HOST",
+        help="A has this name or address now: its server is started there, and what reads it on B is told",
+    )
     add_verify(each)
     each.set_defaults(body=run_resume)
     each = subcommands.add_parser("recover", help="boot a guest again whose QEMU on B is lost")
@@ -233,7 +238,13 @@ def run_resume(given: argparse.Namespace) -> int:
     """``nbd-migrate resume``."""
     told = choose_report()
     with contextlib.closing(told):
-        return clock.run(until_signal(resume(given.name, told, boot=given.boot, verify=given.verify)))
+        work = resume(
+            *(given.name, told),
+            boot=given.boot,
+            verify=given.verify,
+            source_address=given.source_address,
+        )
+        return clock.run(until_signal(work))
 
 
 def run_recover(given: argparse.Namespace) -> int:

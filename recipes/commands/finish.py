@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, closing
 from nbdserve.common.errors import OperatorError
 from recipes.channel import carriers, through_qemu, tls
 from recipes.commands.finding import found, journal_of
+from recipes.commands.readdress import serve_there
 from recipes.commands.retreat import where_on_b
 from recipes.commands.run import go_through
 from recipes.engines.choice import engine_for
@@ -60,18 +61,26 @@ async def finish(plan: Plan, report: Report, *, boot: bool = False, again: str) 
 
 
 async def finish_with(
-    journal: Journal, plan: Plan, report: Report, *, boot: bool, again: str, sure: bool = False
+    journal: Journal,
+    plan: Plan,
+    report: Report,
+    *,
+    boot: bool,
+    again: str,
+    sure: bool = False,
+    moved: bool = False,
 ) -> None:
     """Do the same with a journal that was taken over already, and close it.
 
-    ``sure`` says that the guest is, or was, on B, whatever A's QEMU says of its migration.
+    ``sure`` says that the guest is, or was, on B, whatever A's QEMU says of its migration; ``moved`` that A
+    has another address than it had.
     """
     async with AsyncExitStack() as stack:
         stack.enter_context(closing(journal))
         m = await found(journal, plan, report, stack, again=again, sure=sure)
         async with told_of_failure(m):
             try:
-                await take_up(m, boot=boot)
+                await take_up(m, boot=boot, moved=moved)
             except OperatorError as error:
                 raise MigrationError(f"{error}; {await where(m)}") from error
             async with beside(m, Hook.AFTER_CUTOVER):
@@ -83,10 +92,10 @@ async def finish_with(
         report.note(f"done: the guest's {are} {targets} on B, and {need} nothing on A")
 
 
-async def take_up(m: Migration, *, boot: bool) -> None:
+async def take_up(m: Migration, *, boot: bool, moved: bool = False) -> None:
     """See that everything is there that the rest of the steps need."""
     await make_lost_places(m)
-    await secure(m)
+    await secure(m, moved=moved)
     if m.b:
         m.need("B's QEMU", m.b.ended())
         if boot:
@@ -112,8 +121,8 @@ async def where(m: Migration) -> str:
     return where_on_b(m)
 
 
-async def secure(m: Migration) -> None:
-    """See that A is fenced and, as long as it is needed, serves its disk."""
+async def secure(m: Migration, *, moved: bool = False) -> None:
+    """See that A is fenced and, as long as it is needed, serves its disk, where it has ``moved`` to."""
     if m.a.connected:
         await fence_source(m)
     else:
@@ -123,6 +132,8 @@ async def secure(m: Migration) -> None:
             await hold_away(m)
         await serve_files(m)
         await through_qemu.forget(m)
+    if not m.complete and moved:
+        await serve_there(m)
     if not m.complete:
         await ensure_export(m)
 

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, closing
 from dataclasses import replace
 
 from recipes.commands.finish import finish_with
+from recipes.commands.readdress import move_source
 from recipes.commands.run import migrate_from
 from recipes.commands.taking_up import by_hand, taken_up
 from recipes.errors import MigrationError
@@ -19,12 +20,22 @@ from recipes.plans.reaching import hosts, source_monitor
 from recipes.running.hooks import tell
 
 
-async def resume(name: str, report: Report, *, boot: bool = False, verify: bool | None = None) -> None:
+async def resume(
+    name: str,
+    report: Report,
+    *,
+    boot: bool = False,
+    verify: bool | None = None,
+    source_address: str | None = None,
+) -> None:
     """Go on with a migration that nobody acts on any more: begin anew on A, or do what is left on B.
 
-    ``boot`` starts the guest again where it has ended on B; ``verify`` wins over the plan. Raises
-    MigrationError, whose line says where the guest is and what to do.
+    ``boot`` starts the guest again where it has ended on B; ``verify`` wins over the plan; A is at
+    ``source_address`` now, if that is given. Raises MigrationError, whose line says where the guest is
+    and what to do.
     """
+    if source_address is not None:
+        await move_source(name, source_address, report)
     async with taken_up(name, report) as migration:
         verdict = await migration.decide(Wish.GO_ON)
         state, said, unwritten = migration.state, verdict.where, migration.m.journal.unwritten
@@ -45,7 +56,13 @@ async def resume(name: str, report: Report, *, boot: bool = False, verify: bool 
     if verdict.action is Action.NOTHING and not boots:
         report.note(said)
     elif verdict.action in (Action.FINISH, Action.NOTHING):
-        await finish_with(Journal.take_over(name), plan, report, boot=boot, again=state.finish, sure=True)
+        await finish_with(
+            *(Journal.take_over(name), plan, report),
+            boot=boot,
+            again=state.finish,
+            sure=True,
+            moved=source_address is not None,
+        )
     else:
         report.note(f"{said}; the migration begins anew")
         await start_over(name, plan, state, report)

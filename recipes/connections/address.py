@@ -42,6 +42,15 @@ def host_in(text: str) -> str:
     return match[2] or match[3]
 
 
+def with_host(text: str, host: str) -> str:
+    """Return an address that has been checked with another host's name, or address, in it."""
+    match = _ADDRESS.fullmatch(text)
+    assert match
+    user, _, _, port = match.groups()
+    shown = f"[{host}]" if ":" in host else host
+    return f"{SCHEME}{f'{user}@' if user else ''}{shown}{f':{port}' if port else ''}"
+
+
 def ssh_words(text: str) -> tuple[str, ...]:
     """Return an address that has been checked as words of ssh's command line.
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from nbdserve.common.clock import now
 from nbdserve.common.sizes import format_size
+from recipes.channel.tls import disk_uri
 from recipes.connections.monitors import monitor_of
 from recipes.engines.interface import JOB, Engine, reached
 from recipes.errors import MigrationError
@@ -121,6 +122,10 @@ class OverlayEngine(Engine):
         if (told.get("verify") is not None) != m.plan.verifies and not told["complete"]:
             # Somebody has thought better of it since it was started.
             await monitor.execute("overlay-verify", enable=m.plan.verifies)
+        where = str(disk_uri(m, disk))
+        if not told["complete"] and [source["uri"] for source in told["sources"]] != [where]:
+            # A came back under another address than the image was made with.
+            await monitor.execute("overlay-backing", backing=[where])
         return monitor
 
     async def confirm(self, m: Migration, disk: PlannedDisk) -> None:

@@ -22,13 +22,23 @@ from recipes.steps.export import server_command
 async def server_away(m: Migration) -> str:
     """Return what to do where A's server cannot be brought back from here."""
     runs = pasted(m.host_a.typed([*await server_command(m), "--fork"]))
-    return f"see that this runs on A: {runs}; then: {m.finish}"
+    return f"see that this runs on A: {runs}; then: {m.finish}{elsewhere(m)}"
+
+
+def elsewhere(m: Migration) -> str:
+    """Return what to do where A has come back under another address; empty where that could not be said."""
+    plan = m.plan
+    over_tcp = plan.export.address.socket is None and plan.destination.engine != "qemu"
+    if not over_tcp and not (plan.export.address.socket and plan.source.host):
+        return ""
+    name = m.state.name
+    return f"; when A has come back under another address: nbd-migrate resume {name} --source-address HOST"
 
 
 async def server_hangs(m: Migration) -> str:
     """Return what to do where A's server is there, but nothing comes."""
     log = await m.place(m.host_a, m.disks[0].image, "nbdserve")
-    return f"look at A's disk, at the network and at {log}.log on A; then: {m.finish}"
+    return f"look at A's disk, at the network and at {log}.log on A; then: {m.finish}{elsewhere(m)}"
 
 
 async def bad_source(m: Migration, disk: PlannedDisk) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -201,3 +202,46 @@ def test_connections_of_a_server_that_tells_another_size_are_not_used(tmp_path: 
         wait_until(lambda: "told another size" in daemon.log.read_text(), "a second one is tried", 10)
         daemon.wait_for_status(phase="done")
         assert guest.read(0, SIZE) == content
+
+
+def tell(daemon: Daemon, command: str, **given: object) -> None:
+    """Execute a command of its monitor."""
+    with daemon.monitor() as qmp:
+        qmp.execute(command, **given)
+
+
+def test_a_disk_that_is_at_another_address_now_is_read_there_while_its_guest_waits(tmp_path: Path) -> None:
+    content = random_disk(tmp_path / "disk", SIZE)
+    image = make_overlay(tmp_path / "overlay", "flat", SIZE, uri(tmp_path))
+    elsewhere = UnixAddress(tmp_path / "elsewhere.sock")
+    with ExitStack() as stack:
+        first = stack.enter_context(source(tmp_path))
+        daemon = stack.enter_context(overlay(image, "--reconnect-timeout=60", directory=tmp_path))
+        tell(daemon, "overlay-activate")
+        guest = stack.enter_context(daemon.guest())
+        assert guest.read(0, 64 * KIB) == content[: 64 * KIB]
+        end(first)
+        pool = stack.enter_context(ThreadPoolExecutor())
+        waiting = pool.submit(guest.read, MIB, 64 * KIB)
+        stack.enter_context(nbdserve("--read-only", tmp_path / "disk", directory=tmp_path, at=elsewhere))
+        tell(daemon, "overlay-backing", backing=[elsewhere.uri()])
+        assert waiting.result(30.0) == content[MIB : MIB + 64 * KIB]
+        assert [each["uri"] for each in daemon.status()["sources"]] == [elsewhere.uri()]
+
+
+def test_another_disk_at_the_new_address_is_refused(tmp_path: Path) -> None:
+    random_disk(tmp_path / "disk", SIZE)
+    (tmp_path / "other").write_bytes(random_bytes(SIZE, seed=3))
+    image = make_overlay(tmp_path / "overlay", "flat", SIZE, uri(tmp_path))
+    elsewhere = UnixAddress(tmp_path / "elsewhere.sock")
+    with ExitStack() as stack:
+        stack.enter_context(source(tmp_path))
+        daemon = stack.enter_context(overlay(image, "--reconnect-timeout=1", directory=tmp_path))
+        tell(daemon, "overlay-activate")
+        guest = stack.enter_context(daemon.guest())
+        guest.read(0, 64 * KIB)
+        stack.enter_context(nbdserve("--read-only", tmp_path / "other", directory=tmp_path, at=elsewhere))
+        tell(daemon, "overlay-backing", backing=[elsewhere.uri()])
+        wait_for_refusal(daemon)
+        with pytest.raises(OSError):
+            guest.read(MIB, 64 * KIB)

@@ -164,12 +164,14 @@ def operator(directory: Path) -> None:
 
 
 @contextmanager
-def server(directory: Path, net: Network, host: str, lines: tuple[str, ...]) -> Iterator[Process]:
-    """Run the sshd of a host."""
+def server(
+    directory: Path, net: Network, host: str, lines: tuple[str, ...], address: str = ""
+) -> Iterator[Process]:
+    """Run the sshd of a host, at another address than the usual one if that is given."""
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     config = directory / f"sshd_config_{host}"
     settings = (
-        f"ListenAddress {ADDRESSES[host]}",
+        f"ListenAddress {address or ADDRESSES[host]}",
         f"HostKey {directory}/host_key",
         f"AuthorizedKeysFile {directory}/authorized",
         *("PidFile none", "StrictModes no", "UsePAM no", "PasswordAuthentication no"),

@@ -381,6 +381,36 @@ COMPONENTS = (
         ),
     ),
     Component(
+        "A's host is under another address all of a sudden",
+        (
+            Cell(
+                (*BEFORE, When.SWITCH),
+                replace(
+                    ON_A, typed="`nbd-migrate abort NAME`, then `run` with a plan that names the new address"
+                ),
+                (
+                    "vm/test_migrate_over_ssh.py::test_a_host_that_is_cut_off_before_the_cut_over_is_told_of_and_abort_clears_it",
+                ),
+            ),
+            Cell(
+                (When.STREAM,),
+                replace(
+                    LONG_PAUSE,
+                    typed="`nbd-migrate resume NAME --source-address HOST`, as the line says; nothing with the single channel, whose connection A makes",
+                    waits="until that is typed",
+                ),
+                (
+                    "vm/test_migrate_other_address.py::test_a_host_that_comes_back_under_another_address_is_told_and_the_guest_notices_nothing",
+                ),
+            ),
+            Cell(
+                LAST,
+                WHOLE,
+                ("vm/test_migrate_finish.py::test_a_complete_disk_is_the_guests_own_although_a_is_away",),
+            ),
+        ),
+    ),
+    Component(
         "A connection is half open: the other end hangs, or is gone without a word",
         (
             Cell(
