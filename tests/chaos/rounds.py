@@ -57,10 +57,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def lines(asked: argparse.Namespace, numbers: Sequence[int]) -> Iterator[Line]:
-    """Play the rounds, each in a process of its own, as its environment is its own; in the order they end."""
+    """Play the rounds, in the order they end; several at a time in processes, as each has its environment."""
     wanted = {name: str(getattr(asked, name)) for name in CHOICES}
     fresh = multiprocessing.get_context("spawn")
     one = partial(play_round, seed=asked.seed, engine=asked.engine, wanted=wanted)
+    if asked.jobs == 1:
+        yield from map(one, numbers)
+        return
     with fresh.Pool(asked.jobs, maxtasksperchild=1) as pool:
         yield from pool.imap_unordered(one, numbers)
 

@@ -246,7 +246,7 @@ class Scene:
 
         An orchestrator that was killed is gone before its guard, and a process before its supervisor.
         """
-        wait_until(lambda: self.started() == roles, f"{roles} alone are left", 30.0)
+        wait_until(lambda: self.started() == roles, f"{roles} alone are left", 30.0, 0.1)
 
     def capabilities_of_a(self) -> list[str]:
         """The migration capabilities that are on at A."""
