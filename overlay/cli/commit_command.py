@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbdserve.common.errors import UsageError
-from nbdserve.common.program import EXIT_DONE, Parser, RawHelpFormatter, filled_path
+from nbdserve.common.program import EXIT_DONE, Parser, RawHelpFormatter, filled
 from nbdserve.common.sizes import format_size
 from nbdserve.common.uri import NbdUri, parse_uri
 from overlay.cli.map_command import add_map_option
@@ -39,9 +39,11 @@ def register(commands: argparse._SubParsersAction[Parser], epilog: str) -> None:
         formatter_class=RawHelpFormatter,
     )
     parser.set_defaults(command=main)
-    parser.add_argument("image", metavar="IMAGE", type=filled_path)
-    parser.add_argument("target", metavar="TARGET")
-    parser.add_argument("more", metavar="IMAGE TARGET", nargs="*", help="the guest's other disks")
+    parser.add_argument("image", metavar="IMAGE", type=filled)
+    parser.add_argument("target", metavar="TARGET", type=filled)
+    parser.add_argument(
+        "more", metavar="IMAGE TARGET", nargs="*", type=filled, help="the guest's other disks"
+    )
     add_map_option(parser)
     parser.add_argument("--json", action="store_true", help="what was written, as a JSON array")
 
@@ -50,13 +52,13 @@ def main(arguments: argparse.Namespace) -> int:
     """Commit, and say what was written. Raises UsageError, ImageError, ConnectError, OSError."""
     from overlay.commit.committing import Pair, commit
 
-    words: Sequence[str] = [str(arguments.image), arguments.target, *arguments.more]
+    words: Sequence[str] = [arguments.image, arguments.target, *arguments.more]
     if len(words) % 2:
         raise UsageError(f"{words[-1]}: an IMAGE without its TARGET: name them in pairs")
     if arguments.map is not None and arguments.more:
         raise UsageError("--map: it is the map of one device; of several the trailers name theirs")
     pairs = [
-        Pair(filled_path(image), _place(target), arguments.map)
+        Pair(Path(image), _place(target), arguments.map)
         for image, target in zip(words[::2], words[1::2], strict=True)
     ]
     _refuse_twice(words)
@@ -70,7 +72,10 @@ def main(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     for each in outcomes:
         if each.was_committed:
-            print(f"{each.target}: {each.image} was committed to it before: it is the guest's disk")
+            print(
+                f"{each.target}: nothing was done: {each.image} was committed before; if that was to this "
+                "disk, it is the guest's"
+            )
         else:
             what = f"{format_size(each.data)} of data and {format_size(each.zeros)} of zeros"
             print(f"{each.target}: {what} committed from {each.image}: it is the guest's disk")
@@ -78,7 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _place(text: str) -> Path | NbdUri:
-    return parse_uri(text) if "://" in text or text.startswith("nbd:") else filled_path(text)
+    return parse_uri(text) if "://" in text or text.startswith("nbd:") else Path(text)
 
 
 def _refuse_twice(names: Sequence[str]) -> None:

@@ -9,9 +9,10 @@
 4.  Each map says that its overlay was committed, durably: nothing writes to it, or commits it, any more.
 5.  The first 4 KiB are written and flushed, the disk that was named first the last: it is the disk.
 
-Killed at any instant, the same command begins anew: what has its map's word (4) needs only the last step,
-and where the mark is gone too, nothing. A disk of which the last step is done is its guest's: to commit the
-overlay once more would take back what that has written since.
+Killed at any instant, the same command begins anew: whatever has the mark is nobody's disk, and is written
+again; what has its map's word (4) and no mark needs nothing. A disk of which the last step is done is its
+guest's: to commit the overlay once more would take back what that has written since. The map's word alone
+does not say to which disk: a copy of the overlay may have been committed to a copy of the disk.
 
 What the guest wrote is what the map says, unless a killed nbd-overlay was followed by another, or the power
 has failed and the image was used since: then a guest may have read, and have built upon, what was stored and
@@ -69,7 +70,7 @@ class Outcome:
     data: int = 0
     zeros: int = 0
     was_committed: bool = False
-    """It had been committed before, and at most the last step was left."""
+    """The overlay had been committed before, and the disk is not half committed: nothing was done."""
 
 
 def commit(pairs: Sequence[Pair], on_progress: OnProgress = lambda done, total: None) -> list[Outcome]:
@@ -110,7 +111,7 @@ def _write(works: Sequence[_Work], on_progress: OnProgress) -> None:
     for work in todo:
         work.give_up_overlay()
     # The one from which the guest boots is named first, as a rule.
-    for work in reversed(works):
+    for work in reversed(todo):
         work.release()
 
 
@@ -123,7 +124,6 @@ class _Work:
         self._open(stack)
         self.target: Target = stack.enter_context(opened(pair.target, self._image.size))
         self.outcome = Outcome(str(pair.image), self.target.name, self._image.size)
-        self.outcome.was_committed = self._image.is_committed
         self._first = min(MARK_BYTES, self._image.size)
         self._hidden = b""
         found = mark_of(self.target.read(0, self._first))
@@ -132,6 +132,7 @@ class _Work:
                 f"{self.target.name}: half committed, from another overlay, {found}: commit that one first"
             )
         self._is_marked = found is not None
+        self.outcome.was_committed = self._image.is_committed and not self._is_marked
         if not self.outcome.was_committed:
             self._require_same_disk()
 
@@ -226,10 +227,6 @@ class _Work:
 
     def release(self) -> None:
         """Write the last of it in the place of the mark: from now on it is the guest's disk."""
-        if self.outcome.was_committed:
-            if not self._is_marked:
-                return
-            self._hidden = self._image.read(0, self._first)
         self.target.write(0, self._hidden)
         self.target.flush()
 

@@ -16,6 +16,7 @@ from nbdserve.client import Client, connect
 from nbdserve.client.flight import Window
 from nbdserve.common.errors import ImageError
 from nbdserve.common.uri import NbdUri
+from nbdserve.exports.moved_images import refuse_moved
 from nbdserve.protocol.constants import CommandFlags
 from overlay.backing.reads import sectors
 from overlay.formats.device.block_device import open_device
@@ -126,7 +127,8 @@ class ServerTarget(Target):
 def opened(where: Path | NbdUri, size: int) -> Iterator[Target]:
     """Open the disk that has ``size`` bytes, for writing, until the block ends.
 
-    Raises ImageError where it is in use, cannot be written to, or has another size; ConnectError, OSError.
+    Raises ImageError where it is in use, cannot be written to, has another size, or its guest has moved to
+    another host; ConnectError, OSError.
     """
     if isinstance(where, NbdUri):
         with connect(where) as client:
@@ -135,6 +137,7 @@ def opened(where: Path | NbdUri, size: int) -> Iterator[Target]:
             _require_size(target, size)
             yield target
         return
+    refuse_moved(where)
     is_device = where.is_block_device()
     storage = (open_device if is_device else open_file)(where, writable=True)
     try:

@@ -17,6 +17,7 @@ import pytest
 from nbdserve.exports.half_committed import mark, mark_of
 from overlay.formats.flat.header import Flag, read_header
 from overlay.formats.storage import open_file
+from recipes.fencing.moving import put_away
 from tests.support.disks import KIB, MIB, random_bytes, sparse_disk, sparse_runs
 from tests.support.loops import loop_device
 from tests.support.overlays import Daemon, Guest, make_overlay, overlay
@@ -118,8 +119,33 @@ def test_what_the_guest_has_written_to_its_disk_since_is_not_taken_back(tmp_path
         file.seek(3 * MIB + 4096)
         file.write(b"newer")
     before = made.disk.read_bytes()
-    assert "was committed to it before" in check(PROGRAM, "commit", made.image, made.disk)
+    assert "nothing was done" in check(PROGRAM, "commit", made.image, made.disk)
     assert made.disk.read_bytes() == before
+    # Of a copy of the disk it is not said to be the guest's.
+    shutil.copy(made.disk, tmp_path / "copy.img")
+    said = check(PROGRAM, "commit", made.image, tmp_path / "copy.img")
+    assert "if that was to this disk" in said
+
+
+def test_a_disk_that_is_half_committed_is_made_whole_also_by_an_overlay_that_was_committed_elsewhere(
+    tmp_path: Path,
+) -> None:
+    made = cut(tmp_path)
+    rehearsal = made.copy_to(tmp_path / "rehearsal")
+    check(PROGRAM, "commit", rehearsal.image, rehearsal.disk)
+    strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync"]
+    run(*strace, "-e", "inject=fdatasync:signal=KILL:when=1", PROGRAM, "commit", made.image, made.disk)
+    assert mark_of(made.disk.read_bytes()[:4096]) is not None
+    check(PROGRAM, "commit", rehearsal.image, made.disk)
+    assert made.disk.read_bytes() == made.new
+
+
+def test_a_disk_whose_guest_has_moved_from_this_host_is_refused_by_either_name(tmp_path: Path) -> None:
+    made = cut(tmp_path)
+    put_away(str(made.disk), "vm", "B:/vm.raw")
+    for name in (made.disk, Path(f"{made.disk}.moved")):
+        refused(made.image, name, wanted="nbd-migrate fence --lift")
+    assert Path(f"{made.disk}.moved").read_bytes() == made.old
 
 
 @pytest.mark.parametrize("kind", ["nbdserve", "nbdserve -f qcow2", "qemu-nbd", "no zeros", "device"])
@@ -257,7 +283,7 @@ def test_of_several_disks_all_are_committed_or_none(tmp_path: Path) -> None:
     assert data.disk.read_bytes() == data.new
     assert mark_of(system.disk.read_bytes()[:4096]) is not None
     told = json.loads(check(PROGRAM, "commit", "--json", *pairs))
-    assert [each["was_committed"] for each in told] == [True, True]
+    assert [each["was_committed"] for each in told] == [False, True]
     assert (system.disk.read_bytes(), data.disk.read_bytes()) == (system.new, data.new)
 
 
@@ -306,6 +332,8 @@ def test_what_is_no_overlay_of_a_guest_is_refused(tmp_path: Path) -> None:
     refused(made.disk, made.disk.with_suffix(".copy"), wanted="it is a complete disk")
     refused(made.image, made.disk, made.image, wanted="without its TARGET", code=2)
     refused(made.image, made.disk, made.image, made.disk, wanted="named twice", code=2)
+    refused(made.image, "", wanted="argument TARGET: it is empty", code=2)
+    refused(made.image, made.disk, "", made.disk, wanted="it is empty", code=2)
     refused(made.image, "nbd://", wanted="nbd://", code=1)
 
 
