@@ -8,7 +8,7 @@ from dataclasses import replace
 from recipes.commands.finish import finish_with
 from recipes.commands.readdress import move_source
 from recipes.commands.run import migrate_from
-from recipes.commands.taking_up import by_hand, taken_up
+from recipes.commands.taking_up import by_hand, taken_again, taken_up
 from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
 from recipes.migrate.journal import Journal
@@ -53,11 +53,13 @@ async def resume(
         plan = replace(plan, finish=replace(plan.finish, verify=verify))
     # A guest whose disk is complete may have ended since.
     boots = boot and state.phase is Phase.DONE
+    if boot and state.phase is Phase.RECOVERED:
+        raise MigrationError(f"{said}; to start it there: nbd-migrate recover {name} --on a")
     if verdict.action is Action.NOTHING and not boots:
         report.note(said)
     elif verdict.action in (Action.FINISH, Action.NOTHING):
         await finish_with(
-            *(Journal.take_over(name), plan, report),
+            *(taken_again(state, unwritten=unwritten), plan, report),
             boot=boot,
             again=state.finish,
             sure=True,

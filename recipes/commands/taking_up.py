@@ -198,3 +198,19 @@ async def taken_up(name: str, report: Report) -> AsyncIterator[TakenUp]:
                 await m.close()
     finally:
         journal.close()
+
+
+def taken_again(state: State, *, unwritten: str = "") -> Journal:
+    """Take a migration over once more, to do what was decided when it had come to ``state``.
+
+    Raises JournalBusyError, and MigrationError where somebody has acted on it meanwhile; ``unwritten`` says
+    why the journal does not have that state.
+    """
+    journal = Journal.take_over(state.name)
+    if not unwritten and (journal.state is None or journal.state.phase is not state.phase):
+        journal.close()
+        raise MigrationError(
+            f"somebody else has acted on migration {state.name} meanwhile; nothing was touched: see "
+            f"nbd-migrate status {state.name}"
+        )
+    return journal
