@@ -250,6 +250,8 @@ def run_resume(given: argparse.Namespace) -> int:
 def run_recover(given: argparse.Namespace) -> int:
     """``nbd-migrate recover``."""
     copies = given.copies or ""
+    if copies != "/":
+        copies = copies.removesuffix("/")  # as a shell completes it
     if given.on == "b" and (copies or given.b_is_off):
         raise UsageError("--from and --b-is-off are for recover --on a")
     if given.b_is_off and not copies:

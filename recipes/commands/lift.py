@@ -64,6 +64,11 @@ async def lift_all(name: str, report: Report, *, sure: bool) -> None:
         if state.phase in BEFORE | {Phase.TAKEN_BACK, Phase.LOST, Phase.RECOVERED}:
             raise MigrationError(f"{name}: no image of A is out of reach: see nbd-migrate status {name}")
         plan, images = state.plan, listed(disk.source for disk in state.disks)
+        if state.phase is Phase.RECOVERING:
+            raise MigrationError(
+                f"what the guest wrote on B is being written to {images} on A; nothing was touched: "
+                f"nbd-migrate recover {name} --on a"
+            )
         on_b = await look(monitor_b(plan, m.host_b), plan.limits.connect)
         if on_b in (OnB.HAS_GUEST, OnB.WAITS):
             raise MigrationError(

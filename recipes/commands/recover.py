@@ -7,14 +7,15 @@ On B that goes on as ``finish --boot`` does it. On A what it wrote on B is writt
 
 from __future__ import annotations
 
+import asyncio
+
 from recipes.commands.finish import finish_with
-from recipes.commands.taking_up import TakenUp, taken_up
+from recipes.commands.taking_up import TakenUp, taken_again, taken_up
 from recipes.errors import MigrationError
 from recipes.migrate.decide import Action, Wish
-from recipes.migrate.journal import Journal
 from recipes.migrate.progress import Report
 from recipes.recovering.booting import boot_on_a
-from recipes.recovering.committing import clear, commit
+from recipes.recovering.committing import again, clear, commit
 
 
 async def recover(
@@ -43,18 +44,21 @@ async def recover(
                 await boot_on_a(migration.m)
             return
         if verdict.action is Action.NOTHING:
-            report.note(verdict.where)
-            return
-    plan, journal = state.plan, Journal.take_over(name)
-    await finish_with(journal, plan, report, boot=boot, again=state.finish, sure=True)
+            raise MigrationError(f"{verdict.where}; to start it there: nbd-migrate recover {name} --on a")
+    journal = taken_again(state, unwritten=migration.m.journal.unwritten)
+    await finish_with(journal, state.plan, report, boot=boot, again=state.finish, sure=True)
 
 
 async def recover_on_a(migration: TakenUp, action: Action, copies: str, *, b_is_off: bool) -> None:
     """Make A's images the guest's disks, as far as that is not done."""
     m = migration.m
-    if action is Action.COMMIT:
-        await commit(m, copies, b_is_off=b_is_off)
-    if action is Action.COMMIT or not m.state.is_clear:
-        await clear(m, b_is_off=b_is_off)
+    try:
+        if action is Action.COMMIT:
+            await commit(m, copies, b_is_off=b_is_off)
+        if action is Action.COMMIT or not m.state.is_clear:
+            await clear(m, b_is_off=b_is_off)
+    except asyncio.CancelledError:
+        m.report.note(f"interrupted; to go on: {again(m, copies, b_is_off)}")
+        raise
     if m.a.connected:
         raise MigrationError(f"a QEMU is at A's monitor already, {m.plan.source.qmp}: it is not started")

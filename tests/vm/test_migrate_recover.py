@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,13 +21,15 @@ from recipes.migrate.state import Phase
 from tests.support.boot_sector import RECORDS, SECTOR, is_record, newest, number_in
 from tests.support.disks import MIB
 from tests.support.many_disks import ManyDisks
+from tests.support.overlays import make_overlay
 from tests.support.pasting import COMMANDS, after, blocks, in_places, paste, pasted_well
-from tests.support.processes import Process, run, wait_until
+from tests.support.processes import Argument, Process, run, wait_until
 from tests.support.qcow2_disks import Qcow2Disks
 from tests.support.recipes import DIRECTORY
 from tests.support.servers import UnixAddress, free_tcp_address
 from tests.support.vms import NBD_MIGRATE, QEMU, ROOT, Role, running, scene
 
+OVERLAY = NBD_MIGRATE.with_name("nbd-overlay")
 PAGE = ROOT / "docs" / "migrate.md"
 PATHS = {"PATH": f"{COMMANDS}:{os.environ['PATH']}"}
 
@@ -149,6 +152,8 @@ def test_a_guest_that_was_lost_with_b_is_booted_on_a_with_all_that_it_wrote(
         assert stage.dots("b") > 0
         assert wrong_on_a(stage, records) == []
         assert "recovered" in told("status", NAME)
+        for words in (("recover", NAME), ("resume", NAME, "--boot")):
+            assert "to start it there: nbd-migrate recover a0 --on a" in refused(*words)
         told("recover", NAME, "--on", "a")
         works_on_a(stage)
         # What is told removes what is on B.
@@ -196,6 +201,61 @@ def test_from_a_copy_of_b_s_files_the_guest_is_booted_on_a_while_b_is_off(tmp_pa
         assert wrong_on_a(stage, records) == []
         told("recover", NAME, "--on", "a")
         works_on_a(stage)
+
+
+def test_what_can_not_be_committed_is_refused_while_the_guest_may_still_be_booted_on_b(
+    tmp_path: Path,
+) -> None:
+    stage = Lost(tmp_path)
+    with lost(stage):
+        words = ("recover", NAME, "--on", "a", "--from", f"{tmp_path}/")
+        data = stage.disks[1].target
+        beside = Path(f"{data}.map")
+        # As a copy without one of its files, and of another guest.
+        beside.rename(tmp_path / "elsewhere")
+        assert "is missing: put it back" in refused(*words, "--b-is-off")
+        (tmp_path / "elsewhere").rename(beside)
+        assert "no such file" in refused("recover", NAME, "--on", "a", "--from", f"{tmp_path}/typo")
+        for path in (data, beside):
+            path.rename(f"{path}.kept")
+        make_overlay(data, "flat", 4 * MIB, "nbd://localhost/x")
+        assert "another guest's?" in refused(*words)
+        for path in (data, beside):
+            Path(f"{path}.kept").rename(path)
+        # What was complete before the guest was lost does not tell what that wrote.
+        monitor = f"unix:{tmp_path / 'x.qmp'}"
+        serving: list[Argument] = [
+            OVERLAY,
+            "serve",
+            "--layout",
+            "flat",
+            data,
+            "-k",
+            tmp_path / "x.sock",
+            "--qmp",
+            monitor,
+        ]
+        with Process([*serving, "--stream"], tmp_path / "x.log") as completing:
+            completing.wait_for_line("everything is here", seconds=60)
+            completing.terminate()
+        assert "--on b" in refused("recover", NAME, "--on", "a")
+        assert journal.last(NAME).phase is Phase.STREAM
+        told("recover", NAME)
+        stage.wait_until_guest_works("b")
+
+
+def test_whoever_interrupts_it_is_told_what_goes_on_with_it(tmp_path: Path) -> None:
+    stage = Lost(tmp_path)
+    with lost(stage) as records:
+        words: list[Argument] = [NBD_MIGRATE, "recover", NAME, "--on", "a", "--no-boot"]
+        with Process(words, tmp_path / "recover.log") as recovering:
+            recovering.wait_for_line("is written to", seconds=60)
+            recovering.signal(signal.SIGINT)
+            assert recovering.wait(60) == 130
+        [line] = [each for each in recovering.output().splitlines() if "interrupted" in each]
+        assert "nbd-overlay" not in refused("fence", "--lift", NAME, "--yes")
+        pasted_well(after("to go on", line))
+        assert wrong_on_a(stage, records) == []
 
 
 def test_a_guest_that_lives_on_b_is_not_booted_a_second_time(tmp_path: Path) -> None:
